@@ -1,0 +1,134 @@
+"""Mixture of experts (V3 paper, section 2.1.2): a router, stacked experts behind one slot, and shared experts.
+
+| strategy | how | for |
+|---|---|---|
+| `loop` | one expert after the other over its tokens; reads the counts on the host | reading; the reference |
+| `gather` | copies the chosen experts' weights beside each token: N K of them | decode with few tokens |
+| `grouped` | sorts tokens by expert, then torch's grouped matrix product reads each expert once | prefill, large batches |
+
+Shapes: N tokens, K experts per token, E experts, D hidden_size, I moe_intermediate_size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from r1.config import Config
+from r1.layers import MLP, swiglu
+from r1.router import Router
+
+GATHER_BYTES = 256 * 2**20
+"""What `gather` copies at most at a time; longer inputs are cut."""
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked; gate above up, as `F.linear` wants them: (out, in)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        experts, dim, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, dim))
+        self.down_proj = nn.Parameter(torch.empty(experts, dim, inner))
+
+
+class Dispatch(Protocol):
+    """x (N, D), indices (N, K), fp32 weights (N, K) -> the weighted sum of the chosen experts' outputs, (N, D)."""
+
+    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor: ...
+
+
+class MoE(nn.Module):
+    """The feed-forward of a sparse layer."""
+
+    dispatch: dict[str, Dispatch]
+    """The strategy for each phase, "prefill" and "decode"; filled by build.py."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        shared = config.n_shared_experts
+        self.shared_experts = MLP(config.hidden_size, shared * config.moe_intermediate_size) if shared else None
+
+    def forward(self, x: Tensor, phase: str) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        flat = x.flatten(0, 1)  # (N, D)
+        indices, weights = self.gate(flat)
+        y = self.dispatch[phase](self.experts, flat, indices, weights).view_as(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x)
+
+
+def loop(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The definition, written out. One host sync (the counts): no graph can hold it."""
+    order, token, ends = by_expert(indices, experts.gate_up_proj.shape[0])
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            rows = token[start:end]  # the tokens that chose this expert
+            h = swiglu(F.linear(x[rows], experts.gate_up_proj[expert]))
+            y = F.linear(h, experts.down_proj[expert])  # (rows, D)
+            out.index_add_(0, rows, y.float() * weights.flatten()[order[start:end], None])
+        start = end
+    return out.to(x.dtype)
+
+
+def gather(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """A matrix-vector product for each token and choice, over copies of the chosen weights; no sync, any shape."""
+    _, wide, dim = experts.gate_up_proj.shape
+    rows = max(1, GATHER_BYTES // (indices.shape[1] * wide * dim * experts.gate_up_proj.element_size()))
+    parts = []
+    for xs, chosen, w in zip(x.split(rows), indices.split(rows), weights.split(rows), strict=True):
+        h = swiglu(torch.matmul(experts.gate_up_proj[chosen], xs[:, None, :, None]).squeeze(-1))  # (rows, K, I)
+        y = torch.matmul(experts.down_proj[chosen], h[..., None]).squeeze(-1)  # (rows, K, D)
+        parts.append((y.float() * w[..., None]).sum(dim=1).to(x.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def grouped(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Sorted by expert, two grouped matrix products, and back; no sync, each expert's weights are read once."""
+    order, token, ends = by_expert(indices, experts.gate_up_proj.shape[0])
+    h = swiglu(grouped_mm(x[token], experts.gate_up_proj, ends))  # (N K, I)
+    y = grouped_mm(h, experts.down_proj, ends)  # (N K, D)
+    y = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, indices.shape)  # (N, K, D): back in the tokens' order
+    return (y.float() * weights[..., None]).sum(dim=1).to(x.dtype)
+
+
+STRATEGIES: dict[str, Dispatch] = {"loop": loop, "gather": gather, "grouped": grouped}
+
+
+def by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the N K choices (N, K) by expert.
+
+    Returns `order` (N K), a sorted choice's place among the unsorted; `token` (N K), the token it came from; and `ends`,
+    int32 (E,): expert e owns the sorted choices from ends[e - 1] to ends[e].
+    """
+    sorted_experts, order = indices.flatten().sort(stable=True)
+    ids = torch.arange(experts, device=indices.device)
+    ends = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
+    return order, order // indices.shape[1], ends
+
+
+@torch.library.custom_op("r1::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight.mT, offs=ends)
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x (M, in), sorted by group, times their group's weight (E, out, in) -> (M, out).
+
+    An operator of ours around torch's, whose shape inference knows bf16 only, and which autocast doesn't know at all.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _grouped_mm(x, weight, ends)
