@@ -1,0 +1,245 @@
+"""The switches, and what this machine can do of them.
+
+`Backend` is what a user asks for; `resolve` turns every "auto" into what really runs, or raises one sentence that says why
+not and what instead. Nothing here falls back in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1.config import Config
+from r1.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ATTENTION = ("auto", "naive", "expand", "absorbed", "triton")
+MOE = ("auto", "loop", "gather", "grouped", "triton")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda", "rocm"),
+    "dtype": ("auto", "fp32", "bf16", "fp16"),
+    "amp": ("off", "bf16", "fp16"),
+    "attention": ATTENTION,
+    "prefill_attention": ATTENTION,
+    "moe": MOE,
+    "prefill_moe": MOE,
+    "kernels": ("torch", "triton"),
+    "quant": ("none", "fp8", "int8", "int4"),
+    "speculate": ("off", "mtp"),
+}
+# Slots that other parts of the project fill; until then they are refused, not ignored.
+NOT_YET: dict[str, tuple[Any, ...]] = {
+    "cuda_graphs": (True,),
+    "attention": ("triton",),
+    "prefill_attention": ("triton",),
+    "moe": ("triton",),
+    "prefill_moe": ("triton",),
+    "kernels": ("triton",),
+    "quant": ("fp8", "int8", "int4"),
+    "speculate": ("mtp",),
+}
+GROUPED_ALIGNMENT = 16
+"""torch's grouped_mm wants rows of a multiple of so many bytes."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The switches. "auto" lets `resolve` choose by machine and model. The command line's flags have the same names."""
+
+    device: str = "auto"
+    """Where it runs: cuda (NVIDIA), rocm (AMD) or cpu; auto takes a GPU where there is one."""
+    dtype: str = "auto"
+    """What weights and cache are stored in; auto: bf16 on a GPU that has it (else fp16), fp32 on a CPU or under amp."""
+    amp: str = "off"
+    """Autocast: weights stay fp32, matrix products run in this dtype."""
+    compile: bool = False
+    """torch.compile, one block at a time."""
+    cuda_graphs: bool = False
+    """Capture of the decode step."""
+    attention: str = "auto"
+    """How a decode step attends; auto: absorbed."""
+    prefill_attention: str = "auto"
+    """How a prompt attends; auto: expand."""
+    moe: str = "auto"
+    """How a decode step runs its experts; auto: gather for a few tokens, grouped for more."""
+    prefill_moe: str = "auto"
+    """How a prompt runs its experts; auto: grouped."""
+    kernels: str = "torch"
+    quant: str = "none"
+    speculate: str = "off"
+    tp: int = 1
+    ep: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(f"{name}={value!r}: choose {', '.join(choices)}")
+        for name in ("compile", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r}: choose True or False")
+        for name in ("tp", "ep", "pp"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value!r}: give a whole number of at least 1")
+
+    def describe(self) -> str:
+        """The switches that differ from the dataclass's defaults, as one would type them."""
+        changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return ", ".join(f"{k}={v}" if not isinstance(v, bool) else k for k, v in changed.items()) or "all off"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `resolve` needs to know of where we run. `Machine.here()` looks; tests make up others."""
+
+    cuda: bool = False
+    """torch sees a GPU (NVIDIA's or, in a ROCm build, AMD's)."""
+    hip: str | None = None
+    """The ROCm version that torch was built for."""
+    torch_version: str = torch.__version__
+    name: str = "CPU"
+    capability: tuple[int, int] = (0, 0)
+    compiler: bool = True
+    """torch.compile has what it needs: a C++ compiler for the CPU, Triton for a GPU."""
+
+    @staticmethod
+    def here() -> Machine:
+        cuda = torch.cuda.is_available()
+        return Machine(
+            cuda=cuda,
+            hip=torch.version.hip,
+            name=torch.cuda.get_device_name() if cuda else cpu_name(),
+            capability=torch.cuda.get_device_capability() if cuda else (0, 0),
+            compiler=_has_triton() if cuda else shutil.which(os.environ.get("CXX", "g++")) is not None,
+        )
+
+    def has_bf16(self) -> bool:
+        return not self.cuda or self.hip is not None or self.capability >= (8, 0)
+
+
+def resolve(backend: Backend, config: Config, machine: Machine | None = None, *, batch: int = 1) -> Backend:
+    """Turn every "auto" into what really runs for `config` on `machine`, with `batch` rows in a decode step.
+
+    Raises InputError for a switch that the machine can't do, that is not built yet, or that contradicts another.
+    """
+    machine = machine or Machine.here()
+    for name, values in NOT_YET.items():
+        if getattr(backend, name) in values:
+            raise InputError(f"{name}={getattr(backend, name)} is not built yet: leave {name} at its default")
+    for name in ("tp", "ep", "pp"):
+        if getattr(backend, name) > 1:
+            raise InputError(f"{name}={getattr(backend, name)} is not built yet: leave {name} at 1")
+
+    device = _device(backend, machine)
+    gpu = device != "cpu"
+    dtype = backend.dtype
+    if dtype == "auto":
+        dtype = "fp32" if not gpu or backend.amp != "off" else "bf16" if machine.has_bf16() else "fp16"
+    if gpu and "bf16" in (dtype, backend.amp) and not machine.has_bf16():
+        raise InputError(f"bf16 needs compute capability 8.0, and {machine.name} has {machine.capability}: use fp16 or fp32")
+    if backend.amp != "off" and dtype != "fp32":
+        raise InputError(f"amp={backend.amp} casts fp32 weights as it goes, but dtype={dtype}: use dtype=fp32, or amp=off")
+    if backend.compile and gpu and not machine.compiler:
+        raise InputError("compile needs Triton on a GPU, and it can't be imported here: install triton, or leave compile off")
+    if backend.compile and not gpu and not machine.compiler:
+        raise InputError("compile needs a C++ compiler on a CPU, and there is none: install g++ (or set CXX), or leave it off")
+
+    attention, prefill_attention = _attention(backend)
+    compute = DTYPES[dtype if backend.amp == "off" else backend.amp]
+    unaligned = _unaligned(config, compute)
+    for name in ("moe", "prefill_moe"):
+        value = getattr(backend, name)
+        if value == "grouped" and unaligned:
+            raise InputError(f"{name}=grouped: {unaligned}; use gather")
+        if value == "loop" and backend.compile:
+            raise InputError(f"{name}=loop reads its counts on the host, which compile can't hold: use gather or grouped")
+    # gather copies a token's K experts; grouped reads each expert that was hit once, but has to sort.
+    few = batch * config.num_experts_per_tok <= config.n_routed_experts // 4 or batch == 1
+    moe = backend.moe if backend.moe != "auto" else "gather" if few or unaligned else "grouped"
+    prefill_moe = backend.prefill_moe
+    if prefill_moe == "auto":
+        prefill_moe = "grouped" if not unaligned else "gather" if backend.compile else "loop"
+    return dataclasses.replace(
+        backend, device=device, dtype=dtype, attention=attention, prefill_attention=prefill_attention,
+        moe=moe, prefill_moe=prefill_moe,
+    )  # fmt: skip
+
+
+def _device(backend: Backend, machine: Machine) -> str:
+    gpu = "rocm" if machine.hip else "cuda"
+    if backend.device == "auto":
+        return gpu if machine.cuda else "cpu"
+    if backend.device == "cpu" or (backend.device == gpu and machine.cuda):
+        return backend.device
+    if machine.cuda:
+        raise InputError(f"device={backend.device}: this torch ({machine.torch_version}) drives {gpu}: use device={gpu}")
+    raise InputError(f"device={backend.device}: torch {machine.torch_version} sees no such GPU here: use device=cpu")
+
+
+def _attention(backend: Backend) -> tuple[str, str]:
+    """naive caches full keys and values and the others the latent, so one phase's naive makes the other's."""
+    decode, prefill = backend.attention, backend.prefill_attention
+    if decode == "auto":
+        decode = "naive" if prefill == "naive" else "absorbed"
+    if prefill == "auto":
+        prefill = "naive" if decode == "naive" else "expand"
+    if (decode == "naive") != (prefill == "naive"):
+        raise InputError(
+            f"attention={decode} and prefill_attention={prefill} can't share a cache: naive keeps every head's keys and "
+            "values, the others the latent; use naive for both or for neither"
+        )
+    return decode, prefill
+
+
+def _unaligned(config: Config, dtype: torch.dtype) -> str | None:
+    for name, size in (("hidden_size", config.hidden_size), ("moe_intermediate_size", config.moe_intermediate_size)):
+        if config.n_routed_experts and size * dtype.itemsize % GROUPED_ALIGNMENT:
+            return f"torch's grouped_mm wants rows of a multiple of {GROUPED_ALIGNMENT} bytes, and {name} is {size} in {dtype}"
+    return None
+
+
+def torch_device(backend: Backend) -> torch.device:
+    """The device by torch's name: ROCm answers to "cuda"."""
+    return torch.device("cpu" if backend.device == "cpu" else "cuda")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be had, in bytes: the GPU's free memory, or the host's within its cgroup's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+        cgroup = Path("/sys/fs/cgroup")
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - used)
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux, no cgroup, or no limit ("max"): what we have is the best known
+    return available
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, and how many threads torch uses."""
+    name = "CPU"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor that has no such line
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
