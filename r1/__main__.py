@@ -1,0 +1,93 @@
+"""`python -m r1 "question"`: ask the model, and watch it think. Without a question: chat."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import r1
+from r1 import switches
+from r1.generate import TEMPERATURE, TOP_P
+
+EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny-r1"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 for input that can't be used."""
+    arguments = parser().parse_args(argv)
+    try:
+        return talk(arguments)
+    except r1.InputError as error:
+        print(f"r1: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(PLAIN if sys.stdout.isatty() else "")
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m r1", description="Ask the model a question, or chat with it if none is given.")
+    p.add_argument("question", nargs="?", help="what to ask; without it, a chat (end it with Ctrl-D)")
+    p.add_argument("--model", type=Path, default=EMBEDDED, metavar="DIR", help="a checkpoint's folder (default: tiny-r1)")
+    p.add_argument("--system", metavar="TEXT", help="a system prompt")
+    p.add_argument("--new", type=int, default=1024, metavar="N", help="new tokens at most (default 1024)")
+    p.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=f"default {TEMPERATURE}; 0 is greedy")
+    p.add_argument("--top-p", type=float, default=TOP_P, metavar="P", help=f"default {TOP_P}")
+    p.add_argument("--seed", type=int, metavar="N", help="makes the same choices again")
+    p.add_argument("--no-think", dest="think", action="store_false", help="answer without reasoning first")
+    switches.add_flags(p)
+    return p
+
+
+def talk(arguments: argparse.Namespace) -> int:
+    engine = r1.load(arguments.model, r1.Backend(**switches.given(arguments)))  # type: ignore[arg-type]
+    for note in engine.notes:
+        print(f"r1: {note}", file=sys.stderr)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    if arguments.question is not None:
+        answer(engine, [*messages, {"role": "user", "content": arguments.question}], arguments)
+        return 0
+    print("Ask something; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ")
+        except EOFError:
+            print()
+            return 0
+        if question.strip():
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer(engine, messages, arguments)})
+
+
+def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+    """Stream one answer, its reasoning dimmed, and a line of timings on stderr; returns the answer without reasoning."""
+    color = sys.stdout.isatty()
+    thinking = False
+
+    def show(reasoning: str, said: str) -> None:
+        nonlocal thinking
+        for text, dim in ((reasoning, True), (said, False)):
+            if text and color and dim != thinking:
+                print(DIM if dim else PLAIN, end="")
+                thinking = dim
+            print(text, end="", flush=True)
+
+    completion = engine.chat(
+        messages, arguments.new, arguments.temperature, arguments.top_p, arguments.seed, arguments.think, on_text=show
+    )
+    print(PLAIN if thinking else "")
+    rate = f", then {1 / completion.tpot:.1f} tokens/s ({completion.tpot * 1e3:.2f} ms each)" if completion.tpot else ""
+    stopped = "" if completion.finish == "stop" else "; cut off at --new or the context's end"
+    print(
+        f"[{completion.prompt_tokens} tokens read, first of {len(completion.tokens)} new after "
+        f"{completion.ttft * 1e3:.0f} ms{rate}{stopped}]",
+        file=sys.stderr,
+    )
+    return completion.answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

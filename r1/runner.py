@@ -1,0 +1,104 @@
+"""How one step is called: the model as it is, under autocast, or with its blocks compiled.
+
+Shapes: B batch, S sequence, W vocab_size, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from r1.backend import DTYPES, Backend, available_bytes, torch_device
+from r1.cache import Cache, bytes_per_token
+from r1.config import Config
+from r1.errors import InputError
+from r1.model import Transformer
+
+
+def round_capacity(tokens: int) -> int:
+    """A cache's capacity for at least `tokens`: each is a shape of its own to compile, so there are four an octave."""
+    step = max(128, 2 ** (tokens.bit_length() - 1) // 4)
+    return -(-tokens // step) * step
+
+
+class Runner:
+    """One model and one way to call it."""
+
+    def __init__(self, model: Transformer, backend: Backend, prefill_chunk: int = 2048) -> None:
+        self.model, self.backend, self.prefill_chunk = model, backend, prefill_chunk
+        self.config: Config = model.config
+        self.device = torch_device(backend)
+        self.full_cache = backend.attention == "naive"
+        self.blocks: dict[str, list[Callable[..., Tensor]]] = {p: list(model.layers) for p in ("prefill", "decode")}
+        if backend.compile:
+            # Regional: dynamo compiles one block of each kind, and the layers share it. A decode step's shapes are fixed
+            # and known; a prompt's length is not. A limit that is reached raises (fullgraph), it does not run eagerly.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            for phase, dynamic in (("prefill", True), ("decode", False)):
+                self.blocks[phase] = [torch.compile(block, fullgraph=True, dynamic=dynamic) for block in model.layers]
+
+    def cache(self, rows: int, tokens: int) -> Cache:
+        """A cache for `rows` rows of at least `tokens` tokens. Raises InputError where it would not fit the memory."""
+        capacity = round_capacity(tokens)
+        dtype = DTYPES[self.backend.dtype]
+        needed = rows * capacity * bytes_per_token(self.config, dtype, self.full_cache)
+        available = available_bytes(self.device)
+        if needed > available:
+            raise InputError(
+                f"the cache of {rows} x {capacity} tokens needs {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free: "
+                "use fewer prompts, or shorter ones"
+            )
+        return Cache(
+            self.config, rows, capacity, device=self.device, dtype=dtype, full=self.full_cache,
+            layers=self.config.num_hidden_layers,
+        )  # fmt: skip
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """What surrounds every call of the model."""
+        amp = self.backend.amp
+        with torch.inference_mode(), torch.autocast(self.device.type, DTYPES.get(amp), enabled=amp != "off"):
+            yield
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """int64 (B, S) -> fp32 (B, S, W): one full forward without a cache, each position seeing what is before it."""
+        with self.context():
+            tokens = tokens.to(self.device)
+            positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+            hidden = self.model(tokens, self.model.step("prefill", positions, 0), None, self.blocks["prefill"])
+            return self.model.lm_head(hidden).float()
+
+    def prefill(self, prompts: list[list[int]], cache: Cache) -> Tensor:
+        """Read prompts of any lengths into an empty cache, by chunks; returns each row's next-token logits, fp32 (B, W).
+
+        Shorter rows are padded at their end: padding sees real tokens and no real token sees it, and what it leaves in
+        the cache lies behind the row's length.
+        """
+        with self.context():
+            longest = max(map(len, prompts))
+            padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+            tokens = torch.tensor(padded, device=self.device)  # (B, longest)
+            lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+            row = torch.arange(len(prompts), device=self.device)
+            final = None
+            for start in range(0, longest, self.prefill_chunk):
+                stop = min(longest, start + self.prefill_chunk)
+                positions = torch.arange(start, stop, device=self.device).expand(len(prompts), -1)
+                step = self.model.step("prefill", positions, stop if start else 0)
+                hidden = self.model(tokens[:, start:stop], step, cache.head(stop), self.blocks["prefill"])
+                last = hidden[row, (lengths - 1 - start).clamp(0, stop - start - 1)]  # (B, D)
+                final = last if final is None else torch.where((lengths > start)[:, None], last, final)
+            cache.lengths.copy_(lengths)
+            return self.model.lm_head(final).float()
+
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """One step: tokens (B, S) come to stand behind each row's; returns fp32 logits (B, S, W), and the rows grow."""
+        with self.context():
+            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.device)  # (B, S)
+            step = self.model.step("decode", positions, cache.capacity)
+            hidden = self.model(tokens, step, cache.layers, self.blocks["decode"])
+            cache.lengths += tokens.shape[1]
+            return self.model.lm_head(hidden).float()

@@ -1,0 +1,28 @@
+"""The switches as command-line flags: one flag for each field of Backend, under the same name with dashes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from r1.backend import CHOICES, Backend
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each switch; those not given stay out of the namespace, so that "given" can be told from "default"."""
+    group = parser.add_argument_group("switches (what each means: r1/backend.py; one machine may not do all)")
+    for field in dataclasses.fields(Backend):
+        flag = "--" + field.name.replace("_", "-")
+        if field.name in CHOICES:
+            text = f"default {field.default}"
+            group.add_argument(flag, choices=CHOICES[field.name], default=argparse.SUPPRESS, help=text)
+        elif field.default is False:
+            group.add_argument(flag, action="store_true", default=argparse.SUPPRESS)
+        else:
+            group.add_argument(flag, type=int, metavar="N", default=argparse.SUPPRESS, help="default 1")
+
+
+def given(arguments: argparse.Namespace) -> dict[str, object]:
+    """The switches that the command line names."""
+    names = {field.name for field in dataclasses.fields(Backend)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
