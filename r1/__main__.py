@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def talk(arguments: argparse.Namespace) -> int:
-    engine = r1.load(arguments.model, r1.Backend(**switches.given(arguments)))  # type: ignore[arg-type]
+    engine = r1.load(arguments.model, r1.Backend(**switches.given(arguments)))
     for note in engine.notes:
         print(f"r1: {note}", file=sys.stderr)
     messages: list[dict[str, Any]] = [{"role": "system", "content": arguments.system}] if arguments.system else []

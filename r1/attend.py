@@ -44,7 +44,7 @@ def naive(mla: MLA, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, st
         k, v = step.remember(cache, k, v)  # (B, T, H, N + R), (B, T, H, V)
     q = torch.cat((q_nope, q_pe), dim=-1)  # (B, S, H, N + R)
     scores = torch.einsum("bshd,bthd->bhst", q, k)
-    return torch.einsum("bhst,bthv->bshv", probabilities(scores, mla.scale, step.mask).to(v.dtype), v)
+    return torch.einsum("bhst,bthv->bshv", probabilities(scores, mla.scale, step.bias).to(v.dtype), v)
 
 
 def expand(mla: MLA, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
@@ -72,7 +72,7 @@ def absorbed(mla: MLA, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor,
     q = torch.cat((q_c, q_pe.to(q_c.dtype)), dim=-1)  # (B, S, H, C + R)
     scores = torch.matmul(q.flatten(1, 2), latent.to(q.dtype).mT)  # (B, S H, T)
     scores = scores.unflatten(1, (-1, mla.heads)).transpose(1, 2)  # (B, H, S, T)
-    p = probabilities(scores, mla.scale, step.mask).transpose(1, 2).flatten(1, 2)  # (B, S H, T)
+    p = probabilities(scores, mla.scale, step.bias).transpose(1, 2).flatten(1, 2)  # (B, S H, T)
     c = torch.matmul(p.to(latent.dtype), latent[..., : mla.kv_split[0]])  # (B, S H, C)
     return torch.einsum("bshc,hvc->bshv", c.unflatten(1, (-1, mla.heads)), w_uv)
 
@@ -88,10 +88,8 @@ def keys_values(mla: MLA, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((k_nope, k_pe), dim=-1), v
 
 
-def probabilities(scores: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """Softmax over the keys in fp32: scores (B, H, S, T), mask (B, 1, S, T) or None -> fp32 (B, H, S, T)."""
-    scores = scores.float() * scale
-    if mask is None:
-        queries, keys = scores.shape[-2:]
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+def probabilities(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Softmax over the keys in fp32: scores (B, H, S, T), bias (B, 1, S, T) of 0 and -inf, or None -> fp32 (B, H, S, T)."""
+    if bias is None:
+        bias = torch.full(scores.shape[-2:], float("-inf"), device=scores.device).triu(1)
+    return torch.add(bias, scores, alpha=scale).softmax(dim=-1)

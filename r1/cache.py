@@ -8,6 +8,8 @@ Shapes: B rows, T tokens of capacity, H heads, C latent, R rope.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,8 @@ class Cache:
             for _ in range(layers)
         ]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.graphs: dict[tuple[int, ...], Any] = {}
+        """Captured decode steps by the shape of their tokens: bound to these addresses, they live as long as the cache."""
 
     def reset(self) -> None:
         """Forget everything, also what an overflow may have left."""
@@ -57,9 +61,3 @@ class Cache:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in self.layers for t in layer)
-
-
-def write(buffer: Tensor, positions: Tensor, new: Tensor) -> None:
-    """buffer[b, positions[b, s]] = new[b, s], with buffer (B, T, ...), positions (B, S), new (B, S, ...)."""
-    rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]  # (B, 1)
-    buffer[rows, positions] = new.to(buffer.dtype)

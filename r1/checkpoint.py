@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def places(model: Transformer) -> dict[str, Tensor]:
     """Where each checkpoint key lives in the model: views of its parameters, in the model's order.
 
     The names are the same but for a leading `model.`, the MTP layers (the checkpoint counts them on from the last decoder
-    layer) and the experts, which we keep stacked.
+    layer), the experts, which we keep stacked, and matrices with one input, which we keep joined.
     """
     first_mtp = model.config.num_hidden_layers
     out: dict[str, Tensor] = {}
@@ -71,17 +72,25 @@ def places(model: Transformer) -> dict[str, Tensor]:
             _, depth, rest = name.split(".", 2)
             name = f"layers.{first_mtp + int(depth)}.{rest.removeprefix('block.')}"
         key = name if name.startswith("lm_head.") else f"model.{name}"
-        if key.endswith(".experts.gate_up_proj"):
-            stem = key.removesuffix("gate_up_proj")
-            for expert, both in enumerate(tensor):
-                gate, up = both.chunk(2)
-                out[f"{stem}{expert}.gate_proj.weight"], out[f"{stem}{expert}.up_proj.weight"] = gate, up
-        elif key.endswith(".experts.down_proj"):
-            stem = key.removesuffix("down_proj")
-            out |= {f"{stem}{expert}.down_proj.weight": down for expert, down in enumerate(tensor)}
-        else:
-            out[key] = tensor
+        stem, stacked, projection = key.partition(".experts.")
+        matrices = {key: tensor}
+        if stacked:
+            matrices = {f"{stem}.experts.{expert}.{projection}.weight": matrix for expert, matrix in enumerate(tensor)}
+        for key, matrix in matrices.items():
+            module = key.split(".")[-2]
+            for name, rows in zip(*_joined(module, matrix, model.config), strict=True):
+                out[key.replace(module, name)] = rows
     return out
+
+
+def _joined(module: str, matrix: Tensor, config: Config) -> tuple[list[str], list[Tensor]]:
+    """The checkpoint's names for the matrices that stand above each other in one of ours, and their rows."""
+    if module == "gate_up_proj":
+        return ["gate_proj", "up_proj"], list(matrix.chunk(2))
+    if module == "qkv_a_proj":
+        query = "q_proj" if config.q_lora_rank is None else "q_a_proj"
+        return [query, "kv_a_proj_with_mqa"], list(matrix.split([matrix.shape[0] - config.latent_dim, config.latent_dim]))
+    return [module], [matrix]
 
 
 def load(model: Transformer, directory: str | Path, *, quiet: bool = False) -> Report:
@@ -105,16 +114,15 @@ def load(model: Transformer, directory: str | Path, *, quiet: bool = False) -> R
 
     total = sum(wanted[key].numel() * DTYPES[entry.dtype].itemsize for key, entry in entries.items())
     with Progress(f"loading {directory.name}", total, quiet) as progress, torch.no_grad():
-        for path, keys in _by_file(entries):
-            for source, key in _stream(path, keys):
-                entry, place = entries[key], wanted[key]
-                if entry.dtype == "F8_E4M3":
-                    assert block is not None  # _check
-                    fp8.dequantize(source.to(place.device), scale[key + SCALE].to(place.device), block, out=place)
-                else:
-                    place.copy_(source)
-                report.nbytes += source.nbytes
-                progress.add(source.nbytes)
+        for key, rows, source in _stream(entries):
+            place = wanted[key]
+            if entries[key].dtype == "F8_E4M3":
+                assert block is not None  # _check
+                fp8.dequantize(source.to(place.device), scale[key + SCALE].to(place.device), block, out=place)
+            else:
+                place[rows].copy_(source)
+            report.nbytes += source.nbytes
+            progress.add(source.nbytes)
     return report
 
 
@@ -124,9 +132,11 @@ def _entries(directory: Path) -> dict[str, _Entry]:
     if index.is_file():
         weight_map = _weight_map(index)
         found: dict[str, _Entry] = {}
-        for name in sorted(set(weight_map.values())):
+        names = sorted(set(weight_map.values()))
+        for name in names:  # all of them before the first is opened
             if not name.endswith(".safetensors") or Path(name).name != name:
                 raise InputError(f"{index} names {name!r}, which is no safetensors file in this folder: it is not opened")
+        for name in names:
             if not (directory / name).is_file():
                 raise InputError(f"{index} names {name}, which the folder lacks: download that file again")
             for key, entry in _header(directory / name).items():
@@ -157,7 +167,7 @@ def _entries(directory: Path) -> dict[str, _Entry]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise InputError(f"{index} can't be read ({type(error).__name__}: {error}): download it again") from None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index} has a weight_map that does not name a file for each tensor: download it again")
@@ -181,10 +191,8 @@ def _why_skipped(key: str, model: Transformer) -> str | None:
     if key.endswith(".rotary_emb.inv_freq"):
         return "rotation frequencies are computed from config.json"
     head, _, rest = key.removeprefix("model.layers.").partition(".")
-    if not key.startswith("model.layers.") or not head.isdigit():
-        return None
-    depth = int(head) - config.num_hidden_layers
-    if not 0 <= depth < config.num_nextn_predict_layers:
+    first = config.num_hidden_layers
+    if not key.startswith("model.layers.") or head not in map(str, range(first, first + config.num_nextn_predict_layers)):
         return None
     if rest in ("embed_tokens.weight", "shared_head.head.weight"):
         return "the MTP layer shares the model's embedding and output head"
@@ -210,6 +218,8 @@ def _check(
             raise InputError(f"{entry.path}: {key} is stored as {entry.dtype}; r1 reads {', '.join(DTYPES)}")
         if entry.dtype != "F8_E4M3":
             continue
+        if len(shape) != 2:
+            raise InputError(f"{entry.path}: {key} is FP8, but only matrices come in blocks, and its shape is {shape}")
         if config.fp8_block is None:
             raise InputError(f"{entry.path}: {key} is FP8, but config.json has no quantization_config to say in what blocks")
         if key + SCALE not in scales:
@@ -217,41 +227,44 @@ def _check(
         scale, grid = scales[key + SCALE], fp8.grid(shape, config.fp8_block)
         if scale.shape != grid:
             raise InputError(f"{scale.path}: {scale.key} has shape {scale.shape}; blocks of {config.fp8_block} make it {grid}")
+        if scale.dtype not in ("F32", "F16", "BF16"):
+            raise InputError(f"{scale.path}: {scale.key} is stored as {scale.dtype}; r1 reads scales in F32, F16, BF16")
 
 
 _NOTHING = _Entry(Path(), "", (), "")
 
 
-def _by_file(entries: dict[str, _Entry]) -> Iterator[tuple[Path, list[str]]]:
-    """Keys by shard, in the order in which they lie in the file."""
-    files: dict[Path, list[str]] = {}
+def _stream(entries: dict[str, _Entry]) -> Iterator[tuple[str, slice, Tensor]]:
+    """Map one shard after the other and yield keys, rows and those rows, which are views of the file.
+
+    What has been read is let go of as it goes, and large tensors come in parts (FP8 ones never): so no more than
+    2 REMAP_BYTES are mapped and read at a time, however large an embedding is.
+    """
+    parts: dict[Path, list[tuple[str, slice]]] = {}  # by shard, in the order in which they lie in the file
     for key, entry in entries.items():
-        files.setdefault(entry.path, []).append(key)
-    yield from files.items()
-
-
-def _stream(path: Path, keys: list[str]) -> Iterator[tuple[Tensor, str]]:
-    """Map `path` and yield its tensors, which are views of the file, letting go of what has been read as it goes."""
-    position = 0
-    while position < len(keys):
-        read = 0
-        with safe_open(path, framework="pt") as shard:
-            while position < len(keys) and read < REMAP_BYTES:
-                source = shard.get_tensor(keys[position])
-                yield source, keys[position]
-                read += source.nbytes
-                position += 1
-                del source
+        height = entry.shape[0] if entry.dtype == "F8_E4M3" else max(1, REMAP_BYTES // (4 * math.prod(entry.shape[1:])))
+        cuts = [slice(start, start + height) for start in range(0, entry.shape[0], height)]
+        parts.setdefault(entry.path, []).extend((key, rows) for rows in cuts)
+    for path, pending in parts.items():
+        pending.reverse()
+        while pending:
+            read = 0
+            with safe_open(path, framework="pt") as shard:
+                while pending and read < REMAP_BYTES:
+                    key, rows = pending.pop()
+                    source = shard.get_slice(key)[rows]
+                    yield key, rows, source
+                    read += source.nbytes
+                    del source
 
 
 def _read_scales(scales: dict[str, _Entry]) -> dict[str, Tensor]:
     """All scales, fp32 on the CPU (1/16384 of the weights), checked before any weight is read."""
     out: dict[str, Tensor] = {}
-    for path, keys in _by_file(scales):
-        for source, key in _stream(path, keys):
-            if not bool(torch.isfinite(source.float()).all()):
-                raise InputError(f"{path}: {key} holds NaN or infinite scales: download it again")
-            out[key] = source.float().clone()
+    for key, rows, source in _stream(scales):
+        if not bool(torch.isfinite(source.float()).all()):
+            raise InputError(f"{scales[key].path}: {key} holds NaN or infinite scales: download it again")
+        out.setdefault(key, torch.empty(scales[key].shape, dtype=torch.float32))[rows] = source
     return out
 
 
@@ -323,15 +336,17 @@ def _write(model: Transformer, directory: Path, shard_bytes: int, dtype: torch.d
 def _stored(model: Transformer, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors, one after the other, as they are to be stored."""
     block = model.config.fp8_block
+    rest = dtype or model.norm.weight.dtype
     for key, place in places(model).items():
-        if block and key.endswith("_proj.weight") and not key.endswith("eh_proj.weight"):
+        projection = key.endswith(("_proj.weight", ".kv_a_proj_with_mqa.weight")) and not key.endswith(".eh_proj.weight")
+        if block and projection:
             yield from zip((key, key + SCALE), fp8.quantize(place, block), strict=True)
         elif key.endswith("e_score_correction_bias"):
             yield key, place.float()
         else:
-            yield key, place.to(dtype or place.dtype).contiguous()
+            yield key, place.to(rest).contiguous()
     for depth in range(len(model.mtp)):
         stem = f"model.layers.{model.config.num_hidden_layers + depth}."
         for name, shared in (("embed_tokens", model.embed_tokens), ("shared_head.head", model.lm_head)):
             # R1's files hold these copies, and other readers of the format look for them.
-            yield f"{stem}{name}.weight", shared.weight.data.to(dtype or shared.weight.dtype).clone()
+            yield f"{stem}{name}.weight", shared.weight.data.to(rest).clone()

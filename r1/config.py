@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ class Config:
             raise InputError(f"{directory} has no config.json: a checkpoint's folder holds config.json and *.safetensors")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise InputError(f"{path} can't be read as JSON ({error}): download it again") from None
         if not isinstance(raw, dict):
             raise InputError(f"{path} holds no JSON object: download it again")
@@ -187,19 +188,22 @@ class _Reader:
         value = self.raw.get(field)
         return default if value is None else value
 
-    def integer(self, field: str, default: int | None = None, least: int = 1) -> int:
+    def integer(self, field: str, default: int | None = None, least: int = 1, most: int = 10**6) -> int:
+        """A size within `most`, such that no product of three overflows torch's 64 bits, and no loop over it goes on for ever."""
         value = self.get(field, default)
         if value is None:
             raise self.fail(field, "is missing: it is part of the model's shape")
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.fail(field, f"is {value!r}, which is no whole number of at least {least}")
+        if value > most:
+            raise self.fail(field, f"is {value}, which is larger than in any model: r1 takes at most {most}")
         return value
 
     def number(self, field: str, default: float | None = None, source: dict[str, Any] | None = None) -> float:
         value = self.get(field, default) if source is None else source.get(field, default)
         if value is None:
             raise self.fail(field, "is missing: it is part of the model's arithmetic")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
             raise self.fail(field, f"is {value!r}, which is no finite number of at least 0")
         return float(value)
 
@@ -224,7 +228,7 @@ class _Reader:
 
     def config(self) -> Config:
         model_type = self.get("model_type")
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise self.fail("model_type", f"is {model_type!r}, but r1 runs only {', '.join(FAMILIES)}")
         family = FAMILIES[model_type]
         defaults = DEFAULTS[family]
@@ -248,7 +252,7 @@ class _Reader:
             model_type=family,
             vocab_size=self.integer("vocab_size"),
             hidden_size=self.integer("hidden_size"),
-            num_hidden_layers=self.integer("num_hidden_layers"),
+            num_hidden_layers=self.integer("num_hidden_layers", most=1000),
             num_attention_heads=self.integer("num_attention_heads"),
             q_lora_rank=self.integer("q_lora_rank") if self.get("q_lora_rank") is not None else None,
             kv_lora_rank=self.integer("kv_lora_rank"),
@@ -267,12 +271,12 @@ class _Reader:
             scoring_func=self.choice("scoring_func", defaults["scoring_func"], (defaults["scoring_func"],), family),
             norm_topk_prob=self.boolean("norm_topk_prob", defaults["norm_topk_prob"]),
             routed_scaling_factor=self.number("routed_scaling_factor", None if v3 and experts else 1.0),
-            max_position_embeddings=self.integer("max_position_embeddings"),
+            max_position_embeddings=self.integer("max_position_embeddings", most=10**9),
             rms_norm_eps=self.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             yarn=yarn,
             tie_word_embeddings=self.boolean("tie_word_embeddings", False),
-            num_nextn_predict_layers=self.integer(mtp, 0, least=0),
+            num_nextn_predict_layers=self.integer(mtp, 0, least=0, most=1000),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=self.token_ids("eos_token_id"),
             fp8_block=self.fp8_block(),
@@ -296,8 +300,8 @@ class _Reader:
         theta = self.number("rope_theta", both.get("rope_theta", 10000.0))
         if both.get("rope_theta", theta) != theta:
             raise self.fail("rope_theta", f"is {theta}, but rope_parameters says {both['rope_theta']}")
-        if theta == 0:
-            raise self.fail("rope_theta", "is 0: it is the base of the rotation's wavelengths")
+        if theta <= 1:
+            raise self.fail("rope_theta", f"is {theta}, but the rotation's wavelengths are its powers: more than 1")
 
         kind = both.get("rope_type", both.get("type", "default"))
         if "type" in both and both["type"] != kind:
@@ -315,8 +319,8 @@ class _Reader:
         if both.get("partial_rotary_factor", 1) != 1:
             raise self.fail("rope_scaling", f"has partial_rotary_factor = {both['partial_rotary_factor']}, not 1")
         original = both.get("original_max_position_embeddings")
-        if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-            raise self.fail("rope_scaling", f"has original_max_position_embeddings = {original!r}, no whole number above 0")
+        if isinstance(original, bool) or not isinstance(original, int) or not 0 < original <= 10**9:
+            raise self.fail("rope_scaling", f"has original_max_position_embeddings = {original!r}, not 1 to 1000000000")
         yarn = Yarn(
             factor=self.number("factor", source=both),
             original_max_position_embeddings=original,
@@ -327,7 +331,10 @@ class _Reader:
         )
         if yarn.factor < 1:
             raise self.fail("rope_scaling", f"has factor = {yarn.factor}, but YaRN stretches: at least 1")
-        stated = both.get("attention_factor")
+        if not 0 < yarn.beta_slow <= yarn.beta_fast:
+            betas = f"beta_slow = {yarn.beta_slow} and beta_fast = {yarn.beta_fast}"
+            raise self.fail("rope_scaling", f"has {betas}, but YaRN wants 0 < beta_slow <= beta_fast")
+        stated = None if both.get("attention_factor") is None else self.number("attention_factor", source=both)
         if stated is not None and not math.isclose(stated, yarn.table_factor, rel_tol=1e-6):
             raise self.fail("rope_scaling", f"has attention_factor = {stated}, but its mscales give {yarn.table_factor:.6g}")
         return theta, yarn

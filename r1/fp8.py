@@ -13,8 +13,8 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-BAND_BYTES = 32 * 2**20
-"""How much fp32 scratch a conversion takes at a time."""
+BAND_BYTES = 4 * 2**20
+"""How much fp32 scratch a conversion takes at a time: what stays in a CPU's cache, and needn't be had anew from the system."""
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
@@ -25,13 +25,24 @@ def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
 def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int], out: Tensor) -> None:
     """e4m3 (out, in) and fp32 scales (grid) -> `out` (out, in) of any float dtype, by bands of whole blocks."""
     rows, columns = q.shape
-    wide = scale.repeat_interleave(block[1], dim=1)[:, :columns]  # (grid rows, in)
+    wide = (scale * 256).repeat_interleave(block[1], dim=1)[:, :columns]  # (grid rows, in); 256 for _widen
     for start, stop in _bands(rows, columns, block[0]):
         # Splitting rows is a view, so a band's blocks meet their scales without a scale for each element.
-        bands = q[start:stop].float().unflatten(0, (-1, min(block[0], stop - start)))  # (blocks, rows in a block, in)
+        bands = _widen(q[start:stop]).unflatten(0, (-1, min(block[0], stop - start)))  # (blocks, rows in a block, in)
         first = start // block[0]
         bands *= wide[first : first + bands.shape[0], None]
         out[start:stop] = bands.flatten(0, 1)
+
+
+def _widen(q: Tensor) -> Tensor:
+    """e4m3 -> fp32 / 256, exactly, by integers: torch's own cast takes numbers one by one on a CPU (a ninth of the speed).
+
+    e4m3 is SEEEEMMM and fp16 SEEEEEMMMMMMMMMM, with exponents biased by 7 and 15. So the same bits, the sign apart and the
+    others moved up by 7, are the same number times 2^(7 - 15), subnormal numbers too.
+    """
+    bits = q.view(torch.int8).to(torch.int16).mul_(128).bitwise_and_(~0x4000)  # the sign is copied upwards: leave bit 15
+    bits |= (bits + 0x80) & 0x4000  # 0x7F, which is NaN in e4m3, carries into the exponent's top bit: NaN in fp16
+    return bits.view(torch.float16).float()
 
 
 def quantize(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from r1.backend import Backend
+from r1.cache import Cache
 from r1.errors import InputError
 from r1.model import Transformer
 from r1.runner import Runner
@@ -129,7 +130,8 @@ class Engine:
         new: list[list[int]] = [[] for _ in rows]
         ended: dict[int, float] = {}
         ttft = 0.0
-        for step in self._steps(rows, min(max_new_tokens, room), sampler):
+        limit = min(max_new_tokens, room)
+        for step in self.steps(rows, limit, sampler, self.runner.cache(len(rows), max(map(len, rows)) + limit)):
             now = time.perf_counter() - start
             ttft = ttft or now
             live: list[int | None] = [None if row in ended else token for row, token in enumerate(step)]
@@ -183,12 +185,14 @@ class Engine:
         bos = self.tokenizer.bos_id
         return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
 
-    def _steps(self, rows: list[list[int]], limit: int, sampler: Sampler) -> Iterator[list[int]]:
-        """Each step's tokens on the host. On a GPU the next step is under way while the last one's tokens travel."""
-        cache = self.runner.cache(len(rows), max(map(len, rows)) + limit)
+    def steps(self, rows: list[list[int]], limit: int, sampler: Sampler, cache: Cache, depth: int = 0) -> Iterator[list[int]]:
+        """Continue `rows` by `limit` tokens; yields each step's tokens (B) on the host. `cache` holds `depth` tokens a row.
+
+        On a GPU the next step is under way while the last one's tokens travel.
+        """
         overlap = self.runner.device.type != "cpu"
         travelling: Callable[[], list[int]] | None = None
-        tokens = sampler(self.runner.prefill(rows, cache))
+        tokens = sampler(self.runner.prefill(rows, cache, depth))
         yield tokens.tolist()
         for _ in range(limit - 1):
             tokens = sampler(self.runner.decode(tokens[:, None], cache)[:, -1])
@@ -215,9 +219,9 @@ class Engine:
         for number, row in enumerate(rows):
             if not row:
                 raise InputError(f"prompt {number} is empty: give at least one token")
-            wrong = next((i for i in row if isinstance(i, bool) or not isinstance(i, int)), None)
-            if wrong is not None:
-                raise InputError(f"prompt {number} holds {wrong!r}, which is no token id")
+            wrong = [i for i in row if isinstance(i, bool) or not isinstance(i, int)]
+            if wrong:
+                raise InputError(f"prompt {number} holds {wrong[0]!r}, which is no token id")
             low, high = min(row), max(row)
             if low < 0 or high >= self.config.vocab_size:
                 outside = low if low < 0 else high

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from r1.config import Config
@@ -40,24 +41,27 @@ class MLA(nn.Module):
         self.scale = softmax_scale(c)
         q_dim = self.heads * c.qk_head_dim
         if c.q_lora_rank is None:
-            self.q_proj = nn.Linear(c.hidden_size, q_dim, bias=False)
+            self.a_split = [q_dim, c.kv_lora_rank, c.qk_rope_head_dim]
         else:
-            self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
+            self.a_split = [c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim]
             self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(c.q_lora_rank, q_dim, bias=False)
         self.low_rank_q = c.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.latent_dim, bias=False)
+        # The checkpoint's q_a_proj (q_proj where queries have no low rank) above its kv_a_proj_with_mqa, as one matrix.
+        self.qkv_a_proj = nn.Linear(c.hidden_size, sum(self.a_split), bias=False)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, self.heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * c.v_head_dim, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D); the tokens' latents (or keys and values) are written to `cache` where there is one."""
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.low_rank_q else self.q_proj(x)
+        q, c_kv, k_pe = self.qkv_a_proj(x).split(self.a_split, dim=-1)  # (B, S, .), (B, S, C), (B, S, R)
+        if self.low_rank_q:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q_nope, q_pe = q.unflatten(-1, (self.heads, -1)).split(self.q_split, dim=-1)  # (B, S, H, N), (B, S, H, R)
-        c_kv, k_pe = self.kv_a_proj_with_mqa(x).split(self.kv_split, dim=-1)  # (B, S, C), (B, S, R)
         c_kv = self.kv_a_layernorm(c_kv)
-        q_pe, k_pe = rotate(q_pe, step.cos, step.sin), rotate(k_pe, step.cos, step.sin)
+        pe = rotate(torch.cat((q_pe, k_pe[:, :, None]), dim=2), step.cos, step.sin)  # (B, S, H + 1, R): all at once
+        q_pe, k_pe = pe[:, :, :-1], pe[:, :, -1]
         o = self.attend[step.phase](self, q_nope, q_pe, c_kv, k_pe, step, cache)  # (B, S, H, V)
         return self.o_proj(o.flatten(2))  # (B, S, D)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from r1 import cache as kv
 from r1.cache import LayerCache
 from r1.config import Config
 from r1.layers import MLP, RMSNorm
@@ -33,14 +32,18 @@ class Step:
     """int64 (B, S): where the step's tokens stand in their rows."""
     cos: Tensor
     sin: Tensor
-    """fp32 (B, S, R/2): the rotation of each position."""
+    """fp32 (B, S, 1, R): the rotation of each position, as rope.py makes it."""
     mask: Tensor | None
     """bool (B, 1, S, T): which keys a query sees; None: the keys are the step's own tokens, seen causally."""
+    bias: Tensor | None
+    """The same as fp32 numbers to add to the scores: 0 where it sees, -inf where not."""
+    rows: Tensor
+    """int64 (B, 1): each row's number, which with `positions` addresses the cache."""
 
     def remember(self, cache: LayerCache, *new: Tensor) -> tuple[Tensor, ...]:
         """Write each `new` (B, S, ...) to its buffer (B, T, ...), and return what to attend to."""
         for buffer, tensor in zip(cache, new, strict=True):
-            kv.write(buffer, self.positions, tensor)
+            buffer.index_put_((self.rows, self.positions), tensor.to(buffer.dtype))
         return new if self.mask is None else cache
 
 
@@ -90,9 +93,13 @@ class Transformer(nn.Module):
         `keys=0` says that nothing lies before these tokens: they start their rows, and see but one another.
         """
         cos, sin = angles(positions, self.frequency, self.table_factor)
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        if not keys:
+            return Step(phase, positions, cos, sin, None, None, rows)
         slots = torch.arange(keys, device=positions.device)  # (T,)
-        mask = (slots <= positions[..., None])[:, None] if keys else None  # (B, 1, S, T)
-        return Step(phase, positions, cos, sin, mask)
+        mask = (slots <= positions[..., None])[:, None]  # (B, 1, S, T)
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+        return Step(phase, positions, cos, sin, mask, bias, rows)
 
     def forward(
         self,

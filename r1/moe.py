@@ -72,21 +72,22 @@ def loop(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tenso
             rows = token[start:end]  # the tokens that chose this expert
             h = swiglu(F.linear(x[rows], experts.gate_up_proj[expert]))
             y = F.linear(h, experts.down_proj[expert])  # (rows, D)
-            out.index_add_(0, rows, y.float() * weights.flatten()[order[start:end], None])
+            out.index_add_(0, rows, y * weights.flatten()[order[start:end], None])
         start = end
     return out.to(x.dtype)
 
 
 def gather(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """A matrix-vector product for each token and choice, over copies of the chosen weights; no sync, any shape."""
-    _, wide, dim = experts.gate_up_proj.shape
-    rows = max(1, GATHER_BYTES // (indices.shape[1] * wide * dim * experts.gate_up_proj.element_size()))
-    parts = []
-    for xs, chosen, w in zip(x.split(rows), indices.split(rows), weights.split(rows), strict=True):
-        h = swiglu(torch.matmul(experts.gate_up_proj[chosen], xs[:, None, :, None]).squeeze(-1))  # (rows, K, I)
-        y = torch.matmul(experts.down_proj[chosen], h[..., None]).squeeze(-1)  # (rows, K, D)
-        parts.append((y.float() * w[..., None]).sum(dim=1).to(x.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    rows = max(1, GATHER_BYTES // (indices.shape[1] * experts.gate_up_proj[0].nbytes))
+    if x.shape[0] > rows:
+        parts = zip(x.split(rows), indices.split(rows), weights.split(rows), strict=True)
+        return torch.cat([gather(experts, *part) for part in parts])
+    chosen = indices.flatten()  # (N K,)
+    xs = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1)  # (N K, D)
+    h = swiglu(torch.bmm(experts.gate_up_proj.index_select(0, chosen), xs[..., None]).squeeze(-1))  # (N K, I)
+    y = torch.bmm(experts.down_proj.index_select(0, chosen), h[..., None]).unflatten(0, indices.shape)  # (N, K, D, 1)
+    return (y.squeeze(-1) * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32: the weights are
 
 
 def grouped(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def grouped(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Te
     h = swiglu(grouped_mm(x[token], experts.gate_up_proj, ends))  # (N K, I)
     y = grouped_mm(h, experts.down_proj, ends)  # (N K, D)
     y = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, indices.shape)  # (N, K, D): back in the tokens' order
-    return (y.float() * weights[..., None]).sum(dim=1).to(x.dtype)
+    return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32: the weights are
 
 
 STRATEGIES: dict[str, Dispatch] = {"loop": loop, "gather": gather, "grouped": grouped}

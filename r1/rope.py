@@ -46,17 +46,20 @@ def frequencies(config: Config) -> Tensor:
 
 
 def angles(positions: Tensor, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Integer positions (B, S) and frequencies (R/2,) -> cos and sin, fp32 (B, S, R/2), times `factor`.
+    """Integer positions (B, S) and frequencies (R/2,) -> what `rotate` takes: cos and signed sin, fp32 (B, S, 1, R).
 
-    Computed and not looked up: no table limits the length, and R/2 cosines are nothing beside a layer.
+    Both are multiplied by `factor`. Computed and not looked up: no table limits the length, and R cosines are nothing
+    beside a layer.
     """
-    theta = positions[..., None].float() * frequency  # (B, S, R/2)
-    return theta.cos() * factor, theta.sin() * factor
+    theta = positions[..., None, None].float() * frequency  # (B, S, 1, R/2)
+    cos, sin = theta.cos() * factor, theta.sin() * factor
+    return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of x (B, S, H, R) or (B, S, R) by cos, sin (B, S, R/2); in fp32, out in x's dtype."""
-    if x.dim() == 4:
-        cos, sin = cos[:, :, None], sin[:, :, None]  # (B, S, 1, R/2)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (..., R/2) each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    """Rotate the interleaved pairs of x (B, S, H, R): (a, b) becomes (a cos - b sin, b cos + a sin). In fp32, out in x's dtype.
+
+    The sign stands in `sin`, so a pair is multiplied, swapped, and added: few kernels in eager mode.
+    """
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (b, a)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

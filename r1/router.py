@@ -22,15 +22,16 @@ class Router(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c = self.config = config
-        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        # Both stay fp32 under every dtype switch. The weight is small, and the logits are computed in fp32 anyway; bf16
+        # steps of the bias are as large as the gaps that it decides.
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, dtype=torch.float32))
         if c.topk_method == "noaux_tc":
-            # Stays fp32 under every dtype switch: bf16 steps of the bias are as large as the gaps that it decides.
             self.e_score_correction_bias = nn.Parameter(torch.zeros(c.n_routed_experts, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) -> expert indices, int64 (N, K), and their weights, fp32 (N, K), in no particular order."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())  # (N, E)
+            logits = F.linear(x.float(), self.weight)  # (N, E)
         scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         indices = self.choose(scores)
         weights = scores.gather(1, indices)  # (N, K)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from r1.backend import CHOICES, Backend
 
@@ -22,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=int, metavar="N", default=argparse.SUPPRESS, help="default 1")
 
 
-def given(arguments: argparse.Namespace) -> dict[str, object]:
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The switches that the command line names."""
     names = {field.name for field in dataclasses.fields(Backend)}
     return {name: value for name, value in vars(arguments).items() if name in names}

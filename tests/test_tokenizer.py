@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
+from r1.chat import ReasoningSplitter, split_reasoning
 from r1.errors import InputError
-from r1.tokenizer import KIMI_PATTERN, SYMBOL_TO_BYTE, ReasoningSplitter, Tokenizer, split_reasoning
+from r1.tokenizer import Tokenizer
+from r1.vocabulary import KIMI_PATTERN, SYMBOL_TO_BYTE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import itertools
@@ -363,7 +365,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
         "the quick brown fox jumps over the lazy dog",
         "how vexingly quick daft zebras jump <|im_user|> [x]",
     ]
-    sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
+    sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text * 20), model_writer=file, vocab_size=330, model_type="bpe",
         byte_fallback=True, user_defined_symbols=["<|im_user|>"], hard_vocab_limit=False, minloglevel=2,
         remove_extra_whitespaces=False, normalization_rule_name="identity",

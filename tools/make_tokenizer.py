@@ -16,16 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, without installing r1
 
-from r1.tokenizer import (
-    ASSISTANT,
-    BOS,
-    BYTE_TO_SYMBOL,
-    END_THINK,
-    EOS,
-    PAD,
-    THINK,
-    USER,
-)
+from r1.chat import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER
+from r1.vocabulary import BYTE_TO_SYMBOL
 
 FIRST = [BOS, EOS, PAD]
 LAST = [USER, ASSISTANT, THINK, END_THINK, "<|EOT|>"]
