@@ -1,0 +1,335 @@
+"""The Engine as a user has it: `r1.load` on the embedded checkpoint, logits, generate, chat, the MTP layer, `python -m r1`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from cases import ROOT
+from tolerances import atol
+
+import r1
+from r1 import Backend, InputError, build
+from r1.backend import resolve
+from r1.config import shape
+from r1.generate import TEMPERATURE, TOP_P, Completion, Engine, Sampler
+
+TINY = ROOT / "weights" / "tiny-r1"
+PROMPTS = [[0, 5, 7], [0, 9], [0, 11, 12, 13, 14, 15]]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return r1.load(TINY, Backend(device="cpu", dtype="fp32"), quiet=True)
+
+
+def without_text(engine: Engine, *stops: int) -> Engine:
+    """The same model with other stop tokens."""
+    return Engine(engine.model, engine.backend, None, frozenset(stops))
+
+
+def greedy(engine: Engine, prompts: list[list[int]], new: int, **options: Any) -> list[list[int]]:
+    return [c.tokens for c in engine.generate(prompts, max_new_tokens=new, temperature=0.0, **options)]
+
+
+# ------------------------------------------------------------------------------------------------ load and logits
+def test_load(engine: Engine) -> None:
+    assert isinstance(engine.config, r1.Config) and engine.config == dataclasses.replace(shape("tiny"), fp8_block=(128, 128))
+    backend = engine.backend
+    assert isinstance(backend, Backend) and "auto" not in dataclasses.astuple(backend)  # what really runs
+    assert (backend.attention, backend.prefill_attention, backend.moe, backend.dtype) == ("absorbed", "expand", "gather", "fp32")
+    assert next(engine.model.parameters()).dtype == torch.float32 and not engine.model.training
+    assert not any(p.requires_grad for p in engine.model.parameters())
+    assert r1.load(TINY, quiet=True).config == engine.config
+
+
+def test_logits(engine: Engine) -> None:
+    tokens = torch.tensor([[0, 5, 7, 9], [0, 9, 300, 319]])
+    logits = engine.logits(tokens)
+    assert logits.shape == (2, 4, 320) and logits.dtype == torch.float32 and bool(torch.isfinite(logits).all())
+    changed = tokens.clone()
+    changed[:, 2] = 1
+    other = engine.logits(changed)
+    assert float((logits - other)[:, :2].abs().max()) < atol("algebra fp32")  # causal
+    assert float((logits - other)[:, 2:].abs().amax(dim=-1).min()) > 1e-3
+    half = r1.load(TINY, Backend(device="cpu", dtype="bf16"), quiet=True).logits(tokens)
+    assert half.dtype == torch.float32 and half.shape == logits.shape
+    assert torch.equal(engine.logits(tokens), logits)
+
+
+@pytest.mark.parametrize(
+    "tokens", [torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(0, 3, dtype=torch.int64), torch.tensor([[320]])]
+)
+def test_logits_refuses(engine: Engine, tokens: torch.Tensor) -> None:
+    with pytest.raises(InputError):
+        engine.logits(tokens)
+
+
+# ------------------------------------------------------------------------------------------------ generate
+def test_greedy_is_what_logits_say(engine: Engine) -> None:
+    """Token by token the argmax of a full forward; only new tokens are returned; the same again and again."""
+    completions = engine.generate(PROMPTS, max_new_tokens=8, temperature=0.0, ignore_stop=True)
+    assert [c.prompt_tokens for c in completions] == [3, 2, 6]
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert isinstance(completion, Completion) and len(completion.tokens) == 8 and completion.finish == "length"
+        logits = engine.logits(torch.tensor([prompt + completion.tokens]))[0, len(prompt) - 1 : -1]
+        top = logits.topk(2).values
+        sure = (top[:, 0] - top[:, 1]) > 1e-4
+        assert int(sure.sum()) >= 6
+        assert torch.equal(logits.argmax(-1)[sure], torch.tensor(completion.tokens)[sure])
+        assert 0 < completion.ttft <= completion.seconds and completion.tpot > 0
+    assert greedy(engine, PROMPTS, 8, ignore_stop=True) == [c.tokens for c in completions]
+
+
+def test_a_seed_makes_it_again(engine: Engine) -> None:
+    def sampled(seed: int | None) -> list[list[int]]:
+        return [c.tokens for c in engine.generate(PROMPTS, max_new_tokens=12, seed=seed, ignore_stop=True)]
+
+    assert sampled(1) == sampled(1) != sampled(2)
+    assert sampled(None) != sampled(None)
+    assert sampled(1) != greedy(engine, PROMPTS, 12, ignore_stop=True)
+
+
+def test_stop(engine: Engine) -> None:
+    """A stop token ends its own row, as its last token; the other rows go on as if nothing had been."""
+    free = greedy(without_text(engine), PROMPTS, 12)
+    assert all(len(tokens) == 12 for tokens in free)
+    stop = next(t for t in free[0][2:] if t not in free[1])
+    first = free[0].index(stop)
+    stopped = without_text(engine, stop).generate(PROMPTS, max_new_tokens=12, temperature=0.0)
+    assert stopped[0].tokens == free[0][: first + 1] and stopped[0].finish == "stop"
+    assert stopped[1].tokens == free[1] and stopped[1].finish == "length"
+    assert stopped[0].seconds < stopped[1].seconds
+    ignored = without_text(engine, stop).generate(PROMPTS, max_new_tokens=12, temperature=0.0, ignore_stop=True)
+    assert [c.tokens for c in ignored] == free and {c.finish for c in ignored} == {"length"}
+
+
+def test_all_rows_stopped_ends_the_work(engine: Engine) -> None:
+    steps: list[list[int | None]] = []
+    every = without_text(engine, *range(320))
+    completions = every.generate(PROMPTS, max_new_tokens=50, temperature=0.0, on_tokens=steps.append)
+    assert [len(c.tokens) for c in completions] == [1, 1, 1] and len(steps) == 1
+    assert {c.finish for c in completions} == {"stop"} and {c.tpot for c in completions} == {0.0}
+
+
+def test_the_stream_is_the_result(engine: Engine) -> None:
+    free = greedy(without_text(engine), PROMPTS, 10)
+    stop = next(t for t in free[2][2:6] if t not in free[0])
+    steps: list[list[int | None]] = []
+    completions = without_text(engine, stop).generate(PROMPTS, max_new_tokens=10, temperature=0.0, on_tokens=steps.append)
+    assert len(steps) == 10 and all(len(step) == 3 for step in steps)
+    for row, completion in enumerate(completions):
+        column = [step[row] for step in steps]
+        assert column == completion.tokens + [None] * (10 - len(completion.tokens))
+    assert steps[-1][2] is None
+
+
+def test_one_new_token(engine: Engine) -> None:
+    (completion,) = engine.generate([[0, 5, 7]], max_new_tokens=1, temperature=0.0)
+    assert len(completion.tokens) == 1 and completion.tpot == 0.0
+
+
+def test_the_context_is_the_limit() -> None:
+    """A row goes on to the last position of the context and no further; a longer prompt is refused."""
+    config = dataclasses.replace(shape("tiny", layers=2), max_position_embeddings=16)
+    backend = resolve(Backend(device="cpu", dtype="fp32"), config)
+    small = Engine(build.from_shape(config, backend), backend)
+    prompts = [list(range(12)), [3]]
+    completions = small.generate(prompts, max_new_tokens=100, temperature=0.0)
+    assert [len(c.tokens) for c in completions] == [4, 4] and {c.finish for c in completions} == {"length"}
+    assert len(small.generate([[3] * 15], 100)[0].tokens) == 1
+    with pytest.raises(InputError, match="leaves no room for an answer in a context of 16"):
+        small.generate([[3] * 16])
+    with pytest.raises(InputError, match="has 17 tokens, more than the context of 16"):
+        small.generate([[3] * 17])
+    assert small.logits(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 16, 320)
+    with pytest.raises(InputError, match="more than the context"):
+        small.logits(torch.zeros(1, 17, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there is no prompt"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 320]], {}, "prompt 0 holds token 320, outside the vocabulary of 320"),
+        ([[-1]], {}, "holds token -1"),
+        ([["a"]], {}, "'a', which is no token id"),
+        ([[1.0]], {}, "1.0, which is no token id"),
+        ([[True]], {}, "True, which is no token id"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"temperature": -0.1}, "temperature=-0.1"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan"),
+        ([[1]], {"temperature": float("inf")}, "temperature=inf"),
+        ([[1]], {"top_p": 0.0}, "top_p=0.0"),
+        ([[1]], {"top_p": 1.5}, "top_p=1.5"),
+    ],
+)
+def test_generate_refuses(engine: Engine, prompts: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        engine.generate(prompts, **options)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+DRAWS = 40_000
+CRITICAL = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7}
+"""Chi-square's 0.9999 quantile by degrees of freedom; the seed is fixed, so a pass stays one."""
+
+
+def chi_square(sampler: Sampler, logits: list[float], wanted: list[float]) -> bool:
+    """Whether DRAWS samples of one row of logits fall as `wanted` says: never where it is 0, else by Pearson's test."""
+    drawn = sampler(torch.tensor(logits).expand(DRAWS, -1)).bincount(minlength=len(logits))
+    expected = torch.tensor(wanted) * DRAWS
+    if bool((drawn[expected == 0] > 0).any()):
+        return False
+    seen, expected = drawn[expected > 0], expected[expected > 0]
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    return len(seen) == 1 or statistic < CRITICAL[len(seen) - 1]
+
+
+P = [0.05, 0.4, 0.1, 0.15, 0.3]
+LOGITS = torch.tensor(P).log().tolist()
+
+
+def softened(p: list[float], temperature: float) -> list[float]:
+    powers = [x ** (1 / temperature) for x in p]
+    return [x / sum(powers) for x in powers]
+
+
+def nucleus(p: list[float], kept: list[int]) -> list[float]:
+    total = sum(p[i] for i in kept)
+    return [x / total if i in kept else 0.0 for i, x in enumerate(p)]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
+def test_temperature(temperature: float) -> None:
+    assert chi_square(Sampler(temperature, 1.0, seed=0), LOGITS, softened(P, temperature))
+    assert not chi_square(Sampler(temperature, 1.0, seed=0), LOGITS, softened(P, temperature * 1.1))  # the test can fail
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.3, [1]), (0.45, [1, 4]), (0.69, [1, 4]), (0.72, [1, 4, 3]), (0.86, [1, 4, 3, 2]), (1.0, [0, 1, 2, 3, 4]), (1e-9, [1])],
+)
+def test_nucleus(top_p: float, kept: list[int]) -> None:
+    """The fewest likeliest tokens that reach top_p, in proportion; the first one always, the tail never."""
+    assert chi_square(Sampler(1.0, top_p, seed=0), LOGITS, nucleus(P, kept))
+
+
+def test_temperature_comes_before_the_nucleus() -> None:
+    """At temperature 0.5 the two likeliest reach 0.8 already (0.56 + 0.31); the other way round it takes three."""
+    assert chi_square(Sampler(0.5, 0.8, seed=0), LOGITS, nucleus(softened(P, 0.5), [1, 4]))
+
+
+def test_rows_are_drawn_apart() -> None:
+    """Each row by its own logits, and independently of its neighbour."""
+    rows = torch.tensor([[0.0, 0.0], [20.0, -20.0], [-20.0, 20.0]]).repeat(5000, 1)
+    drawn = Sampler(1.0, 1.0, seed=3)(rows).view(-1, 3)
+    assert drawn[:, 1].sum() == 0 and drawn[:, 2].sum() == 5000 and 2300 < int(drawn[:, 0].sum()) < 2700
+    pairs = Sampler(1.0, 1.0, seed=4)(torch.zeros(10000, 2)).view(-1, 2)
+    assert 1100 < int((pairs[:, 0] & pairs[:, 1]).sum()) < 1400  # a quarter of 5000: 1250 +- 31
+
+
+def test_defaults_and_greedy() -> None:
+    assert (Sampler().temperature, Sampler().top_p) == (TEMPERATURE, TOP_P) == (0.6, 0.95)
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Sampler(0.0)(logits), logits.argmax(-1))
+    one, two = Sampler(1.0, seed=7), Sampler(1.0, seed=7)
+    first = one(logits)
+    assert torch.equal(first, two(logits)) and torch.equal(one(logits), two(logits))
+    assert not torch.equal(first, Sampler(1.0, seed=8)(logits))
+    # Very small and very large values neither overflow nor divide 0 by 0.
+    extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]])
+    assert Sampler(0.01, 0.95, seed=0)(extreme)[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ chat and MTP
+def test_chat(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "17*23=?"}]
+    streamed: list[tuple[str, str]] = []
+    completion = engine.chat(messages, max_new_tokens=40, seed=0, on_text=lambda a, b: streamed.append((a, b)))
+    assert isinstance(completion.reasoning, str) and isinstance(completion.answer, str)
+    assert completion.reasoning or completion.answer, "random weights say something in 40 tokens"
+    assert "".join(a for a, _ in streamed).strip() == completion.reasoning.strip()
+    assert "".join(b for _, b in streamed).strip() == completion.answer.strip()
+    again = engine.chat(messages, max_new_tokens=40, seed=0)
+    assert (again.tokens, again.reasoning, again.answer) == (completion.tokens, completion.reasoning, completion.answer)
+    assert engine.tokenizer is not None
+    assert completion.prompt_tokens == len(engine.tokenizer.chat_prompt(messages, think=True))
+    with pytest.raises(InputError, match="no tokenizer"):
+        without_text(engine).chat(messages)
+
+
+def test_mtp_layer() -> None:
+    """Loaded when asked for, callable, and neither of its two inputs is taken for the other."""
+    loaded = r1.load(TINY, Backend(device="cpu", dtype="fp32"), mtp=True, quiet=True)
+    layer, tokens = loaded.model.mtp[0], torch.tensor([[0, 5, 7, 9], [0, 9, 11, 13]])
+    with torch.inference_mode():
+        step = loaded.model.step("prefill", torch.arange(3).expand(2, -1), 0)
+        hidden = loaded.model(tokens[:, :-1], step)
+        embedding = loaded.model.embed_tokens(tokens[:, 1:])
+        out = layer(embedding, hidden, step)
+        assert out.shape == (2, 3, 160) and bool(torch.isfinite(out).all())
+        logits = loaded.model.lm_head(out)
+        assert logits.shape == (2, 3, 320)
+        assert float((layer(hidden, embedding, step) - out).abs().max()) > 0.1
+        assert float((layer(embedding, hidden.roll(1, 0), step) - out).abs().max()) > 1e-3
+        assert float((layer(embedding.roll(1, 0), hidden, step) - out).abs().max()) > 1e-3
+        # Decoding it through a cache of its own is the same.
+        cache = loaded.runner.cache(2, 8)
+        one = [
+            layer(
+                embedding[:, i : i + 1],
+                hidden[:, i : i + 1],
+                loaded.model.step("decode", torch.full((2, 1), i), 128),
+                cache.layers[0],
+            )
+            for i in range(3)
+        ]
+        assert float((torch.cat(one, dim=1) - out).abs().max()) < atol("algebra fp32")
+
+
+# ------------------------------------------------------------------------------------------------ python -m r1
+def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [sys.executable, "-m", "r1", *arguments],
+        cwd=ROOT, env=environment, input=stdin, capture_output=True, encoding="utf-8", timeout=120, check=False,
+    )  # fmt: skip
+
+
+TIMING = re.compile(r"^\[\d+ tokens read, first of (\d+) new after \d+ ms(, then [\d.]+ tokens/s \([\d.]+ ms each\))?.*\]$", re.M)
+
+
+def test_a_question_on_the_command_line() -> None:
+    result = command("2+2?", "--new", "8", "--seed", "1")
+    assert result.returncode == 0, result.stderr
+    found = TIMING.search(result.stderr)
+    assert found and 1 <= int(found[1]) <= 8
+    assert result.stdout.endswith("\n") and "\x1b" not in result.stdout  # no colors into a pipe
+    assert "Traceback" not in result.stderr
+
+
+def test_a_chat_on_stdin() -> None:
+    """Two questions, an empty line between that isn't one, and the end of the input."""
+    result = command("--new", "4", "--temperature", "0", "--device", "cpu", stdin="hello\n\nand?\n")
+    assert result.returncode == 0, result.stderr
+    assert len(TIMING.findall(result.stderr)) == 2 and "Ctrl-D" in result.stderr
+
+
+def test_bad_input_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from r1.__main__ import main
+
+    for arguments in (["--model", "/nowhere"], ["x", "--new", "0"], ["x", "--top-p", "2"], ["x", "--attention", "naive",
+                      "--prefill-attention", "expand"]):  # fmt: skip
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if line.startswith("r1: ") and "not loaded" not in line]
+        assert not out and len(lines) == 1 and "Traceback" not in err, err

@@ -1,0 +1,598 @@
+"""What must hold for any model of this architecture, on small random ones: no reference needed.
+
+Random models have weights of unit gain (a standard deviation of fan_in^-0.5; half of it for what is added to the stream, as in
+a trained model's start), so that every layer matters and values are of order 1. Sharper ones amplify fp32's own rounding: each
+strategy was then up to 7.5e-6 from fp64, and two of them 1.02e-5 apart. Two numerics may choose differently where two
+experts nearly tie (trap 14): such draws are left out, by `tied`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from tolerances import atol
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+import r1
+from r1 import Backend, Config, build, moe, rope
+from r1.backend import resolve
+from r1.cache import Cache
+from r1.config import Yarn, shape
+from r1.generate import Engine
+from r1.layers import swiglu
+from r1.model import Transformer
+from r1.router import Router
+from r1.runner import Runner
+
+ATTENTION = ("naive", "expand", "absorbed")
+MOE = ("loop", "gather", "grouped")
+YARNS = [None, Yarn(40.0, 8, mscale=1.0, mscale_all_dim=1.0), Yarn(4.0, 8, mscale=0.7, mscale_all_dim=1.0)]
+few = settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,  # the same examples at each run: CI is no lottery
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+# ------------------------------------------------------------------------------------------------ random models
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Small shapes with everything odd that may be odd; widths that grouped_mm needs to be multiples of 4 are."""
+    groups = draw(st.sampled_from([1, 2, 4]))
+    kept = draw(st.integers(1, groups))
+    experts = groups * draw(st.integers(2, 4))
+    v3 = draw(st.booleans())
+    method = "noaux_tc" if v3 else draw(st.sampled_from(["greedy", "group_limited_greedy"]))
+    return dataclasses.replace(
+        shape("tiny"),
+        model_type="deepseek_v3" if v3 else "deepseek_v2",
+        topk_method=method,
+        scoring_func="sigmoid" if v3 else "softmax",
+        norm_topk_prob=draw(st.booleans()),
+        vocab_size=31,
+        hidden_size=draw(st.sampled_from([20, 24])),
+        num_hidden_layers=2,
+        first_k_dense_replace=draw(st.integers(0, 1)),
+        num_attention_heads=draw(st.integers(1, 3)),
+        q_lora_rank=draw(st.sampled_from([None, 9])),
+        kv_lora_rank=draw(st.integers(5, 12)),
+        qk_nope_head_dim=draw(st.integers(3, 9)),
+        qk_rope_head_dim=2 * draw(st.integers(1, 4)),
+        v_head_dim=draw(st.integers(3, 9)),
+        intermediate_size=17,
+        moe_intermediate_size=8,
+        n_routed_experts=experts,
+        n_shared_experts=draw(st.integers(0, 2)),
+        num_experts_per_tok=draw(st.integers(1, min(4, experts // groups * kept))),
+        n_group=groups,
+        topk_group=kept,
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        max_position_embeddings=400,
+        yarn=draw(st.sampled_from(YARNS)),
+        num_nextn_predict_layers=0,
+        fp8_block=None,
+        tie_word_embeddings=draw(st.booleans()),
+    )  # fmt: skip
+
+
+def randomized(config: Config, seed: int, dtype: str = "fp32") -> Transformer:
+    """A model of unit gain; slots filled with the plainest strategies."""
+    backend = resolve(Backend(device="cpu", dtype=dtype, attention="naive", moe="loop", prefill_moe="loop"), config)
+    model = build.allocate(config, backend, mtp=False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if "embed_tokens" in name:
+            noise *= config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
+        elif p.dim() == 1:
+            noise = 0.2 * noise + (0.0 if name.endswith("bias") else 1.0)
+        else:
+            noise *= p.shape[-1] ** -0.5 * (0.5 if ("o_proj" in name or "down_proj" in name) else 1.0)
+        p.data.copy_(noise)
+    return build.finish(model, backend)
+
+
+def runner(model: Transformer, chunk: int = 2048, **switches: Any) -> Runner:
+    """A way to run `model`, whose slots are refilled: use one runner of a model at a time."""
+    backend = resolve(
+        Backend(**{"device": "cpu", "dtype": "fp32", "prefill_moe": "loop", "moe": "loop", **switches}), model.config
+    )
+    return Runner(build.finish(model, backend), backend, prefill_chunk=chunk)
+
+
+def both(attention: str) -> dict[str, Any]:
+    return {"attention": attention, "prefill_attention": attention}
+
+
+def tied(model: Transformer, tokens: Tensor, margin: float = 1e-4) -> bool:
+    """Whether any routing decision over these tokens (B, S) is so close that rounding may turn it."""
+    least = float("inf")
+
+    def look(gate: Router, args: tuple[Tensor], _out: Any) -> None:
+        nonlocal least
+        c = gate.config
+        logits = args[0].float() @ gate.weight.float().T
+        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
+        if c.topk_method == "noaux_tc":
+            scores = scores + gate.e_score_correction_bias
+        if c.topk_method != "greedy" and c.topk_group < c.n_group:
+            worth = scores.unflatten(-1, (c.n_group, -1)).topk(2 if c.topk_method == "noaux_tc" else 1).values.sum(-1)
+            ranked = worth.sort(-1, descending=True).values
+            least = min(least, float((ranked[:, c.topk_group - 1] - ranked[:, c.topk_group]).min()))
+            shut = worth < ranked[:, c.topk_group - 1, None]
+            scores = scores.masked_fill(shut.repeat_interleave(c.n_routed_experts // c.n_group, 1), -1e4)
+        if c.num_experts_per_tok < c.n_routed_experts:
+            best = scores.topk(c.num_experts_per_tok + 1, -1).values
+            least = min(least, float((best[:, -2] - best[:, -1]).min()))
+
+    hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Router)]
+    # Not through `runner`, which would refill the slots.
+    backend = resolve(Backend(device="cpu", dtype="fp32"), model.config)
+    Runner(model, backend).logits(tokens)
+    for hook in hooks:
+        hook.remove()
+    return least < margin
+
+
+def random_tokens(seed: int, rows: int, length: int, vocab: int = 31) -> Tensor:
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    """The largest difference; NaN counts as infinite."""
+    gap = float((a - b).abs().max())
+    return gap if gap == gap else float("inf")
+
+
+def drive(run: Runner, prompts: Sequence[Sequence[int]], more: Tensor, cache: Cache | None = None) -> Tensor:
+    """Read the prompts, then feed `more` (B, N) one by one: the N + 1 next-token logits, (B, N + 1, W)."""
+    cache = cache or run.cache(len(prompts), max(map(len, prompts)) + more.shape[1])
+    first = run.prefill([list(p) for p in prompts], cache)
+    rest = [run.decode(more[:, i : i + 1], cache)[:, 0] for i in range(more.shape[1])]
+    return torch.stack([first, *rest], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ attention and cache
+@few
+@given(configs(), st.integers(0, 99), st.integers(1, 14))
+def test_naive_expand_and_absorbed_agree(config: Config, seed: int, length: int) -> None:
+    """Logits of a whole sequence, and those of decoding it from its middle."""
+    model, tokens = randomized(config, seed), random_tokens(seed, 2, length + 4)
+    assume(not tied(model, tokens))
+    full, stepped = {}, {}
+    for attention in ATTENTION:
+        run = runner(model, **both(attention))
+        full[attention] = run.logits(tokens)
+        stepped[attention] = drive(run, tokens[:, :length].tolist(), tokens[:, length:])
+    for attention in ("expand", "absorbed"):
+        assert off(full["naive"], full[attention]) < atol("algebra fp32")
+        assert off(stepped["naive"], stepped[attention]) < atol("algebra fp32")
+    assert float(full["naive"].std()) > 0.2, "values too small for the tolerance to mean something"
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@few
+@given(configs(), st.integers(0, 99), st.integers(1, 12), st.integers(1, 6))
+def test_decoding_is_one_full_forward(attention: str, config: Config, seed: int, read: int, steps: int) -> None:
+    model, tokens = randomized(config, seed), random_tokens(seed, 2, read + steps)
+    assume(not tied(model, tokens))
+    run = runner(model, **both(attention))
+    stepped = drive(run, tokens[:, :read].tolist(), tokens[:, read:])
+    assert off(stepped, run.logits(tokens)[:, read - 1 :]) < atol("algebra fp32")
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@few
+@given(configs(), st.integers(0, 99), st.integers(2, 12), st.data())
+def test_several_tokens_a_step(attention: str, config: Config, seed: int, steps: int, data: st.DataObject) -> None:
+    """A decode step of S tokens (a draft, say) is S steps of one."""
+    model, tokens = randomized(config, seed), random_tokens(seed, 2, 3 + steps)
+    assume(not tied(model, tokens))
+    run = runner(model, **both(attention))
+    cache = run.cache(2, tokens.shape[1])
+    run.prefill(tokens[:, :3].tolist(), cache)
+    cut = data.draw(st.integers(1, steps - 1))
+    parts = [run.decode(part, cache) for part in tokens[:, 3:].split([cut, steps - cut], dim=1)]
+    assert off(torch.cat(parts, dim=1), run.logits(tokens)[:, 3:]) < atol("algebra fp32")
+    assert cache.lengths.tolist() == [3 + steps] * 2
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@few
+@given(configs(), st.integers(0, 99), st.lists(st.integers(1, 17), min_size=1, max_size=3), st.integers(1, 7))
+def test_chunked_prefill_is_full_prefill(attention: str, config: Config, seed: int, lengths: list[int], chunk: int) -> None:
+    """Also where rows end in different chunks, and what stands in the cache is the same."""
+    model = randomized(config, seed)
+    tokens, more = random_tokens(seed, len(lengths), max(lengths)), random_tokens(seed + 1, len(lengths), 2)
+    padded = tokens * (torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None])  # padding is token 0
+    assume(not tied(model, torch.cat((padded, more), dim=1)) and not tied(model, torch.cat((tokens, more), dim=1)))
+    prompts = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+    results = []
+    for size in (2048, chunk):
+        run = runner(model, chunk=size, **both(attention))
+        cache = run.cache(len(prompts), max(lengths) + 2)
+        results.append((drive(run, prompts, more[:, :1], cache), [t.clone() for layer in cache.layers for t in layer], cache))
+    (full, kept, cache), (chunked, kept_chunked, _) = results
+    assume(off(full[:, 0], chunked[:, 0]) < 1 or not tied(model, padded))
+    assert off(full, chunked) < atol("algebra fp32")
+    for row, length in enumerate(cache.lengths.tolist()):
+        assert all(off(a[row, :length], b[row, :length]) < atol("algebra fp32") for a, b in zip(kept, kept_chunked, strict=True))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@few
+@given(configs(), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.sampled_from([2048, 3]))
+def test_prefill_at_a_depth(attention: str, config: Config, seed: int, depth: int, length: int, chunk: int) -> None:
+    """A prompt behind `depth` tokens that every row holds already: the same as both read at once."""
+    model, tokens = randomized(config, seed), random_tokens(seed, 2, depth + length + 1)
+    assume(not tied(model, tokens))
+    run = runner(model, chunk=chunk, **both(attention))
+    cache = run.cache(2, tokens.shape[1])
+    run.prefill(tokens[:, :depth].tolist(), cache)
+    rest = run.prefill(tokens[:, depth:-1].tolist(), cache, depth=depth)
+    assert cache.lengths.tolist() == [depth + length] * 2
+    got = torch.stack([rest, run.decode(tokens[:, -1:], cache)[:, 0]], dim=1)
+    assert off(got, run.logits(tokens)[:, -2:]) < atol("algebra fp32")
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@few
+@given(configs(), st.integers(0, 99), st.lists(st.integers(1, 12), min_size=2, max_size=4))
+def test_a_ragged_batch_is_each_row_alone(attention: str, config: Config, seed: int, lengths: list[int]) -> None:
+    """Logits of the prompt and of three steps behind it; then Engine.generate's greedy tokens."""
+    model, more = randomized(config, seed), random_tokens(seed + 1, len(lengths), 3)
+    prompts = [random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)]
+    rows = [torch.tensor([prompt + more[row].tolist()]) for row, prompt in enumerate(prompts)]
+    assume(not any(tied(model, row) for row in rows))
+    run = runner(model, **both(attention), moe="gather", prefill_moe="grouped")
+    together = drive(run, prompts, more)
+    alone = [drive(run, [prompt], more[row : row + 1]) for row, prompt in enumerate(prompts)]
+    assert off(together, torch.cat(alone)) < atol("algebra fp32")
+    engine = Engine(model, run.backend)
+    batch = engine.generate(prompts, max_new_tokens=5, temperature=0.0, ignore_stop=True)
+    for prompt, completion in zip(prompts, batch, strict=True):
+        (single,) = engine.generate([prompt], max_new_tokens=5, temperature=0.0, ignore_stop=True)
+        whole = torch.tensor([prompt + single.tokens])
+        top = run.logits(whole)[0, len(prompt) - 1 : -1].topk(2).values
+        if float((top[:, 0] - top[:, 1]).min()) > 1e-3 and not tied(model, whole):  # a near tie of tokens may fall either way
+            assert completion.tokens == single.tokens and completion.prompt_tokens == len(prompt)
+
+
+@pytest.mark.parametrize("chunk", [2048, 3])
+@pytest.mark.parametrize("attention", ATTENTION)
+@few
+@given(configs(), st.integers(0, 99), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.sampled_from([1e30, -1e30, 7.0]))
+def test_a_poisoned_cache_changes_nothing(
+    attention: str, chunk: int, config: Config, seed: int, lengths: list[int], poison: float
+) -> None:
+    """Bit for bit: whatever finite numbers lie behind the rows' lengths, before the prompt and between its steps.
+
+    Finite is a condition, and cache.py's zeros meet it: a masked probability is exactly 0, and 0 times NaN is NaN (seen with
+    all three strategies; the test below). Real garbage is finite: padding, rejected drafts, a longer row that was here before.
+    """
+    model, more = randomized(config, seed), random_tokens(seed + 1, len(lengths), 3)
+    prompts = [random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)]
+    run = runner(model, chunk=chunk, **both(attention))
+
+    def results(fill: float | None) -> Tensor:
+        cache = run.cache(len(prompts), 20)
+
+        def spoil() -> None:
+            behind = torch.arange(cache.capacity) >= cache.lengths[:, None]  # (B, T)
+            for tensor in itertools.chain(*cache.layers):
+                if fill is not None:
+                    tensor[behind] = fill
+
+        spoil()
+        out = [run.prefill(prompts, cache)]
+        for i in range(more.shape[1]):
+            spoil()
+            out.append(run.decode(more[:, i : i + 1], cache)[:, 0])
+        return torch.stack(out)
+
+    clean = results(None)
+    assert bool(torch.isfinite(clean).all()) and torch.equal(clean, results(poison))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_nan_in_the_cache_is_the_limit(attention: str) -> None:
+    """What `Cache` says of itself: zeros at first and after reset, because hidden NaN would be seen."""
+    model = randomized(shape("tiny"), 0)
+    run = runner(model, **both(attention))
+    cache = run.cache(1, 8)
+    assert all(not bool(t.any()) for layer in cache.layers for t in layer)
+    clean = drive(run, [[1, 2]], torch.tensor([[3]]), cache)
+    cache.layers[1][-1][:, 6:] = float("nan")
+    run.prefill([[1, 2]], cache)
+    assert bool(run.decode(torch.tensor([[3]]), cache).isnan().any())
+    cache.reset()
+    assert torch.equal(drive(run, [[1, 2]], torch.tensor([[3]]), cache), clean)
+
+
+def test_logits_are_causal() -> None:
+    run = runner(randomized(shape("tiny"), 0))
+    tokens = random_tokens(0, 2, 12)
+    before = run.logits(tokens)
+    tokens[:, 7] = (tokens[:, 7] + 1) % 31
+    after = run.logits(tokens)
+    assert off(before[:, :7], after[:, :7]) < atol("algebra fp32")
+    assert float((before[:, 7:] - after[:, 7:]).abs().amax(-1).min()) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ rope
+@few
+@given(st.integers(1, 32), st.integers(0, 99), st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 1000))
+def test_rope_keeps_norms_and_sees_distances_only(pairs: int, seed: int, p: int, q: int, shift: int) -> None:
+    c = dataclasses.replace(shape("tiny"), qk_rope_head_dim=2 * pairs)
+    frequency = rope.frequencies(c)
+    x, y = torch.randn(2, 1, 1, 2, 2 * pairs, generator=torch.Generator().manual_seed(seed)).unbind()
+
+    def turned(v: Tensor, position: int, factor: float = 1.0) -> Tensor:
+        return rope.rotate(v, *rope.angles(torch.tensor([[position]]), frequency, factor))
+
+    norms = turned(x, p).unflatten(-1, (-1, 2)).norm(dim=-1)
+    assert off(norms, x.unflatten(-1, (-1, 2)).norm(dim=-1)) < atol("rope fp32")  # of every pair, and so of the whole
+    assert off(turned(x, p, 1.3), 1.3 * turned(x, p)) < atol("rope fp32")
+    scale = float(x.norm() * y.norm()) / 10
+    here, there = ((turned(x, p + s) * turned(y, q + s)).sum(-1) for s in (0, shift))
+    assert off(here, there) < atol("rope fp32") * max(1.0, scale)
+    assert torch.equal(turned(x, 0), x)
+    assert torch.equal(turned(x[:, :, :1], p), turned(x, p)[:, :, :1])  # heads are turned alike
+    assert off(turned(x, 1), x) > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ experts
+@st.composite
+def dispatches(draw: st.DrawFn) -> tuple[moe.Experts, Tensor, Tensor, Tensor]:
+    """Experts, tokens, their choices (distinct for a token; some experts may have none) and weights."""
+    tokens, experts, k = draw(st.integers(1, 9)), draw(st.integers(2, 9)), draw(st.integers(1, 4))
+    k = min(k, experts)
+    c = dataclasses.replace(
+        shape("tiny"), hidden_size=draw(st.sampled_from([4, 20])), moe_intermediate_size=draw(st.sampled_from([4, 12])),
+        n_routed_experts=experts,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    stacked = moe.Experts(c).requires_grad_(False)
+    for p in stacked.parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
+    reachable = draw(st.integers(k, experts))
+    indices = torch.stack([torch.randperm(reachable, generator=generator)[:k] for _ in range(tokens)])
+    return stacked, torch.randn(tokens, c.hidden_size, generator=generator), indices, torch.rand(tokens, k, generator=generator)
+
+
+@few
+@given(dispatches())
+def test_every_dispatch_is_the_definition(drawn: tuple[moe.Experts, Tensor, Tensor, Tensor]) -> None:
+    """loop = gather = grouped = the sum over a token's choices, one at a time."""
+    experts, x, indices, weights = drawn
+    wanted = torch.zeros_like(x)
+    for token, (chosen, w) in enumerate(zip(indices.tolist(), weights, strict=True)):
+        for expert, weight in zip(chosen, w, strict=True):
+            wanted[token] += weight * (experts.down_proj[expert] @ swiglu(experts.gate_up_proj[expert] @ x[token]))
+    for name, dispatch in moe.STRATEGIES.items():
+        got = dispatch(experts, x, indices, weights)
+        assert got.dtype == x.dtype and off(got, wanted) < atol("experts fp32"), name
+
+
+@pytest.mark.parametrize("name", MOE)
+@few
+@given(dispatches(), st.integers(0, 99))
+def test_dispatch_is_permutation_equivariant(name: str, drawn: tuple[moe.Experts, Tensor, Tensor, Tensor], seed: int) -> None:
+    """Tokens in another order come out in that order; a token's choices have none; nor have the experts' numbers."""
+    experts, x, indices, weights = drawn
+    dispatch = moe.STRATEGIES[name]
+    generator = torch.Generator().manual_seed(seed)
+    y = dispatch(experts, x, indices, weights)
+    rows = torch.randperm(len(x), generator=generator)
+    assert off(dispatch(experts, x[rows], indices[rows], weights[rows]), y[rows]) < atol("experts fp32")
+    choice = torch.randperm(indices.shape[1], generator=generator)
+    assert off(dispatch(experts, x, indices[:, choice], weights[:, choice]), y) < atol("experts fp32")
+    renumbered = torch.randperm(len(experts.down_proj), generator=generator)
+    for p in experts.parameters():
+        p.copy_(p[renumbered])
+    assert off(dispatch(experts, x, renumbered.argsort()[indices], weights), y) < atol("experts fp32")
+
+
+@few
+@given(dispatches())
+def test_gather_in_cuts(drawn: tuple[moe.Experts, Tensor, Tensor, Tensor]) -> None:
+    """Long inputs are cut so that the copied weights stay within a bound; the cuts don't show."""
+    whole = moe.gather(*drawn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe, "GATHER_BYTES", 1)
+        assert off(moe.gather(*drawn), whole) < atol("experts fp32")
+
+
+# ------------------------------------------------------------------------------------------------ router
+def gate_of(config: Config, seed: int) -> Router:
+    model = randomized(dataclasses.replace(config, first_k_dense_replace=0), seed)
+    return next(module for module in model.modules() if isinstance(module, Router))
+
+
+@few
+@given(configs(), st.integers(0, 99), st.sampled_from([-2.0, 0.0, 2.0]))
+def test_router_by_hand(config: Config, seed: int, mean: float) -> None:
+    """Indices by sorting in plain Python; weights from the unbiased scores; both whatever the bias's sign is."""
+    gate, c = gate_of(config, seed), config
+    if c.topk_method == "noaux_tc":
+        gate.e_score_correction_bias.data += mean
+    x = torch.randn(6, c.hidden_size, generator=torch.Generator().manual_seed(seed))
+    indices, weights = gate(x)
+    logits = x @ gate.weight.T
+    scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
+    size, limited = c.n_routed_experts // c.n_group, c.topk_method != "greedy"
+    for token in range(len(x)):
+        plain = scores[token].tolist()
+        biased = plain if c.topk_method != "noaux_tc" else (scores[token] + gate.e_score_correction_bias).tolist()
+        groups = [sorted(biased[g * size : (g + 1) * size], reverse=True) for g in range(c.n_group)]
+        worth = [sum(best[:2]) if c.topk_method == "noaux_tc" else best[0] for best in groups]
+        allowed = sorted(range(c.n_group), key=lambda g: -worth[g])[: c.topk_group] if limited else range(c.n_group)
+        experts = sorted((e for g in allowed for e in range(g * size, (g + 1) * size)), key=lambda e: -biased[e])
+        chosen = indices[token].tolist()
+        assert len(set(chosen)) == c.num_experts_per_tok
+        assert len({e // size for e in chosen}) <= (c.topk_group if limited else c.n_group)
+        worst = min(biased[e] for e in chosen)
+        assert sorted(chosen) == sorted(experts[: c.num_experts_per_tok]) or abs(worst - biased[experts[len(chosen) - 1]]) < 1e-6
+        total = sum(plain[e] for e in chosen) if c.norm_topk_prob else 1.0
+        wanted = torch.tensor([plain[e] / total * c.routed_scaling_factor for e in chosen])
+        assert off(weights[token], wanted) < atol("algebra fp32")
+    assert weights.dtype == torch.float32 and indices.dtype == torch.int64
+
+
+@few
+@given(configs(), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_router_stays_fp32_under_autocast(config: Config, seed: int, dtype: torch.dtype) -> None:
+    """The same input gives the same bits, inside autocast and outside."""
+    gate = gate_of(config, seed)
+    x = torch.randn(40, config.hidden_size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    indices, weights = gate(x)
+    for half in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", half):
+            again, same = gate(x)
+            assert x.float().matmul(gate.weight.T).dtype == half  # autocast is on, and the router isn't in it
+        assert same.dtype == torch.float32 and torch.equal(indices, again) and torch.equal(weights, same)
+
+
+# ------------------------------------------------------------------------------------------------ pairs of switches
+def test_all_switches_together_agree() -> None:
+    """Every combination of strategies, prefill and decode, and each with bf16 autocast within its own tolerance."""
+    config = dataclasses.replace(shape("tiny"), num_hidden_layers=2, vocab_size=31)
+    seed = next(s for s in range(20) if not tied(randomized(config, s), random_tokens(s, 2, 9), 3e-4))
+    model, tokens = randomized(config, seed), random_tokens(seed, 2, 9)
+    wanted = drive(runner(model, **both("naive")), tokens[:, :6].tolist(), tokens[:, 6:])
+    pairs = [(a, b) for a, b in itertools.product(ATTENTION, ATTENTION) if (a == "naive") == (b == "naive")]
+    for (decode, prefill), experts, prefill_experts in itertools.product(pairs, MOE, MOE):
+        run = runner(model, attention=decode, prefill_attention=prefill, moe=experts, prefill_moe=prefill_experts)
+        got = drive(run, tokens[:, :6].tolist(), tokens[:, 6:])
+        assert off(got, wanted) < atol("algebra fp32"), (decode, prefill, experts, prefill_experts)
+
+
+@pytest.mark.parametrize("experts", MOE)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
+    """bf16 autocast: logits near fp32's, hardly any expert flipped (one choice of all for every token, so none can be)."""
+    config = dataclasses.replace(
+        shape("tiny"), num_hidden_layers=2, vocab_size=31, n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1
+    )
+    model, tokens = randomized(config, 0), random_tokens(0, 2, 9)
+    wanted = drive(runner(model, **both("naive")), tokens[:, :6].tolist(), tokens[:, 6:])
+    run = runner(model, **both(attention), moe=experts, prefill_moe=experts, amp="bf16")
+    got = drive(run, tokens[:, :6].tolist(), tokens[:, 6:])
+    assert 1e-4 < off(got, wanted) < atol("amp bf16")
+    assert got.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ no host sync, one compilation
+@pytest.mark.parametrize("experts", ["gather", "grouped"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_decode_step_asks_for_no_value(attention: str, experts: str) -> None:
+    """On tensors that have shapes but no values, every `.item()`, `.tolist()`, boolean index or `nonzero` raises."""
+    run = runner(randomized(shape("tiny"), 0), **both(attention), moe=experts)
+    assert valueless_step(run).shape == (2, 1, 320)
+
+
+def test_the_loop_does_ask() -> None:
+    """The same look at the strategy that reads its counts on the host: the test above can fail."""
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        valueless_step(runner(randomized(shape("tiny"), 0), moe="loop"))
+
+
+def test_a_boolean_index_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, *rest: Tensor) -> Tensor:
+        return x[x > 0].sum() + x
+
+    monkeypatch.setattr("r1.mla.rotate", wrong)
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        valueless_step(runner(randomized(shape("tiny"), 0), moe="gather"))
+
+
+def valueless_step(run: Runner) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cache = run.cache(2, 16)
+        cache.lengths += torch.tensor([3, 5])
+        return run.decode(torch.zeros(2, 1, dtype=torch.int64), cache)
+
+
+class CountingBackend:
+    """A compiler that only counts what it is asked to compile."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
+    torch._dynamo.reset()
+    counting = CountingBackend()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    yield counting
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("experts", ["gather", "grouped"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_decode_compiles_once(attention: str, experts: str, compiler: CountingBackend) -> None:
+    """One graph for dense blocks and one for sparse ones, however many layers, positions and lengths; and whole (fullgraph)."""
+    run = runner(randomized(shape("tiny"), 0), **both(attention), moe=experts, prefill_moe="grouped", compile=True)
+    cache = run.cache(3, 60)
+    prompts = [random_tokens(row, 1, length)[0].tolist() for row, length in enumerate((3, 30, 11))]
+    run.prefill(prompts, cache)
+    before = compiler.graphs
+    for step in range(20):
+        run.decode(random_tokens(step, 3, 1), cache)
+    assert compiler.graphs - before == 2
+    cache.reset()
+    run.prefill([prompt[:2] for prompt in prompts], cache)
+    before = compiler.graphs
+    run.decode(random_tokens(0, 3, 1), cache)
+    assert compiler.graphs == before
+
+
+def test_prefill_compiles_once_for_every_length(compiler: CountingBackend) -> None:
+    """A prompt's length is not known before: after the second one no other is compiled for."""
+    run = runner(randomized(shape("tiny"), 0), prefill_moe="grouped", moe="gather", compile=True)
+    counts = []
+    for length in (5, 9, 17, 40, 33):
+        run.prefill(random_tokens(0, 2, length).tolist(), run.cache(2, 60))
+        counts.append(compiler.graphs)
+    assert counts[0] >= 2 and counts[-1] == counts[0], counts
+
+
+def test_compile_takes_the_whole_block_or_fails(compiler: CountingBackend) -> None:
+    """A graph break is an error, not a slow path: the loop over experts can't be had, and says so."""
+    run = runner(randomized(shape("tiny"), 0), prefill_moe="gather", moe="gather", compile=True)
+    for module in run.model.modules():
+        if isinstance(module, moe.MoE):
+            module.dispatch = dict.fromkeys(module.dispatch, moe.loop)
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
+        run.logits(random_tokens(0, 1, 3))
+    with pytest.raises(r1.InputError, match="compile can't hold"):
+        runner(run.model, compile=True)
+
+
+def test_inductor_gives_the_same_logits() -> None:
+    """The one test that really compiles: a sparse block, as prefill and as decode; two positions, ragged rows."""
+    torch._dynamo.reset()
+    config = dataclasses.replace(shape("tiny"), num_hidden_layers=2, first_k_dense_replace=0)
+    tokens = random_tokens(0, 2, 9, 320)
+    seed = next(s for s in range(20) if not tied(randomized(config, s), tokens, 3e-4))
+    model, prompts = randomized(config, seed), [tokens[0, :7].tolist(), tokens[1, :4].tolist()]
+    wanted = drive(runner(model), prompts, tokens[:, 7:])
+    got = drive(runner(model, moe="gather", prefill_moe="grouped", compile=True), prompts, tokens[:, 7:])
+    torch._dynamo.reset()
+    assert off(got, wanted) < atol("compile fp32")
