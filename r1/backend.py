@@ -35,7 +35,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Slots that other parts of the project fill; until then they are refused, not ignored.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "cuda_graphs": (True,),
     "attention": ("triton",),
     "prefill_attention": ("triton",),
     "moe": ("triton",),
@@ -124,6 +123,14 @@ class Machine:
     def has_bf16(self) -> bool:
         return not self.cuda or self.hip is not None or self.capability >= (8, 0)
 
+    def no_grouped_kernel(self, compute: str) -> str | None:
+        """Why torch's grouped_mm has no kernel of its own for this GPU and dtype, and loops; None where it has one."""
+        if compute != "bf16":
+            return f"torch's grouped_mm has a GPU kernel for bf16 only, not for {compute}"
+        if self.hip is not None or self.capability[0] not in (9, 10):
+            return f"torch's grouped_mm has a kernel for compute capability 9 and 10 only, not for {self.name}"
+        return None
+
 
 def resolve(backend: Backend, config: Config, machine: Machine | None = None, *, batch: int = 1) -> Backend:
     """Turn every "auto" into what really runs for `config` on `machine`, with `batch` rows in a decode step.
@@ -147,26 +154,14 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
         raise InputError(f"bf16 needs compute capability 8.0, and {machine.name} has {machine.capability}: use fp16 or fp32")
     if backend.amp != "off" and dtype != "fp32":
         raise InputError(f"amp={backend.amp} casts fp32 weights as it goes, but dtype={dtype}: use dtype=fp32, or amp=off")
-    if backend.compile and gpu and not machine.compiler:
-        raise InputError("compile needs Triton on a GPU, and it can't be imported here: install triton, or leave compile off")
-    if backend.compile and not gpu and not machine.compiler:
-        raise InputError("compile needs a C++ compiler on a CPU, and there is none: install g++ (or set CXX), or leave it off")
-
+    if backend.compile and not machine.compiler:
+        needs = "Triton on a GPU: install triton" if gpu else "a C++ compiler on a CPU: install g++ (or set CXX)"
+        raise InputError(f"compile needs {needs}, or leave compile off")
+    if backend.cuda_graphs and not gpu:
+        raise InputError("cuda_graphs capture launches on a GPU, and this runs on a CPU, which has none: use compile")
     attention, prefill_attention = _attention(backend)
-    compute = DTYPES[dtype if backend.amp == "off" else backend.amp]
-    unaligned = _unaligned(config, compute)
-    for name in ("moe", "prefill_moe"):
-        value = getattr(backend, name)
-        if value == "grouped" and unaligned:
-            raise InputError(f"{name}=grouped: {unaligned}; use gather")
-        if value == "loop" and backend.compile:
-            raise InputError(f"{name}=loop reads its counts on the host, which compile can't hold: use gather or grouped")
-    # gather copies a token's K experts; grouped reads each expert that was hit once, but has to sort.
-    few = batch * config.num_experts_per_tok <= config.n_routed_experts // 4 or batch == 1
-    moe = backend.moe if backend.moe != "auto" else "gather" if few or unaligned else "grouped"
-    prefill_moe = backend.prefill_moe
-    if prefill_moe == "auto":
-        prefill_moe = "grouped" if not unaligned else "gather" if backend.compile else "loop"
+    compute = dtype if backend.amp == "off" else backend.amp
+    moe, prefill_moe = _experts(backend, config, machine, compute, gpu=gpu, batch=batch)
     return dataclasses.replace(
         backend, device=device, dtype=dtype, attention=attention, prefill_attention=prefill_attention,
         moe=moe, prefill_moe=prefill_moe,
@@ -197,6 +192,34 @@ def _attention(backend: Backend) -> tuple[str, str]:
             "values, the others the latent; use naive for both or for neither"
         )
     return decode, prefill
+
+
+def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *, gpu: bool, batch: int) -> tuple[str, str]:
+    """loop reads the experts' counts on the host, and so does torch's grouped_mm where it has no kernel for the machine."""
+    unaligned = _unaligned(config, DTYPES[compute])
+    synced = {"loop": "reads its counts on the host"}
+    if gpu and (why := machine.no_grouped_kernel(compute)):
+        synced["grouped"] = f"reads its counts on the host, because {why}"
+    chosen = {}
+    for name in ("moe", "prefill_moe"):
+        value = getattr(backend, name)
+        # gather copies the experts of every token; grouped has to sort, but reads each expert that was hit once.
+        few = name == "moe" and (batch == 1 or 4 * batch * config.num_experts_per_tok <= config.n_routed_experts)
+        captured = backend.cuda_graphs and name == "moe"
+        if value == "auto" and few:
+            value = "gather"
+        elif value == "auto" and not unaligned and not (captured and "grouped" in synced):
+            value = "grouped"
+        elif value == "auto":
+            value = "gather" if backend.compile or captured else "loop"
+        if value == "grouped" and unaligned:
+            raise InputError(f"{name}=grouped: {unaligned}; use gather")
+        if value == "loop" and backend.compile:
+            raise InputError(f"{name}=loop {synced['loop']}, which compile can't hold: use gather or grouped")
+        if value in synced and captured:
+            raise InputError(f"{name}={value} {synced[value]}, which no graph can hold: use gather, or leave cuda_graphs off")
+        chosen[name] = value
+    return chosen["moe"], chosen["prefill_moe"]
 
 
 def _unaligned(config: Config, dtype: torch.dtype) -> str | None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from r1.backend import DTYPES, Backend, available_bytes, torch_device
 from r1.cache import Cache, bytes_per_token
+from r1.compiled import compile_block
 from r1.config import Config
 from r1.errors import InputError
+from r1.graphs import capture
 from r1.model import Transformer
 
 
@@ -34,11 +36,10 @@ class Runner:
         self.full_cache = backend.attention == "naive"
         self.blocks: dict[str, list[Callable[..., Tensor]]] = {p: list(model.layers) for p in ("prefill", "decode")}
         if backend.compile:
-            # Regional: dynamo compiles one block of each kind, and the layers share it. A decode step's shapes are fixed
-            # and known; a prompt's length is not. A limit that is reached raises (fullgraph), it does not run eagerly.
+            # Each shape of a decode step is compiled anew, and where this limit is reached, fullgraph makes it an error.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            for phase, dynamic in (("prefill", True), ("decode", False)):
-                self.blocks[phase] = [torch.compile(block, fullgraph=True, dynamic=dynamic) for block in model.layers]
+            for phase in self.blocks:
+                self.blocks[phase] = [compile_block(block, phase, self.device) for block in model.layers]
 
     def cache(self, rows: int, tokens: int) -> Cache:
         """A cache for `rows` rows of at least `tokens` tokens. Raises InputError where it would not fit the memory."""
@@ -71,9 +72,10 @@ class Runner:
             hidden = self.model(tokens, self.model.step("prefill", positions, 0), None, self.blocks["prefill"])
             return self.model.lm_head(hidden).float()
 
-    def prefill(self, prompts: list[list[int]], cache: Cache) -> Tensor:
-        """Read prompts of any lengths into an empty cache, by chunks; returns each row's next-token logits, fp32 (B, W).
+    def prefill(self, prompts: list[list[int]], cache: Cache, depth: int = 0) -> Tensor:
+        """Read prompts of any lengths, by chunks; returns each row's next-token logits, fp32 (B, W).
 
+        Every row of the cache holds `depth` tokens before, and its own prompt's behind them afterwards.
         Shorter rows are padded at their end: padding sees real tokens and no real token sees it, and what it leaves in
         the cache lies behind the row's length.
         """
@@ -86,16 +88,28 @@ class Runner:
             final = None
             for start in range(0, longest, self.prefill_chunk):
                 stop = min(longest, start + self.prefill_chunk)
-                positions = torch.arange(start, stop, device=self.device).expand(len(prompts), -1)
-                step = self.model.step("prefill", positions, stop if start else 0)
-                hidden = self.model(tokens[:, start:stop], step, cache.head(stop), self.blocks["prefill"])
+                positions = torch.arange(depth + start, depth + stop, device=self.device).expand(len(prompts), -1)
+                step = self.model.step("prefill", positions, depth + stop if depth + start else 0)
+                hidden = self.model(tokens[:, start:stop], step, cache.head(depth + stop), self.blocks["prefill"])
                 last = hidden[row, (lengths - 1 - start).clamp(0, stop - start - 1)]  # (B, D)
                 final = last if final is None else torch.where((lengths > start)[:, None], last, final)
-            cache.lengths.copy_(lengths)
+            cache.lengths.copy_(lengths + depth)
             return self.model.lm_head(final).float()
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """One step: tokens (B, S) come to stand behind each row's; returns fp32 logits (B, S, W), and the rows grow."""
+        """One step: tokens (B, S) come to stand behind each row's; returns fp32 logits (B, S, W), and the rows grow.
+
+        Under `cuda_graphs` the logits are the graph's own memory, which the next step overwrites.
+        """
+        if not self.backend.cuda_graphs:
+            return self._decode(tokens, cache)
+        with torch.inference_mode():
+            shape = tuple(tokens.shape)
+            if shape not in cache.graphs:
+                cache.graphs[shape] = capture(self._decode, tokens, cache)
+            return cache.graphs[shape].replay(tokens)
+
+    def _decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         with self.context():
             positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.device)  # (B, S)
             step = self.model.step("decode", positions, cache.capacity)
