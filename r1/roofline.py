@@ -1,0 +1,141 @@
+"""What the hardware allows: bytes that must move and FLOPs that must be done in one step, and the rates measured here.
+
+Counted from the config, each input read once: weights of what is active (of the routed experts only those really hit), the
+cache that attention reads, one row written. Activations stay out: at the sizes where a step is bound by memory they are
+nothing beside the weights. So the time that comes out is a floor.
+
+Shapes: B rows of a step, S tokens of a row in it, T tokens in the cache, E experts.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from r1.backend import DTYPES, Backend
+from r1.cache import bytes_per_token
+from r1.config import Config
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step's bytes and floating-point operations (a multiply-add is two)."""
+
+    weight_bytes: float
+    cache_bytes: float
+    flops: float
+
+    @property
+    def nbytes(self) -> float:
+        return self.weight_bytes + self.cache_bytes
+
+
+def attention_weights(config: Config) -> int:
+    """Elements of one layer's attention projections."""
+    c = config
+    q = c.num_attention_heads * c.qk_head_dim
+    query = c.hidden_size * q if c.q_lora_rank is None else (c.hidden_size + q) * c.q_lora_rank
+    key_value = c.hidden_size * c.latent_dim + c.kv_lora_rank * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    return query + key_value + c.num_attention_heads * c.v_head_dim * c.hidden_size
+
+
+def expert_weights(config: Config) -> int:
+    """Elements of one routed expert."""
+    return 3 * config.hidden_size * config.moe_intermediate_size
+
+
+def step_work(config: Config, backend: Backend, rows: int, tokens: int, context: float, experts_hit: float) -> Work:
+    """The work of one step: `rows` rows of `tokens` tokens each, behind `context` cached ones; only the last gets logits.
+
+    `experts_hit` is how many different experts a MoE layer uses in the step, on average. `backend` is resolved.
+    """
+    c, storage = config, DTYPES[backend.dtype]
+    dense = sum(not c.is_moe(layer) for layer in range(c.num_hidden_layers))
+    sparse = c.num_hidden_layers - dense
+    n = rows * tokens
+    attention = c.num_hidden_layers * attention_weights(c)
+    feed_forward = dense * 3 * c.hidden_size * c.intermediate_size
+    shared = sparse * c.n_shared_experts * expert_weights(c)
+    gate = sparse * c.n_routed_experts * c.hidden_size  # fp32, whatever the rest is
+    head = c.vocab_size * c.hidden_size
+    every_token = attention + feed_forward + shared
+    weight_bytes = (every_token + head + sparse * experts_hit * expert_weights(c)) * storage.itemsize + gate * 4
+    weight_bytes += n * c.hidden_size * storage.itemsize  # rows of the embedding
+    per_token = bytes_per_token(c, storage, full=backend.attention == "naive")
+    flops = 2.0 * n * (every_token + gate + sparse * c.num_experts_per_tok * expert_weights(c)) + 2.0 * rows * head
+    flops += (
+        n
+        * (context + (tokens + 1) / 2)
+        * c.num_hidden_layers
+        * attention_flops(c, absorbed=tokens == 1 and backend.attention == "absorbed")
+    )
+    return Work(weight_bytes, (rows * context + n) * per_token, flops)
+
+
+def attention_flops(config: Config, *, absorbed: bool) -> float:
+    """Operations of one query against one key in one layer, all heads: scores and weighted sum."""
+    c = config
+    per_head = c.latent_dim + c.kv_lora_rank if absorbed else c.qk_head_dim + c.v_head_dim
+    return 2.0 * c.num_attention_heads * per_head
+
+
+def expected_experts(config: Config, rows: int) -> float:
+    """How many experts `rows` tokens hit if each chooses uniformly: E (1 - (1 - K/E)^B)."""
+    experts = config.n_routed_experts
+    return experts * (1 - (1 - config.num_experts_per_tok / experts) ** rows) if experts else 0.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does, measured: bytes/s of a large copy (read + written), FLOP/s of a large matrix product."""
+
+    copy: float
+    matmul: float
+    launch: float
+    """Seconds that one more tiny kernel costs in eager mode; 0 on a CPU, where nothing is launched."""
+
+    def seconds(self, work: Work) -> float:
+        """The floor for one step: bytes or operations, whichever takes longer."""
+        return max(work.nbytes / self.copy, work.flops / self.matmul)
+
+
+def measure_rates(backend: Backend) -> Rates:
+    """Measure the device of a resolved backend, in its compute dtype; some seconds."""
+    device = torch.device("cpu" if backend.device == "cpu" else "cuda")
+    gpu = device.type == "cuda"
+    dtype = DTYPES[backend.dtype if backend.amp == "off" else backend.amp]
+    source = torch.zeros(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+    size = 8192 if gpu else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    matmul = 2 * size**3 / _best(lambda: torch.mm(a, b), device)
+    if not gpu:
+        return Rates(copy, matmul, 0.0)
+    tiny = torch.zeros(1, device=device)
+
+    def many() -> None:
+        for _ in range(1000):
+            tiny.add_(1)
+
+    return Rates(copy, matmul, _best(many, device) / 1000)
+
+
+def _best(call: object, device: torch.device, repeats: int = 10) -> float:
+    """Seconds of the fastest of some calls: a ceiling is what the machine can do, not what it did on average."""
+    assert callable(call)
+    times = []
+    for _ in range(repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        call()
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
