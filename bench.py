@@ -1,8 +1,8 @@
-"""What each optimization buys on this machine: `python bench.py --compile --amp bf16`.
+"""What each optimization buys on this machine: `python bench.py --compile --amp bf16`, or all of them: `--ablate`.
 
 Prints the machine, then one row per arm: baseline (all switches off), each given switch alone, all given together. Every
-arm runs in a process of its own, all warmed up alike; repetitions are taken in turn, so that a drifting clock hits all of
-them; and each arm's logits are held against an fp32 eager reference on the same tokens.
+arm runs in a process of its own, all warmed up alike; repetitions are taken in turn with the baseline's, so that a drifting
+clock hits both; and each arm's logits are held against an fp32 eager reference on the same tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import argparse
 import itertools
 import multiprocessing
 import platform
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,45 +25,64 @@ import torch
 
 from r1 import InputError, switches
 from r1.__main__ import EMBEDDED
-from r1.backend import Backend, Machine
-from r1.bench import arms, report, worker
+from r1.backend import DTYPES, Backend, resolve
+from r1.bench import arms, merge, plot, report, worker
 from r1.bench.arms import Arm, Workload
+from r1.build import HEADROOM, count_parameters
 from r1.config import SHAPES, Config, shape
+from r1.machine import Machine, available_bytes, explain
+
+Found = dict[str, Any]
 
 
 class Process:
     """A worker process and the pipe to it."""
 
-    def __init__(self, backend: Backend, workload: Workload, folder: Path) -> None:
+    def __init__(self, backend: Backend, workload: Workload, folder: Path, compiled: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=worker.serve, args=(theirs, backend, workload, folder), daemon=True)
+        arguments = (theirs, backend, workload, folder, compiled)
+        self.process: BaseProcess = context.Process(target=worker.serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 
-    def ask(self, command: str) -> dict[str, Any]:
+    def ask(self, command: str) -> Found:
         """Send a command and wait for its answer. A worker that died is an answer too."""
         try:
             self.pipe.send(command)
-            answer: dict[str, Any] = self.pipe.recv()
+            answer: Found = self.pipe.recv()
             return answer
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
             return {"refused": f"its process ended with status {self.process.exitcode} (its own words are above)"}
 
+    def ask_all(self, commands: tuple[str, ...], found: Found, name: str) -> bool:
+        """Ask one after the other into `found`; False where one is refused."""
+        for command in commands:
+            say(f"{name}: {command}")
+            answer = self.ask(command)
+            if "refused" in answer:
+                found["refused"] = answer["refused"]
+                return False
+            found[command] = answer
+        return True
+
     def quit(self) -> None:
+        """End the process and wait until its memory is free again."""
         if self.process.is_alive():
             self.pipe.send("quit")
         self.process.join(timeout=30)
+        self.process.kill()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where an arm fails parity; 2 for input that can't be used."""
+    """Returns the exit status: 0; 1 where an arm fails parity; 2 for input that can't be used; 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         return run(arguments)
     except InputError as error:
+        say("")
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
@@ -78,9 +99,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--depth", type=numbers, default=[0], metavar="N,..", help="tokens in the cache before (default 0)")
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each arm (default 5)")
     p.add_argument("--seed", type=int, default=0, help="of random weights and prompts")
+    p.add_argument("--ablate", action="store_true", help="every switch this machine can run: alone, all but one, ladder, pairs")
+    p.add_argument("--no-pairs", action="store_true", help="--ablate without the pairs")
+    p.add_argument("--profile", type=Path, metavar="DIR", help="a Chrome trace of each arm's decode step, and its top kernels")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw the result: FILE.png, and the same as FILE.svg")
+    p.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="merge results of several machines, and end")
+    p.add_argument(
+        "--price", type=prices, metavar="P,..", help="--compare: what each machine costs an hour (one for all, or each)"
+    )
+    p.add_argument("--explain", action="store_true", help="print what this machine can do, and why not, and end")
     p.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="what is printed (default md)")
     switches.add_flags(p)
     return p
+
+
+def prices(text: str) -> list[float]:
+    """A comma list of amounts of money."""
+    return [float(part) for part in text.split(",")]
 
 
 def numbers(text: str) -> list[int]:
@@ -92,80 +127,179 @@ def numbers(text: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    machine = Machine.here()
+    if arguments.explain:
+        print(explain(machine))
+        return 0
+    if arguments.compare:
+        print(merge.compare(arguments.compare, arguments.price))
+        return 0
+    if arguments.price:
+        raise InputError("--price goes with --compare")
+    if arguments.plot:
+        plot.check(arguments.plot)
     if arguments.repetitions < 1 or min(*arguments.batch, *arguments.prompt, *arguments.new, 1) < 1:
         raise InputError("--batch, --prompt, --new and -r take 1 or more")
     if arguments.layers is not None and arguments.shape is None:
         raise InputError("--layers cuts a --shape, and none is given: a checkpoint is run whole")
+    if arguments.profile:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
     model = None if arguments.shape else str(arguments.model or EMBEDDED)
     config = Config.load(model) if model else shape(arguments.shape, arguments.layers)
-    compared = arms.from_switches(switches.given(arguments))
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
-    for batch, prompt, new, depth in itertools.product(arguments.batch, arguments.prompt, arguments.new, arguments.depth):
-        workload = Workload(model, arguments.shape, arguments.layers, batch, prompt, new, depth, arguments.seed)
-        rows += measure(compared, workload, arguments.repetitions)
-    machine = Machine.here()
-    result = {
-        "schema": 1,
+    given = switches.given(arguments)
+    result: Found = {
+        "schema": report.SCHEMA,
         "machine": {
             "name": machine.name,
+            "memory_gb": machine.memory / 1e9,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "system": platform.platform(),
         },
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "workload": workload.describe() if len(rows) == len(compared) else f"{model or arguments.shape}",
+        "command": "python bench.py " + " ".join(sys.argv[1:]),
         "config": config.to_dict(),
         "repetitions": arguments.repetitions,
-        "rows": rows,
-        "notes": notes,
-    }  # fmt: skip
+        "rows": [],
+        "pairs": [],
+        "notes": [],
+    }
+    lists = itertools.product(arguments.batch, arguments.prompt, arguments.new, arguments.depth)
+    workloads = [Workload(model, arguments.shape, arguments.layers, *sizes, arguments.seed) for sizes in lists]
+    result["workload"] = workloads[0].describe() if len(workloads) == 1 else workloads[0].describe().split(": batch")[0]
+    status = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what is finished, as Ctrl-C does
+    try:
+        for workload in workloads:
+            compared = arms.ablation(given, machine, workload.batch) if arguments.ablate else arms.from_switches(given)
+            if arguments.no_pairs:
+                compared = [arm for arm in compared if arm.kind != "pair"]
+            measure(compared, workload, config, arguments, result)
+    except KeyboardInterrupt:
+        result["notes"].append("Interrupted: only what was finished is shown.")
+        status = 130
+    say("")
     print(report.render(result, arguments.output))
-    return 1 if any(row.get("parity") is False for row in rows) else 0
+    if arguments.plot and any(row["refused"] is None for row in result["rows"]):
+        print(f"drawn: {' '.join(map(str, plot.draw(result, arguments.plot)))}", file=sys.stderr)
+    failed = any(row.get("parity") is False for row in result["rows"] + result["pairs"])
+    return status or int(failed)
 
 
-def measure(compared: list[Arm], workload: Workload, repetitions: int) -> list[dict[str, Any]]:
-    """All arms on one workload: reference first, then every arm warmed up, then repetitions in turn."""
+def measure(compared: list[Arm], workload: Workload, config: Config, arguments: argparse.Namespace, result: Found) -> None:
+    """All arms on one workload; rows are added to `result` as they are finished."""
     with tempfile.TemporaryDirectory(prefix="r1-bench-") as name:
         folder = Path(name)
-        base = compared[0].backend
-        say(f"reference (fp32, eager): {workload.describe()}")
-        reference = Process(Backend(device=base.device, dtype="fp32", attention="naive", prefill_moe="loop"), workload, folder)
-        refuse(reference.ask("build"))
-        refuse(reference.ask("reference"))
-        reference.quit()
+        base = compared[0]
+        reference = make_reference(base.backend, workload, folder)
+        result["machine"] |= {
+            "copy_gb_s": reference["rates"]["copy"] / 1e9,
+            "matmul_tflop_s": reference["rates"]["matmul"] / 1e12,
+        }
 
-        alive: dict[str, Process] = {}
-        found: dict[str, dict[str, Any]] = {arm.name: {"measure": []} for arm in compared}
+        timed = [arm for arm in compared[1:] if arm.timed]
+        room = how_many_fit(base.backend, workload, config)
+        result["notes"] += [] if room > 1 else [
+            "Only one model fits the memory at a time, so arms were measured one after the other, not in turn with the baseline."
+        ]  # fmt: skip
+        first = Session(base, workload, folder)
         try:
-            for arm in compared:
-                process = alive[arm.name] = Process(arm.backend, workload, folder)
-                for command in ("build", "warm", "parity"):
-                    say(f"{arm.name}: {command}")
-                    answer = process.ask(command)
-                    if "refused" in answer:
-                        found[arm.name]["refused"] = answer["refused"]
-                        alive.pop(arm.name).quit()
-                        break
-                    found[arm.name][command] = answer
-            for repetition in range(repetitions):
-                say(f"repetition {repetition + 1} of {repetitions}")
-                for arm_name, process in alive.items():
-                    found[arm_name]["measure"].append(process.ask("measure"))
-            for arm_name, process in alive.items():
-                found[arm_name]["memory"] = process.ask("memory")
+            if not first.start():
+                raise InputError(f"the baseline can't be had: {first.found['refused']}")
+            baseline_alone = [] if room > 1 or not timed else first.repeat(arguments.repetitions)
+            if room == 1:
+                first.finish(arguments)
+            for arm in timed:
+                session = Session(arm, workload, folder)
+                try:
+                    if session.start():
+                        for number in range(arguments.repetitions):
+                            say(f"{arm.name}: repetition {number + 1} of {arguments.repetitions}")
+                            session.found["beside"].append(baseline_alone[number] if room == 1 else first.once())
+                            session.once()
+                        session.finish(arguments)
+                finally:
+                    session.process.quit()
+                result["rows"].append(report.row(arm, workload, session.found, reference, config))
+            if not timed:
+                first.repeat(arguments.repetitions)
+            if room > 1:
+                first.finish(arguments)
         finally:
-            for process in alive.values():
-                process.quit()
-            say("")
-    baseline = found[compared[0].name].get("measure") or None
-    sizes = vars(workload)
-    return [report.row(arm.name, sizes, found[arm.name], None if arm is compared[0] else baseline) for arm in compared]
+            first.process.quit()
+            if first.found["measure"] and "memory" in first.found:
+                position = len(result["rows"]) - len([r for r in result["rows"] if report.same_workload(r, workload)])
+                result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
+        for arm in compared:
+            if not arm.timed:
+                session = Session(arm, workload, folder)
+                session.process.ask_all(("build", "parity"), session.found, f"pair {arm.name}")
+                session.process.quit()
+                result["pairs"].append(report.pair(arm, workload, session.found))
 
 
-def refuse(answer: dict[str, Any]) -> None:
-    if "refused" in answer:
-        raise InputError(answer["refused"])
+class Session:
+    """One arm's process, and what it has told so far."""
+
+    def __init__(self, arm: Arm, workload: Workload, folder: Path) -> None:
+        self.arm, self.workload, self.folder = arm, workload, folder
+        self.found: Found = {"measure": [], "beside": [], "cold": None}
+        self.compiled = "inductor-" + str(abs(hash(arm.backend)))
+        self.process = Process(arm.backend, workload, folder, self.compiled)
+
+    def start(self) -> bool:
+        """Build, warm up, check parity. A compiled arm is started twice: the first finds a cold cache, the second its own."""
+        if self.arm.backend.compile:
+            cold: Found = {}
+            fine = self.process.ask_all(("build", "warm"), cold, f"{self.arm.name}, cold cache")
+            self.process.quit()
+            if not fine:
+                self.found["refused"] = cold["refused"]
+                return False
+            self.found["cold"] = cold["warm"]["start_seconds"]
+            self.process = Process(self.arm.backend, self.workload, self.folder, self.compiled)
+        return self.process.ask_all(("build", "warm", "parity", "kernels"), self.found, self.arm.name)
+
+    def once(self) -> Found:
+        """One repetition."""
+        answer = self.process.ask("measure")
+        if "refused" in answer:
+            raise InputError(f"{self.arm.name}: {answer['refused']}")
+        self.found["measure"].append(answer)
+        return answer
+
+    def repeat(self, times: int) -> list[Found]:
+        return [self.once() for _ in range(times)]
+
+    def finish(self, arguments: argparse.Namespace) -> None:
+        """Peak memory, and a trace where one is wanted; the process is not needed afterwards."""
+        self.process.ask_all(("memory",), self.found, self.arm.name)
+        if arguments.profile and self.process.ask_all(("trace",), self.found, self.arm.name):
+            stem = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")
+            shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
+            (arguments.profile / f"{stem}.txt").write_text(self.found["trace"]["table"])
+        self.process.quit()
+
+
+def make_reference(backend: Backend, workload: Workload, folder: Path) -> Found:
+    """The text and logits that every arm is held against, the experts it hits, and the machine's rates."""
+    plain = Backend(
+        device=backend.device, dtype="fp32", attention="naive", prefill_attention="naive", moe="loop", prefill_moe="loop"
+    )
+    found: Found = {}
+    process = Process(plain, workload, folder, "inductor-reference")
+    fine = process.ask_all(("build_reference", "reference", "rates"), found, "fp32 reference")
+    process.quit()
+    if not fine:
+        raise InputError(found["refused"])
+    return found
+
+
+def how_many_fit(backend: Backend, workload: Workload, config: Config) -> int:
+    """How many arms' models the device holds at a time, with room for caches and activations."""
+    resolved = resolve(backend, config, batch=workload.batch)
+    need = count_parameters(config) * DTYPES[resolved.dtype].itemsize + 4 * HEADROOM
+    return max(1, int(available_bytes(torch.device("cpu" if resolved.device == "cpu" else "cuda")) // need))
 
 
 def say(text: str) -> None:

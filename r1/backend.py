@@ -7,16 +7,14 @@ not and what instead. Nothing here falls back in silence.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from r1.config import Config
 from r1.errors import InputError
+from r1.machine import Machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = ("auto", "naive", "expand", "absorbed", "triton")
@@ -32,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels": ("torch", "triton"),
     "quant": ("none", "fp8", "int8", "int4"),
     "speculate": ("off", "mtp"),
+    "memory": ("default", "expandable", "empty-cache"),
 }
 # Slots that other parts of the project fill; until then they are refused, not ignored.
 NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -69,6 +68,9 @@ class Backend:
     """How a decode step runs its experts; auto: gather for a few tokens, grouped for more."""
     prefill_moe: str = "auto"
     """How a prompt runs its experts; auto: grouped."""
+    memory: str = "default"
+    """The GPU allocator's policy; expandable: segments that grow (less is lost to fragments); empty-cache: what a prompt
+    took is given back before decoding."""
     kernels: str = "torch"
     quant: str = "none"
     speculate: str = "off"
@@ -95,43 +97,6 @@ class Backend:
         return ", ".join(f"{k}={v}" if not isinstance(v, bool) else k for k, v in changed.items()) or "all off"
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What `resolve` needs to know of where we run. `Machine.here()` looks; tests make up others."""
-
-    cuda: bool = False
-    """torch sees a GPU (NVIDIA's or, in a ROCm build, AMD's)."""
-    hip: str | None = None
-    """The ROCm version that torch was built for."""
-    torch_version: str = torch.__version__
-    name: str = "CPU"
-    capability: tuple[int, int] = (0, 0)
-    compiler: bool = True
-    """torch.compile has what it needs: a C++ compiler for the CPU, Triton for a GPU."""
-
-    @staticmethod
-    def here() -> Machine:
-        cuda = torch.cuda.is_available()
-        return Machine(
-            cuda=cuda,
-            hip=torch.version.hip,
-            name=torch.cuda.get_device_name() if cuda else cpu_name(),
-            capability=torch.cuda.get_device_capability() if cuda else (0, 0),
-            compiler=_has_triton() if cuda else shutil.which(os.environ.get("CXX", "g++")) is not None,
-        )
-
-    def has_bf16(self) -> bool:
-        return not self.cuda or self.hip is not None or self.capability >= (8, 0)
-
-    def no_grouped_kernel(self, compute: str) -> str | None:
-        """Why torch's grouped_mm has no kernel of its own for this GPU and dtype, and loops; None where it has one."""
-        if compute != "bf16":
-            return f"torch's grouped_mm has a GPU kernel for bf16 only, not for {compute}"
-        if self.hip is not None or self.capability[0] not in (9, 10):
-            return f"torch's grouped_mm has a kernel for compute capability 9 and 10 only, not for {self.name}"
-        return None
-
-
 def resolve(backend: Backend, config: Config, machine: Machine | None = None, *, batch: int = 1) -> Backend:
     """Turn every "auto" into what really runs for `config` on `machine`, with `batch` rows in a decode step.
 
@@ -147,18 +112,17 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
 
     device = _device(backend, machine)
     gpu = device != "cpu"
+    machine = machine if gpu else machine.without_gpu()
     dtype = backend.dtype
     if dtype == "auto":
-        dtype = "fp32" if not gpu or backend.amp != "off" else "bf16" if machine.has_bf16() else "fp16"
-    if gpu and "bf16" in (dtype, backend.amp) and not machine.has_bf16():
-        raise InputError(f"bf16 needs compute capability 8.0, and {machine.name} has {machine.capability}: use fp16 or fp32")
+        dtype = "fp32" if not gpu or backend.amp != "off" else "fp16" if machine.why_not("bf16") else "bf16"
+    wanted = {"bf16": "bf16" in (dtype, backend.amp), "compile": backend.compile, "cuda_graphs": backend.cuda_graphs}
+    wanted["memory"] = backend.memory != "default"
+    for feature, asked in wanted.items():
+        if asked and (why := machine.why_not(feature)):
+            raise InputError(why)
     if backend.amp != "off" and dtype != "fp32":
         raise InputError(f"amp={backend.amp} casts fp32 weights as it goes, but dtype={dtype}: use dtype=fp32, or amp=off")
-    if backend.compile and not machine.compiler:
-        needs = "Triton on a GPU: install triton" if gpu else "a C++ compiler on a CPU: install g++ (or set CXX)"
-        raise InputError(f"compile needs {needs}, or leave compile off")
-    if backend.cuda_graphs and not gpu:
-        raise InputError("cuda_graphs capture launches on a GPU, and this runs on a CPU, which has none: use compile")
     attention, prefill_attention = _attention(backend)
     compute = dtype if backend.amp == "off" else backend.amp
     moe, prefill_moe = _experts(backend, config, machine, compute, gpu=gpu, batch=batch)
@@ -169,13 +133,13 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
 
 
 def _device(backend: Backend, machine: Machine) -> str:
-    gpu = "rocm" if machine.hip else "cuda"
-    if backend.device == "auto":
-        return gpu if machine.cuda else "cpu"
-    if backend.device == "cpu" or (backend.device == gpu and machine.cuda):
-        return backend.device
+    if backend.device in ("auto", machine.device):
+        return machine.device
+    if backend.device == "cpu":
+        return "cpu"
     if machine.cuda:
-        raise InputError(f"device={backend.device}: this torch ({machine.torch_version}) drives {gpu}: use device={gpu}")
+        drives = machine.device
+        raise InputError(f"device={backend.device}: this torch ({machine.torch_version}) drives {drives}: use device={drives}")
     raise InputError(f"device={backend.device}: torch {machine.torch_version} sees no such GPU here: use device=cpu")
 
 
@@ -198,7 +162,11 @@ def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *
     """loop reads the experts' counts on the host, and so does torch's grouped_mm where it has no kernel for the machine."""
     unaligned = _unaligned(config, DTYPES[compute])
     synced = {"loop": "reads its counts on the host"}
-    if gpu and (why := machine.no_grouped_kernel(compute)):
+    if gpu and compute != "bf16":
+        synced["grouped"] = (
+            f"reads its counts on the host, because torch's grouped_mm has a GPU kernel for bf16 only, not for {compute}"
+        )
+    elif why := machine.why_not("grouped_mm"):
         synced["grouped"] = f"reads its counts on the host, because {why}"
     chosen = {}
     for name in ("moe", "prefill_moe"):
@@ -232,37 +200,3 @@ def _unaligned(config: Config, dtype: torch.dtype) -> str | None:
 def torch_device(backend: Backend) -> torch.device:
     """The device by torch's name: ROCm answers to "cuda"."""
     return torch.device("cpu" if backend.device == "cpu" else "cuda")
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had, in bytes: the GPU's free memory, or the host's within its cgroup's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-        cgroup = Path("/sys/fs/cgroup")
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - used)
-    except (OSError, KeyError, ValueError):
-        pass  # not Linux, no cgroup, or no limit ("max"): what we have is the best known
-    return available
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it, and how many threads torch uses."""
-    name = "CPU"
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor that has no such line
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton
-
-    return bool(has_triton())

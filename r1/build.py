@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from r1 import attend, checkpoint, moe
-from r1.backend import DTYPES, Backend, available_bytes, torch_device
+from r1.backend import DTYPES, Backend, torch_device
 from r1.config import Config
 from r1.errors import InputError
+from r1.machine import available_bytes
 from r1.mla import MLA
 from r1.model import Transformer
 from r1.moe import MoE
@@ -107,3 +108,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def parameters(module: nn.Module) -> int:
     """How many numbers a module has."""
     return sum(p.numel() for p in module.parameters())
+
+
+def count_parameters(config: Config) -> int:
+    """How many numbers a model of this config has; nothing is allocated."""
+    with torch.device("meta"):
+        return parameters(Transformer(config))

@@ -54,9 +54,9 @@ class Cache:
         for tensor in (t for layer in self.layers for t in layer):
             tensor.zero_()
 
-    def head(self, tokens: int) -> list[LayerCache]:
-        """Views of the first `tokens` slots of every layer."""
-        return [tuple(tensor[:, :tokens] for tensor in layer) for layer in self.layers]
+    def head(self, rows: int, tokens: int) -> list[LayerCache]:
+        """Views of the first `tokens` slots of the first `rows` rows, in every layer."""
+        return [tuple(tensor[:rows, :tokens] for tensor in layer) for layer in self.layers]
 
     @property
     def nbytes(self) -> int:

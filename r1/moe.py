@@ -70,8 +70,8 @@ def loop(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tenso
     for expert, end in enumerate(ends.tolist()):
         if end > start:
             rows = token[start:end]  # the tokens that chose this expert
-            h = swiglu(F.linear(x[rows], experts.gate_up_proj[expert]))
-            y = F.linear(h, experts.down_proj[expert])  # (rows, D)
+            h = swiglu(F.linear(x[rows], experts.gate_up_proj[expert].to(x.dtype)))
+            y = F.linear(h, experts.down_proj[expert].to(x.dtype))  # (rows, D)
             out.index_add_(0, rows, y * weights.flatten()[order[start:end], None])
         start = end
     return out.to(x.dtype)

@@ -95,6 +95,8 @@ class Rates:
     matmul: float
     launch: float
     """Seconds that one more tiny kernel costs in eager mode; 0 on a CPU, where nothing is launched."""
+    replay: float
+    """The same inside a CUDA graph."""
 
     def seconds(self, work: Work) -> float:
         """The floor for one step: bytes or operations, whichever takes longer."""
@@ -113,14 +115,31 @@ def measure_rates(backend: Backend) -> Rates:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     matmul = 2 * size**3 / _best(lambda: torch.mm(a, b), device)
     if not gpu:
-        return Rates(copy, matmul, 0.0)
+        return Rates(copy, matmul, 0.0, 0.0)
     tiny = torch.zeros(1, device=device)
 
     def many() -> None:
         for _ in range(1000):
             tiny.add_(1)
 
-    return Rates(copy, matmul, _best(many, device) / 1000)
+    graph = torch.cuda.CUDAGraph()
+    many()
+    with torch.cuda.graph(graph):
+        many()
+    return Rates(copy, matmul, _best(many, device) / 1000, _best(graph.replay, device) / 1000)
+
+
+def bottleneck(work: Work, rates: Rates, kernels: int | None, captured: bool, seconds: float) -> str:
+    """What a step of `seconds` waits for: the largest of the times for memory, compute and launches (kernels x gap).
+
+    On a CPU launches are not counted, and what the other two leave unexplained is the framework's.
+    """
+    parts = {"memory": work.nbytes / rates.copy, "compute": work.flops / rates.matmul}
+    if kernels is not None:
+        parts["launches"] = kernels * (rates.replay if captured else rates.launch)
+    elif max(parts.values()) < seconds / 2:
+        return "framework"
+    return max(parts, key=lambda name: parts[name])
 
 
 def _best(call: object, device: torch.device, repeats: int = 10) -> float:

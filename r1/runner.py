@@ -11,13 +11,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from r1.backend import DTYPES, Backend, available_bytes, torch_device
+from r1.backend import DTYPES, Backend, torch_device
 from r1.cache import Cache, bytes_per_token
 from r1.compiled import compile_block
 from r1.config import Config
 from r1.errors import InputError
 from r1.graphs import capture
+from r1.machine import available_bytes
 from r1.model import Transformer
+
+
+def round_rows(rows: int) -> int:
+    """The rows of a cache whose decode step is captured: a power of two, so that few graphs serve all batches."""
+    return 2 ** (rows - 1).bit_length()
 
 
 def round_capacity(tokens: int) -> int:
@@ -33,7 +39,9 @@ class Runner:
         self.model, self.backend, self.prefill_chunk = model, backend, prefill_chunk
         self.config: Config = model.config
         self.device = torch_device(backend)
-        self.full_cache = backend.attention == "naive"
+        self.full_cache, self.cache_dtype = backend.attention == "naive", DTYPES[backend.dtype]
+        if backend.memory == "expandable":
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         self.blocks: dict[str, list[Callable[..., Tensor]]] = {p: list(model.layers) for p in ("prefill", "decode")}
         if backend.compile:
             # Each shape of a decode step is compiled anew, and where this limit is reached, fullgraph makes it an error.
@@ -43,8 +51,9 @@ class Runner:
 
     def cache(self, rows: int, tokens: int) -> Cache:
         """A cache for `rows` rows of at least `tokens` tokens. Raises InputError where it would not fit the memory."""
+        rows = round_rows(rows) if self.backend.cuda_graphs else rows
         capacity = round_capacity(tokens)
-        dtype = DTYPES[self.backend.dtype]
+        dtype = self.cache_dtype
         needed = rows * capacity * bytes_per_token(self.config, dtype, self.full_cache)
         available = available_bytes(self.device)
         if needed > available:
@@ -90,24 +99,29 @@ class Runner:
                 stop = min(longest, start + self.prefill_chunk)
                 positions = torch.arange(depth + start, depth + stop, device=self.device).expand(len(prompts), -1)
                 step = self.model.step("prefill", positions, depth + stop if depth + start else 0)
-                hidden = self.model(tokens[:, start:stop], step, cache.head(depth + stop), self.blocks["prefill"])
+                hidden = self.model(tokens[:, start:stop], step, cache.head(len(prompts), depth + stop), self.blocks["prefill"])
                 last = hidden[row, (lengths - 1 - start).clamp(0, stop - start - 1)]  # (B, D)
                 final = last if final is None else torch.where((lengths > start)[:, None], last, final)
-            cache.lengths.copy_(lengths + depth)
+            cache.lengths[: len(prompts)].copy_(lengths + depth)
+            if self.backend.memory == "empty-cache":
+                torch.cuda.empty_cache()
             return self.model.lm_head(final).float()
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One step: tokens (B, S) come to stand behind each row's; returns fp32 logits (B, S, W), and the rows grow.
 
-        Under `cuda_graphs` the logits are the graph's own memory, which the next step overwrites.
+        Under `cuda_graphs` the logits are the graph's own memory, which the next step overwrites, and rows that the cache
+        has beyond B are decoded too, to nobody.
         """
         if not self.backend.cuda_graphs:
             return self._decode(tokens, cache)
         with torch.inference_mode():
+            rows = tokens.shape[0]
+            tokens = torch.nn.functional.pad(tokens, (0, 0, 0, cache.rows - rows))
             shape = tuple(tokens.shape)
             if shape not in cache.graphs:
                 cache.graphs[shape] = capture(self._decode, tokens, cache)
-            return cache.graphs[shape].replay(tokens)
+            return cache.graphs[shape].replay(tokens)[:rows]
 
     def _decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         with self.context():

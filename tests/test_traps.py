@@ -46,9 +46,10 @@ from torch.nn import functional as F
 
 import r1
 from r1 import Config, InputError, attend, fp8, mla, model, rope
-from r1.backend import Backend, Machine, resolve
+from r1.backend import Backend, resolve
 from r1.config import Yarn, shape
 from r1.layers import RMSNorm
+from r1.machine import Machine
 from r1.router import Router
 from r1.runner import Runner
 from r1.trace import first_divergence

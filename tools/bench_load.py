@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, with
 from make_checkpoint import make
 
 import r1
-from r1.backend import Backend, cpu_name
+from r1.backend import Backend
 from r1.build import parameters
 from r1.config import Config, shape
+from r1.machine import cpu_name
 from r1.model import Transformer
 
 SHAPE = "moonlight-16b"

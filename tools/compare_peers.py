@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from r1 import InputError, build, switches
-from r1.backend import Backend, Machine, resolve
+from r1.backend import Backend, resolve
 from r1.config import SHAPES, Config, shape
 from r1.generate import Engine, Sampler
+from r1.machine import Machine
 
 Measure = Callable[[], dict[str, float]]
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from r1.backend import Backend
+from r1.machine import Machine
+
+Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A name and the switches that it turns on, over those that all arms have in common."""
+    """A name, what it is for, and its switches."""
 
     name: str
+    kind: str
+    """"baseline", "alone", "all but one", "ladder", "together", or "pair", of which only parity is asked."""
     backend: Backend
+
+    @property
+    def timed(self) -> bool:
+        return self.kind != "pair"
 
 
 @dataclass(frozen=True)
@@ -38,24 +48,67 @@ class Workload:
         return f"{what}: batch {self.batch}, prompt {self.prompt}, new {self.new}{deep}"
 
 
-def from_switches(given: dict[str, Any]) -> list[Arm]:
-    """Baseline (all off), each given switch alone, and, if there are several, all together.
-
-    `device` and `dtype` say where and in what all arms run; they are no optimization of an arm. amp works on fp32 weights,
-    so where it is asked for, and dtype is not, every arm stores fp32.
-    """
-    common = {name: given[name] for name in ("device", "dtype") if name in given}
+def common_settings(given: Settings) -> Settings:
+    """Where and in what all arms run: no optimization of an arm. amp works on fp32 weights, so asking for it asks for those."""
+    common: Settings = {name: given[name] for name in ("device", "dtype") if name in given}
     if given.get("amp", "off") != "off":
         common.setdefault("dtype", "fp32")
-    base = Backend(**common)
+    return common
+
+
+def from_switches(given: Settings) -> list[Arm]:
+    """Baseline (all off), each given switch alone, and, if there are several, all together."""
+    base = Backend(**common_settings(given))
     switches = {name: value for name, value in given.items() if getattr(base, name) != value}
-    arms = [Arm("baseline", base)]
-    arms += [Arm(label(name, value), dataclasses.replace(base, **{name: value})) for name, value in switches.items()]
+    arms = [Arm("baseline", "baseline", base)]
+    arms += [Arm(label({n: v}), "alone", dataclasses.replace(base, **{n: v})) for n, v in switches.items()]
     if len(switches) > 1:
-        arms.append(Arm(" + ".join(label(*item) for item in switches.items()), dataclasses.replace(base, **switches)))
+        arms.append(Arm(label(switches), "together", dataclasses.replace(base, **switches)))
     return arms
 
 
-def label(name: str, value: Any) -> str:
-    """A switch as a row names it."""
-    return name if value is True else f"{name}={value}"
+def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings]:
+    """The optimizations that this machine can run, in the order in which one would add them to the textbook's model."""
+    gpu = machine.cuda and given.get("device") != "cpu"
+    steps: list[Settings] = [{"attention": "absorbed", "prefill_attention": "expand"}]
+    steps += [{"moe": "gather" if batch == 1 else "grouped", "prefill_moe": "grouped"}]
+    steps += [{"cuda_graphs": True}] if gpu else []
+    steps += [{"compile": True}] if not machine.why_not("compile") else []
+    steps += [{"memory": "expandable"}] if gpu else []
+    storage = given.get("dtype", "auto")
+    steps += [{"amp": "bf16"}] if storage == "fp32" or (storage == "auto" and not gpu) else []
+    return steps
+
+
+def ablation(given: Settings, machine: Machine, batch: int) -> list[Arm]:
+    """The textbook's model (full keys and values, one expert after the other, eager) as baseline; then each step alone, the
+    cumulative ladder, everything but one step, and every pair of steps, for correctness only.
+
+    A loop over experts can be neither compiled nor captured: alone, those two steps bring the experts' step along.
+    """
+    steps = ladder_steps(given, machine, batch)
+    base = Backend(**common_settings(given), attention="naive", prefill_attention="naive", moe="loop", prefill_moe="loop")
+    experts = next(step for step in steps if "moe" in step)
+
+    def arm(kind: str, parts: list[Settings], name: str) -> Arm:
+        return Arm(name, kind, dataclasses.replace(base, **{k: v for part in parts for k, v in part.items()}))
+
+    def alone(step: Settings) -> Arm:
+        needs = [experts] if step.keys() & {"compile", "cuda_graphs"} else []
+        return arm("alone", [*needs, step], label(step) + (f" (with {label(experts)})" if needs else ""))
+
+    arms = [Arm("baseline", "baseline", base)]
+    arms += [arm("ladder", steps[: i + 1], f"+ {label(step)}") for i, step in enumerate(steps)]
+    arms += [alone(step) for step in steps]
+    arms += [arm("all but one", [s for s in steps if s is not step], f"all but {label(step)}") for step in steps]
+    arms += [arm("pair", list(pair), " & ".join(map(label, pair))) for pair in itertools.combinations(steps, 2)]
+    unique: dict[Backend, Arm] = {}
+    for each in arms:  # the ladder's first rung is also a step alone, its last but one is also all but one: measured once
+        unique.setdefault(each.backend, each)
+    return list(unique.values())
+
+
+def label(settings: Settings) -> str:
+    """Switches as a row names them; a phase of its own is not repeated."""
+    shown = {k: v for k, v in settings.items() if not (k.startswith("prefill_") and k.removeprefix("prefill_") in settings)}
+    return " + ".join(name if value is True else f"{name}={value}" for name, value in shown.items())

@@ -12,80 +12,142 @@ import json
 import statistics
 from typing import Any
 
+from r1 import roofline
+from r1.backend import Backend
+from r1.bench.arms import Arm, Workload
+from r1.config import Config
+
+SCHEMA = 1
 FIELDS: dict[str, str] = {
     "arm": "the switches that are on",
+    "kind": "baseline, alone, together, ladder (with all rungs before it), all but one",
     "batch": "rows decoded together",
     "prompt": "tokens of each row's prompt",
     "new": "new tokens of each row",
     "depth": "tokens in the cache before the prompt",
-    "refused": "why this arm can't be had here; null where it can",
+    "refused": "why this arm can't be had here; null where it can, and then the rest is there",
     "ttft_ms": "time to the first token, median",
     "tpot_ms": "(end to end - TTFT) / (new - 1), median over repetitions",
     "tpot_p90_ms": "90th percentile of the single steps of all repetitions",
     "decode_tok_s": "batch / TPOT",
     "prefill_tok_s": "batch x prompt / TTFT",
-    "speedup": "baseline's TPOT / this one's, median over repetitions run in turn; null where parity fails",
+    "speedup": "the baseline's TPOT / this one's, median over repetitions run in turn; null where parity fails",
     "speedup_low": "smallest of those ratios",
     "speedup_high": "largest of those ratios",
     "within_noise": "true where the ratios lie on both sides of 1",
+    "floor_ms": "the least TPOT that the measured copy bandwidth and matmul rate allow for this step's bytes and FLOPs",
+    "mbu": "bytes that a step must move / TPOT / measured copy bandwidth",
+    "mfu_prefill": "FLOPs of the prompt / TTFT / measured matmul rate",
+    "bottleneck": "what a step waits for: memory, compute, launches (kernels x gap) or, on a CPU, framework",
+    "step_gb": "bytes that a step must move",
+    "experts_hit": "different experts that a MoE layer uses in a step, average, as the reference routed",
+    "kernels": "kernels of one decode step; null on a CPU",
     "allocated_gb": "peak of the GPU's allocator; null on a CPU",
     "reserved_gb": "peak of what it took from the GPU; null on a CPU",
     "host_gb": "peak of the process's resident memory, this arm's whole life",
-    "compile_s": "compilation, with a cold cache: first call - second; null where nothing is compiled",
-    "break_even_tokens": "new tokens after which compilation has paid for itself; null where it never does",
+    "start_cold_s": "first call - second, nothing cached: compilation and capture; null where nothing is compiled or captured",
+    "start_warm_s": "the same in a new process that finds the first one's compiled code",
+    "break_even_tokens": "decode steps after which the cold start has paid for itself; null where it never does",
     "parity": "true where mean_kl is within the bound for this arm's dtype",
     "mean_kl": "nats, next-token distributions against the fp32 eager reference on the same tokens",
     "max_logit_diff": "largest difference of one logit",
     "top1": "share of positions where both like the same token best",
     "positions": "how many positions were compared",
     "load_s": "seconds to load or make the model",
+    "sm_mhz": "GPU clock after the last repetition, where it can be read",
+    "power_w": "GPU power then",
     "backend": "every switch as it was resolved",
     "repetitions": "raw: TTFT and total seconds of each repetition",
 }
+NESTED = ("backend", "repetitions")
 
 
-def row(arm: str, workload: dict[str, Any], found: dict[str, Any], baseline: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """One arm's findings as a row. `found` has the worker's answers by command; `baseline` its repetitions, or None."""
-    sizes = {name: workload[name] for name in ("batch", "prompt", "new", "depth")}
+def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str, Any], config: Config) -> dict[str, Any]:
+    """One arm's findings as a row. `found` has the worker's answers by command, `reference` the reference's."""
+    sizes = {name: getattr(workload, name) for name in ("batch", "prompt", "new", "depth")}
     if "refused" in found:
-        return {"arm": arm, **sizes, "refused": found["refused"]}
+        return {"arm": arm.name, "kind": arm.kind, **sizes, "refused": found["refused"]}
     repetitions = found["measure"]
     tpots = [_tpot(r) for r in repetitions]
     tpot, ttft = statistics.median(tpots), statistics.median(r["ttft"] for r in repetitions)
     gaps = sorted(gap for r in repetitions for gap in r["gaps"])
-    parity, memory, compiled = found["parity"], found["memory"], found["warm"]["compile_seconds"]
+    parity, memory = found["parity"], found["memory"]
+    backend = Backend(**found["build"]["backend"])
+    started = backend.compile or backend.cuda_graphs
+    cold = found["cold"] if backend.compile else found["warm"]["start_seconds"] if started else None
     out: dict[str, Any] = {
-        "arm": arm,
+        "arm": arm.name,
+        "kind": arm.kind,
         **sizes,
         "refused": None,
         "ttft_ms": 1e3 * ttft,
         "tpot_ms": 1e3 * tpot,
         "tpot_p90_ms": 1e3 * gaps[int(0.9 * (len(gaps) - 1))] if gaps else None,
-        "decode_tok_s": sizes["batch"] / tpot if tpot else None,
-        "prefill_tok_s": sizes["batch"] * sizes["prompt"] / ttft,
-        "speedup": None,
+        "decode_tok_s": workload.batch / tpot if tpot else None,
+        "prefill_tok_s": workload.batch * workload.prompt / ttft,
+        **_roofline(workload, backend, config, reference, found["kernels"]["count"], tpot, ttft),
         "allocated_gb": memory["allocated"] and memory["allocated"] / 1e9,
         "reserved_gb": memory["reserved"] and memory["reserved"] / 1e9,
         "host_gb": memory["host"] / 1e9,
-        "compile_s": compiled,
-        "break_even_tokens": None,
+        "start_cold_s": cold,
+        "start_warm_s": found["warm"]["start_seconds"] if backend.compile else None,
         "parity": parity["passes"],
         "mean_kl": parity["mean_kl"],
         "max_logit_diff": parity["max_logit_difference"],
         "top1": parity["top1_agreement"],
         "positions": parity["positions"],
         "load_s": found["build"]["load_seconds"],
+        "sm_mhz": repetitions[-1].get("sm_mhz"),
+        "power_w": repetitions[-1].get("power_w"),
         "backend": found["build"]["backend"],
         "repetitions": [{"ttft": r["ttft"], "total": r["total"]} for r in repetitions],
     }
-    if baseline and parity["passes"] and tpot:
-        ratios = [_tpot(b) / own for b, own in zip(baseline, tpots, strict=False)]
-        out |= {"speedup": statistics.median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
-        out["within_noise"] = min(ratios) <= 1 <= max(ratios)
-        saved = statistics.median(_tpot(b) for b in baseline) - tpot
-        if compiled is not None and saved > 0:
-            out["break_even_tokens"] = round(compiled / saved)
+    return {name: (out | _speedup(found["beside"], tpots, parity["passes"], cold)).get(name) for name in FIELDS}
+
+
+def _speedup(beside: list[dict[str, Any]], tpots: list[float], passes: bool, cold: float | None) -> dict[str, Any]:
+    """Against the baseline's repetitions that were run in turn with these."""
+    if not beside or not passes or not min(tpots):
+        return {}
+    ratios = [_tpot(b) / own for b, own in zip(beside, tpots, strict=True)]
+    out: dict[str, Any] = {"speedup": statistics.median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
+    out["within_noise"] = min(ratios) <= 1 <= max(ratios)
+    saved = statistics.median(_tpot(b) for b in beside) - statistics.median(tpots)
+    if cold is not None and saved > 0:
+        out["break_even_tokens"] = round(cold / saved)
     return out
+
+
+def _roofline(
+    w: Workload, backend: Backend, config: Config, reference: dict[str, Any], kernels: int | None, tpot: float, ttft: float
+) -> dict[str, Any]:
+    rates = roofline.Rates(**reference["rates"])
+    hit = reference["reference"]["experts_hit"]
+    work = roofline.step_work(config, backend, w.batch, 1, w.depth + w.prompt + w.new / 2, hit)
+    everything = min(config.n_routed_experts, w.batch * w.prompt * config.num_experts_per_tok)
+    prompt = roofline.step_work(config, backend, w.batch, w.prompt, w.depth, everything)
+    return {
+        "floor_ms": 1e3 * rates.seconds(work),
+        "mbu": work.nbytes / tpot / rates.copy if tpot else None,
+        "mfu_prefill": prompt.flops / ttft / rates.matmul,
+        "bottleneck": roofline.bottleneck(work, rates, kernels, backend.cuda_graphs, tpot),
+        "step_gb": work.nbytes / 1e9,
+        "experts_hit": hit,
+        "kernels": kernels,
+    }
+
+
+def pair(arm: Arm, workload: Workload, found: dict[str, Any]) -> dict[str, Any]:
+    """Two switches together: does it pass parity, or is it refused, and why."""
+    out = {"pair": arm.name, "batch": workload.batch, "refused": found.get("refused")}
+    if "parity" in found:
+        out |= {"parity": found["parity"]["passes"], "mean_kl": found["parity"]["mean_kl"]}
+    return out
+
+
+def same_workload(row: dict[str, Any], workload: Workload) -> bool:
+    """Whether a row is of this workload."""
+    return all(row[name] == getattr(workload, name) for name in ("batch", "prompt", "new", "depth"))
 
 
 def _tpot(repetition: dict[str, Any]) -> float:
@@ -101,54 +163,69 @@ def render(result: dict[str, Any], form: str) -> str:
     if form == "jsonl":
         return "\n".join(json.dumps({**r, "machine": result["machine"]["name"]}) for r in rows)
     if form == "csv":
-        flat = [name for name in FIELDS if name not in ("backend", "repetitions")]
         out = io.StringIO()
-        writer = csv.DictWriter(out, flat, extrasaction="ignore")
+        writer = csv.DictWriter(out, [name for name in FIELDS if name not in NESTED], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         return out.getvalue().rstrip()
     return markdown(result)
 
 
+HEAD = ["arm", "batch", "TTFT ms", "TPOT ms (p90)", "tok/s", "speed-up", "MBU", "floor ms", "waits for", "GB", "start s (warm)"]
+HEAD += ["pays after", "KL", "max Δlogit", "top-1"]
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """The machine, then a table for each workload."""
+    """The machine, the table, and what is to be said of it."""
     m = result["machine"]
-    lines = [f"{m['name']} · torch {m['torch']} · python {m['python']} · {result['repetitions']} repetitions, in turn", ""]
-    lines += [f"{result['workload']}", ""]
-    head = ["arm", "batch", "TTFT ms", "TPOT ms (p90)", "tok/s", "prefill tok/s", "speed-up", "memory GB"]
-    head += ["compile s", "pays after", "KL", "max Δlogit", "top-1"]
-    table = [head, ["---"] + ["---:"] * (len(head) - 1)] + [_cells(r) for r in result["rows"]]
-    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    lines = [f"{m['name']} · torch {m['torch']} · python {m['python']} · {result['repetitions']} repetitions, in turn"]
+    if "copy_gb_s" in m:
+        lines += [f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix product {m['matmul_tflop_s']:.2f} TFLOP/s"]
+    lines += ["", result["workload"], ""]
+    table = [HEAD, ["---"] + ["---:"] * (len(HEAD) - 1)] + [_cells(r) for r in result["rows"]]
+    widths = [max(len(line[i]) for line in table) for i in range(len(HEAD))]
     lines += ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in table]
     lines += [f"\n{r['arm']}: n/a: {r['refused']}" for r in result["rows"] if r["refused"]]
+    noise = [r["arm"] for r in result["rows"] if r.get("within_noise")]
+    if noise:
+        lines += [f"\nNo difference from the baseline beyond the noise: {', '.join(noise)}."]
     failed = [r["arm"] for r in result["rows"] if r.get("parity") is False]
     if failed:
-        lines += [f"\nPARITY FAILS, so no speed-up is shown: {', '.join(failed)}"]
+        lines += [f"\nPARITY FAILS, so no speed-up is shown: {', '.join(failed)}."]
+    if result["pairs"]:
+        lines += ["\nPairs of switches:"]
+        lines += [f"- {p['pair']}: {_verdict(p)}" for p in result["pairs"]]
     lines += [f"\n{note}" for note in result["notes"]]
     return "\n".join(lines)
 
 
+def _verdict(p: dict[str, Any]) -> str:
+    if p["refused"]:
+        return f"refused: {p['refused']}"
+    return f"{'passes' if p['parity'] else 'FAILS'}, KL {p['mean_kl']:.1e}"
+
+
 def _cells(r: dict[str, Any]) -> list[str]:
     if r["refused"]:
-        return [r["arm"], str(r["batch"]), "n/a"] + [""] * 10
+        return [r["arm"], str(r["batch"]), "n/a"] + [""] * (len(HEAD) - 3)
     memory = r["allocated_gb"] if r["allocated_gb"] is not None else r["host_gb"]
-    if not r["parity"]:
-        speed = "parity fails"
-    elif r["speedup"] is None:
-        speed = "1"
-    else:
+    speed = "1" if r["kind"] == "baseline" else "parity fails" if not r["parity"] else ""
+    if r["speedup"] is not None:
         speed = f"{r['speedup']:.2f} ({r['speedup_low']:.2f}-{r['speedup_high']:.2f})" + (" noise" if r["within_noise"] else "")
+    start = "" if r["start_cold_s"] is None else f"{r['start_cold_s']:.1f}"
     return [
         r["arm"],
         str(r["batch"]),
         f"{r['ttft_ms']:.1f}",
         f"{r['tpot_ms']:.2f} ({r['tpot_p90_ms']:.2f})" if r["tpot_p90_ms"] else "",
         f"{r['decode_tok_s']:.1f}" if r["decode_tok_s"] else "",
-        f"{r['prefill_tok_s']:.0f}",
         speed,
+        f"{r['mbu']:.1%}" if r["mbu"] else "",
+        f"{r['floor_ms']:.3f}",
+        r["bottleneck"],
         f"{memory:.2f}",
-        f"{r['compile_s']:.1f}" if r["compile_s"] is not None else "",
-        f"{r['break_even_tokens']}" if r["break_even_tokens"] is not None else "",
+        start + (f" ({r['start_warm_s']:.1f})" if r["start_warm_s"] is not None else ""),
+        "" if r["break_even_tokens"] is None else str(r["break_even_tokens"]),
         f"{r['mean_kl']:.1e}",
         f"{r['max_logit_diff']:.1e}",
         f"{r['top1']:.3f}",

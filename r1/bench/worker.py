@@ -6,8 +6,10 @@ to it through a pipe: a command goes in, a dictionary comes out; `{"refused": se
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,29 +19,31 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import r1
-from r1 import build
+from r1 import build, roofline
 from r1.backend import Backend, resolve
 from r1.bench import parity
 from r1.bench.arms import Workload
-from r1.config import shape
+from r1.bench.upcast import upcast
+from r1.config import Config, shape
 from r1.errors import InputError
 from r1.generate import Engine, Sampler
+from r1.machine import available_bytes, clocks_and_power
+from r1.router import Router
 
 
-def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path) -> None:
-    """The process's main: answers commands until "quit". `folder` holds the reference, and takes this arm's files."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor-{os.getpid()}")
+def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, compiled: str) -> None:
+    """The process's main: answers commands until "quit". `folder` holds the reference; `compiled` names this arm's cache of
+    compiled code in it, which is cold for the first process that uses it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     bench = Bench(backend, workload, folder)
     commands: dict[str, Callable[[], dict[str, Any]]] = {
-        "build": bench.build,
-        "warm": bench.warm,
-        "measure": bench.measure,
-        "reference": bench.reference,
-        "parity": bench.parity,
-        "memory": bench.memory,
+        name: getattr(bench, name)
+        for name in ("build", "build_reference", "reference", "rates", "warm", "measure", "parity", "kernels", "memory", "trace")
     }
     while (command := pipe.recv()) != "quit":
         try:
@@ -68,14 +72,19 @@ class Bench:
             config = shape(w.shape or "", w.layers)
             backend = resolve(self.backend, config, batch=w.batch)
             self.engine = Engine(build.from_shape(config, backend, seed=w.seed), backend)
-        generator = torch.Generator().manual_seed(w.seed)
-        tokens = torch.randint(self.engine.config.vocab_size, (w.batch, w.depth + w.prompt), generator=generator)
+        seconds = time.perf_counter() - start
+        self.prepare()
+        return {"load_seconds": seconds, "backend": vars(self.engine.backend)}
+
+    def prepare(self) -> None:
+        """Prompts, the same in every arm, and a cache for them."""
+        w, config = self.workload, self.engine.config
+        tokens = torch.randint(config.vocab_size, (w.batch, w.depth + w.prompt), generator=torch.Generator().manual_seed(w.seed))
         self.before, self.prompts = tokens[:, : w.depth].tolist(), tokens[:, w.depth :].tolist()
-        context = self.engine.config.max_position_embeddings
-        if w.depth + w.prompt + w.new > context:
-            raise InputError(f"depth + prompt + new is {w.depth + w.prompt + w.new}, more than the context of {context}")
-        self.cache = self.engine.runner.cache(w.batch, w.depth + w.prompt + w.new)
-        return {"load_seconds": time.perf_counter() - start, "backend": vars(self.engine.backend)}
+        context, needed = config.max_position_embeddings, w.depth + w.prompt + w.new
+        if needed > context:
+            raise InputError(f"depth + prompt + new is {needed}, more than the context of {context}")
+        self.cache = self.engine.runner.cache(w.batch, needed)
 
     def fill(self) -> None:
         """Bring the cache to the workload's depth; never inside a timed region."""
@@ -87,34 +96,67 @@ class Bench:
     def warm(self) -> dict[str, Any]:
         """Run the whole workload twice, eager arms too; what the first call took over the second is start-up cost."""
         first, second = self.measure(), self.measure()
-        start_up = [max(0.0, first[k] - second[k]) for k in ("ttft", "second_token")]
-        return {"compile_seconds": sum(start_up) if self.backend.compile else None, "first_call_seconds": sum(start_up)}
+        return {"start_seconds": sum(max(0.0, first[k] - second[k]) for k in ("ttft", "second_token"))}
 
     def measure(self) -> dict[str, Any]:
-        """One repetition: seconds to the first token, to each further one, and which tokens came."""
+        """One repetition: seconds to the first token, to the last, and of each step between."""
         self.fill()
         arrivals: list[float] = []
         start = time.perf_counter()
         for _ in self.engine.steps(self.prompts, self.workload.new, Sampler(0.0), self.cache, self.workload.depth):
             arrivals.append(time.perf_counter() - start)
         gaps = [after - before for before, after in pairwise(arrivals)]
-        return {"ttft": arrivals[0], "total": arrivals[-1], "gaps": gaps, "second_token": gaps[0] if gaps else 0.0}
+        return {
+            "ttft": arrivals[0],
+            "total": arrivals[-1],
+            "gaps": gaps,
+            "second_token": gaps[0] if gaps else 0.0,
+        } | clocks_and_power()
+
+    def build_reference(self) -> dict[str, Any]:
+        """The fp32 eager model: fp32 weights where they fit, else bf16 ones that every product widens."""
+        w = self.workload
+        config = Config.load(w.model) if w.model is not None else shape(w.shape or "", w.layers)
+        backend = resolve(self.backend, config, batch=w.batch)
+        device = torch.device("cpu" if backend.device == "cpu" else "cuda")
+        needed = 4 * build.count_parameters(config) + 2 * build.HEADROOM
+        if needed < available_bytes(device):
+            return self.build()
+        self.backend = dataclasses.replace(self.backend, dtype="bf16")
+        answer = self.build()
+        upcast(self.engine.model)
+        self.engine.runner.cache_dtype = torch.float32
+        self.prepare()
+        return answer
 
     def reference(self) -> dict[str, Any]:
-        """Continue the prompts greedily and keep tokens and logits: what the other arms are held against."""
+        """Continue the prompts greedily; keep tokens and logits, and count the experts that the steps hit."""
         w, runner = self.workload, self.engine.runner
         rows, steps = parity.rows_and_positions(w.batch, w.new, self.engine.config.vocab_size)
         self.fill()
         logits = runner.prefill(self.prompts, self.cache, w.depth)  # (B, W)
+        hits: list[int] = []
+
+        def count(_m: nn.Module, _i: Any, out: tuple[Tensor, Tensor]) -> None:
+            hits.append(out[0].unique().numel())
+
+        hooks = [m.register_forward_hook(count) for m in self.engine.model.modules() if isinstance(m, Router)]
         kept, text = [], []
-        for _ in range(steps):
+        for step in range(steps):
             kept.append(logits[:rows].cpu())
             text.append(logits.argmax(dim=-1))
-            logits = runner.decode(text[-1][:, None], self.cache)[:, -1]
-        save_file(
-            {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}, self.folder / "reference.safetensors"
-        )  # (P, B), (P, rows, W)
-        return {"rows": rows, "steps": steps}
+            if step + 1 < max(steps, 2):
+                logits = runner.decode(text[-1][:, None], self.cache)[:, -1]
+        for hook in hooks:
+            hook.remove()
+        stacked = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}  # (P, B), (P, rows, W)
+        save_file(stacked, self.folder / "reference.safetensors")
+        return {"experts_hit": sum(hits) / len(hits) if hits else 0.0, "rows": rows, "steps": steps}
+
+    def rates(self) -> dict[str, Any]:
+        """The machine's ceilings, in the dtype of this arm."""
+        config = self.engine.config
+        return vars(roofline.measure_rates(resolve(self.backend, config, batch=self.workload.batch)))
 
     def parity(self) -> dict[str, Any]:
         """Read the reference's text step by step, and compare the logits."""
@@ -122,14 +164,39 @@ class Bench:
         text, reference = kept["tokens"].to(self.engine.runner.device), kept["logits"]
         runner, rows = self.engine.runner, reference.shape[1]
         self.fill()
-        ours: list[Tensor] = [runner.prefill(self.prompts, self.cache, self.workload.depth)[:rows]]
+        ours: list[Tensor] = [runner.prefill(self.prompts, self.cache, self.workload.depth)[:rows].clone()]
         for tokens in text[:-1]:
-            ours.append(runner.decode(tokens[:, None], self.cache)[:rows, -1])
-        found = parity.compare([logits.clone() for logits in ours], reference, self.engine.backend)
+            ours.append(runner.decode(tokens[:, None], self.cache)[:rows, -1].clone())
+        found = parity.compare(ours, reference, self.engine.backend)
         return vars(found) | {"passes": found.passes}
 
+    def kernels(self) -> dict[str, Any]:
+        """How many kernels one decode step runs, and how long they are busy; None on a CPU."""
+        if self.engine.runner.device.type == "cpu":
+            return {"count": None, "busy": None}
+        events = [e for e in self._profile().events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return {"count": len(events), "busy": sum(e.device_time for e in events) / 1e6}
+
+    def trace(self) -> dict[str, Any]:
+        """A Chrome trace of one decode step, and its costliest kernels (on a CPU: operators)."""
+        found = self._profile()
+        path = self.folder / "trace.json"
+        found.export_chrome_trace(str(path))
+        order = "self_cpu_time_total" if self.engine.runner.device.type == "cpu" else "self_device_time_total"
+        return {"path": str(path), "table": found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)}
+
+    def _profile(self) -> profile:
+        self.fill()
+        tokens = self.engine.runner.prefill(self.prompts, self.cache, self.workload.depth).argmax(dim=-1)[:, None]
+        self.engine.runner.decode(tokens, self.cache)
+        gpu = self.engine.runner.device.type != "cpu"
+        with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
+            self.engine.runner.decode(tokens, self.cache)
+            self.synchronize()
+        return found
+
     def memory(self) -> dict[str, Any]:
-        """Peak memory in bytes: the allocator's, what it reserved, and the process's own on the host."""
+        """Peak memory in bytes: the allocator's, what it reserved, what the device has in use, and the process's own."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.engine.runner.device.type == "cpu":
             return {"allocated": None, "reserved": None, "host": host}

@@ -1,0 +1,277 @@
+"""bench.py and what it is made of: which arms, what a row says, parity's gate, the roofline's arithmetic, the machine table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import bench
+from r1 import attend
+from r1.backend import Backend, resolve
+from r1.bench import arms, parity, report
+from r1.bench.arms import Arm, Workload
+from r1.bench.upcast import upcast
+from r1.build import from_shape
+from r1.compiled import matrix_vector_backend
+from r1.config import shape
+from r1.errors import InputError
+from r1.machine import Machine, explain, fp8_format
+from r1.roofline import Rates, bottleneck, expected_experts, step_work
+from r1.runner import Runner
+
+H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10**9)
+MI300 = Machine(cuda=True, hip="7.0", name="AMD Instinct MI300X", arch="gfx942", memory=192 * 10**9)
+T4 = Machine(cuda=True, name="Tesla T4", capability=(7, 5), memory=16 * 10**9)
+CPU = Machine(name="a CPU", memory=10**10)
+WORK = Workload(None, "tiny", None, 1, 8, 4, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ arms
+def test_given_switches_alone_and_together() -> None:
+    found = arms.from_switches({"compile": True, "amp": "bf16"})
+    assert [(a.name, a.kind) for a in found] == [
+        ("baseline", "baseline"), ("compile", "alone"), ("amp=bf16", "alone"), ("compile + amp=bf16", "together"),
+    ]  # fmt: skip
+    assert all(a.backend.dtype == "fp32" for a in found)  # amp casts fp32 weights, so its baseline has them
+    assert found[0].backend == Backend(dtype="fp32")
+    assert len(arms.from_switches({"compile": True})) == 2 and len(arms.from_switches({})) == 1
+
+
+@pytest.mark.parametrize(("machine", "batch"), [(CPU, 1), (H100, 1), (H100, 32), (MI300, 1), (T4, 1)])
+def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch: int) -> None:
+    found = arms.ablation({}, machine, batch)
+    steps = arms.ladder_steps({}, machine, batch)
+    assert found[0].kind == "baseline" and found[0].backend.moe == "loop" and found[0].backend.attention == "naive"
+    ladder = [a for a in found if a.kind == "ladder"]
+    assert len(ladder) == len(steps)
+    full = ladder[-1].backend
+    assert all(getattr(full, k) == v for step in steps for k, v in step.items())
+    backends = {a.backend for a in found}
+    assert len(backends) == len(found)  # nothing is measured twice
+    for step in steps:
+        off = dataclasses.replace(full, **{k: getattr(found[0].backend, k) for k in step})
+        assert off in backends, f"all but {step} is lacking"
+    for arm in found:  # what can't be had is refused by resolve, in a sentence; at least the ladder can be had here
+        if arm.kind == "ladder" and machine is not T4:
+            resolve(arm.backend, shape("moonlight-16b"), machine, batch=batch)
+
+
+def test_gpu_only_steps_stay_away_from_a_cpu() -> None:
+    assert not any(step.keys() & {"cuda_graphs", "memory"} for step in arms.ladder_steps({}, CPU, 1))
+    assert not any("cuda_graphs" in step for step in arms.ladder_steps({"device": "cpu"}, H100, 1))
+    assert {"cuda_graphs": True} in arms.ladder_steps({}, H100, 1)
+
+
+# ------------------------------------------------------------------------------------------------ parity
+def test_parity_passes_rounding_and_fails_a_wrong_formula() -> None:
+    config = shape("tiny")
+    tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    backend = resolve(Backend(device="cpu", dtype="fp32", prefill_attention="absorbed"), config)
+    model = from_shape(config, backend)
+    for parameter in model.parameters():
+        parameter.mul_(4) if parameter.dim() > 1 else None  # calm random weights hide everything in flat logits
+    runner = Runner(model, backend)
+    right = runner.logits(tokens).transpose(0, 1)  # (P, B, W)
+    bf16 = dataclasses.replace(backend, amp="bf16")
+    rounded = list(Runner(model, bf16).logits(tokens).transpose(0, 1))
+    assert parity.compare(list(right), right, backend).passes
+    assert parity.compare(rounded, right, bf16).passes
+    assert not parity.compare(rounded, right, backend).passes  # bf16's rounding is no fp32
+    for module in model.modules():
+        if hasattr(module, "scale"):
+            module.scale = module.scale * 2  # type: ignore[assignment, operator]
+    wrong = list(runner.logits(tokens).transpose(0, 1))
+    assert not parity.compare(wrong, right, backend).passes and not parity.compare(wrong, right, bf16).passes
+    nan = [logits * float("nan") for logits in right]
+    assert not parity.compare(nan, right, bf16).passes
+
+
+def test_reference_of_widened_weights_is_fp32s() -> None:
+    config = shape("tiny")
+    textbook: dict[str, Any] = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
+    tokens = torch.arange(30)[None]
+    fp32, bf16 = (resolve(Backend(device="cpu", dtype=dtype, **textbook), config) for dtype in ("fp32", "bf16"))
+    wanted = Runner(from_shape(config, fp32), fp32).logits(tokens)
+    model = from_shape(config, bf16)
+    upcast(model)
+    runner = Runner(model, bf16)
+    runner.cache_dtype = torch.float32
+    assert torch.equal(runner.logits(tokens), wanted)
+    cache = runner.cache(1, 32)
+    runner.prefill([list(range(29))], cache)
+    assert float((runner.decode(torch.tensor([[29]]), cache)[0, 0] - wanted[0, -1]).abs().max()) < 1e-4
+
+
+def test_compared_logits_fit_the_bound() -> None:
+    for batch, new, vocab in ((1, 128, 163840), (32, 128, 163840), (4, 2, 100), (512, 1, 163840)):
+        rows, steps = parity.rows_and_positions(batch, new, vocab)
+        assert 1 <= rows <= batch and 1 <= steps <= new
+        assert rows * steps * vocab * 4 <= max(parity.LOGITS_BYTES, vocab * 4)
+
+
+# ------------------------------------------------------------------------------------------------ compiled decode
+def test_matrix_vector_rules_give_the_same_logits() -> None:
+    """What a GPU's decode step is compiled with, here on a CPU."""
+    config = dataclasses.replace(shape("tiny"), num_hidden_layers=2)
+    backend = resolve(Backend(device="cpu", dtype="fp32"), config)
+    model = from_shape(config, backend)
+    plain, ruled = Runner(model, backend), Runner(model, backend)
+    ruled.blocks["decode"] = [
+        torch.compile(b, fullgraph=True, dynamic=False, backend=matrix_vector_backend) for b in model.layers
+    ]
+    got = []
+    for runner in (plain, ruled):
+        cache = runner.cache(1, 16)
+        runner.prefill([[1, 2, 3]], cache)
+        got.append(torch.cat([runner.decode(torch.tensor([[t]]), cache) for t in (4, 5)]))
+    assert float((got[0] - got[1]).abs().max()) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ roofline
+def test_moonlights_bytes_are_the_published_count() -> None:
+    """5.17 GB a token, so 584 tokens/s at 3.02 TB/s (issue 3); batch 8 and 32 by the experts expected to be hit."""
+    config, backend = shape("moonlight-16b"), Backend(device="cuda", dtype="bf16", attention="absorbed")
+    for rows, hit, limit in ((1, 6.0, 584), (8, expected_experts(config, 8), 1330), (32, expected_experts(config, 32), 3220)):
+        work = step_work(config, backend, rows, 1, 0, hit)
+        assert rows * 3.02e12 / work.nbytes == pytest.approx(limit, rel=0.01)
+
+
+def test_weights_counted_are_the_models() -> None:
+    """All experts hit: every parameter is read but the norms, the bias and what of the embedding isn't looked up."""
+    for name in ("tiny", "v2-lite"):
+        config, backend = shape(name, 2), Backend(dtype="fp32", attention="absorbed")
+        with torch.device("meta"):
+            from r1.model import Transformer
+
+            model = Transformer(config)
+        counted = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n)
+        work = step_work(config, backend, 1, 1, 0, config.n_routed_experts)
+        assert work.weight_bytes == 4 * (counted + config.hidden_size)
+
+
+def test_bottleneck_names_the_largest() -> None:
+    rates = Rates(copy=3e12, matmul=8e14, launch=8e-6, replay=1.2e-6)
+    work = step_work(shape("moonlight-16b"), Backend(dtype="bf16", attention="absorbed"), 1, 1, 256, 6)
+    assert bottleneck(work, rates, 1400, False, 0.04) == "launches"
+    assert bottleneck(work, rates, 650, True, 0.0036) == "memory"
+    prompt = step_work(shape("moonlight-16b"), Backend(dtype="bf16", attention="absorbed"), 1, 65536, 0, 64)
+    assert bottleneck(prompt, rates, 1400, False, 1.0) == "compute"
+    assert bottleneck(work, rates, None, False, 1.0) == "framework"
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+def test_capabilities_of_made_up_machines() -> None:
+    assert H100.device == "cuda" and MI300.device == "rocm" and CPU.device == "cpu"
+    assert fp8_format(H100) == torch.float8_e4m3fn and fp8_format(MI300) == torch.float8_e4m3fnuz and fp8_format(T4) is None
+    assert fp8_format(dataclasses.replace(MI300, arch="gfx950")) == torch.float8_e4m3fn and fp8_format(CPU) is None
+    assert H100.why_not("grouped_mm") is None and "only, not for Tesla T4" in str(T4.why_not("grouped_mm"))
+    assert "8.0" in str(T4.why_not("bf16")) and MI300.why_not("bf16") is None
+    assert "use compile" in str(CPU.why_not("cuda_graphs")) and MI300.why_not("cuda_graphs") is None
+    for machine in (H100, MI300, T4, CPU):
+        text = explain(machine)
+        assert machine.name in text and f"device={machine.device}" in text and "None" not in text
+    assert "ROCm 7.0" in explain(MI300) and "e4m3fnuz" in explain(MI300)
+    with pytest.raises(InputError, match="memory is the policy of the GPU's allocator"):
+        resolve(Backend(memory="expandable"), shape("tiny"), CPU)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+def findings(tpot: float, *, passes: bool = True, beside: float | None = 0.04) -> dict[str, Any]:
+    """A worker's answers for three repetitions of four tokens."""
+    repetition = {"ttft": 0.1, "total": 0.1 + 3 * tpot, "gaps": [tpot] * 3}
+    kl = {"passes": passes, "mean_kl": 1e-9, "max_logit_difference": 1e-6, "top1_agreement": 1.0, "positions": 4, "bound": 1e-6}
+    backend = resolve(Backend(device="cpu", compile=True), shape("tiny"), CPU)
+    return {
+        "build": {"load_seconds": 1.0, "backend": vars(backend)}, "warm": {"start_seconds": 2.0}, "cold": 10.0, "parity": kl,
+        "kernels": {"count": None, "busy": None}, "memory": {"allocated": None, "reserved": None, "host": 10**9},
+        "measure": [repetition] * 3,
+        "beside": [{"ttft": 0.1, "total": 0.1 + 3 * beside, "gaps": [beside] * 3}] * 3 if beside else [],
+    }  # fmt: skip
+
+
+REFERENCE = {
+    "reference": {"experts_hit": 4.0},
+    "rates": {"copy": 1e10, "matmul": 1e11, "launch": 0.0, "replay": 0.0},
+}
+
+
+def made_row(**how: Any) -> dict[str, Any]:
+    return report.row(Arm("compile", "alone", Backend()), WORK, findings(0.02, **how), REFERENCE, shape("tiny"))
+
+
+def test_a_row_says_what_the_fields_promise() -> None:
+    row = made_row()
+    assert list(row) == list(report.FIELDS)
+    assert (
+        row["tpot_ms"] == pytest.approx(20) and row["ttft_ms"] == pytest.approx(100) and row["decode_tok_s"] == pytest.approx(50)
+    )
+    assert row["speedup"] == pytest.approx(2) and row["within_noise"] is False
+    assert row["start_cold_s"] == 10 and row["start_warm_s"] == 2 and row["break_even_tokens"] == 500
+    assert row["mbu"] == pytest.approx(row["step_gb"] * 1e9 / 0.02 / 1e10) and 0 < row["floor_ms"] < 20
+
+
+def test_no_speedup_without_parity_or_beyond_the_noise() -> None:
+    failed = made_row(passes=False)
+    assert failed["speedup"] is None and failed["break_even_tokens"] is None and failed["parity"] is False
+    assert made_row(beside=0.02)["within_noise"] is True
+    slow = made_row(beside=0.01)
+    assert slow["speedup"] == pytest.approx(0.5) and slow["break_even_tokens"] is None
+
+
+def test_every_form_of_output() -> None:
+    rows = [made_row(), made_row(passes=False)]
+    rows.append(report.row(Arm("cuda_graphs", "alone", Backend()), WORK, {"refused": "no GPU here"}, REFERENCE, shape("tiny")))
+    result = {
+        "machine": {"name": "M", "torch": "2", "python": "3"}, "repetitions": 3, "workload": "w", "rows": rows, "notes": ["said"],
+        "pairs": [{"pair": "a & b", "batch": 1, "refused": None, "parity": True, "mean_kl": 1e-9}],
+    }  # fmt: skip
+    text = report.render(result, "md")
+    assert "cuda_graphs: n/a: no GPU here" in text and "PARITY FAILS" in text and "a & b: passes" in text and "said" in text
+    assert json.loads(report.render(result, "json"))["rows"][0]["speedup"] == pytest.approx(2)
+    lines = [json.loads(line) for line in report.render(result, "jsonl").splitlines()]
+    assert len(lines) == 3 and all(line["machine"] == "M" for line in lines)
+    table = list(csv.DictReader(io.StringIO(report.render(result, "csv"))))
+    assert table[2]["refused"] == "no GPU here" and float(table[0]["tpot_ms"]) == pytest.approx(20)
+
+
+def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
+    """Two arms in processes of their own; a wrong formula can't be put into those, so only what is right is seen here."""
+    assert bench.main(["--moe", "grouped", "--device", "cpu", "--new", "4", "--prompt", "6", "-r", "2", "-o", "json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    baseline, arm = result["rows"]
+    assert (baseline["arm"], arm["arm"]) == ("baseline", "moe=grouped")
+    assert baseline["parity"] and arm["parity"] and arm["speedup"] > 0 and len(arm["repetitions"]) == 2
+    assert arm["backend"]["moe"] == "grouped" and baseline["backend"]["moe"] == "gather"
+    assert result["machine"]["copy_gb_s"] > 0 and 0 < arm["experts_hit"] <= 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--new", "0"], "take 1 or more"),
+        (["--layers", "2"], "--layers cuts a --shape"),
+        (["--shape", "tiny", "--layers", "9"], "take 1 to that many"),
+        (["--model", "/nonexistent"], "there is no folder"),
+        (["--prompt", "20000"], "more than the context"),
+        (
+            ["--cuda-graphs", "--attention", "naive", "--prefill-attention", "absorbed", "--depth", "99999"],
+            "more than the context",
+        ),
+    ],
+)
+def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([*arguments, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err and "Traceback" not in err
+
+
+def test_strategies_are_what_the_flags_offer() -> None:
+    from r1.backend import ATTENTION
+
+    assert set(attend.STRATEGIES) | {"auto", "triton"} == set(ATTENTION)
