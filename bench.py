@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of random weights and prompts")
     p.add_argument("--ablate", action="store_true", help="every switch this machine can run: alone, all but one, ladder, pairs")
     p.add_argument("--no-pairs", action="store_true", help="--ablate without the pairs")
+    p.add_argument("--warm-start", action="store_true", help="start compiled arms a second time too, with a warm cache")
     p.add_argument("--profile", type=Path, metavar="DIR", help="a Chrome trace of each arm's decode step, and its top kernels")
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw the result: FILE.png, and the same as FILE.svg")
     p.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="merge results of several machines, and end")
@@ -174,7 +175,12 @@ def run(arguments: argparse.Namespace) -> int:
             compared = arms.ablation(given, machine, workload.batch) if arguments.ablate else arms.from_switches(given)
             if arguments.no_pairs:
                 compared = [arm for arm in compared if arm.kind != "pair"]
-            measure(compared, workload, config, arguments, result)
+            try:
+                measure(compared, workload, config, arguments, result)
+            except InputError as error:
+                if len(workloads) == 1:
+                    raise
+                result["notes"].append(f"{workload.describe()}: n/a: {error}")  # the other workloads' rows are kept
     except KeyboardInterrupt:
         result["notes"].append("Interrupted: only what was finished is shown.")
         status = 130
@@ -204,7 +210,7 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
         ]  # fmt: skip
         first = Session(base, workload, folder)
         try:
-            if not first.start():
+            if not first.start(arguments.warm_start):
                 raise InputError(f"the baseline can't be had: {first.found['refused']}")
             baseline_alone = [] if room > 1 or not timed else first.repeat(arguments.repetitions)
             if room == 1:
@@ -212,7 +218,7 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
             for arm in timed:
                 session = Session(arm, workload, folder)
                 try:
-                    if session.start():
+                    if session.start(arguments.warm_start):
                         for number in range(arguments.repetitions):
                             say(f"{arm.name}: repetition {number + 1} of {arguments.repetitions}")
                             session.found["beside"].append(baseline_alone[number] if room == 1 else first.once())
@@ -247,9 +253,10 @@ class Session:
         self.compiled = "inductor-" + str(abs(hash(arm.backend)))
         self.process = Process(arm.backend, workload, folder, self.compiled)
 
-    def start(self) -> bool:
-        """Build, warm up, check parity. A compiled arm is started twice: the first finds a cold cache, the second its own."""
-        if self.arm.backend.compile:
+    def start(self, twice: bool) -> bool:
+        """Build, warm up, check parity. With `twice` a compiled arm is started in a second process, which finds the cache of
+        compiled code that the first one left, and is the one measured."""
+        if self.arm.backend.compile and twice:
             cold: Found = {}
             fine = self.process.ask_all(("build", "warm"), cold, f"{self.arm.name}, cold cache")
             self.process.quit()

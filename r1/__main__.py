@@ -48,6 +48,8 @@ def talk(arguments: argparse.Namespace) -> int:
         print(f"r1: {note}", file=sys.stderr)
     messages: list[dict[str, Any]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.question is not None:
+        if not arguments.question.strip():
+            raise r1.InputError("the question is empty: ask something, or give no question at all to chat")
         answer(engine, [*messages, {"role": "user", "content": arguments.question}], arguments)
         return 0
     print("Ask something; Ctrl-D ends.", file=sys.stderr)
@@ -58,8 +60,11 @@ def talk(arguments: argparse.Namespace) -> int:
             print()
             return 0
         if question.strip():
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer(engine, messages, arguments)})
+            asked = [*messages, {"role": "user", "content": question}]
+            try:
+                messages = [*asked, {"role": "assistant", "content": answer(engine, asked, arguments)}]
+            except r1.InputError as error:  # the conversation goes on without this turn
+                print(f"r1: {error}", file=sys.stderr)
 
 
 def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argparse.Namespace) -> str:

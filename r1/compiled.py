@@ -8,6 +8,7 @@ stacked experts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ GPU_OPTIONS = {
 
 def compile_block(block: nn.Module, phase: str, device: torch.device) -> Callable[..., Tensor]:
     """One block as a compiled callable; blocks of one kind share the code. A graph break is an error."""
+    # The router's fp32 products are fp32 on purpose: TensorFloat32 would round what decides between experts.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     if phase == "prefill":
         return torch.compile(block, fullgraph=True, dynamic=True)
     if device.type == "cpu":

@@ -84,7 +84,7 @@ def ablation(given: Settings, machine: Machine, batch: int) -> list[Arm]:
     """The textbook's model (full keys and values, one expert after the other, eager) as baseline; then each step alone, the
     cumulative ladder, everything but one step, and every pair of steps, for correctness only.
 
-    A loop over experts can be neither compiled nor captured: alone, those two steps bring the experts' step along.
+    A loop over experts can be neither compiled nor captured: alone or in pairs, those two bring the experts' step along.
     """
     steps = ladder_steps(given, machine, batch)
     base = Backend(**common_settings(given), attention="naive", prefill_attention="naive", moe="loop", prefill_moe="loop")
@@ -93,15 +93,17 @@ def ablation(given: Settings, machine: Machine, batch: int) -> list[Arm]:
     def arm(kind: str, parts: list[Settings], name: str) -> Arm:
         return Arm(name, kind, dataclasses.replace(base, **{k: v for part in parts for k, v in part.items()}))
 
-    def alone(step: Settings) -> Arm:
-        needs = [experts] if step.keys() & {"compile", "cuda_graphs"} else []
-        return arm("alone", [*needs, step], label(step) + (f" (with {label(experts)})" if needs else ""))
+    def with_needs(kind: str, parts: list[Settings], name: str) -> Arm:
+        switched_on = {name for part in parts for name in part}
+        if "moe" in switched_on or not switched_on & {"compile", "cuda_graphs"}:
+            return arm(kind, parts, name)
+        return arm(kind, [experts, *parts], f"{name} (with {label(experts)})")
 
     arms = [Arm("baseline", "baseline", base)]
     arms += [arm("ladder", steps[: i + 1], f"+ {label(step)}") for i, step in enumerate(steps)]
-    arms += [alone(step) for step in steps]
+    arms += [with_needs("alone", [step], label(step)) for step in steps]
     arms += [arm("all but one", [s for s in steps if s is not step], f"all but {label(step)}") for step in steps]
-    arms += [arm("pair", list(pair), " & ".join(map(label, pair))) for pair in itertools.combinations(steps, 2)]
+    arms += [with_needs("pair", list(pair), " & ".join(map(label, pair))) for pair in itertools.combinations(steps, 2)]
     unique: dict[Backend, Arm] = {}
     for each in arms:  # the ladder's first rung is also a step alone, its last but one is also all but one: measured once
         unique.setdefault(each.backend, each)

@@ -46,7 +46,7 @@ FIELDS: dict[str, str] = {
     "reserved_gb": "peak of what it took from the GPU; null on a CPU",
     "host_gb": "peak of the process's resident memory, this arm's whole life",
     "start_cold_s": "first call - second, nothing cached: compilation and capture; null where nothing is compiled or captured",
-    "start_warm_s": "the same in a new process that finds the first one's compiled code",
+    "start_warm_s": "the same in a new process that finds the first one's compiled code; null without --warm-start",
     "break_even_tokens": "decode steps after which the cold start has paid for itself; null where it never does",
     "parity": "true where mean_kl is within the bound for this arm's dtype",
     "mean_kl": "nats, next-token distributions against the fp32 eager reference on the same tokens",
@@ -74,7 +74,8 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
     parity, memory = found["parity"], found["memory"]
     backend = Backend(**found["build"]["backend"])
     started = backend.compile or backend.cuda_graphs
-    cold = found["cold"] if backend.compile else found["warm"]["start_seconds"] if started else None
+    twice = found["cold"] is not None
+    cold = found["cold"] if twice else found["warm"]["start_seconds"] if started else None
     out: dict[str, Any] = {
         "arm": arm.name,
         "kind": arm.kind,
@@ -90,7 +91,7 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
         "reserved_gb": memory["reserved"] and memory["reserved"] / 1e9,
         "host_gb": memory["host"] / 1e9,
         "start_cold_s": cold,
-        "start_warm_s": found["warm"]["start_seconds"] if backend.compile else None,
+        "start_warm_s": found["warm"]["start_seconds"] if twice else None,
         "parity": parity["passes"],
         "mean_kl": parity["mean_kl"],
         "max_logit_diff": parity["max_logit_difference"],

@@ -7,6 +7,7 @@ to it through a pipe: a command goes in, a dictionary comes out; `{"refused": se
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import resource
 import signal
@@ -27,6 +28,7 @@ from r1 import build, roofline
 from r1.backend import Backend, resolve
 from r1.bench import parity
 from r1.bench.arms import Workload
+from r1.bench.parity import Parity
 from r1.bench.upcast import upcast
 from r1.config import Config, shape
 from r1.errors import InputError
@@ -40,6 +42,7 @@ def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, 
     compiled code in it, which is cold for the first process that uses it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library greets on stderr otherwise
     bench = Bench(backend, workload, folder)
     commands: dict[str, Callable[[], dict[str, Any]]] = {
         name: getattr(bench, name)
@@ -151,7 +154,18 @@ class Bench:
             hook.remove()
         stacked = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}  # (P, B), (P, rows, W)
         save_file(stacked, self.folder / "reference.safetensors")
+        rounding = {amp: self._rounding(amp) for amp in ("bf16", "fp16")}
+        (self.folder / "rounding.json").write_text(json.dumps(rounding))
         return {"experts_hit": sum(hits) / len(hits) if hits else 0.0, "rows": rows, "steps": steps}
+
+    def _rounding(self, amp: str) -> float:
+        """The KL that this very code makes when its products are rounded to `amp`."""
+        runner = self.engine.runner
+        plain, runner.backend = runner.backend, dataclasses.replace(runner.backend, amp=amp)
+        try:
+            return self._read_text(float("inf")).mean_kl
+        finally:
+            runner.backend = plain
 
     def rates(self) -> dict[str, Any]:
         """The machine's ceilings, in the dtype of this arm."""
@@ -160,6 +174,11 @@ class Bench:
 
     def parity(self) -> dict[str, Any]:
         """Read the reference's text step by step, and compare the logits."""
+        rounding = json.loads((self.folder / "rounding.json").read_text())
+        found = self._read_text(parity.bound(self.engine.backend, rounding))
+        return vars(found) | {"passes": found.passes}
+
+    def _read_text(self, allowed: float) -> Parity:
         kept = load_file(self.folder / "reference.safetensors")
         text, reference = kept["tokens"].to(self.engine.runner.device), kept["logits"]
         runner, rows = self.engine.runner, reference.shape[1]
@@ -167,8 +186,7 @@ class Bench:
         ours: list[Tensor] = [runner.prefill(self.prompts, self.cache, self.workload.depth)[:rows].clone()]
         for tokens in text[:-1]:
             ours.append(runner.decode(tokens[:, None], self.cache)[:rows, -1].clone())
-        found = parity.compare(ours, reference, self.engine.backend)
-        return vars(found) | {"passes": found.passes}
+        return parity.compare(ours, reference, allowed)
 
     def kernels(self) -> dict[str, Any]:
         """How many kernels one decode step runs, and how long they are busy; None on a CPU."""
@@ -190,7 +208,7 @@ class Bench:
         tokens = self.engine.runner.prefill(self.prompts, self.cache, self.workload.depth).argmax(dim=-1)[:, None]
         self.engine.runner.decode(tokens, self.cache)
         gpu = self.engine.runner.device.type != "cpu"
-        with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
+        with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU], acc_events=True) as found:
             self.engine.runner.decode(tokens, self.cache)
             self.synchronize()
         return found
