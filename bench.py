@@ -25,7 +25,7 @@ import torch
 
 from r1 import InputError, switches
 from r1.__main__ import EMBEDDED
-from r1.backend import DTYPES, Backend, resolve
+from r1.backend import DTYPES, Backend, resolve, torch_device
 from r1.bench import arms, merge, plot, report, worker
 from r1.bench.arms import Arm, Workload
 from r1.build import HEADROOM, count_parameters
@@ -306,7 +306,7 @@ def how_many_fit(backend: Backend, workload: Workload, config: Config) -> int:
     """How many arms' models the device holds at a time, with room for caches and activations."""
     resolved = resolve(backend, config, batch=workload.batch)
     need = count_parameters(config) * DTYPES[resolved.dtype].itemsize + 4 * HEADROOM
-    return max(1, int(available_bytes(torch.device("cpu" if resolved.device == "cpu" else "cuda")) // need))
+    return max(1, int(available_bytes(torch_device(resolved)) // need))
 
 
 def say(text: str) -> None:

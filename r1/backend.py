@@ -91,6 +91,11 @@ class Backend:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r}: give a whole number of at least 1")
 
+    @property
+    def compute(self) -> str:
+        """The dtype that matrix products run in."""
+        return self.dtype if self.amp == "off" else self.amp
+
     def describe(self) -> str:
         """The switches that differ from the dataclass's defaults, as one would type them."""
         changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}

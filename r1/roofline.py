@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from r1.backend import DTYPES, Backend
+from r1.backend import DTYPES, Backend, torch_device
 from r1.cache import bytes_per_token
 from r1.config import Config
 
@@ -105,9 +105,9 @@ class Rates:
 
 def measure_rates(backend: Backend) -> Rates:
     """Measure the device of a resolved backend, in its compute dtype; some seconds."""
-    device = torch.device("cpu" if backend.device == "cpu" else "cuda")
+    device = torch_device(backend)
     gpu = device.type == "cuda"
-    dtype = DTYPES[backend.dtype if backend.amp == "off" else backend.amp]
+    dtype = DTYPES[backend.compute]
     source = torch.zeros(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)

@@ -41,19 +41,13 @@ ROUNDING_MARGIN = 4.0
 """How many times the rounding of one trusted run in a dtype another one may be off: each rounds at other places."""
 
 
-def compute_dtype(backend: Backend) -> str:
-    """The dtype that matrix products run in."""
-    return backend.dtype if backend.amp == "off" else backend.amp
-
-
 def bound(backend: Backend, rounding: dict[str, float]) -> float:
     """The mean KL that rounding explains, on this model and text; a wrong formula exceeds it (tests/test_bench.py).
 
     `rounding` has, by dtype, the KL of the reference's own code under autocast: measured each time, because how far rounding
     carries depends on how sharp the model's distributions are.
     """
-    compute = compute_dtype(backend)
-    return FP32_BOUND if compute == "fp32" else FP32_BOUND + ROUNDING_MARGIN * rounding[compute]
+    return FP32_BOUND if backend.compute == "fp32" else FP32_BOUND + ROUNDING_MARGIN * rounding[backend.compute]
 
 
 def rows_and_positions(batch: int, new: int, vocab_size: int) -> tuple[int, int]:

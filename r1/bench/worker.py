@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import r1
 from r1 import build, roofline
-from r1.backend import Backend, resolve
+from r1.backend import Backend, resolve, torch_device
 from r1.bench import parity
 from r1.bench.arms import Workload
 from r1.bench.parity import Parity
@@ -121,9 +121,8 @@ class Bench:
         w = self.workload
         config = Config.load(w.model) if w.model is not None else shape(w.shape or "", w.layers)
         backend = resolve(self.backend, config, batch=w.batch)
-        device = torch.device("cpu" if backend.device == "cpu" else "cuda")
         needed = 4 * build.count_parameters(config) + 2 * build.HEADROOM
-        if needed < available_bytes(device):
+        if needed < available_bytes(torch_device(backend)):
             return self.build()
         self.backend = dataclasses.replace(self.backend, dtype="bf16")
         answer = self.build()
