@@ -68,16 +68,22 @@ def absorbed(mla: MLA, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor,
     if cache is not None:
         (latent,) = step.remember(cache, latent)  # (B, T, C + R)
     w_uk, w_uv = mla.up_projections()
-    q_c = torch.einsum("bshn,hnc->bshc", q_nope, w_uk)
+    q_c = by_head(q_nope, w_uk)  # (B, S, H, C)
     q = torch.cat((q_c, q_pe.to(q_c.dtype)), dim=-1)  # (B, S, H, C + R)
-    scores = torch.matmul(q.flatten(1, 2), latent.to(q.dtype).mT)  # (B, S H, T)
-    scores = scores.unflatten(1, (-1, mla.heads)).transpose(1, 2)  # (B, H, S, T)
+    scores = torch.bmm(q.flatten(1, 2), latent.to(q.dtype).mT)  # (B, S H, T)
+    scores = scores.view(*q.shape[:3], -1).transpose(1, 2)  # (B, H, S, T)
     p = probabilities(scores, mla.scale, step.bias).transpose(1, 2).flatten(1, 2)  # (B, S H, T)
-    c = torch.matmul(p.to(latent.dtype), latent[..., : mla.kv_split[0]])  # (B, S H, C)
-    return torch.einsum("bshc,hvc->bshv", c.unflatten(1, (-1, mla.heads)), w_uv)
+    c = torch.bmm(p.to(latent.dtype), latent[..., : mla.kv_split[0]])  # (B, S H, C)
+    return by_head(c.view(*q.shape[:3], -1), w_uv.mT)
 
 
 STRATEGIES: dict[str, Attend] = {"naive": naive, "expand": expand, "absorbed": absorbed}
+
+
+def by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head's own product: x (B, S, H, in) times weight (H, in, out) -> (B, S, H, out)."""
+    rows = x.flatten(0, 1).transpose(0, 1)  # (H, B S, in)
+    return torch.bmm(rows, weight).transpose(0, 1).view(*x.shape[:3], -1)
 
 
 def keys_values(mla: MLA, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,11 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.shape, self.eps = (dim,), eps
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim), same dtype."""
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+        return self.weight * F.rms_norm(x, self.shape, eps=self.eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
