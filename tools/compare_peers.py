@@ -4,8 +4,8 @@
     python tools/compare_peers.py --shape moonlight-16b --compiled --cuda-graphs
 
 Weights are random, N(0, 0.02), each side its own, so the work is the same and the tokens are not. Each peer has a process
-of its own; repetitions are taken in turn. transformers runs as its users run it: `generate`, with its default attention and
-experts; `--compiled` adds its static cache, with which it compiles the decode step.
+of its own; repetitions are taken in turn with ours. transformers runs as its users run it: `generate`, with its default
+attention and experts; `--compiled` adds its static cache, with which it compiles the decode step (on a GPU only).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 
 from r1 import InputError, build, switches
-from r1.backend import Backend, resolve
+from r1.backend import DTYPES, Backend, resolve, torch_device
 from r1.config import SHAPES, Config, shape
 from r1.generate import Engine, Sampler
 from r1.machine import Machine
@@ -54,12 +56,12 @@ def ours(config: Config, arguments: argparse.Namespace) -> Measure:
 
 def transformers(config: Config, arguments: argparse.Namespace, *, static: bool) -> Measure:
     """transformers' model of the same family, random weights, its own generate."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # an extra: pip install -e '.[peers]'
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     raw = config.to_dict()
     raw.pop("quantization_config", None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    backend = resolve(Backend(**switches.given(arguments)), config, batch=arguments.batch)
+    device, dtype = torch_device(backend), DTYPES[backend.dtype]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=dtype)
     model.to_empty(device=device)
@@ -88,7 +90,7 @@ def transformers(config: Config, arguments: argparse.Namespace, *, static: bool)
         return time.perf_counter() - start
 
     def measure() -> dict[str, float]:
-        first, all_of_them = timed(1), timed(arguments.new)
+        all_of_them, first = timed(arguments.new), timed(1)  # the longer first: its static cache serves both
         return {"ttft": first, "tpot": (all_of_them - first) / (arguments.new - 1)}
 
     return measure
@@ -123,28 +125,33 @@ def main(argv: list[str] | None = None) -> int:
     switches.add_flags(parser)
     arguments = parser.parse_args(argv)
     try:
+        if find_spec("transformers") is None:
+            raise InputError("transformers is not installed: pip install -e '.[peers]'")
+        if min(arguments.batch, arguments.prompt, arguments.new - 1, arguments.repetitions) < 1:
+            raise InputError("--batch, --prompt and -r take 1 or more, --new 2 or more")
         resolve(Backend(**switches.given(arguments)), shape(arguments.shape, arguments.layers), batch=arguments.batch)
     except InputError as error:
         print(f"compare_peers: {error}", file=sys.stderr)
         return 2
 
-    names = ["r1", "transformers eager"] + (["transformers static cache + compile"] if arguments.compiled else [])
-    figures = compare(names, arguments)
-    import transformers as peer
-
-    machine = (
-        f"{Machine.here().name}, torch {torch.__version__}, transformers {peer.__version__}, python {platform.python_version()}"
-    )
+    names = ["transformers eager"] + (["transformers static cache + compile"] if arguments.compiled else [])
+    try:
+        figures = compare(names, arguments)
+    except InputError as error:
+        print(f"compare_peers: {error}", file=sys.stderr)
+        return 2
+    versions = f"torch {torch.__version__}, transformers {version('transformers')}, python {platform.python_version()}"
+    machine = f"{Machine.here().name}, {versions}"
     used = Backend(**switches.given(arguments)).describe()
     print(f"{machine}\n{arguments.shape}, batch {arguments.batch}, {arguments.prompt} + {arguments.new} tokens, r1: {used}\n")
     print(
         "| | TTFT ms | TPOT ms (range) | tok/s | r1's TPOT / its | first call s | GPU GB |\n|---|---:|---:|---:|---:|---:|---:|"
     )
-    for name in names:
-        f = figures[name]
+    for name, f in figures.items():
         tpots = [1e3 * r["tpot"] for r in f["repetitions"]]
         ttft = 1e3 * statistics.median(r["ttft"] for r in f["repetitions"])
-        ratios = [a["tpot"] / b["tpot"] for a, b in zip(figures["r1"]["repetitions"], f["repetitions"], strict=True)]
+        beside = f.get("beside", f["repetitions"])
+        ratios = [ours["tpot"] / theirs["tpot"] for ours, theirs in zip(beside, f["repetitions"], strict=True)]
         tpot = statistics.median(tpots)
         print(
             f"| {name} | {ttft:.1f} | {tpot:.2f} ({min(tpots):.2f}-{max(tpots):.2f}) | {arguments.batch * 1e3 / tpot:.1f} "
@@ -157,24 +164,53 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def compare(names: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Start the peers one after the other, then measure them in turn."""
-    context = multiprocessing.get_context("spawn")
-    figures: dict[str, dict[str, Any]] = {}
-    pipes: dict[str, Any] = {}
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, name, arguments), daemon=True).start()
+class Peer:
+    """One side's process, started and warmed up."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.name = name
+        print(f"{name}: starting", file=sys.stderr)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, arguments), daemon=True)
+        self.process.start()
         theirs.close()
-        figures[name] = {**pipes[name].recv(), "repetitions": []}
-    for _ in range(arguments.repetitions):
-        for name, pipe in pipes.items():
-            pipe.send("measure")
-            figures[name]["repetitions"].append(pipe.recv())
-    for name, pipe in pipes.items():
-        pipe.send("quit")
-        figures[name] |= pipe.recv()
-    return figures
+        self.figures: dict[str, Any] = {**self._answer(), "repetitions": []}
+
+    def measure(self) -> dict[str, float]:
+        """One repetition: seconds to the first token, and per token after it."""
+        self.pipe.send("measure")
+        answer = self._answer()
+        self.figures["repetitions"].append(answer)
+        return answer
+
+    def quit(self) -> dict[str, Any]:
+        """End the process, so that its memory is free; returns its figures."""
+        self.pipe.send("quit")
+        self.figures |= self._answer()
+        self.process.join()
+        return self.figures
+
+    def _answer(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise InputError(
+                f"{self.name}: its process ended with status {self.process.exitcode} (its words are above)"
+            ) from None
+
+
+def compare(names: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Measure each of `names` in turn with ours. Ours stays, the others come one after the other: two models need memory at a
+    time. Each peer's figures have in "beside" our repetitions that were taken in turn with its own."""
+    us = Peer("r1", arguments)
+    figures: dict[str, dict[str, Any]] = {}
+    for name in names:
+        peer = Peer(name, arguments)
+        turns = [(us.measure(), peer.measure()) for _ in range(arguments.repetitions)]
+        figures[name] = peer.quit() | {"beside": [ours for ours, _ in turns]}
+    return {"r1": us.quit()} | figures
 
 
 def _prompts(config: Config, arguments: argparse.Namespace) -> torch.Tensor:
