@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import os
 import platform
 import shutil
 import signal
@@ -55,7 +56,8 @@ class Process:
             return answer
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
-            return {"refused": f"its process ended with status {self.process.exitcode} (its own words are above)"}
+            said = f"its process ended with status {self.process.exitcode} (its own words are above)"
+            return {"refused": said, "crashed": True}
 
     def ask_all(self, commands: tuple[str, ...], found: Found, name: str) -> bool:
         """Ask one after the other into `found`; False where one is refused."""
@@ -63,7 +65,7 @@ class Process:
             say(f"{name}: {command}")
             answer = self.ask(command)
             if "refused" in answer:
-                found["refused"] = answer["refused"]
+                found |= answer
                 return False
             found[command] = answer
         return True
@@ -77,10 +79,13 @@ class Process:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where an arm fails parity; 2 for input that can't be used; 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 where an arm fails parity or breaks down; 2 for bad input; 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         return run(arguments)
+    except BrokenPipeError:  # who reads our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except InputError as error:
         say("")
         print(f"bench: {error}", file=sys.stderr)
@@ -98,9 +103,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--new", type=numbers, default=[128], metavar="N,..", help="new tokens of each row (default 128)")
     p.add_argument("--depth", type=numbers, default=[0], metavar="N,..", help="tokens in the cache before (default 0)")
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each arm (default 5)")
-    p.add_argument("--seed", type=int, default=0, help="of random weights and prompts")
-    p.add_argument("--ablate", action="store_true", help="every switch this machine can run: alone, all but one, ladder, pairs")
-    p.add_argument("--no-pairs", action="store_true", help="--ablate without the pairs")
+    p.add_argument("--seed", type=switches.seed, default=0, help="of random weights and prompts")
+    p.add_argument(
+        "--ablate", nargs="?", type=kinds, const=arms.KINDS, metavar="KIND,..",
+        help=f"every switch this machine can run; of {', '.join(arms.KINDS)} (default: all)",
+    )  # fmt: skip
+    p.add_argument(
+        "--routing", choices=("model", "uniform"), default="model",
+        help="uniform: experts drawn for each row, as trained weights would spread; random weights crowd on a few",
+    )  # fmt: skip
     p.add_argument("--warm-start", action="store_true", help="start compiled arms a second time too, with a warm cache")
     p.add_argument("--profile", type=Path, metavar="DIR", help="a Chrome trace of each arm's decode step, and its top kernels")
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw the result: FILE.png, and the same as FILE.svg")
@@ -117,6 +128,14 @@ def parser() -> argparse.ArgumentParser:
 def prices(text: str) -> list[float]:
     """A comma list of amounts of money."""
     return [float(part) for part in text.split(",")]
+
+
+def kinds(text: str) -> tuple[str, ...]:
+    """A comma list of kinds of arms."""
+    chosen = tuple(text.split(","))
+    if not set(chosen) <= set(arms.KINDS):
+        raise ValueError(text)
+    return chosen
 
 
 def numbers(text: str) -> list[int]:
@@ -166,15 +185,16 @@ def run(arguments: argparse.Namespace) -> int:
         "notes": [],
     }
     lists = itertools.product(arguments.batch, arguments.prompt, arguments.new, arguments.depth)
-    workloads = [Workload(model, arguments.shape, arguments.layers, *sizes, arguments.seed) for sizes in lists]
-    result["workload"] = workloads[0].describe() if len(workloads) == 1 else workloads[0].describe().split(": batch")[0]
+    fixed = (model, arguments.shape, arguments.layers)
+    workloads = [Workload(*fixed, *sizes, arguments.seed, arguments.routing) for sizes in lists]
+    result["workload"] = workloads[0].describe() if len(workloads) == 1 else workloads[0].name
     status = 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what is finished, as Ctrl-C does
     try:
         for workload in workloads:
-            compared = arms.ablation(given, machine, workload.batch) if arguments.ablate else arms.from_switches(given)
-            if arguments.no_pairs:
-                compared = [arm for arm in compared if arm.kind != "pair"]
+            compared = arms.from_switches(given)
+            if arguments.ablate:
+                compared = arms.ablation(given, machine, workload.batch, arguments.ablate)
             try:
                 measure(compared, workload, config, arguments, result)
             except InputError as error:
@@ -188,7 +208,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(report.render(result, arguments.output))
     if arguments.plot and any(row["refused"] is None for row in result["rows"]):
         print(f"drawn: {' '.join(map(str, plot.draw(result, arguments.plot)))}", file=sys.stderr)
-    failed = any(row.get("parity") is False for row in result["rows"] + result["pairs"])
+    failed = any(row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"])
     return status or int(failed)
 
 
@@ -227,7 +247,7 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
                 finally:
                     session.process.quit()
                 result["rows"].append(report.row(arm, workload, session.found, reference, config))
-            if not timed:
+            if not first.found["measure"]:  # no other arm came to be measured in turn with it
                 first.repeat(arguments.repetitions)
             if room > 1:
                 first.finish(arguments)
@@ -261,11 +281,11 @@ class Session:
             fine = self.process.ask_all(("build", "warm"), cold, f"{self.arm.name}, cold cache")
             self.process.quit()
             if not fine:
-                self.found["refused"] = cold["refused"]
+                self.found |= {name: value for name, value in cold.items() if name in ("refused", "crashed")}
                 return False
             self.found["cold"] = cold["warm"]["start_seconds"]
             self.process = Process(self.arm.backend, self.workload, self.folder, self.compiled)
-        return self.process.ask_all(("build", "warm", "parity", "kernels"), self.found, self.arm.name)
+        return self.process.ask_all(("build", "warm", "parity", "kernels", "moe_layer"), self.found, self.arm.name)
 
     def once(self) -> Found:
         """One repetition."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     except r1.InputError as error:
         print(f"r1: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(PLAIN if sys.stdout.isatty() else "")
         return 130
@@ -36,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--new", type=int, default=1024, metavar="N", help="new tokens at most (default 1024)")
     p.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=f"default {TEMPERATURE}; 0 is greedy")
     p.add_argument("--top-p", type=float, default=TOP_P, metavar="P", help=f"default {TOP_P}")
-    p.add_argument("--seed", type=int, metavar="N", help="makes the same choices again")
+    p.add_argument("--seed", type=switches.seed, metavar="N", help="makes the same choices again")
     p.add_argument("--no-think", dest="think", action="store_false", help="answer without reasoning first")
     switches.add_flags(p)
     return p

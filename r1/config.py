@@ -140,10 +140,14 @@ class Config:
     def load(directory: str | Path) -> Config:
         """Read `directory/config.json`. Raises InputError that names the folder or the field at fault."""
         directory = Path(directory)
+        path = directory / "config.json"
+        try:
+            found = path.is_file()
+        except OSError as error:
+            raise InputError(f"{directory} can't be read ({error.strerror}): give a folder that you may read") from None
         if not directory.is_dir():
             raise InputError(f"there is no folder {directory}: give a checkpoint's folder (config.json + *.safetensors)")
-        path = directory / "config.json"
-        if not path.is_file():
+        if not found:
             raise InputError(f"{directory} has no config.json: a checkpoint's folder holds config.json and *.safetensors")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))

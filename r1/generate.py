@@ -58,10 +58,12 @@ class Sampler:
     _generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature}: give 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: give more than 0 and at most 1")
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature!r}: give 0 (greedy) or more")
+        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p!r}: give more than 0 and at most 1")
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**63):
+            raise InputError(f"seed={self.seed!r}: give a whole number from 0 to 2^63 - 1")
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor) -> Tensor:
@@ -71,7 +73,8 @@ class Sampler:
         if self._generator is None:
             self._generator = torch.Generator(logits.device)
             self._generator.manual_seed(self.seed) if self.seed is not None else self._generator.seed()
-        p, order = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)  # (B, W)
+        below = logits - logits.amax(dim=-1, keepdim=True)  # no temperature, however small, makes them overflow
+        p, order = (below / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)  # (B, W)
         # The nucleus: the likeliest tokens up to the one with which top_p is reached (arXiv 1904.09751).
         p = p.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, 0.0)
         # p / Exp(1) is largest at i with probability p[i] / sum(p): a draw that needs no sync.
@@ -96,6 +99,8 @@ class Engine:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """int64 (B, S) -> fp32 (B, S, W): what each position says of the next token; causal, without a cache."""
+        if not isinstance(tokens, Tensor):
+            raise InputError(f"logits takes a LongTensor (batch, sequence), not a {type(tokens).__name__}")
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
             raise InputError(f"logits takes a LongTensor (batch, sequence), not {tokens.dtype} of shape {tuple(tokens.shape)}")
         self._check(tokens.tolist())
@@ -118,8 +123,10 @@ class Engine:
         Raises InputError for prompts that are empty, too long, or hold ids outside the vocabulary.
         """
         sampler = Sampler(temperature, top_p, seed)
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens!r}: give a whole number of at least 1")
+        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, Sequence) for prompt in prompts):
+            raise InputError("generate takes a list of prompts, each a list of token ids: [[0, 5, 7]], not [0, 5, 7]")
         rows = [list(prompt) for prompt in prompts]
         self._check(rows)
         room = self.config.max_position_embeddings - max(map(len, rows))

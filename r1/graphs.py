@@ -37,17 +37,27 @@ class Captured:
 
 def capture(step: Callable[[Tensor, Cache], Tensor], tokens: Tensor, cache: Cache) -> Captured:
     """Record `step(tokens, cache)`. The cache's lengths are as before afterwards; slots behind them may be written."""
-    static = tokens.clone()
-    lengths = cache.lengths.clone()
+    static, lengths = tokens.clone(), cache.lengths.clone()
+    logits: list[Tensor] = []
+
+    def once() -> None:
+        logits[:] = [step(static, cache)]
+
+    graph = record(once, lambda: cache.lengths.copy_(lengths))
+    return Captured(graph, static, logits[0])
+
+
+def record(call: Callable[[], None], undo: Callable[[], object] = lambda: None) -> torch.cuda.CUDAGraph:
+    """Run `call` some times on a stream beside, then record it; `undo` follows each of these, and is not recorded."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):
-            step(static, cache)
-            cache.lengths.copy_(lengths)
+            call()
+            undo()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = step(static, cache)
-    cache.lengths.copy_(lengths)
-    return Captured(graph, static, logits)
+        call()
+    undo()
+    return graph

@@ -31,6 +31,9 @@ class Work:
     def nbytes(self) -> float:
         return self.weight_bytes + self.cache_bytes
 
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.weight_bytes - other.weight_bytes, self.cache_bytes - other.cache_bytes, self.flops - other.flops)
+
 
 def attention_weights(config: Config) -> int:
     """Elements of one layer's attention projections."""

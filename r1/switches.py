@@ -23,6 +23,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=int, metavar="N", default=argparse.SUPPRESS, help="default 1")
 
 
+def seed(text: str) -> int:
+    """A seed as torch's generators take it."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise ValueError(text)
+    return value
+
+
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The switches that the command line names."""
     names = {field.name for field in dataclasses.fields(Backend)}

@@ -16,13 +16,16 @@ from r1 import attend
 from r1.backend import Backend, resolve
 from r1.bench import arms, parity, report
 from r1.bench.arms import Arm, Workload
+from r1.bench.routing import make_uniform
 from r1.bench.upcast import upcast
 from r1.build import from_shape
 from r1.compiled import matrix_vector_backend
 from r1.config import shape
 from r1.errors import InputError
 from r1.machine import Machine, explain, fp8_format
-from r1.roofline import Rates, bottleneck, expected_experts, step_work
+from r1.model import Transformer
+from r1.roofline import Rates, attention_weights, bottleneck, expected_experts, expert_weights, step_work
+from r1.router import Router
 from r1.runner import Runner
 
 H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10**9)
@@ -52,8 +55,8 @@ def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch
     assert len(ladder) == len(steps)
     full = ladder[-1].backend
     assert all(getattr(full, k) == v for step in steps for k, v in step.items())
-    backends = {a.backend for a in found}
-    assert len(backends) == len(found)  # nothing is measured twice
+    backends = {a.backend for a in found if a.timed}
+    assert len(backends) == sum(a.timed for a in found)  # nothing is timed twice
     for step in steps:
         off = dataclasses.replace(full, **{k: getattr(found[0].backend, k) for k in step})
         assert off in backends, f"all but {step} is lacking"
@@ -191,7 +194,8 @@ def findings(tpot: float, *, passes: bool = True, beside: float | None = 0.04) -
     backend = resolve(Backend(device="cpu", compile=True), shape("tiny"), CPU)
     return {
         "build": {"load_seconds": 1.0, "backend": vars(backend)}, "warm": {"start_seconds": 2.0}, "cold": 10.0, "parity": kl,
-        "kernels": {"count": None, "busy": None}, "memory": {"allocated": None, "reserved": None, "host": 10**9},
+        "kernels": {"count": None, "busy": None},
+        "moe_layer": {"seconds": 5e-4}, "memory": {"allocated": None, "reserved": None, "host": 10**9},
         "measure": [repetition] * 3,
         "beside": [{"ttft": 0.1, "total": 0.1 + 3 * beside, "gaps": [beside] * 3}] * 3 if beside else [],
     }  # fmt: skip
@@ -227,11 +231,11 @@ def test_no_speedup_without_parity_or_beyond_the_noise() -> None:
 
 
 def test_every_form_of_output() -> None:
-    rows = [made_row(), made_row(passes=False)]
+    rows, sizes = [made_row(), made_row(passes=False)], dict.fromkeys(report.SIZES, 1)
     rows.append(report.row(Arm("cuda_graphs", "alone", Backend()), WORK, {"refused": "no GPU here"}, REFERENCE, shape("tiny")))
     result = {
         "machine": {"name": "M", "torch": "2", "python": "3"}, "repetitions": 3, "workload": "w", "rows": rows, "notes": ["said"],
-        "pairs": [{"pair": "a & b", "batch": 1, "refused": None, "parity": True, "mean_kl": 1e-9}],
+        "pairs": [{"pair": "a & b", **sizes, "refused": None, "parity": True, "mean_kl": 1e-9}],
     }  # fmt: skip
     text = report.render(result, "md")
     assert "cuda_graphs: n/a: no GPU here" in text and "PARITY FAILS" in text and "a & b: passes" in text and "said" in text
@@ -277,3 +281,68 @@ def test_strategies_are_what_the_flags_offer() -> None:
     from r1.backend import ATTENTION
 
     assert set(attend.STRATEGIES) | {"auto", "triton"} == set(ATTENTION)
+
+
+# ------------------------------------------------------------------------------------------------ routing
+def gates(model: Transformer) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def test_uniform_routing_spreads_and_is_the_same_in_every_arm() -> None:
+    config = shape("tiny")
+    backend = resolve(Backend(device="cpu"), config)
+    model, again = from_shape(config, backend), from_shape(config, dataclasses.replace(backend, moe="grouped"))
+    crowded = torch.ones(512, config.hidden_size)  # one hidden state for all, as random weights nearly give
+    gate = gates(model)[-1]
+    assert gate(crowded)[0].unique().numel() == config.num_experts_per_tok
+    for each in (model, again):
+        make_uniform(each, seed=3)
+    gate, same = gates(model)[-1], gates(again)[-1]
+    indices, weights = gate(crowded)
+    load = indices.flatten().bincount(minlength=config.n_routed_experts)
+    assert load.min() > 0.5 * load.float().mean() and torch.equal(indices, same(crowded)[0])
+    assert weights.sum(dim=-1).allclose(torch.tensor(config.routed_scaling_factor))  # still the token's own, normed
+    assert not torch.equal(indices, gates(model)[-2](crowded)[0])
+
+
+def test_columns_that_say_nothing_are_left_out() -> None:
+    rows = [made_row(), {**made_row(), "prompt": 9}]
+    head = report._table(rows)[0]
+    assert " prompt " in head and " batch " in head and " depth " not in head and "MoE layer" in head
+    assert " prompt " not in report._table(rows[:1])[0]
+    assert "MoE layer" not in report._table([{**rows[0], "moe_layer_us": None}])[0]
+
+
+def test_the_moe_layers_floor_is_one_layers_work() -> None:
+    row, config = made_row(), shape("tiny")
+    backend = resolve(Backend(device="cpu", compile=True), config, CPU)
+    rates = Rates(**REFERENCE["rates"])
+    layer = attention_weights(config) + (4 + config.n_shared_experts) * expert_weights(config)
+    context = (WORK.prompt + WORK.new / 2 + 1) * config.latent_dim
+    nbytes = 4 * (layer + config.n_routed_experts * config.hidden_size + context)
+    assert row["moe_layer_floor_us"] == pytest.approx(1e6 * nbytes / rates.copy) and row["moe_layer_us"] == pytest.approx(500)
+    assert backend.dtype == "fp32"
+
+
+def test_a_breakdown_is_no_refusal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that doesn't work: the other arms are still measured, and the command fails."""
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert bench.main(["--compile", "--device", "cpu", "--new", "3", "--prompt", "4", "-r", "1"]) == 1
+    out = capfd.readouterr().out
+    assert "compile: BROKE DOWN" in out and "| baseline " in out
+
+
+def test_one_repetition_says_nothing_of_noise() -> None:
+    found = findings(0.02)
+    found["measure"], found["beside"] = found["measure"][:1], found["beside"][:1]
+    row = report.row(Arm("compile", "alone", Backend()), WORK, found, REFERENCE, shape("tiny"))
+    assert row["speedup"] == pytest.approx(2) and row["within_noise"] is None
+
+
+def test_kinds_of_an_ablation() -> None:
+    for kinds in (("ladder",), ("pairs",), ("alone", "all-but-one")):
+        found = arms.ablation({}, CPU, 1, kinds)
+        assert found[0].kind == "baseline" and {a.kind for a in found[1:]} == set(kinds)
+    pairs = arms.ablation({}, CPU, 1, ("ladder", "pairs"))
+    steps = arms.ladder_steps({}, CPU, 1)
+    assert sum(a.kind == "pairs" for a in pairs) == len(steps) * (len(steps) - 1) / 2  # also those that a rung has timed

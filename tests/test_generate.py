@@ -168,6 +168,11 @@ def test_the_context_is_the_limit() -> None:
         ([[1]], {"temperature": float("nan")}, "temperature=nan"),
         ([[1]], {"temperature": float("inf")}, "temperature=inf"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),
+        ([[1]], {"temperature": "a"}, "temperature='a'"),
+        ([[1]], {"seed": 1.5}, "seed=1.5"),
+        ([[1]], {"seed": 2**64}, "from 0 to 2^63 - 1"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens=True"),
+        ([1, 2], {}, "[[0, 5, 7]], not [0, 5, 7]"),
         ([[1]], {"top_p": 1.5}, "top_p=1.5"),
     ],
 )
@@ -226,6 +231,11 @@ def test_nucleus(top_p: float, kept: list[int]) -> None:
 def test_temperature_comes_before_the_nucleus() -> None:
     """At temperature 0.5 the two likeliest reach 0.8 already (0.56 + 0.31); the other way round it takes three."""
     assert chi_square(Sampler(0.5, 0.8, seed=0), LOGITS, nucleus(softened(P, 0.5), [1, 4]))
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = torch.tensor([[3.0, 9.0, -4.0], [0.5, 0.25, 0.75]])
+    assert Sampler(1e-40, 1.0, 0)(logits).tolist() == [1, 2]
 
 
 def test_rows_are_drawn_apart() -> None:

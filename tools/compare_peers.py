@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -135,31 +135,31 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
     names = ["transformers eager"] + (["transformers static cache + compile"] if arguments.compiled else [])
+    versions = f"torch {torch.__version__}, transformers {version('transformers')}, python {platform.python_version()}"
+    found = {"machine": f"{Machine.here().name}, {versions}", "arguments": vars(arguments)}
     try:
-        figures = compare(names, arguments)
+        for figures in compare(names, arguments):
+            found["figures"] = figures
+            if arguments.output:
+                arguments.output.write_text(json.dumps(found, indent=1, default=str) + "\n")
     except InputError as error:
         print(f"compare_peers: {error}", file=sys.stderr)
         return 2
-    versions = f"torch {torch.__version__}, transformers {version('transformers')}, python {platform.python_version()}"
-    machine = f"{Machine.here().name}, {versions}"
     used = Backend(**switches.given(arguments)).describe()
-    print(f"{machine}\n{arguments.shape}, batch {arguments.batch}, {arguments.prompt} + {arguments.new} tokens, r1: {used}\n")
     print(
-        "| | TTFT ms | TPOT ms (range) | tok/s | r1's TPOT / its | first call s | GPU GB |\n|---|---:|---:|---:|---:|---:|---:|"
+        f"{found['machine']}\n{arguments.shape}, batch {arguments.batch}, {arguments.prompt} + {arguments.new} tokens, r1: {used}\n"
     )
+    print("| | TTFT ms | TPOT ms (range) | tok/s | r1's TPOT / its (range) | first call s | GPU GB |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for name, f in figures.items():
         tpots = [1e3 * r["tpot"] for r in f["repetitions"]]
         ttft = 1e3 * statistics.median(r["ttft"] for r in f["repetitions"])
-        beside = f.get("beside", f["repetitions"])
-        ratios = [ours["tpot"] / theirs["tpot"] for ours, theirs in zip(beside, f["repetitions"], strict=True)]
+        ratios = [ours["tpot"] / theirs["tpot"] for ours, theirs in zip(f.get("beside", []), f["repetitions"], strict=False)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "1"
         tpot = statistics.median(tpots)
         print(
             f"| {name} | {ttft:.1f} | {tpot:.2f} ({min(tpots):.2f}-{max(tpots):.2f}) | {arguments.batch * 1e3 / tpot:.1f} "
-            f"| {statistics.median(ratios):.2f} | {f['first_call_s']:.1f} | {f['allocated_gb']:.1f} |"
-        )
-    if arguments.output:
-        arguments.output.write_text(
-            json.dumps({"machine": machine, "arguments": vars(arguments), "figures": figures}, indent=1, default=str)
+            f"| {ratio} | {f['first_call_s']:.1f} | {f['allocated_gb']:.1f} |"
         )
     return 0
 
@@ -201,16 +201,19 @@ class Peer:
             ) from None
 
 
-def compare(names: list[str], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Measure each of `names` in turn with ours. Ours stays, the others come one after the other: two models need memory at a
-    time. Each peer's figures have in "beside" our repetitions that were taken in turn with its own."""
+def compare(names: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, dict[str, Any]]]:
+    """Measure each of `names` in turn with ours; yields all figures so far after each. Ours stays, the others come one after
+    the other: two models need memory at a time. A peer's "beside" holds our repetitions that were taken in turn with its own.
+    """
     us = Peer("r1", arguments)
-    figures: dict[str, dict[str, Any]] = {}
+    figures = {"r1": us.figures}
     for name in names:
         peer = Peer(name, arguments)
         turns = [(us.measure(), peer.measure()) for _ in range(arguments.repetitions)]
         figures[name] = peer.quit() | {"beside": [ours for ours, _ in turns]}
-    return {"r1": us.quit()} | figures
+        yield figures
+    us.quit()
+    yield figures
 
 
 def _prompts(config: Config, arguments: argparse.Namespace) -> torch.Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from r1 import InputError, build, checkpoint
+from r1 import InputError, build, checkpoint, switches
 from r1.backend import Backend, resolve
 from r1.config import SHAPES, Config, shape
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("directory", type=Path, help="a new folder")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=switches.seed, default=0)
     parser.add_argument("--shard-mb", type=float, metavar="MB", help="largest shard (default 5000; tiny: 1)")
     parser.add_argument("--no-fp8", action="store_true", help="store bf16 where the shape's own checkpoint stores FP8 blocks")
     arguments = parser.parse_args(argv)
@@ -52,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         config = shape(arguments.shape, arguments.layers)
         if arguments.no_fp8:
             config = dataclasses.replace(config, fp8_block=None)
-        shard_mb = arguments.shard_mb or (1 if arguments.shape == "tiny" else 5000)
+        shard_mb = (1 if arguments.shape == "tiny" else 5000) if arguments.shard_mb is None else arguments.shard_mb
+        if not 0 < shard_mb < math.inf:
+            raise InputError(f"--shard-mb {shard_mb}: give megabytes, more than 0")
         make(config, arguments.directory, seed=arguments.seed, shard_bytes=int(shard_mb * 1e6))
         if config.vocab_size == SHAPES["tiny"].vocab_size:
             make_tokenizer(arguments.directory)

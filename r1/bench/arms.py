@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from r1.backend import Backend
 from r1.machine import Machine
 
 Settings = dict[str, Any]
+KINDS = ("alone", "all-but-one", "ladder", "pairs")
+"""What an ablation has beside its baseline."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,12 @@ class Arm:
 
     name: str
     kind: str
-    """"baseline", "alone", "all but one", "ladder", "together", or "pair", of which only parity is asked."""
+    """"baseline", "together", or one of KINDS; of "pairs" only parity is asked."""
     backend: Backend
 
     @property
     def timed(self) -> bool:
-        return self.kind != "pair"
+        return self.kind != "pairs"
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,18 @@ class Workload:
     depth: int
     """Tokens that stand in each row's cache before the prompt comes."""
     seed: int
+    routing: str = "model"
+    """"uniform": experts drawn evenly, see routing.py."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's folder, or the shape."""
+        spread = ", routing uniform" if self.routing == "uniform" else ""
+        return (self.model or f"{self.shape}{f', {self.layers} layers' if self.layers else ''}, random weights") + spread
 
     def describe(self) -> str:
-        what = self.model or f"{self.shape}{f', {self.layers} layers' if self.layers else ''}, random weights"
         deep = f", {self.depth} tokens in the cache" if self.depth else ""
-        return f"{what}: batch {self.batch}, prompt {self.prompt}, new {self.new}{deep}"
+        return f"{self.name}: batch {self.batch}, prompt {self.prompt}, new {self.new}{deep}"
 
 
 def common_settings(given: Settings) -> Settings:
@@ -80,11 +90,13 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
     return steps
 
 
-def ablation(given: Settings, machine: Machine, batch: int) -> list[Arm]:
+def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str] = KINDS) -> list[Arm]:
     """The textbook's model (full keys and values, one expert after the other, eager) as baseline; then each step alone, the
     cumulative ladder, everything but one step, and every pair of steps, for correctness only.
 
     A loop over experts can be neither compiled nor captured: alone or in pairs, those two bring the experts' step along.
+    Only arms of `kinds` are returned, and the baseline. Two of the same switches are timed once: the ladder's first rung is
+    also a step alone, its last but one is also all but one.
     """
     steps = ladder_steps(given, machine, batch)
     base = Backend(**common_settings(given), attention="naive", prefill_attention="naive", moe="loop", prefill_moe="loop")
@@ -102,11 +114,12 @@ def ablation(given: Settings, machine: Machine, batch: int) -> list[Arm]:
     arms = [Arm("baseline", "baseline", base)]
     arms += [arm("ladder", steps[: i + 1], f"+ {label(step)}") for i, step in enumerate(steps)]
     arms += [with_needs("alone", [step], label(step)) for step in steps]
-    arms += [arm("all but one", [s for s in steps if s is not step], f"all but {label(step)}") for step in steps]
-    arms += [with_needs("pair", list(pair), " & ".join(map(label, pair))) for pair in itertools.combinations(steps, 2)]
-    unique: dict[Backend, Arm] = {}
-    for each in arms:  # the ladder's first rung is also a step alone, its last but one is also all but one: measured once
-        unique.setdefault(each.backend, each)
+    arms += [arm("all-but-one", [s for s in steps if s is not step], f"all but {label(step)}") for step in steps]
+    arms += [with_needs("pairs", list(pair), " & ".join(map(label, pair))) for pair in itertools.combinations(steps, 2)]
+    unique: dict[tuple[Backend, bool], Arm] = {}
+    for each in arms:
+        if each.kind in ("baseline", *kinds):
+            unique.setdefault((each.backend, each.timed), each)
     return list(unique.values())
 
 

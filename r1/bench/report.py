@@ -7,9 +7,12 @@ nothing else. Where parity fails there is no speed-up: a fast wrong answer is no
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from r1 import roofline
@@ -20,12 +23,14 @@ from r1.config import Config
 SCHEMA = 1
 FIELDS: dict[str, str] = {
     "arm": "the switches that are on",
-    "kind": "baseline, alone, together, ladder (with all rungs before it), all but one",
+    "kind": "baseline, alone, together, ladder (with all rungs before it), all-but-one",
+    "model": "the checkpoint's folder, or the shape of random weights",
     "batch": "rows decoded together",
     "prompt": "tokens of each row's prompt",
     "new": "new tokens of each row",
     "depth": "tokens in the cache before the prompt",
     "refused": "why this arm can't be had here; null where it can, and then the rest is there",
+    "crashed": "true where it should have been had, and broke down: a defect",
     "ttft_ms": "time to the first token, median",
     "tpot_ms": "(end to end - TTFT) / (new - 1), median over repetitions",
     "tpot_p90_ms": "90th percentile of the single steps of all repetitions",
@@ -34,12 +39,14 @@ FIELDS: dict[str, str] = {
     "speedup": "the baseline's TPOT / this one's, median over repetitions run in turn; null where parity fails",
     "speedup_low": "smallest of those ratios",
     "speedup_high": "largest of those ratios",
-    "within_noise": "true where the ratios lie on both sides of 1",
+    "within_noise": "true where the ratios lie on both sides of 1; null with one repetition, which has no spread",
     "floor_ms": "the least TPOT that the measured copy bandwidth and matmul rate allow for this step's bytes and FLOPs",
     "mbu": "bytes that a step must move / TPOT / measured copy bandwidth",
     "mfu_prefill": "FLOPs of the prompt / TTFT / measured matmul rate",
     "bottleneck": "what a step waits for: memory, compute, launches (kernels x gap) or, on a CPU, framework",
     "step_gb": "bytes that a step must move",
+    "moe_layer_us": "one MoE layer of a decode step, attention included, run as this arm runs its steps; null without one",
+    "moe_layer_floor_us": "the least time that the measured rates allow for it",
     "experts_hit": "different experts that a MoE layer uses in a step, average, as the reference routed",
     "kernels": "kernels of one decode step; null on a CPU",
     "allocated_gb": "peak of the GPU's allocator; null on a CPU",
@@ -60,13 +67,15 @@ FIELDS: dict[str, str] = {
     "repetitions": "raw: TTFT and total seconds of each repetition",
 }
 NESTED = ("backend", "repetitions")
+SIZES = ("batch", "prompt", "new", "depth")
 
 
 def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str, Any], config: Config) -> dict[str, Any]:
     """One arm's findings as a row. `found` has the worker's answers by command, `reference` the reference's."""
-    sizes = {name: getattr(workload, name) for name in ("batch", "prompt", "new", "depth")}
+    sizes = {name: getattr(workload, name) for name in SIZES}
     if "refused" in found:
-        return {"arm": arm.name, "kind": arm.kind, **sizes, "refused": found["refused"]}
+        identity = {"arm": arm.name, "kind": arm.kind, "model": workload.name, **sizes}
+        return identity | {"refused": found["refused"], "crashed": found.get("crashed", False)}
     repetitions = found["measure"]
     tpots = [_tpot(r) for r in repetitions]
     tpot, ttft = statistics.median(tpots), statistics.median(r["ttft"] for r in repetitions)
@@ -79,14 +88,17 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
     out: dict[str, Any] = {
         "arm": arm.name,
         "kind": arm.kind,
+        "model": workload.name,
         **sizes,
         "refused": None,
+        "crashed": False,
         "ttft_ms": 1e3 * ttft,
         "tpot_ms": 1e3 * tpot,
         "tpot_p90_ms": 1e3 * gaps[int(0.9 * (len(gaps) - 1))] if gaps else None,
         "decode_tok_s": workload.batch / tpot if tpot else None,
         "prefill_tok_s": workload.batch * workload.prompt / ttft,
         **_roofline(workload, backend, config, reference, found["kernels"]["count"], tpot, ttft),
+        "moe_layer_us": found["moe_layer"]["seconds"] and 1e6 * found["moe_layer"]["seconds"],
         "allocated_gb": memory["allocated"] and memory["allocated"] / 1e9,
         "reserved_gb": memory["reserved"] and memory["reserved"] / 1e9,
         "host_gb": memory["host"] / 1e9,
@@ -112,7 +124,8 @@ def _speedup(beside: list[dict[str, Any]], tpots: list[float], passes: bool, col
         return {}
     ratios = [_tpot(b) / own for b, own in zip(beside, tpots, strict=True)]
     out: dict[str, Any] = {"speedup": statistics.median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
-    out["within_noise"] = min(ratios) <= 1 <= max(ratios)
+    if len(ratios) > 1:
+        out["within_noise"] = min(ratios) <= 1 <= max(ratios)
     saved = statistics.median(_tpot(b) for b in beside) - statistics.median(tpots)
     if cold is not None and saved > 0:
         out["break_even_tokens"] = round(cold / saved)
@@ -125,6 +138,8 @@ def _roofline(
     rates = roofline.Rates(**reference["rates"])
     hit = reference["reference"]["experts_hit"]
     work = roofline.step_work(config, backend, w.batch, 1, w.depth + w.prompt + w.new / 2, hit)
+    fewer = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)  # without its last layer, a MoE layer
+    layer = work - roofline.step_work(fewer, backend, w.batch, 1, w.depth + w.prompt + w.new / 2, hit)
     everything = min(config.n_routed_experts, w.batch * w.prompt * config.num_experts_per_tok)
     prompt = roofline.step_work(config, backend, w.batch, w.prompt, w.depth, everything)
     return {
@@ -133,6 +148,7 @@ def _roofline(
         "mfu_prefill": prompt.flops / ttft / rates.matmul,
         "bottleneck": roofline.bottleneck(work, rates, kernels, backend.cuda_graphs, tpot),
         "step_gb": work.nbytes / 1e9,
+        "moe_layer_floor_us": 1e6 * rates.seconds(layer) if hit else None,
         "experts_hit": hit,
         "kernels": kernels,
     }
@@ -140,7 +156,8 @@ def _roofline(
 
 def pair(arm: Arm, workload: Workload, found: dict[str, Any]) -> dict[str, Any]:
     """Two switches together: does it pass parity, or is it refused, and why."""
-    out = {"pair": arm.name, "batch": workload.batch, "refused": found.get("refused")}
+    sizes = {name: getattr(workload, name) for name in SIZES}
+    out = {"pair": arm.name, **sizes, "refused": found.get("refused"), "crashed": found.get("crashed", False)}
     if "parity" in found:
         out |= {"parity": found["parity"]["passes"], "mean_kl": found["parity"]["mean_kl"]}
     return out
@@ -148,7 +165,7 @@ def pair(arm: Arm, workload: Workload, found: dict[str, Any]) -> dict[str, Any]:
 
 def same_workload(row: dict[str, Any], workload: Workload) -> bool:
     """Whether a row is of this workload."""
-    return all(row[name] == getattr(workload, name) for name in ("batch", "prompt", "new", "depth"))
+    return all(row[name] == getattr(workload, name) for name in SIZES)
 
 
 def _tpot(repetition: dict[str, Any]) -> float:
@@ -172,8 +189,52 @@ def render(result: dict[str, Any], form: str) -> str:
     return markdown(result)
 
 
-HEAD = ["arm", "batch", "TTFT ms", "TPOT ms (p90)", "tok/s", "speed-up", "MBU", "floor ms", "waits for", "GB", "start s (warm)"]
-HEAD += ["pays after", "KL", "max Δlogit", "top-1"]
+Row = dict[str, Any]
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "arm": lambda r: r["arm"],
+    **{name: partial(lambda r, name: str(r[name]), name=name) for name in SIZES},
+    "TTFT ms": lambda r: f"{r['ttft_ms']:.1f}",
+    "TPOT ms (p90)": lambda r: f"{r['tpot_ms']:.2f} ({r['tpot_p90_ms']:.2f})" if r["tpot_p90_ms"] else "",
+    "tok/s": lambda r: f"{r['decode_tok_s']:.1f}" if r["decode_tok_s"] else "",
+    "speed-up": lambda r: _speedup_cell(r),
+    "MBU": lambda r: f"{r['mbu']:.1%}" if r["mbu"] else "",
+    "floor ms": lambda r: f"{r['floor_ms']:.3f}",
+    "waits for": lambda r: r["bottleneck"],
+    "MoE layer µs (floor)": lambda r: f"{r['moe_layer_us']:.0f} ({r['moe_layer_floor_us']:.0f})" if r["moe_layer_us"] else "",
+    "experts hit": lambda r: f"{r['experts_hit']:.1f}",
+    "GB": lambda r: f"{r['host_gb'] if r['allocated_gb'] is None else r['allocated_gb']:.2f}",
+    "start s (warm)": lambda r: _start_cell(r),
+    "pays after": lambda r: "" if r["break_even_tokens"] is None else str(r["break_even_tokens"]),
+    "KL": lambda r: f"{r['mean_kl']:.1e}",
+    "max Δlogit": lambda r: f"{r['max_logit_diff']:.1e}",
+    "top-1": lambda r: f"{r['top1']:.3f}",
+}
+IDENTITY = ("arm", *SIZES)
+"""Columns that a refused row has too."""
+
+
+def _speedup_cell(r: Row) -> str:
+    if r["speedup"] is None:
+        return "1" if r["kind"] == "baseline" else "" if r["parity"] else "parity fails"
+    return f"{r['speedup']:.2f} ({r['speedup_low']:.2f}-{r['speedup_high']:.2f})" + (" noise" if r["within_noise"] else "")
+
+
+def _start_cell(r: Row) -> str:
+    cold = "" if r["start_cold_s"] is None else f"{r['start_cold_s']:.1f}"
+    return cold + (f" ({r['start_warm_s']:.1f})" if r["start_warm_s"] is not None else "")
+
+
+def _table(rows: list[Row]) -> list[str]:
+    """Sizes that are the same in all rows are said above the table, batch excepted; columns that nothing fills are left out."""
+    same = {name for name in SIZES if name != "batch" and len({r[name] for r in rows}) < 2}
+    columns: list[list[str]] = []
+    for name, cell in COLUMNS.items():
+        cells = [cell(r) if not r["refused"] or name in IDENTITY else "n/a" if name == "TTFT ms" else "" for r in rows]
+        if name not in same and any(cells):
+            width = max(map(len, (name, "---:", *cells)))
+            rule = "---" if name == "arm" else "---:"
+            columns.append([each.ljust(width) for each in (name, rule, *cells)])
+    return ["| " + " | ".join(line) + " |" for line in zip(*columns, strict=True)]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -183,10 +244,8 @@ def markdown(result: dict[str, Any]) -> str:
     if "copy_gb_s" in m:
         lines += [f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix product {m['matmul_tflop_s']:.2f} TFLOP/s"]
     lines += ["", result["workload"], ""]
-    table = [HEAD, ["---"] + ["---:"] * (len(HEAD) - 1)] + [_cells(r) for r in result["rows"]]
-    widths = [max(len(line[i]) for line in table) for i in range(len(HEAD))]
-    lines += ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in table]
-    lines += [f"\n{r['arm']}: n/a: {r['refused']}" for r in result["rows"] if r["refused"]]
+    lines += _table(result["rows"])
+    lines += [f"\n{r['arm']}: {'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused']}" for r in result["rows"] if r["refused"]]
     noise = [r["arm"] for r in result["rows"] if r.get("within_noise")]
     if noise:
         lines += [f"\nNo difference from the baseline beyond the noise: {', '.join(noise)}."]
@@ -195,39 +254,15 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [f"\nPARITY FAILS, so no speed-up is shown: {', '.join(failed)}."]
     if result["pairs"]:
         lines += ["\nPairs of switches:"]
-        lines += [f"- {p['pair']}: {_verdict(p)}" for p in result["pairs"]]
+        varied = [name for name in SIZES if len({p[name] for p in result["pairs"]}) > 1]
+        lines += [
+            f"- {', '.join([p['pair'], *(f'{name} {p[name]}' for name in varied)])}: {_verdict(p)}" for p in result["pairs"]
+        ]
     lines += [f"\n{note}" for note in result["notes"]]
     return "\n".join(lines)
 
 
 def _verdict(p: dict[str, Any]) -> str:
     if p["refused"]:
-        return f"refused: {p['refused']}"
+        return f"{'BROKE DOWN' if p['crashed'] else 'refused'}: {p['refused']}"
     return f"{'passes' if p['parity'] else 'FAILS'}, KL {p['mean_kl']:.1e}"
-
-
-def _cells(r: dict[str, Any]) -> list[str]:
-    if r["refused"]:
-        return [r["arm"], str(r["batch"]), "n/a"] + [""] * (len(HEAD) - 3)
-    memory = r["allocated_gb"] if r["allocated_gb"] is not None else r["host_gb"]
-    speed = "1" if r["kind"] == "baseline" else "parity fails" if not r["parity"] else ""
-    if r["speedup"] is not None:
-        speed = f"{r['speedup']:.2f} ({r['speedup_low']:.2f}-{r['speedup_high']:.2f})" + (" noise" if r["within_noise"] else "")
-    start = "" if r["start_cold_s"] is None else f"{r['start_cold_s']:.1f}"
-    return [
-        r["arm"],
-        str(r["batch"]),
-        f"{r['ttft_ms']:.1f}",
-        f"{r['tpot_ms']:.2f} ({r['tpot_p90_ms']:.2f})" if r["tpot_p90_ms"] else "",
-        f"{r['decode_tok_s']:.1f}" if r["decode_tok_s"] else "",
-        speed,
-        f"{r['mbu']:.1%}" if r["mbu"] else "",
-        f"{r['floor_ms']:.3f}",
-        r["bottleneck"],
-        f"{memory:.2f}",
-        start + (f" ({r['start_warm_s']:.1f})" if r["start_warm_s"] is not None else ""),
-        "" if r["break_even_tokens"] is None else str(r["break_even_tokens"]),
-        f"{r['mean_kl']:.1e}",
-        f"{r['max_logit_diff']:.1e}",
-        f"{r['top1']:.3f}",
-    ]

@@ -11,7 +11,9 @@ import json
 import os
 import resource
 import signal
+import statistics
 import time
+import traceback
 from collections.abc import Callable
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -24,17 +26,32 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import r1
-from r1 import build, roofline
+from r1 import build, graphs, roofline
 from r1.backend import Backend, resolve, torch_device
 from r1.bench import parity
 from r1.bench.arms import Workload
 from r1.bench.parity import Parity
+from r1.bench.routing import make_uniform
 from r1.bench.upcast import upcast
 from r1.config import Config, shape
 from r1.errors import InputError
 from r1.generate import Engine, Sampler
 from r1.machine import available_bytes, clocks_and_power
 from r1.router import Router
+
+COMMANDS = (
+    "build",
+    "build_reference",
+    "reference",
+    "rates",
+    "warm",
+    "parity",
+    "kernels",
+    "moe_layer",
+    "measure",
+    "memory",
+    "trace",
+)
 
 
 def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, compiled: str) -> None:
@@ -44,10 +61,7 @@ def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library greets on stderr otherwise
     bench = Bench(backend, workload, folder)
-    commands: dict[str, Callable[[], dict[str, Any]]] = {
-        name: getattr(bench, name)
-        for name in ("build", "build_reference", "reference", "rates", "warm", "measure", "parity", "kernels", "memory", "trace")
-    }
+    commands: dict[str, Callable[[], dict[str, Any]]] = {name: getattr(bench, name) for name in COMMANDS}
     while (command := pipe.recv()) != "quit":
         try:
             pipe.send(commands[command]())
@@ -55,6 +69,10 @@ def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, 
             pipe.send({"refused": str(error)})
         except torch.OutOfMemoryError:
             pipe.send({"refused": f"out of memory on {backend.device}: use a smaller batch, dtype or model"})
+        except Exception as error:  # a defect, ours or torch's: it ends this arm, is told whole, and fails the command
+            traceback.print_exc()
+            first_line = str(error).strip().partition("\n")[0]
+            pipe.send({"refused": f"{command} failed with {type(error).__name__}: {first_line}", "crashed": True})
 
 
 class Bench:
@@ -75,6 +93,8 @@ class Bench:
             config = shape(w.shape or "", w.layers)
             backend = resolve(self.backend, config, batch=w.batch)
             self.engine = Engine(build.from_shape(config, backend, seed=w.seed), backend)
+        if w.routing == "uniform":
+            make_uniform(self.engine.model, w.seed)
         seconds = time.perf_counter() - start
         self.prepare()
         return {"load_seconds": seconds, "backend": vars(self.engine.backend)}
@@ -104,6 +124,8 @@ class Bench:
     def measure(self) -> dict[str, Any]:
         """One repetition: seconds to the first token, to the last, and of each step between."""
         self.fill()
+        if self.engine.runner.device.type != "cpu":
+            torch.cuda.reset_peak_memory_stats()  # building, compiling and the parity check have peaks of their own
         arrivals: list[float] = []
         start = time.perf_counter()
         for _ in self.engine.steps(self.prompts, self.workload.new, Sampler(0.0), self.cache, self.workload.depth):
@@ -194,6 +216,34 @@ class Bench:
         events = [e for e in self._profile().events() if e.device_type == torch.autograd.DeviceType.CUDA]
         return {"count": len(events), "busy": sum(e.device_time for e in events) / 1e6}
 
+    def moe_layer(self) -> dict[str, Any]:
+        """Seconds of one MoE layer in a decode step: all of the model's in a row, called (or captured) as this arm does it."""
+        runner, config = self.engine.runner, self.engine.config
+        layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+        if not layers:
+            return {"seconds": None}
+        self.fill()
+        runner.prefill(self.prompts, self.cache, self.workload.depth)
+        embedding = runner.model.embed_tokens.weight[: self.cache.rows, None]  # (B, 1, D): any hidden states will do
+
+        def chain() -> None:
+            with runner.context():
+                step = runner.model.step("decode", self.cache.lengths[:, None], self.cache.capacity)
+                hidden = embedding
+                for layer in layers:
+                    hidden = runner.blocks["decode"][layer](hidden, step, self.cache.layers[layer])
+
+        if runner.backend.cuda_graphs:
+            chain = graphs.record(chain).replay
+        times = []
+        for _ in range(10):
+            self.synchronize()
+            start = time.perf_counter()
+            chain()
+            self.synchronize()
+            times.append(time.perf_counter() - start)
+        return {"seconds": statistics.median(times[2:]) / len(layers)}
+
     def trace(self) -> dict[str, Any]:
         """A Chrome trace of one decode step, and its costliest kernels (on a CPU: operators)."""
         found = self._profile()
@@ -213,7 +263,7 @@ class Bench:
         return found
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory in bytes: the allocator's, what it reserved, what the device has in use, and the process's own."""
+        """Peak memory in bytes: the allocator's and what it reserved during the last repetition, and the process's own."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.engine.runner.device.type == "cpu":
             return {"allocated": None, "reserved": None, "host": host}
