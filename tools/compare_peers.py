@@ -146,9 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compare_peers: {error}", file=sys.stderr)
         return 2
     used = Backend(**switches.given(arguments)).describe()
-    print(
-        f"{found['machine']}\n{arguments.shape}, batch {arguments.batch}, {arguments.prompt} + {arguments.new} tokens, r1: {used}\n"
-    )
+    sizes = f"{arguments.shape}, batch {arguments.batch}, {arguments.prompt} + {arguments.new} tokens"
+    print(f"{found['machine']}\n{sizes}, r1: {used}\n")
     print("| | TTFT ms | TPOT ms (range) | tok/s | r1's TPOT / its (range) | first call s | GPU GB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, f in figures.items():
