@@ -119,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--price", type=prices, metavar="P,..", help="--compare: what each machine costs an hour (one for all, or each)"
     )
+    p.add_argument("--show", type=Path, metavar="JSON", help="print, and with --plot draw, a result kept by -o json, and end")
     p.add_argument("--explain", action="store_true", help="print what this machine can do, and why not, and end")
     p.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="what is printed (default md)")
     switches.add_flags(p)
@@ -158,6 +159,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--price goes with --compare")
     if arguments.plot:
         plot.check(arguments.plot)
+    if arguments.show:
+        present(merge.load(arguments.show, complete=True), arguments)
+        return 0
     if arguments.repetitions < 1 or min(*arguments.batch, *arguments.prompt, *arguments.new, 1) < 1:
         raise InputError("--batch, --prompt, --new and -r take 1 or more")
     if arguments.layers is not None and arguments.shape is None:
@@ -205,11 +209,16 @@ def run(arguments: argparse.Namespace) -> int:
         result["notes"].append("Interrupted: only what was finished is shown.")
         status = 130
     say("")
+    present(result, arguments)
+    failed = any(row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"])
+    return status or int(failed)
+
+
+def present(result: Found, arguments: argparse.Namespace) -> None:
+    """Print the result as `-o` says, and draw it where `--plot` does."""
     print(report.render(result, arguments.output))
     if arguments.plot and any(row["refused"] is None for row in result["rows"]):
         print(f"drawn: {' '.join(map(str, plot.draw(result, arguments.plot)))}", file=sys.stderr)
-    failed = any(row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"])
-    return status or int(failed)
 
 
 def measure(compared: list[Arm], workload: Workload, config: Config, arguments: argparse.Namespace, result: Found) -> None:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,6 +256,21 @@ def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
     assert baseline["parity"] and arm["parity"] and arm["speedup"] > 0 and len(arm["repetitions"]) == 2
     assert arm["backend"]["moe"] == "grouped" and baseline["backend"]["moe"] == "gather"
     assert result["machine"]["copy_gb_s"] > 0 and 0 < arm["experts_hit"] <= 16
+
+
+def test_a_kept_result_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result: dict[str, Any] = {
+        "schema": report.SCHEMA, "machine": {"name": "M", "torch": "2", "python": "3"}, "config": {}, "repetitions": 3,
+        "workload": "w", "rows": [made_row()], "notes": [], "pairs": [],
+    }  # fmt: skip
+    kept = tmp_path / "kept.json"
+    kept.write_text(report.render(result, "json"))
+    assert bench.main(["--show", str(kept)]) == 0
+    assert capsys.readouterr().out.rstrip() == report.render(result, "md")
+    del result["rows"][0]["mfu_prefill"]
+    kept.write_text(report.render(result, "json"))
+    assert bench.main(["--show", str(kept)]) == 2
+    assert "row 1: it has no mfu_prefill" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+from r1.bench.report import FIELDS, SIZES
 from r1.errors import InputError
 
 Row = dict[str, Any]
 Sizes = tuple[int, int, int, int]
-SIZES = ("batch", "prompt", "new", "depth")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A result that `bench.py -o json` printed. Raises InputError, naming the file, for what is none."""
+def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
+    """A result that `bench.py -o json` printed. Raises InputError, naming the file, for what is none.
+
+    `complete`: every field of report.FIELDS must be there, not only those that a comparison reads.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -38,6 +41,8 @@ def load(path: Path) -> dict[str, Any]:
     for number, row in enumerate(rows, 1):
         if wrong := _wrong(row):
             raise InputError(f"{path}, row {number}: {wrong}: measure again")
+        if complete and not row.get("refused") and (lacking := FIELDS.keys() - row.keys()):
+            raise InputError(f"{path}, row {number}: it has no {', '.join(sorted(lacking))}: measure again")
     return result
 
 
