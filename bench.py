@@ -8,6 +8,7 @@ clock hits both; and each arm's logits are held against an fp32 eager reference 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -48,10 +49,10 @@ class Process:
         self.process.start()
         theirs.close()
 
-    def ask(self, command: str) -> Found:
+    def ask(self, command: str, *arguments: object) -> Found:
         """Send a command and wait for its answer. A worker that died is an answer too."""
         try:
-            self.pipe.send(command)
+            self.pipe.send((command, *arguments))
             answer: Found = self.pipe.recv()
             return answer
         except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -104,9 +105,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--depth", type=numbers, default=[0], metavar="N,..", help="tokens in the cache before (default 0)")
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each arm (default 5)")
     p.add_argument("--seed", type=switches.seed, default=0, help="of random weights and prompts")
+    p.add_argument("--ablate", action="store_true", help="every switch this machine can run: ladder, alone, all but one, pairs")
     p.add_argument(
-        "--ablate", nargs="?", type=kinds, const=arms.KINDS, metavar="KIND,..",
-        help=f"every switch this machine can run; of {', '.join(arms.KINDS)} (default: all)",
+        "--only", type=kinds, default=arms.KINDS, metavar="KIND,..",
+        help=f"beside the baseline only these kinds of arms: {', '.join(arms.KINDS)}",
     )  # fmt: skip
     p.add_argument(
         "--routing", choices=("model", "uniform"), default="model",
@@ -196,9 +198,10 @@ def run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what is finished, as Ctrl-C does
     try:
         for workload in workloads:
-            compared = arms.from_switches(given)
             if arguments.ablate:
-                compared = arms.ablation(given, machine, workload.batch, arguments.ablate)
+                compared = arms.ablation(given, machine, workload.batch, arguments.only)
+            else:
+                compared = [arm for arm in arms.from_switches(given) if arm.kind in ("baseline", *arguments.only)]
             try:
                 measure(compared, workload, config, arguments, result)
             except InputError as error:
@@ -226,10 +229,11 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
     with tempfile.TemporaryDirectory(prefix="r1-bench-") as name:
         folder = Path(name)
         base = compared[0]
-        reference = make_reference(base.backend, workload, folder)
+        reference = make_reference(compared, workload, config, folder)
+        rates = reference["rates"]
         result["machine"] |= {
-            "copy_gb_s": reference["rates"]["copy"] / 1e9,
-            "matmul_tflop_s": reference["rates"]["matmul"] / 1e12,
+            "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,
+            "matmul_tflop_s": {dtype: rate["matmul"] / 1e12 for dtype, rate in rates.items()},
         }
 
         timed = [arm for arm in compared[1:] if arm.timed]
@@ -317,18 +321,34 @@ class Session:
         self.process.quit()
 
 
-def make_reference(backend: Backend, workload: Workload, folder: Path) -> Found:
-    """The text and logits that every arm is held against, the experts it hits, and the machine's rates."""
+def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path) -> Found:
+    """The text and logits that every arm is held against, the experts it hits, and the machine's rates in the arms' dtypes."""
     plain = Backend(
-        device=backend.device, dtype="fp32", attention="naive", prefill_attention="naive", moe="loop", prefill_moe="loop"
+        device=compared[0].backend.device,
+        dtype="fp32",
+        attention="naive",
+        prefill_attention="naive",
+        moe="loop",
+        prefill_moe="loop",
     )
     found: Found = {}
     process = Process(plain, workload, folder, "inductor-reference")
-    fine = process.ask_all(("build_reference", "reference", "rates"), found, "fp32 reference")
+    fine = process.ask_all(("build_reference", "reference"), found, "fp32 reference")
+    if fine:
+        found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
     process.quit()
     if not fine:
         raise InputError(found["refused"])
     return found
+
+
+def dtypes_of(compared: list[Arm], workload: Workload, config: Config) -> set[str]:
+    """The dtypes that the arms compute in, those that can be had."""
+    dtypes = set()
+    for arm in compared:
+        with contextlib.suppress(InputError):  # the arm's own process says so, and its row
+            dtypes.add(resolve(arm.backend, config, batch=workload.batch).compute)
+    return dtypes or {"fp32"}
 
 
 def how_many_fit(backend: Backend, workload: Workload, config: Config) -> int:

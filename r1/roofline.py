@@ -10,11 +10,13 @@ Shapes: B rows of a step, S tokens of a row in it, T tokens in the cache, E expe
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from r1.backend import DTYPES, Backend, torch_device
+from r1.backend import DTYPES, Backend
 from r1.cache import bytes_per_token
 from r1.config import Config
 
@@ -106,19 +108,23 @@ class Rates:
         return max(work.nbytes / self.copy, work.flops / self.matmul)
 
 
-def measure_rates(backend: Backend) -> Rates:
-    """Measure the device of a resolved backend, in its compute dtype; some seconds."""
-    device = torch_device(backend)
+def measure_rates(device: torch.device, dtypes: Iterable[str]) -> dict[str, Rates]:
+    """Measure the device, matrix products in each of `dtypes` ("bf16", ...); some seconds."""
     gpu = device.type == "cuda"
-    dtype = DTYPES[backend.compute]
     source = torch.zeros(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
     size = 8192 if gpu else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    matmul = 2 * size**3 / _best(lambda: torch.mm(a, b), device)
-    if not gpu:
-        return Rates(copy, matmul, 0.0, 0.0)
+    matmul = {}
+    for dtype in dtypes:
+        square = torch.randn(size, size, device=device).to(DTYPES[dtype])
+        matmul[dtype] = 2 * size**3 / _best(partial(torch.mm, square, square), device)
+    launch, replay = _launches(device) if gpu else (0.0, 0.0)
+    return {dtype: Rates(copy, rate, launch, replay) for dtype, rate in matmul.items()}
+
+
+def _launches(device: torch.device) -> tuple[float, float]:
+    """Seconds of one more tiny kernel, eager and inside a graph."""
     tiny = torch.zeros(1, device=device)
 
     def many() -> None:
@@ -129,7 +135,7 @@ def measure_rates(backend: Backend) -> Rates:
     many()
     with torch.cuda.graph(graph):
         many()
-    return Rates(copy, matmul, _best(many, device) / 1000, _best(graph.replay, device) / 1000)
+    return _best(many, device) / 1000, _best(graph.replay, device) / 1000
 
 
 def bottleneck(work: Work, rates: Rates, kernels: int | None, captured: bool, seconds: float) -> str:
@@ -145,9 +151,8 @@ def bottleneck(work: Work, rates: Rates, kernels: int | None, captured: bool, se
     return max(parts, key=lambda name: parts[name])
 
 
-def _best(call: object, device: torch.device, repeats: int = 10) -> float:
+def _best(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
     """Seconds of the fastest of some calls: a ceiling is what the machine can do, not what it did on average."""
-    assert callable(call)
     times = []
     for _ in range(repeats):
         _synchronize(device)

@@ -41,7 +41,7 @@ class Runner:
         self.device = torch_device(backend)
         self.full_cache, self.cache_dtype = backend.attention == "naive", DTYPES[backend.dtype]
         if backend.memory == "expandable":
-            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         self.blocks: dict[str, list[Callable[..., Tensor]]] = {p: list(model.layers) for p in ("prefill", "decode")}
         if backend.compile:
             # Each shape of a decode step is compiled anew, and where this limit is reached, fullgraph makes it an error.

@@ -202,9 +202,9 @@ def findings(tpot: float, *, passes: bool = True, beside: float | None = 0.04) -
     }  # fmt: skip
 
 
-REFERENCE = {
+REFERENCE: dict[str, Any] = {
     "reference": {"experts_hit": 4.0},
-    "rates": {"copy": 1e10, "matmul": 1e11, "launch": 0.0, "replay": 0.0},
+    "rates": {"fp32": {"copy": 1e10, "matmul": 1e11, "launch": 0.0, "replay": 0.0}},
 }
 
 
@@ -332,7 +332,7 @@ def test_columns_that_say_nothing_are_left_out() -> None:
 def test_the_moe_layers_floor_is_one_layers_work() -> None:
     row, config = made_row(), shape("tiny")
     backend = resolve(Backend(device="cpu", compile=True), config, CPU)
-    rates = Rates(**REFERENCE["rates"])
+    rates = Rates(**REFERENCE["rates"]["fp32"])
     layer = attention_weights(config) + (4 + config.n_shared_experts) * expert_weights(config)
     context = (WORK.prompt + WORK.new / 2 + 1) * config.latent_dim
     nbytes = 4 * (layer + config.n_routed_experts * config.hidden_size + context)

@@ -12,8 +12,8 @@ from r1.backend import Backend
 from r1.machine import Machine
 
 Settings = dict[str, Any]
-KINDS = ("alone", "all-but-one", "ladder", "pairs")
-"""What an ablation has beside its baseline."""
+KINDS = ("alone", "together", "ladder", "all-but-one", "pairs")
+"""What stands beside the baseline."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Arm:
 
     name: str
     kind: str
-    """"baseline", "together", or one of KINDS; of "pairs" only parity is asked."""
+    """baseline, or one of KINDS; of pairs only parity is asked."""
     backend: Backend
 
     @property

@@ -56,6 +56,7 @@ FIELDS: dict[str, str] = {
     "start_warm_s": "the same in a new process that finds the first one's compiled code; null without --warm-start",
     "break_even_tokens": "decode steps after which the cold start has paid for itself; null where it never does",
     "parity": "true where mean_kl is within the bound for this arm's dtype",
+    "kl_bound": "the largest mean_kl that passes: what rounding to this arm's dtype explains, measured on this model and text",
     "mean_kl": "nats, next-token distributions against the fp32 eager reference on the same tokens",
     "max_logit_diff": "largest difference of one logit",
     "top1": "share of positions where both like the same token best",
@@ -105,6 +106,7 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
         "start_cold_s": cold,
         "start_warm_s": found["warm"]["start_seconds"] if twice else None,
         "parity": parity["passes"],
+        "kl_bound": parity["bound"],
         "mean_kl": parity["mean_kl"],
         "max_logit_diff": parity["max_logit_difference"],
         "top1": parity["top1_agreement"],
@@ -135,7 +137,7 @@ def _speedup(beside: list[dict[str, Any]], tpots: list[float], passes: bool, col
 def _roofline(
     w: Workload, backend: Backend, config: Config, reference: dict[str, Any], kernels: int | None, tpot: float, ttft: float
 ) -> dict[str, Any]:
-    rates = roofline.Rates(**reference["rates"])
+    rates = roofline.Rates(**reference["rates"][backend.compute])
     hit = reference["reference"]["experts_hit"]
     work = roofline.step_work(config, backend, w.batch, 1, w.depth + w.prompt + w.new / 2, hit)
     fewer = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)  # without its last layer, a MoE layer
@@ -205,7 +207,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "GB": lambda r: f"{r['host_gb'] if r['allocated_gb'] is None else r['allocated_gb']:.2f}",
     "start s (warm)": lambda r: _start_cell(r),
     "pays after": lambda r: "" if r["break_even_tokens"] is None else str(r["break_even_tokens"]),
-    "KL": lambda r: f"{r['mean_kl']:.1e}",
+    "KL (bound)": lambda r: f"{r['mean_kl']:.1e} ({r['kl_bound']:.1e})",
     "max Δlogit": lambda r: f"{r['max_logit_diff']:.1e}",
     "top-1": lambda r: f"{r['top1']:.3f}",
 }
@@ -242,7 +244,8 @@ def markdown(result: dict[str, Any]) -> str:
     m = result["machine"]
     lines = [f"{m['name']} · torch {m['torch']} · python {m['python']} · {result['repetitions']} repetitions, in turn"]
     if "copy_gb_s" in m:
-        lines += [f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix product {m['matmul_tflop_s']:.2f} TFLOP/s"]
+        products = ", ".join(f"{rate:.3g} ({dtype})" for dtype, rate in m["matmul_tflop_s"].items())
+        lines += [f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"]
     lines += ["", result["workload"], ""]
     lines += _table(result["rows"])
     lines += [f"\n{r['arm']}: {'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused']}" for r in result["rows"] if r["refused"]]

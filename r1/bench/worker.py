@@ -1,7 +1,8 @@
 """One arm's process: builds the model, warms up, and measures when it is told to.
 
 Each arm has a process of its own, so that no arm inherits another's allocator, caches or compiled code. The parent talks
-to it through a pipe: a command goes in, a dictionary comes out; `{"refused": sentence}` where the arm can't be had.
+to it through a pipe: a command and its arguments go in, a dictionary comes out; `{"refused": sentence}` where the arm can't
+be had.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -61,10 +62,11 @@ def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library greets on stderr otherwise
     bench = Bench(backend, workload, folder)
-    commands: dict[str, Callable[[], dict[str, Any]]] = {name: getattr(bench, name) for name in COMMANDS}
-    while (command := pipe.recv()) != "quit":
+    commands: dict[str, Callable[..., dict[str, Any]]] = {name: getattr(bench, name) for name in COMMANDS}
+    while (asked := pipe.recv()) != "quit":
+        command, *arguments = asked
         try:
-            pipe.send(commands[command]())
+            pipe.send(commands[command](*arguments))
         except InputError as error:
             pipe.send({"refused": str(error)})
         except torch.OutOfMemoryError:
@@ -188,10 +190,9 @@ class Bench:
         finally:
             runner.backend = plain
 
-    def rates(self) -> dict[str, Any]:
-        """The machine's ceilings, in the dtype of this arm."""
-        config = self.engine.config
-        return vars(roofline.measure_rates(resolve(self.backend, config, batch=self.workload.batch)))
+    def rates(self, dtypes: Iterable[str]) -> dict[str, Any]:
+        """The machine's ceilings, by dtype."""
+        return {dtype: vars(rates) for dtype, rates in roofline.measure_rates(self.engine.runner.device, dtypes).items()}
 
     def parity(self) -> dict[str, Any]:
         """Read the reference's text step by step, and compare the logits."""
@@ -235,13 +236,14 @@ class Bench:
 
         if runner.backend.cuda_graphs:
             chain = graphs.record(chain).replay
-        times = []
-        for _ in range(10):
+        calls, times = 8, []
+        for _ in range(7):
             self.synchronize()
             start = time.perf_counter()
-            chain()
+            for _ in range(calls):  # one after the other, as steps are: the host launches ahead of the GPU
+                chain()
             self.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) / calls)
         return {"seconds": statistics.median(times[2:]) / len(layers)}
 
     def trace(self) -> dict[str, Any]:
