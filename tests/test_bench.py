@@ -323,10 +323,10 @@ def test_uniform_routing_spreads_and_is_the_same_in_every_arm() -> None:
 
 def test_columns_that_say_nothing_are_left_out() -> None:
     rows = [made_row(), {**made_row(), "prompt": 9}]
-    head = report._table(rows)[0]
+    head = report.table(rows)[0]
     assert " prompt " in head and " batch " in head and " depth " not in head and "MoE layer" in head
-    assert " prompt " not in report._table(rows[:1])[0]
-    assert "MoE layer" not in report._table([{**rows[0], "moe_layer_us": None}])[0]
+    assert " prompt " not in report.table(rows[:1])[0]
+    assert "MoE layer" not in report.table([{**rows[0], "moe_layer_us": None}])[0]
 
 
 def test_the_moe_layers_floor_is_one_layers_work() -> None:

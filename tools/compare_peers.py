@@ -111,19 +111,23 @@ def serve(pipe: Connection, name: str, arguments: argparse.Namespace) -> None:
     pipe.send({"allocated_gb": peak / 1e9})
 
 
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p.add_argument("--shape", choices=SHAPES, default="tiny")
+    p.add_argument("--layers", type=int, metavar="N")
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--prompt", type=int, default=128)
+    p.add_argument("--new", type=int, default=128)
+    p.add_argument("-r", "--repetitions", type=int, default=3)
+    p.add_argument("--compiled", action="store_true", help="transformers with a static cache and its compiled decode too")
+    p.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    switches.add_flags(p)
+    return p
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for input that can't be used."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--layers", type=int, metavar="N")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("-r", "--repetitions", type=int, default=3)
-    parser.add_argument("--compiled", action="store_true", help="transformers with a static cache and its compiled decode too")
-    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
-    switches.add_flags(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         if find_spec("transformers") is None:
             raise InputError("transformers is not installed: pip install -e '.[peers]'")
@@ -145,22 +149,31 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"compare_peers: {error}", file=sys.stderr)
         return 2
-    used = Backend(**switches.given(arguments)).describe()
-    sizes = f"{arguments.shape}, batch {arguments.batch}, {arguments.prompt} + {arguments.new} tokens"
-    print(f"{found['machine']}\n{sizes}, r1: {used}\n")
-    print("| | TTFT ms | TPOT ms (range) | tok/s | r1's TPOT / its (range) | first call s | GPU GB |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(found["machine"], "\n".join(table(found)), sep="\n\n")
+    return 0
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """What `-o` keeps, as lines of Markdown: what ran, then a row for each peer."""
+    how, figures = found["arguments"], found["figures"]
+    used = Backend(**{name: how[name] for name in how if name in Backend.__dataclass_fields__}).describe()
+    sizes = f"{how['shape']}, batch {how['batch']}, {how['prompt']} + {how['new']} tokens"
+    lines = [
+        f"{sizes}; r1: {used}",
+        "",
+        "| | TTFT ms | TPOT ms (range) | tok/s | r1's TPOT / its (range) | first call s | GPU GB |",
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for name, f in figures.items():
         tpots = [1e3 * r["tpot"] for r in f["repetitions"]]
-        ttft = 1e3 * statistics.median(r["ttft"] for r in f["repetitions"])
+        tpot, ttft = statistics.median(tpots), 1e3 * statistics.median(r["ttft"] for r in f["repetitions"])
         ratios = [ours["tpot"] / theirs["tpot"] for ours, theirs in zip(f.get("beside", []), f["repetitions"], strict=False)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "1"
-        tpot = statistics.median(tpots)
-        print(
-            f"| {name} | {ttft:.1f} | {tpot:.2f} ({min(tpots):.2f}-{max(tpots):.2f}) | {arguments.batch * 1e3 / tpot:.1f} "
+        lines.append(
+            f"| {name} | {ttft:.1f} | {tpot:.2f} ({min(tpots):.2f}-{max(tpots):.2f}) | {how['batch'] * 1e3 / tpot:.1f} "
             f"| {ratio} | {f['first_call_s']:.1f} | {f['allocated_gb']:.1f} |"
         )
-    return 0
+    return lines
 
 
 class Peer:

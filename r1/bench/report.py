@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -226,13 +226,16 @@ def _start_cell(r: Row) -> str:
     return cold + (f" ({r['start_warm_s']:.1f})" if r["start_warm_s"] is not None else "")
 
 
-def _table(rows: list[Row]) -> list[str]:
-    """Sizes that are the same in all rows are said above the table, batch excepted; columns that nothing fills are left out."""
+def table(rows: list[Row], only: Sequence[str] = tuple(COLUMNS)) -> list[str]:
+    """The rows as lines of Markdown, of `only` these columns.
+
+    Sizes that are the same in all rows are said above the table, batch excepted; columns that nothing fills are left out.
+    """
     same = {name for name in SIZES if name != "batch" and len({r[name] for r in rows}) < 2}
     columns: list[list[str]] = []
     for name, cell in COLUMNS.items():
         cells = [cell(r) if not r["refused"] or name in IDENTITY else "n/a" if name == "TTFT ms" else "" for r in rows]
-        if name not in same and any(cells):
+        if name in only and name not in same and any(cells):
             width = max(map(len, (name, "---:", *cells)))
             rule = "---" if name == "arm" else "---:"
             columns.append([each.ljust(width) for each in (name, rule, *cells)])
@@ -247,7 +250,7 @@ def markdown(result: dict[str, Any]) -> str:
         products = ", ".join(f"{rate:.3g} ({dtype})" for dtype, rate in m["matmul_tflop_s"].items())
         lines += [f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"]
     lines += ["", result["workload"], ""]
-    lines += _table(result["rows"])
+    lines += table(result["rows"])
     lines += [f"\n{r['arm']}: {'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused']}" for r in result["rows"] if r["refused"]]
     noise = [r["arm"] for r in result["rows"] if r.get("within_noise")]
     if noise:

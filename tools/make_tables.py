@@ -1,0 +1,62 @@
+"""Write the README's tables anew from the files that the benchmarks wrote.
+
+    python tools/make_tables.py
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, and comes from tools/results/h100/NAME.json: a result of
+bench.py, or of compare_peers.py. Above it stands the command that made it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, without installing r1
+sys.path.insert(0, str(Path(__file__).parent))
+
+import compare_peers
+
+from r1.bench import report
+
+RESULTS = Path(__file__).parent / "results" / "h100"
+README = Path(__file__).parents[1] / "README.md"
+COLUMNS = ["arm", "batch", "TTFT ms", "TPOT ms (p90)", "tok/s", "speed-up", "MBU", "floor ms", "MoE layer µs (floor)"]
+COLUMNS += ["start s (warm)", "KL (bound)"]
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """A result as Markdown: the command, the machine, the table."""
+    if "figures" in found:
+        return [f"`{peers_command(found['arguments'])}` ({found['machine']})", "", *compare_peers.table(found)[2:]]
+    m = found["machine"]
+    products = ", ".join(f"{rate:.0f} TFLOP/s in {dtype}" for dtype, rate in m["matmul_tflop_s"].items())
+    machine = f"{m['name']}, torch {m['torch']}; copy {m['copy_gb_s']:.0f} GB/s, matrix products {products}"
+    command = found["command"].removesuffix(" -o json")
+    return [f"`{command}` ({machine}; medians of {found['repetitions']} repetitions)", "", *report.table(found["rows"], COLUMNS)]
+
+
+def peers_command(how: dict[str, Any]) -> str:
+    """The command that these arguments of compare_peers.py were given with."""
+    defaults = vars(compare_peers.parser().parse_args([]))
+    changed = {name: value for name, value in how.items() if value != defaults.get(name) and name != "output"}
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items()]
+    return " ".join(["python tools/compare_peers.py", *flags])
+
+
+def filled(text: str) -> str:
+    """The README's text with every table made anew."""
+    for path in sorted(RESULTS.glob("*.json")):
+        table = "\n".join(lines(json.loads(path.read_text(encoding="utf-8"))))
+        opening, closing = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
+        place = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
+        text, places = place.subn(lambda _, between=f"{opening}\n{table}\n{closing}": between, text)  # type: ignore[misc]
+        if places != 1:
+            raise ValueError(f"README.md has {places} places for {path.name}")
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
