@@ -336,6 +336,9 @@ def make_reference(compared: list[Arm], workload: Workload, config: Config, fold
     fine = process.ask_all(("build_reference", "reference"), found, "fp32 reference")
     if fine:
         found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
+        if any(arm.backend.compile for arm in compared) and torch_device(resolve(plain, config)).type == "cpu":
+            say("trying the compiler")
+            process.ask("check_compiler")
     process.quit()
     if not fine:
         raise InputError(found["refused"])

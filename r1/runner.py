@@ -13,7 +13,6 @@ from torch import Tensor
 
 from r1.backend import DTYPES, Backend, torch_device
 from r1.cache import Cache, bytes_per_token
-from r1.compiled import compile_block
 from r1.config import Config
 from r1.errors import InputError
 from r1.graphs import capture
@@ -44,6 +43,8 @@ class Runner:
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         self.blocks: dict[str, list[Callable[..., Tensor]]] = {p: list(model.layers) for p in ("prefill", "decode")}
         if backend.compile:
+            from r1.compiled import compile_block  # the compiler takes seconds to import, so only who uses it does
+
             # Each shape of a decode step is compiled anew, and where this limit is reached, fullgraph makes it an error.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for phase in self.blocks:

@@ -52,7 +52,7 @@ FIELDS: dict[str, str] = {
     "allocated_gb": "peak of the GPU's allocator; null on a CPU",
     "reserved_gb": "peak of what it took from the GPU; null on a CPU",
     "host_gb": "peak of the process's resident memory, this arm's whole life",
-    "start_cold_s": "first call - second, nothing cached: compilation and capture; null where nothing is compiled or captured",
+    "start_cold_s": "first call - second, nothing cached (but what a CPU can do): compilation and capture; null without either",
     "start_warm_s": "the same in a new process that finds the first one's compiled code; null without --warm-start",
     "break_even_tokens": "decode steps after which the cold start has paid for itself; null where it never does",
     "parity": "true where mean_kl is within the bound for this arm's dtype",

@@ -7,10 +7,12 @@ be had.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import statistics
 import time
@@ -40,25 +42,20 @@ from r1.generate import Engine, Sampler
 from r1.machine import available_bytes, clocks_and_power
 from r1.router import Router
 
+COMPILER_CHECKS = "compiler-checks"
+"""Folder of what Inductor finds out of a CPU's vector instructions, by compiling: once for all arms, as on any machine."""
 COMMANDS = (
-    "build",
-    "build_reference",
-    "reference",
-    "rates",
-    "warm",
-    "parity",
-    "kernels",
-    "moe_layer",
-    "measure",
-    "memory",
-    "trace",
-)
+    "build", "build_reference", "reference", "rates", "check_compiler", "warm", "measure", "parity", "kernels", "moe_layer",
+    "memory", "trace",
+)  # fmt: skip
 
 
 def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, compiled: str) -> None:
     """The process's main: answers commands until "quit". `folder` holds the reference; `compiled` names this arm's cache of
     compiled code in it, which is cold for the first process that uses it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if (folder / COMPILER_CHECKS).is_dir() and not (folder / compiled).exists():
+        shutil.copytree(folder / COMPILER_CHECKS, folder / compiled)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library greets on stderr otherwise
     bench = Bench(backend, workload, folder)
@@ -193,6 +190,17 @@ class Bench:
     def rates(self, dtypes: Iterable[str]) -> dict[str, Any]:
         """The machine's ceilings, by dtype."""
         return {dtype: vars(rates) for dtype, rates in roofline.measure_rates(self.engine.runner.device, dtypes).items()}
+
+    def check_compiler(self) -> dict[str, Any]:
+        """Let Inductor try the CPU's vector instructions, and keep what it found for the arms that compile."""
+        from torch._inductor.cpu_vec_isa import pick_vec_isa  # a second to import, and only this asks for it
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / COMPILER_CHECKS)
+        start = time.perf_counter()
+        with contextlib.suppress(InvalidCxxCompiler):  # the arms will say so
+            pick_vec_isa()
+        return {"seconds": time.perf_counter() - start}
 
     def parity(self) -> dict[str, Any]:
         """Read the reference's text step by step, and compare the logits."""
