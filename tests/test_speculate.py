@@ -37,17 +37,17 @@ PROMPTS = [[3, 1, 4, 1, 3], [2], [4, 4, 0, 3, 2, 1, 0, 0, 2, 3, 1], [0, 4, 2]]
 H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10**9)
 
 
-def engine(config: Config, seed: int, k: int = 0, stops: tuple[int, ...] = (), **switches: Any) -> Engine:
+def engine(config: Config, seed: int, k: int = 0, stops: tuple[int, ...] = (), blocks: float = 0.3, **switches: Any) -> Engine:
     """Random weights whose MTP layer is often right, though not always; the same for each k (0: no speculation).
 
-    The blocks add little to what the token itself says, in the model and in the MTP layer, whose eh_proj hands the embedding on
-    and adds some of the hidden state.
+    The blocks add little (`blocks`) to what the token itself says, in the model and in the MTP layer, whose eh_proj hands the
+    embedding on and adds some of the hidden state.
     """
     asked = {"dtype": "fp32", **switches} | ({"speculate": "mtp", "draft_tokens": k} if k else {})
     made = model(config, seed=seed, mtp=True, **asked)
     for name, parameter in made.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
-            parameter.mul_(0.3)
+            parameter.mul_(blocks)
     made.embed_tokens.weight.mul_(5)  # of about 1 each, as the norms leave the drafter's
     drafter: Any = made.mtp[0]
     drafter.eh_proj.weight.mul_(0.3)[:, : config.hidden_size] = torch.eye(config.hidden_size)
@@ -85,6 +85,7 @@ def test_greedy_text_is_the_same(k: int) -> None:
     different, accepted = differing(k, range(8))
     assert different == 0
     assert set(accepted) == set(range(k + 1)), accepted
+    assert differing(k, range(4), blocks=1.0)[0] == 0  # a model that looks farther back than its drafter is right
 
 
 @pytest.mark.parametrize("attention", ["naive", "expand", "absorbed"])
@@ -173,7 +174,13 @@ def test_a_row_that_is_done_stays_in_the_cache() -> None:
         for _ in range(128):
             next(turns)
         assert cache.lengths.tolist() == [128 - k - 1] * 4
-        assert texts(greedy(speculating, new)) == texts(greedy(engine(ROOMY, 1), new))
+
+
+def test_the_last_drafts_have_room() -> None:
+    """Text that fills a cache of 128 to the end: what the last turn drafts must not cost it a token."""
+    prompts = torch.randint(48, (8, 120), generator=torch.Generator().manual_seed(0)).tolist()
+    found, wanted = (texts(greedy(engine(ROOMY, 1, k, blocks=1.0), 8, prompts)) for k in (3, 0))
+    assert found == wanted
 
 
 def test_the_context_is_the_limit() -> None:
@@ -422,7 +429,11 @@ def test_rows_beyond_the_prompts() -> None:
             row += tokens[: accepted + 1]
     wanted = texts(greedy(engine(ROOMY, 1), 12))
     assert [row[:12] for row in rows] == wanted
-    assert all(bool(torch.isfinite(tensor).all()) for layer in cache.layers for tensor in layer)
+    _, q = Turn(speculating.runner, Sampler(1.0)).begin(torch.ones(4, 32), torch.ones(4, dtype=torch.int64), cache)
+    cache.reset()
+    _, empty = Turn(speculating.runner, Sampler(1.0)).begin(torch.ones(4, 32), torch.ones(4, dtype=torch.int64), cache)
+    everything = [q, empty, *(tensor for layer in cache.layers for tensor in layer)]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in everything)
 
 
 def test_assumed_acceptance() -> None:
