@@ -114,7 +114,8 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def count_parameters(config: Config) -> int:
-    """How many numbers a model of this config has; nothing is allocated."""
+def count_parameters(config: Config, *, mtp: bool = False) -> int:
+    """How many numbers a model of this config has, with its MTP layers or without; nothing is allocated."""
     with torch.device("meta"):
-        return parameters(Transformer(config))
+        extra = [MTPLayer(config, depth) for depth in range(config.num_nextn_predict_layers if mtp else 0)]
+        return sum(map(parameters, [Transformer(config), *extra]))

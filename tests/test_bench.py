@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import bench
 from r1 import attend
 from r1.backend import Backend, resolve
-from r1.bench import arms, parity, report
+from r1.bench import arms, parity, report, worker
 from r1.bench.arms import Arm, Workload
 from r1.bench.upcast import upcast
 from r1.build import from_shape
@@ -22,7 +23,7 @@ from r1.compiled import matrix_vector_backend
 from r1.config import shape
 from r1.errors import InputError
 from r1.machine import Machine, explain, fp8_format
-from r1.roofline import Rates, bottleneck, expected_experts, step_work
+from r1.roofline import Rates, bottleneck, draft_work, expected_experts, expected_tokens, speculation, step_work
 from r1.runner import Runner
 
 H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10**9)
@@ -157,6 +158,41 @@ def test_weights_counted_are_the_models() -> None:
         assert work.weight_bytes == 4 * (counted + config.hidden_size)
 
 
+def test_drafts_bytes_are_the_mtp_layers() -> None:
+    """All experts hit: a pass reads every matrix of the layer and the output head; the gate is fp32, as all is here."""
+    for name, batch in (("tiny", 400), ("v2-lite", 2000)):
+        config = dataclasses.replace(shape(name, 2), num_nextn_predict_layers=1)
+        with torch.device("meta"):
+            from r1.mtp import MTPLayer
+
+            counted = (
+                sum(p.numel() for p in MTPLayer(config).parameters() if p.dim() > 1) + config.vocab_size * config.hidden_size
+            )
+        for k in (1, 3):
+            work = draft_work(config, Backend(dtype="fp32", attention="absorbed", speculate="mtp", draft_tokens=k), batch, 0)
+            looked_up = batch * (k + 1 + k - 1) * config.hidden_size
+            assert work.weight_bytes == pytest.approx(4 * (k * counted + looked_up), rel=1e-6)
+
+
+def test_when_speculation_pays() -> None:
+    assert expected_tokens(0.8, 1) == 1.8 and expected_tokens(0.5, 3) == 1.875 and expected_tokens(0.0, 2) == 1
+    config = dataclasses.replace(shape("moonlight-16b"), num_nextn_predict_layers=1)
+    for rows, k in ((1, 1), (1, 3), (8, 2), (64, 1)):
+        backend = Backend(dtype="bf16", attention="absorbed", speculate="mtp", draft_tokens=k)
+        model = speculation(config, backend, rows, 256)
+        assert model.turn.nbytes == model.verify.nbytes + model.draft.nbytes > model.plain.nbytes
+        edge = model.pays_from()
+        assert edge is not None and model.speedup(expected_tokens(edge, k)) == pytest.approx(1)
+    # One row: a second token brings its own experts along, 11.4 of 64 instead of 6. Many rows: they are read anyway.
+    one, many = (speculation(config, Backend(dtype="bf16", speculate="mtp"), rows, 256) for rows in (1, 64))
+    assert 1.05 < one.speedup(1.8) < 1.15 and many.speedup(1.8) > 1.6
+    verified = step_work(config, Backend(dtype="bf16", attention="absorbed"), 1, 2, 0, 11.4375)
+    experts = (11.4375 - 6) * 26 * 3 * 2048 * 1408 * 2
+    assert verified.weight_bytes - step_work(config, Backend(dtype="bf16"), 1, 1, 0, 6.0).weight_bytes == experts + 2 * 2048
+    small = speculation(dataclasses.replace(config, num_hidden_layers=1), Backend(dtype="bf16", speculate="mtp"), 1, 0)
+    assert small.pays_from() is None and small.speedup(2) < 1  # the drafter is as large as the model
+
+
 def test_bottleneck_names_the_largest() -> None:
     rates = Rates(copy=3e12, matmul=8e14, launch=8e-6, replay=1.2e-6)
     work = step_work(shape("moonlight-16b"), Backend(dtype="bf16", attention="absorbed"), 1, 1, 256, 6)
@@ -186,14 +222,15 @@ def test_capabilities_of_made_up_machines() -> None:
 # ------------------------------------------------------------------------------------------------ rows
 def findings(tpot: float, *, passes: bool = True, beside: float | None = 0.04) -> dict[str, Any]:
     """A worker's answers for three repetitions of four tokens."""
-    repetition = {"ttft": 0.1, "total": 0.1 + 3 * tpot, "gaps": [tpot] * 3}
+    repetition = {"ttft": 0.1, "total": 0.1 + 3 * tpot, "gaps": [tpot] * 3, "tokens": 4, "turns": 3, "accepted": 0}
     kl = {"passes": passes, "mean_kl": 1e-9, "max_logit_difference": 1e-6, "top1_agreement": 1.0, "positions": 4, "bound": 1e-6}
+    kl |= {"same_text": 1.0}
     backend = resolve(Backend(device="cpu", compile=True), shape("tiny"), CPU)
     return {
         "build": {"load_seconds": 1.0, "backend": vars(backend)}, "warm": {"start_seconds": 2.0}, "cold": 10.0, "parity": kl,
         "kernels": {"count": None, "busy": None}, "memory": {"allocated": None, "reserved": None, "host": 10**9},
         "measure": [repetition] * 3,
-        "beside": [{"ttft": 0.1, "total": 0.1 + 3 * beside, "gaps": [beside] * 3}] * 3 if beside else [],
+        "beside": [{"ttft": 0.1, "total": 0.1 + 3 * beside, "gaps": [beside] * 3, "tokens": 4}] * 3 if beside else [],
     }  # fmt: skip
 
 
@@ -253,6 +290,38 @@ def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
     assert result["machine"]["copy_gb_s"] > 0 and 0 < arm["experts_hit"] <= 16
 
 
+def test_a_row_of_speculation(tmp_path: Path) -> None:
+    """What a worker does, in this process. A coin of 1 accepts everything: k + 1 tokens a step, and no text is compared."""
+    rows = []
+    arms_of: list[tuple[float | None, dict[str, Any]]] = [
+        (None, {}),
+        (None, {"speculate": "mtp", "draft_tokens": 2}),
+        (1.0, {"speculate": "mtp"}),
+    ]
+    for assumed, switched in arms_of:
+        work = Workload(None, "tiny", 2, 2, 6, 8, 0, 0, assumed)
+        plain = worker.Bench(Backend(device="cpu"), work, tmp_path)
+        found = worker.Bench(Backend(device="cpu", **switched), work, tmp_path)
+        plain.build_reference()
+        reference = REFERENCE | {"reference": plain.reference()}
+        answers: dict[str, Any] = {"build": found.build(), "measure": [found.measure()], "beside": [], "cold": None}
+        answers |= {name: getattr(found, name)() for name in ("warm", "parity", "kernels", "memory")}
+        assert "aten::" in found.trace()["table"]
+        rows.append(report.row(Arm("it", "alone", found.backend), work, answers, reference, work.config()))
+    baseline, real, coin = rows
+    assert (baseline["acceptance"], baseline["tokens_per_step"], baseline["same_text"]) == (None, 1, 1)
+    assert 0 <= real["acceptance"] < 1 and real["same_text"] == 1 and real["arm"] == "it" and real["assumed"] is None
+    assert (coin["acceptance"], coin["tokens_per_step"], coin["assumed"], coin["same_text"]) == (1, 2, 1, None)
+    assert coin["arm"] == "it (acceptance of 1 assumed)"
+    # The logits are read as many at a time as a turn reads them: all are the reference's, in the reference's order.
+    assert all(r["parity"] and r["mean_kl"] < 1e-9 and r["positions"] == 16 for r in rows)
+    machine = {"name": "M", "torch": "2", "python": "3"}
+    result = {"machine": machine, "repetitions": 1, "workload": "w", "rows": rows, "notes": [], "pairs": []}
+    text = report.markdown(result)
+    assert "100% of drafts accepted (ASSUMED, by a coin of 1: its text means nothing), 2.00 tokens a step; by bytes" in text
+    assert text.count("of drafts accepted") == 2 and "(by the model)" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -261,6 +330,8 @@ def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
         (["--shape", "tiny", "--layers", "9"], "take 1 to that many"),
         (["--model", "/nonexistent"], "there is no folder"),
         (["--prompt", "20000"], "more than the context"),
+        (["--assume-acceptance", "0.8"], "add --speculate mtp"),
+        (["--assume-acceptance", "1.5", "--speculate", "mtp"], "give a probability"),
         (
             ["--cuda-graphs", "--attention", "naive", "--prefill-attention", "absorbed", "--depth", "99999"],
             "more than the context",
