@@ -293,12 +293,10 @@ def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_row_of_speculation(tmp_path: Path) -> None:
     """What a worker does, in this process. A coin of 1 accepts everything: k + 1 tokens a step, and no text is compared."""
     rows = []
-    arms_of: list[tuple[float | None, dict[str, Any]]] = [
-        (None, {}),
-        (None, {"speculate": "mtp", "draft_tokens": 2}),
-        (1.0, {"speculate": "mtp"}),
-    ]
-    for assumed, switched in arms_of:
+    cases: list[tuple[dict[str, Any], float | None]] = [
+        ({}, None), ({"speculate": "mtp", "draft_tokens": 2}, None), ({"speculate": "mtp"}, 1.0)
+    ]  # fmt: skip
+    for switched, assumed in cases:
         work = Workload(None, "tiny", 2, 2, 6, 8, 0, 0, assumed)
         plain = worker.Bench(Backend(device="cpu"), work, tmp_path)
         found = worker.Bench(Backend(device="cpu", **switched), work, tmp_path)
