@@ -418,6 +418,51 @@ def test_a_turn_is_compiled_once(compiler: CountingBackend) -> None:
     assert compiler.graphs - before == 4
 
 
+class Recorded:
+    """What graphs.capture makes, without a GPU: inputs and outputs keep their addresses, warm-ups run before."""
+
+    def __init__(self, step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], cache: Cache) -> None:
+        lengths = cache.lengths.clone()
+        self.step, self.cache = step, cache
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
+        for _ in range(3):
+            self.outputs = step(*self.inputs, cache)
+            cache.lengths.copy_(lengths)
+
+    def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        for static, given in zip((*self.inputs, *self.outputs), (*inputs, *self.step(*inputs, self.cache)), strict=True):
+            assert static.shape == given.shape and static.dtype == given.dtype
+            static.copy_(given)
+        return self.outputs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_turn_repeated_at_its_addresses(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA graph does: what was yielded isn't overwritten by later turns, and chance isn't frozen into the capture."""
+    made: list[Recorded] = []
+
+    def capture(*arguments: Any) -> Recorded:
+        made.append(Recorded(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("r1.runner.capture", capture)
+    plain = engine(ROOMY, 1, 2).runner
+    captured = Runner(plain.model, dataclasses.replace(plain.backend, cuda_graphs=True))
+    found = []
+    for run in (plain, captured):
+        cache = run.cache(3, 60)
+        assert cache.rows == (4 if run is captured else 3)
+        sampler = Sampler(temperature, 0.95, seed=3)
+        found.append(list(itertools.islice(speculate.launch(run, [[7, 8]] * 3, sampler, cache), 20)))
+    assert len(made) == 1
+    if temperature == 0:
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    else:  # a fourth row draws too, so the numbers are others
+        rows = [[tokens[: tokens[-1] + 1] for tokens in (step[row].tolist() for step in found[1])] for row in range(3)]
+        assert rows[0] != rows[1] != rows[2]
+        assert len({tuple(turn) for turn in rows[0]}) > 5
+
+
 def test_rows_beyond_the_prompts() -> None:
     """A cache for a CUDA graph has more rows than there are prompts: they run along, finite, and change nothing."""
     speculating = engine(ROOMY, 1, 2)
