@@ -37,15 +37,15 @@ class Completion:
     """Seconds from the call to the first token on the host; the whole batch's."""
     seconds: float
     """Seconds from the call to this completion's last token."""
+    text: str = ""
+    """The tokens as text, where the checkpoint has a tokenizer."""
+    reasoning: str = ""
+    answer: str = ""
     steps: int = 0
     """Decode steps it took, after the prompt's. Without speculation each gives one token."""
     drafted: int = 0
     accepted: int = 0
     """Under speculation: how many tokens were drafted in those steps, and how many of them the model accepted."""
-    text: str = ""
-    """The tokens as text, where the checkpoint has a tokenizer."""
-    reasoning: str = ""
-    answer: str = ""
 
     @property
     def tpot(self) -> float:

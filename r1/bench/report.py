@@ -28,7 +28,7 @@ FIELDS: dict[str, str] = {
     "refused": "why this arm can't be had here; null where it can, and then the rest is there",
     "ttft_ms": "time to the first token, median",
     "tpot_ms": "(end to end - TTFT) / (new - 1), median over repetitions",
-    "tpot_p90_ms": "90th percentile of the single steps of all repetitions",
+    "tpot_p90_ms": "90th percentile of the single steps of all repetitions; one of speculation gives several tokens",
     "decode_tok_s": "batch / TPOT",
     "prefill_tok_s": "batch x prompt / TTFT",
     "speedup": "the baseline's TPOT / this one's, median over repetitions run in turn; null where parity fails",
