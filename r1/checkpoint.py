@@ -196,7 +196,7 @@ def _why_skipped(key: str, model: Transformer) -> str | None:
         return None
     if rest in ("embed_tokens.weight", "shared_head.head.weight"):
         return "the MTP layer shares the model's embedding and output head"
-    return "MTP layers are loaded only when asked for (r1.load(..., mtp=True))" if not len(model.mtp) else None
+    return "MTP layers are loaded only when asked for (speculate=mtp, or r1.load(..., mtp=True))" if not len(model.mtp) else None
 
 
 def _check(

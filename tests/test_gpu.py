@@ -107,7 +107,7 @@ def test_a_graph_refuses_another_shape() -> None:
     run.prefill([[1, 2]] * 4, cache)
     run.decode(torch.ones(4, 1, dtype=torch.int64, device="cuda"), cache)
     (graph,) = cache.graphs.values()
-    with pytest.raises(ValueError, match="captured for tokens"):
+    with pytest.raises(ValueError, match="captured for"):
         graph.replay(torch.ones(3, 1, dtype=torch.int64, device="cuda"))
 
 
