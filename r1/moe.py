@@ -93,7 +93,7 @@ def gather(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Ten
 def grouped(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Sorted by expert, two grouped matrix products, and back; no sync, each expert's weights are read once."""
     order, token, ends = by_expert(indices, experts.gate_up_proj.shape[0])
-    h = swiglu(grouped_mm(x[token], experts.gate_up_proj, ends))  # (N K, I)
+    h = swiglu(grouped_mm(x.index_select(0, token), experts.gate_up_proj, ends))  # (N K, I)
     y = grouped_mm(h, experts.down_proj, ends)  # (N K, D)
     y = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, indices.shape)  # (N, K, D): back in the tokens' order
     return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32: the weights are
