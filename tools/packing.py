@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 
 import torch
-from tasks import KINDS, Example, draw, phrase
+from tasks import KINDS, LONGEST, Example, draw, phrase
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,6 +23,8 @@ from r1.tokenizer import Tokenizer
 
 IGNORE = -100
 """The target of what is not to be learned: questions and padding. It is what torch's cross_entropy leaves out."""
+AROUND = 10
+"""Tokens of the template around question, reasoning and answer: control tokens and newlines."""
 POOL = 16
 """Examples that wait for a row with room for them: the more, the less padding."""
 
@@ -42,7 +44,9 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self, tokenizer: Tokenizer, rows: int, length: int, *, seed: int, direct: float, kinds: Sequence[str] = tuple(KINDS)
     ) -> None:
-        """`direct` is the share of examples that are answered behind an empty `<think>` block."""
+        """`direct` is the share of examples that are answered behind an empty `<think>` block. Raises InputError."""
+        if length < LONGEST + AROUND:
+            raise InputError(f"rows of {length} tokens can't hold the longest examples: take at least {LONGEST + AROUND}")
         self.tokenizer, self.rows, self.length = tokenizer, rows, length
         self.seed, self.direct, self.kinds = seed, direct, list(kinds)
         self.weights = [KINDS[kind] for kind in kinds]
@@ -64,14 +68,9 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return tokens, targets
 
     def example(self, rng: random.Random) -> tuple[list[int], list[int]]:
-        """A training problem, asked and answered. Raises InputError for one that no row can hold."""
+        """A training problem, asked and answered."""
         (kind,) = rng.choices(self.kinds, self.weights)
-        pair = encode(self.tokenizer, phrase(draw(rng, "train", kind), rng), think=rng.random() >= self.direct)
-        if len(pair[0]) + len(pair[1]) > self.length:
-            raise InputError(
-                f"an example takes {len(pair[0]) + len(pair[1])} tokens, but rows have {self.length}: use longer ones"
-            )
-        return pair
+        return encode(self.tokenizer, phrase(draw(rng, "train", kind), rng), think=rng.random() >= self.direct)
 
 
 def layout(tokens: Tensor, bos: int) -> tuple[Tensor, Tensor]:

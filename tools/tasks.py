@@ -291,7 +291,7 @@ def multiply(a: int, b: int, voice: Voice) -> str:
     if a < 10:
         return f"{a} * {b} = {a * b}" if b < 10 else f"{a} * {b} = {b} * {a}\n{multiply(b, a, voice)}"
     if b < 10:
-        return _times_digit(a, b, voice)
+        return _times_digit(a, b, voice) if b else f"{a} * 0 = 0"
     tens, ones = b // 10, b % 10
     if ones == 0:
         return f"{a} * {b} = {a} * {tens} * 10\n{_times_digit(a, tens, voice)}, then 0: {a * b}"

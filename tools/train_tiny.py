@@ -1,7 +1,7 @@
 """Train tiny-r1, the embedded checkpoint, from scratch: our own model, as it is, with R1's recipe where it matters.
 
     python tools/train_tiny.py weights/tiny-r1 --minutes 7 --compile           # one large GPU
-    python tools/train_tiny.py /tmp/facts --kinds fact --layers 2 --steps 300 --rows 4 --length 256 --examine 0    # a CPU
+    python tools/train_tiny.py /tmp/facts --kinds fact --layers 2 --steps 300 --rows 4 --length 320 --examine 0    # a CPU
 
 From V3's paper (arXiv 2412.19437): experts balanced by the gate's bias instead of an auxiliary loss (section 2.1.2), a
 second loss from the MTP layer (section 2.2), FP8 blocks as storage (section 3.3). The matrices are trained by Muon, all else
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from eval import examine, report
 from make_tokenizer import make_tokenizer
 from muon import Muon
 from packing import IGNORE, Batches, layout, shift
+from rounding import Rounding
 from tasks import KINDS, kinds
 
 import r1
@@ -50,8 +52,8 @@ from r1.model import Transformer
 from r1.moe import Dispatch, Experts, MoE
 from r1.tokenizer import Tokenizer
 
-WARM_UP, DECAY = 0.02, 0.5
-"""Shares of the run: the learning rate rises until the one, and falls to 0 from the other on."""
+WARM_UP, DECAY = 50, 0.5
+"""The learning rate rises for so many steps, and falls to 0 from this share of the run on."""
 MTP_WEIGHTS = 0.3, 0.1
 """The MTP loss's weight before and during the decay, as V3's (section 4.2)."""
 SHARD_BYTES = 10**6
@@ -76,14 +78,16 @@ class Settings:
     """The share of examples that are answered without thinking, so that "no thinking" is a case that was trained."""
     lr: float = 5e-3
     weight_decay: float = 0.1
-    bias_speed: float = 1e-3
+    bias_speed: float = 5e-3
     """What the gate's bias of an expert moves by in a step; it falls with the learning rate."""
+    fp8_from: float = 1.0
+    """The share of the run from which on the model is trained as its FP8 storage rounds it; 1: it never is."""
     amp: str = "off"
 
 
-def schedule(progress: float) -> float:
-    """The learning rate, relative to its peak, after `progress` (0 to 1) of the run."""
-    return min(1.0, (progress + 1e-3) / WARM_UP, max(0.0, (1 - progress) / (1 - DECAY)))
+def schedule(step: int, progress: float) -> float:
+    """The learning rate, relative to its peak, after `step` steps, which are `progress` (0 to 1) of the run."""
+    return min(1.0, (step + 1) / WARM_UP, max(0.0, (1 - progress) / (1 - DECAY)))
 
 
 class Counted:
@@ -150,6 +154,7 @@ class Trainer:
         self.adam = torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         real = torch.zeros(settings.rows * settings.length, dtype=torch.bool, device=self.device)
         self.balance = Balance(self.model, real)
+        self.rounding = Rounding(self.model)
         self.blocks: list[Callable[..., Tensor]] = list(self.model.layers)
         self.heads: list[Callable[..., Tensor]] = list(self.model.mtp)
         if compile:
@@ -190,12 +195,13 @@ class Trainer:
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """One step; returns the two losses, on the device."""
-        rate = schedule(self.progress)
+        rate = schedule(self.step, self.progress)
         tokens, targets = (part.to(self.device, non_blocking=True).long() for part in batch)
-        with self.amp():
-            main, mtp = self.losses(tokens, targets)
         weight = MTP_WEIGHTS[self.progress >= DECAY]
-        (main + weight * mtp).backward()
+        with self.rounding.applied() if self.progress >= self.settings.fp8_from else nullcontext():
+            with self.amp():
+                main, mtp = self.losses(tokens, targets)
+            (main + weight * mtp).backward()
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1.0)
         for group in self.adam.param_groups:
             group["lr"] = self.settings.lr * rate
@@ -226,7 +232,9 @@ class Trainer:
                 saved = now
 
     def log(self, main: float, mtp: float, rate: float) -> None:
-        """One line, and one entry of the history. `rate` is in tokens, padding too, a second."""
+        """One line, and one entry of the history. `rate` is in tokens, padding too, a second. Raises InputError for NaN."""
+        if not math.isfinite(main + mtp):
+            raise InputError(f"the loss is {main} after step {self.step}: take a lower --lr than {self.settings.lr}")
         load = self.balance.read()
         entry = {"step": self.step, "seconds": self.seconds, "loss": main, "mtp_loss": mtp, "tokens_per_s": rate}
         entry |= {"max_load": float(load.max()), "min_load": float(load.min())}
@@ -318,6 +326,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", type=kinds, default=list(KINDS), help=f"of problems (default {','.join(KINDS)})")
     parser.add_argument("--layers", type=int, help="only so many of tiny's layers")
     parser.add_argument("--lr", type=float, default=defaults.lr, help=f"peak learning rate (default {defaults.lr})")
+    parser.add_argument(
+        "--fp8-from", type=float, default=1.0, metavar="SHARE", help="round weights as FP8 from this share on (0.8)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
     parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 on a GPU")
     parser.add_argument("--compile", action="store_true", help="compile each block")
@@ -333,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
         on_gpu = a.device in ("cuda", "rocm") or (a.device == "auto" and torch.cuda.is_available())
         settings = Settings(
             seed=a.seed, steps=a.steps, minutes=a.minutes, rows=a.rows, length=a.length, kinds=tuple(a.kinds), layers=a.layers,
-            lr=a.lr, amp=("bf16" if on_gpu else "off") if a.amp == "auto" else a.amp,
+            lr=a.lr, fp8_from=a.fp8_from, amp=("bf16" if on_gpu else "off") if a.amp == "auto" else a.amp,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             make_tokenizer(Path(scratch))
