@@ -127,7 +127,9 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("r1::grouped_outer", mutates_args=())
 def _grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Each group's y^T x: (M, out) and (M, in) -> (E, out, in)."""
-    return F.grouped_mm(y.mT, x, offs=ends)
+    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+    # A product over no tokens is 0, but on some GPUs torch's kernel leaves it unwritten (pytorch issue 172439).
+    return F.grouped_mm(y.mT, x, offs=ends).masked_fill(empty[:, None, None], 0)
 
 
 @_grouped_outer.register_fake

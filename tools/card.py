@@ -13,6 +13,7 @@ def card(record: dict[str, Any]) -> str:
     length = f"--steps {s['steps']}" if s["steps"] else f"--minutes {s['minutes']:g}"
     tokens = record["steps"] * s["rows"] * s["length"]
     flags = f"--rows {s['rows']} --length {s['length']} --lr {s['lr']:g} --seed {s['seed']} --fp8-from {s['fp8_from']:g}"
+    flags += " --compile" if s["compile"] else ""
     shares = {kind: KINDS[kind] / sum(KINDS[k] for k in s["kinds"]) for kind in s["kinds"]}
     parts = [
         "# tiny-r1",

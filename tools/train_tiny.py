@@ -83,6 +83,7 @@ class Settings:
     fp8_from: float = 1.0
     """The share of the run from which on the model is trained as its FP8 storage rounds it; 1: it never is."""
     amp: str = "off"
+    compile: bool = False
 
 
 def schedule(step: int, progress: float) -> float:
@@ -139,7 +140,7 @@ class Balance:
 class Trainer:
     """A model, its optimizers, and how far they are."""
 
-    def __init__(self, config: Config, settings: Settings, tokenizer: Tokenizer, device: str, compile: bool = False) -> None:
+    def __init__(self, config: Config, settings: Settings, tokenizer: Tokenizer, device: str) -> None:
         self.settings, self.tokenizer = settings, tokenizer
         backend = resolve(Backend(device=device, dtype="fp32", amp=settings.amp, prefill_moe="grouped"), config)
         self.device = torch_device(backend)
@@ -157,7 +158,7 @@ class Trainer:
         self.rounding = Rounding(self.model)
         self.blocks: list[Callable[..., Tensor]] = list(self.model.layers)
         self.heads: list[Callable[..., Tensor]] = list(self.model.mtp)
-        if compile:
+        if settings.compile:
             self.blocks, self.heads = (
                 [torch.compile(module, fullgraph=True, dynamic=False) for module in modules]
                 for modules in (self.model.layers, self.model.mtp)
@@ -344,12 +345,12 @@ def main(argv: list[str] | None = None) -> int:
         on_gpu = a.device in ("cuda", "rocm") or (a.device == "auto" and torch.cuda.is_available())
         settings = Settings(
             seed=a.seed, steps=a.steps, minutes=a.minutes, rows=a.rows, length=a.length, kinds=tuple(a.kinds), layers=a.layers,
-            lr=a.lr, fp8_from=a.fp8_from, amp=("bf16" if on_gpu else "off") if a.amp == "auto" else a.amp,
+            lr=a.lr, fp8_from=a.fp8_from, amp=("bf16" if on_gpu else "off") if a.amp == "auto" else a.amp, compile=a.compile,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as scratch:
             make_tokenizer(Path(scratch))
             tokenizer = Tokenizer.load(Path(scratch))
-        trainer = Trainer(shape("tiny", a.layers), settings, tokenizer, a.device, a.compile)
+        trainer = Trainer(shape("tiny", a.layers), settings, tokenizer, a.device)
         if a.state and a.state.exists():
             trainer.load_state(a.state)
         trainer.run(a.workers, a.state)
