@@ -333,22 +333,19 @@ class Session:
 
 def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path) -> Found:
     """The text and logits that every arm is held against, the experts it hits, and the machine's rates in the arms' dtypes."""
-    plain = Backend(
-        device=compared[0].backend.device,
-        dtype="fp32",
-        attention="naive",
-        prefill_attention="naive",
-        moe="loop",
-        prefill_moe="loop",
-    )
+    textbook: dict[str, Any] = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
+    plain = Backend(device=compared[0].backend.device, dtype="fp32", **textbook)
     found: Found = {}
     process = Process(plain, workload, folder, "inductor-reference")
+    checks = multiprocessing.get_context("spawn").Process(target=worker.check_compiler, args=(folder,), daemon=True)
+    needed = any(arm.backend.compile for arm in compared) and torch_device(resolve(plain, config)).type == "cpu"
+    if needed:
+        checks.start()  # beside the reference, which nobody times
     fine = process.ask_all(("build_reference", "reference"), found, "fp32 reference")
+    if needed:
+        checks.join()
     if fine:
         found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
-        if any(arm.backend.compile for arm in compared) and torch_device(resolve(plain, config)).type == "cpu":
-            say("trying the compiler")
-            process.ask("check_compiler")
     process.quit()
     if not fine:
         raise InputError(found["refused"])

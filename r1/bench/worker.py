@@ -45,7 +45,7 @@ from r1.router import Router
 COMPILER_CHECKS = "compiler-checks"
 """Folder of what Inductor finds out of a CPU's vector instructions, by compiling: once for all arms, as on any machine."""
 COMMANDS = (
-    "build", "build_reference", "reference", "rates", "check_compiler", "warm", "measure", "parity", "kernels", "moe_layer",
+    "build", "build_reference", "reference", "rates", "warm", "measure", "parity", "kernels", "moe_layer",
     "memory", "trace",
 )  # fmt: skip
 
@@ -72,6 +72,16 @@ def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, 
             traceback.print_exc()
             first_line = str(error).strip().partition("\n")[0]
             pipe.send({"refused": f"{command} failed with {type(error).__name__}: {first_line}", "crashed": True})
+
+
+def check_compiler(folder: Path) -> None:
+    """A process's main: let Inductor try the CPU's vector instructions, and keep what it finds for the arms that compile."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # seconds to import, and only this asks for it
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / COMPILER_CHECKS)
+    with contextlib.suppress(InvalidCxxCompiler):  # the arms will say so
+        pick_vec_isa()
 
 
 class Bench:
@@ -205,17 +215,6 @@ class Bench:
     def rates(self, dtypes: Iterable[str]) -> dict[str, Any]:
         """The machine's ceilings, by dtype."""
         return {dtype: vars(rates) for dtype, rates in roofline.measure_rates(self.engine.runner.device, dtypes).items()}
-
-    def check_compiler(self) -> dict[str, Any]:
-        """Let Inductor try the CPU's vector instructions, and keep what it found for the arms that compile."""
-        from torch._inductor.cpu_vec_isa import pick_vec_isa  # a second to import, and only this asks for it
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / COMPILER_CHECKS)
-        start = time.perf_counter()
-        with contextlib.suppress(InvalidCxxCompiler):  # the arms will say so
-            pick_vec_isa()
-        return {"seconds": time.perf_counter() - start}
 
     def parity(self) -> dict[str, Any]:
         """Read the reference's text step by step, and compare the logits."""
