@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import ROOT
+from conftest import CountingBackend
 from test_generate import TIMING, command
 from tiny import V3, model
 from tolerances import atol
@@ -383,25 +383,6 @@ def test_a_turn_asks_for_no_value() -> None:
             coins, races = torch.zeros(2, 2), torch.ones(2, 3, 48)
             following, accepted, _, _ = run.call((), turn, (tokens, q, coins, races), cache)
             assert following.shape == (2, 3) and accepted.shape == (2,)
-
-
-class CountingBackend:
-    """A compiler that only counts what it is asked to compile."""
-
-    graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
-    torch._dynamo.reset()
-    counting = CountingBackend()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
-    yield counting
-    torch._dynamo.reset()
 
 
 def test_a_turn_is_compiled_once(compiler: CountingBackend) -> None:

@@ -1,0 +1,32 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+class CountingBackend:
+    """A compiler that only counts what it is asked to compile."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
+    """Stands in for Inductor wherever torch.compile is called."""
+    torch._dynamo.reset()
+    counting = CountingBackend()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    yield counting
+    torch._dynamo.reset()
