@@ -56,7 +56,7 @@ def test_a_graph_repeats_what_eager_does() -> None:
     eager, captured = runner(dtype="bf16"), runner(dtype="bf16", cuda_graphs=True)
     text, logits = read(eager)
     _, again = read(captured, text)
-    assert parity.compare(list(again), logits, 1e-4).passes
+    assert parity.compare(list(again), logits, parity.Bound(1e-4, 1e-4)).passes
 
 
 def test_a_graph_refuses_another_shape() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -34,7 +35,7 @@ from r1 import build, graphs, roofline, speculate
 from r1.backend import Backend, resolve, torch_device
 from r1.bench import parity
 from r1.bench.arms import Workload
-from r1.bench.parity import Parity
+from r1.bench.parity import Bound, Parity
 from r1.bench.routing import make_uniform
 from r1.bench.upcast import upcast
 from r1.errors import InputError
@@ -199,16 +200,17 @@ class Bench:
             hook.remove()
         stacked = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}  # (P, B), (P, rows, W)
         save_file(stacked, self.folder / "reference.safetensors")
-        rounding = {amp: self._rounding(amp) for amp in ("bf16", "fp16")}
+        rounding = {amp: vars(self._rounding(amp)) for amp in ("bf16", "fp16")}
         (self.folder / "rounding.json").write_text(json.dumps(rounding))
         return {"experts_hit": sum(hits) / len(hits) if hits else 0.0, "rows": rows, "steps": steps}
 
-    def _rounding(self, amp: str) -> float:
+    def _rounding(self, amp: str) -> Bound:
         """The KL that this very code makes when its products are rounded to `amp`."""
         runner = self.engine.runner
         plain, runner.backend = runner.backend, dataclasses.replace(runner.backend, amp=amp)
         try:
-            return self._read_text(float("inf")).mean_kl
+            found = self._read_text(Bound(math.inf, math.inf))
+            return Bound(found.median_kl, found.mean_kl)
         finally:
             runner.backend = plain
 
@@ -218,7 +220,8 @@ class Bench:
 
     def parity(self) -> dict[str, Any]:
         """Read the reference's text step by step, and compare the logits."""
-        rounding = json.loads((self.folder / "rounding.json").read_text())
+        kept = json.loads((self.folder / "rounding.json").read_text())
+        rounding = {amp: Bound(**made) for amp, made in kept.items()}
         found = self._read_text(parity.bound(self.engine.backend, rounding))
         return vars(found) | {"passes": found.passes, "same_text": self._same_text()}
 
@@ -232,7 +235,7 @@ class Bench:
         ours = torch.tensor(self.text[:rows])[:, :steps]  # (rows, P)
         return float((ours == kept["tokens"].T[:rows]).long().cumprod(dim=1).double().mean())
 
-    def _read_text(self, allowed: float) -> Parity:
+    def _read_text(self, allowed: Bound) -> Parity:
         kept = load_file(self.folder / "reference.safetensors")
         text, reference = kept["tokens"].to(self.engine.runner.device), kept["logits"]
         runner, rows = self.engine.runner, reference.shape[1]
