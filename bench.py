@@ -239,7 +239,8 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
     with tempfile.TemporaryDirectory(prefix="r1-bench-") as name:
         folder = Path(name)
         base = compared[0]
-        reference = make_reference(compared, workload, config, folder)
+        checks = CompilerChecks(compared, config, folder)
+        reference = make_reference(compared, workload, config, folder, checks)
         rates = reference["rates"]
         result["machine"] |= {
             "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,
@@ -255,6 +256,7 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
         try:
             if not first.start(arguments.warm_start):
                 raise InputError(f"the baseline can't be had: {first.found['refused']}")
+            checks.join()
             baseline_alone = [] if room > 1 or not timed else first.repeat(arguments.repetitions)
             if room == 1:
                 first.finish(arguments)
@@ -331,25 +333,40 @@ class Session:
         self.process.quit()
 
 
-def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path) -> Found:
+def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path, checks: CompilerChecks) -> Found:
     """The text and logits that every arm is held against, the experts it hits, and the machine's rates in the arms' dtypes."""
     textbook: dict[str, Any] = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
     plain = Backend(device=compared[0].backend.device, dtype="fp32", **textbook)
     found: Found = {}
     process = Process(plain, workload, folder, "inductor-reference")
-    checks = multiprocessing.get_context("spawn").Process(target=worker.check_compiler, args=(folder,), daemon=True)
-    needed = any(arm.backend.compile for arm in compared) and torch_device(resolve(plain, config)).type == "cpu"
-    if needed:
-        checks.start()  # beside the reference, which nobody times
-    fine = process.ask_all(("build_reference", "reference"), found, "fp32 reference")
-    if needed:
-        checks.join()
-    if fine:
-        found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
-    process.quit()
-    if not fine:
+    try:
+        if process.ask_all(("build_reference",), found, "fp32 reference"):
+            found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
+            checks.start()
+            process.ask_all(("reference",), found, "fp32 reference")
+    finally:
+        process.quit()
+    if "refused" in found:
         raise InputError(found["refused"])
     return found
+
+
+class CompilerChecks:
+    """What Inductor finds out of a CPU by compiling: in a process beside the reference and the baseline's warm-up, which nobody
+    times, and done before the first arm that compiles."""
+
+    def __init__(self, compared: list[Arm], config: Config, folder: Path) -> None:
+        needed = any(arm.backend.compile for arm in compared) and torch_device(resolve(compared[0].backend, config)).type == "cpu"
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=worker.check_compiler, args=(folder,), daemon=True) if needed else None
+
+    def start(self) -> None:
+        if self.process:
+            self.process.start()
+
+    def join(self) -> None:
+        if self.process:
+            self.process.join()
 
 
 def dtypes_of(compared: list[Arm], workload: Workload, config: Config) -> set[str]:
