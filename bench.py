@@ -18,6 +18,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -46,14 +48,20 @@ class Process:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, backend, workload, folder, compiled)
         self.process: BaseProcess = context.Process(target=worker.serve, args=arguments, daemon=True)
-        self.process.start()
+        with deaf():
+            self.process.start()
         theirs.close()
+        self.busy = False
 
     def ask(self, command: str, *arguments: object) -> Found:
         """Send a command and wait for its answer. A worker that died is an answer too."""
         try:
+            if self.busy:  # an interrupt came between a question and its answer: that one is nobody's
+                self.pipe.recv()
+            self.busy = True
             self.pipe.send((command, *arguments))
             answer: Found = self.pipe.recv()
+            self.busy = False
             return answer
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
@@ -74,9 +82,31 @@ class Process:
     def quit(self) -> None:
         """End the process and wait until its memory is free again."""
         if self.process.is_alive():
-            self.pipe.send("quit")
-        self.process.join(timeout=30)
+            if self.busy:
+                os.kill(self.process.pid or 0, signal.SIGUSR1)
+            else:
+                self.pipe.send("quit")
+            self.process.join(timeout=5 if self.busy else 30)
         self.process.kill()
+        self.process.join()
+
+
+def interrupt_once(_number: int, _frame: object) -> None:
+    """Ctrl-C, or a time limit's SIGTERM: ends the measuring, and a second one doesn't disturb what is kept of it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """A process that is started here ignores Ctrl-C and SIGTERM from its first moment: they are the parent's to handle."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,7 +235,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     result["workload"] = workloads[0].describe() if len(workloads) == 1 else workloads[0].name
     status = 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what is finished, as Ctrl-C does
+    before = {number: signal.signal(number, interrupt_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for workload in workloads:
             if arguments.ablate:
@@ -221,6 +251,9 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         result["notes"].append("Interrupted: only what was finished is shown.")
         status = 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     say("")
     present(result, arguments)
     failed = any(row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"])
@@ -277,6 +310,8 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
             if room > 1:
                 first.finish(arguments)
         finally:
+            if first.found["measure"] and "memory" not in first.found:  # interrupted: what the baseline has is kept
+                first.finish(arguments)
             first.process.quit()
             if first.found["measure"] and "memory" in first.found:
                 position = len(result["rows"]) - len([r for r in result["rows"] if report.same_workload(r, workload)])
@@ -362,7 +397,8 @@ class CompilerChecks:
 
     def start(self) -> None:
         if self.process:
-            self.process.start()
+            with deaf():
+                self.process.start()
 
     def join(self) -> None:
         if self.process:
