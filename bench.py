@@ -310,10 +310,10 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
             if room > 1:
                 first.finish(arguments)
         finally:
-            if first.found["measure"] and "memory" not in first.found:  # interrupted: what the baseline has is kept
+            if first.found["measure"] and "moe_layer" not in first.found:  # interrupted: what the baseline has is kept
                 first.finish(arguments)
             first.process.quit()
-            if first.found["measure"] and "memory" in first.found:
+            if first.found["measure"] and "moe_layer" in first.found:
                 position = len(result["rows"]) - len([r for r in result["rows"] if report.same_workload(r, workload)])
                 result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
         for arm in compared:
@@ -345,7 +345,7 @@ class Session:
                 return False
             self.found["cold"] = cold["warm"]["start_seconds"]
             self.process = Process(self.arm.backend, self.workload, self.folder, self.compiled)
-        return self.process.ask_all(("build", "warm", "parity", "kernels", "moe_layer"), self.found, self.arm.name)
+        return self.process.ask_all(("build", "warm", "parity", "kernels"), self.found, self.arm.name)
 
     def once(self) -> Found:
         """One repetition."""
@@ -359,8 +359,8 @@ class Session:
         return [self.once() for _ in range(times)]
 
     def finish(self, arguments: argparse.Namespace) -> None:
-        """Peak memory, and a trace where one is wanted; the process is not needed afterwards."""
-        self.process.ask_all(("memory",), self.found, self.arm.name)
+        """Peak memory, a MoE layer's time, and a trace where one is wanted; the process is not needed afterwards."""
+        self.process.ask_all(("memory", "moe_layer"), self.found, self.arm.name)
         if arguments.profile and self.process.ask_all(("trace",), self.found, self.arm.name):
             stem = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
