@@ -264,12 +264,11 @@ def test_defaults_and_greedy() -> None:
 def test_chat(engine: Engine) -> None:
     messages = [{"role": "user", "content": "17*23=?"}]
     streamed: list[tuple[str, str]] = []
-    completion = engine.chat(messages, max_new_tokens=40, seed=0, on_text=lambda a, b: streamed.append((a, b)))
-    assert isinstance(completion.reasoning, str) and isinstance(completion.answer, str)
-    assert completion.reasoning or completion.answer, "random weights say something in 40 tokens"
+    completion = engine.chat(messages, max_new_tokens=200, seed=0, on_text=lambda a, b: streamed.append((a, b)))
+    assert "17 * 20" in completion.reasoning and completion.answer == "17 * 23 = 391." and completion.finish == "stop"
     assert "".join(a for a, _ in streamed).strip() == completion.reasoning.strip()
     assert "".join(b for _, b in streamed).strip() == completion.answer.strip()
-    again = engine.chat(messages, max_new_tokens=40, seed=0)
+    again = engine.chat(messages, max_new_tokens=200, seed=0)
     assert (again.tokens, again.reasoning, again.answer) == (completion.tokens, completion.reasoning, completion.answer)
     assert engine.tokenizer is not None
     assert completion.prompt_tokens == len(engine.tokenizer.chat_prompt(messages, think=True))

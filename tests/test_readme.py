@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import card
 import make_tables
+from test_generate import command
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +23,22 @@ def test_tables_come_from_the_committed_files() -> None:
     assert TEXT.count("\n| + ") >= 5 and "transformers static cache + compile" in TEXT
     with pytest.raises(ValueError, match="has 0 places"):
         make_tables.filled(TEXT.replace("<!-- ladder -->", ""))
+
+
+def test_the_card_comes_from_the_committed_files() -> None:
+    record, evaluations, second = card.shipped()
+    page = (ROOT / "weights" / "tiny-r1" / "README.md").read_text(encoding="utf-8")
+    assert card.card(record, evaluations, second) == page, "run python tools/card.py"
+    assert second["settings"] == record["settings"] and second["history"] != record["history"], "another run of the same"
+    alike = [found for found in evaluations.values() if found["problems"] == 200]
+    assert {found["backend"]["device"] for found in alike} == {"cpu", "cuda"} and sum(bool(f["speculation"]) for f in alike) == 4
+    assert len({found["text"] for found in alike}) == 1, "drafts, graphs, the compiler and the machine change no token"
+
+
+def test_the_example_is_what_is_printed() -> None:
+    (question, shown) = re.findall(r'python -m r1 "(What is 47.*?)"\n```\n\n```\n(.*?)```', TEXT, re.DOTALL)[0]
+    result = command(question, "--temperature", "0", "--device", "cpu")
+    assert result.returncode == 0 and result.stdout == shown
 
 
 def test_links_lead_somewhere() -> None:

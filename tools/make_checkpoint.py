@@ -1,6 +1,6 @@
 """Make a checkpoint of random weights in R1's own format: any named shape, FP8 blocks, shards, MTP layer, tokenizer.
 
-    python tools/make_checkpoint.py tiny weights/tiny-r1            # the embedded one, byte for byte
+    python tools/make_checkpoint.py tiny /tmp/random                # the embedded one's shape
     python tools/make_checkpoint.py moonlight-16b /data/moonlight --layers 4
 
 Random weights say nothing, but they are read, dequantized and computed with as real ones are. The gate's bias is not

@@ -3,7 +3,7 @@
     python tools/make_tables.py
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, and comes from tools/results/h100/NAME.json: a result of
-bench.py, or of compare_peers.py. Above it stands the command that made it.
+bench.py, or of compare_peers.py. Above it stands the command that made it. `tiny-r1` is the accuracy on its model card.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, without installing r1
 sys.path.insert(0, str(Path(__file__).parent))
 
+import card
 import compare_peers
 
 from r1.bench import report
@@ -46,15 +47,22 @@ def peers_command(how: dict[str, Any]) -> str:
     return " ".join(["python tools/compare_peers.py", *flags])
 
 
+def tables() -> dict[str, list[str]]:
+    """All of them by name."""
+    found = {path.stem: lines(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))}
+    record, evaluations, _ = card.shipped()
+    return found | {"tiny-r1": card.accuracies(record["figures"], evaluations)}
+
+
 def filled(text: str) -> str:
     """The README's text with every table made anew."""
-    for path in sorted(RESULTS.glob("*.json")):
-        table = "\n".join(lines(json.loads(path.read_text(encoding="utf-8"))))
-        opening, closing = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
+    for name, rows in tables().items():
+        table = "\n".join(rows)
+        opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
         place = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
         text, places = place.subn(lambda _, between=f"{opening}\n{table}\n{closing}": between, text)  # type: ignore[misc]
         if places != 1:
-            raise ValueError(f"README.md has {places} places for {path.name}")
+            raise ValueError(f"README.md has {places} places for {name}")
     return text
 
 

@@ -1,6 +1,6 @@
 """Train tiny-r1, the embedded checkpoint, from scratch: our own model, as it is, with R1's recipe where it matters.
 
-    python tools/train_tiny.py weights/tiny-r1 --minutes 7 --compile           # one large GPU
+    python tools/train_tiny.py /tmp/tiny-r1 --steps 3000 --fp8-from 0.8 --compile     # one large GPU, four minutes
     python tools/train_tiny.py /tmp/facts --kinds fact --layers 2 --steps 300 --rows 4 --length 320 --examine 0    # a CPU
 
 From V3's paper (arXiv 2412.19437): experts balanced by the gate's bias instead of an auxiliary loss (section 2.1.2), a
