@@ -34,11 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Slots that other parts of the project fill; until then they are refused, not ignored.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "attention": ("triton",),
     "prefill_attention": ("triton",),
-    "moe": ("triton",),
     "prefill_moe": ("triton",),
-    "kernels": ("triton",),
     "quant": ("fp8", "int8", "int4"),
     "speculate": ("mtp",),
 }
@@ -61,17 +58,18 @@ class Backend:
     cuda_graphs: bool = False
     """Capture of the decode step."""
     attention: str = "auto"
-    """How a decode step attends; auto: absorbed."""
+    """How a decode step attends; auto: absorbed, or triton with kernels=triton."""
     prefill_attention: str = "auto"
     """How a prompt attends; auto: expand."""
     moe: str = "auto"
-    """How a decode step runs its experts; auto: gather for a few tokens, grouped for more."""
+    """How a decode step runs its experts; auto: gather for a few tokens, grouped for more, or triton with kernels=triton."""
     prefill_moe: str = "auto"
     """How a prompt runs its experts; auto: grouped."""
     memory: str = "default"
     """The GPU allocator's policy; expandable: segments that grow (less is lost to fragments); empty-cache: what a prompt
     took is given back before decoding."""
     kernels: str = "torch"
+    """triton: a decode step's blocks are r1/kernels' fused ones, of which attention=triton and moe=triton are a part."""
     quant: str = "none"
     speculate: str = "off"
     tp: int = 1
@@ -128,6 +126,7 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
             raise InputError(why)
     if backend.amp != "off" and dtype != "fp32":
         raise InputError(f"amp={backend.amp} casts fp32 weights as it goes, but dtype={dtype}: use dtype=fp32, or amp=off")
+    backend = _triton(backend, machine)
     attention, prefill_attention = _attention(backend)
     compute = dtype if backend.amp == "off" else backend.amp
     moe, prefill_moe = _experts(backend, config, machine, compute, gpu=gpu, batch=batch)
@@ -146,6 +145,26 @@ def _device(backend: Backend, machine: Machine) -> str:
         drives = machine.device
         raise InputError(f"device={backend.device}: this torch ({machine.torch_version}) drives {drives}: use device={drives}")
     raise InputError(f"device={backend.device}: torch {machine.torch_version} sees no such GPU here: use device=cpu")
+
+
+def _triton(backend: Backend, machine: Machine) -> Backend:
+    """The kernels read weights as they are stored; fused blocks hold the fused attention and experts, and nothing to compile."""
+    asked = [name for name in ("kernels", "attention", "moe") if getattr(backend, name) == "triton"]
+    if not asked:
+        return backend
+    if why := machine.why_not("triton"):
+        raise InputError(f"{asked[0]}=triton: {why}")
+    if backend.amp != "off":
+        raise InputError(f"{asked[0]}=triton reads weights in the dtype they are stored in, not under amp: use dtype={backend.amp}")
+    if backend.kernels != "triton":
+        return backend
+    for name in ("attention", "moe"):
+        if getattr(backend, name) not in ("auto", "triton"):
+            value = getattr(backend, name)
+            raise InputError(f"kernels=triton fuses its own {name} into a step, not {name}={value}: leave {name} at auto")
+    if backend.compile:
+        raise InputError("kernels=triton leaves a decode step nothing for compile to fuse: use one of them, or leave compile off")
+    return dataclasses.replace(backend, attention="triton", moe="triton")
 
 
 def _attention(backend: Backend) -> tuple[str, str]:

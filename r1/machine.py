@@ -111,7 +111,7 @@ def _memory(m: Machine) -> str | None:
 
 
 def _triton(m: Machine) -> str | None:
-    return None if m.cuda and m.compiler else "Triton's kernels need a GPU and the triton package: use torch"
+    return None if m.cuda and m.compiler else "Triton's kernels need a GPU and the triton package: leave attention, moe and kernels as they are"
 
 
 FEATURES: dict[str, Callable[[Machine], str | None]] = {

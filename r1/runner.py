@@ -42,6 +42,10 @@ class Runner:
         if backend.memory == "expandable":
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         self.blocks: dict[str, list[Callable[..., Tensor]]] = {p: list(model.layers) for p in ("prefill", "decode")}
+        if backend.kernels == "triton":
+            from r1.kernels import Chip, DecodeBlock  # Triton is optional
+
+            self.blocks["decode"] = [DecodeBlock(block, Chip.of(self.device)) for block in model.layers]
         if backend.compile:
             from r1.compiled import compile_block  # the compiler takes seconds to import, so only who uses it does
 
