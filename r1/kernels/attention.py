@@ -47,16 +47,16 @@ class AttentionLaunch:
 
     @staticmethod
     def default(tokens: int, heads: int, latent: int, rope: int, capacity: int, itemsize: int, chip: Chip) -> AttentionLaunch:
-        key = (power_of_two(latent) + power_of_two(rope, 16)) * itemsize  # bytes
-        block = 64 if heads >= 64 and 64 * key <= chip.shared // 2 else 16
-        room = chip.shared - block * key - 2**13  # queries stay; what is left over is for probabilities and the compiler
-        keys = next((k for k in (64, 32) if k * key <= room), 16)
-        stages = 2 if 2 * keys * key <= room else 1
+        block = 32 if heads >= 32 else 16
+        key = (power_of_two(latent, 16) + power_of_two(rope, 16)) * itemsize  # bytes of one key, and of one head's query
+        room = chip.shared - block * key - 2**13  # the queries stay; some is for probabilities and the compiler
+        keys = next((k for k in (2 * block, 32) if k * key <= room), 16)
+        stages = 1 + max(0, min(2, room // (keys * key)))
         tiles = tokens * ceil_div(heads, block)
         most = min(64, power_of_two(ceil_div(capacity, keys)))
         splits = min(most, power_of_two(ceil_div(chip.processors, tiles)))
         columns = min(128, power_of_two(latent, 16))
-        return AttentionLaunch(block, keys, splits, 8 if block == 64 else 4, stages, max(16, splits), latents=columns)
+        return AttentionLaunch(block, keys, splits, 8 if block == 32 else 4, stages, max(16, splits), latents=columns)
 
 
 def attention(

@@ -1,0 +1,324 @@
+"""Time every decode kernel alone, on a GPU: in a CUDA graph, with cold weights, its torch twin beside it.
+
+    python tools/bench_kernels.py --shape moonlight-16b --batch 1,8,32 -o moonlight.json
+    python tools/bench_kernels.py --shape moonlight-16b --batch 1 --only attention,experts --sweep 120
+
+A graph runs a kernel over several copies of its weights, more than the second-level cache holds, as a model's layers would.
+`--sweep` changes one launch parameter at a time, as long as that helps and the seconds given (for all cases) last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, without installing r1
+
+import torch
+from torch import Tensor
+
+from r1 import Config, InputError
+from r1.config import SHAPES, shape
+
+REPETITIONS = 21
+COLD = 3
+"""How many times what the second-level cache holds a graph's weights take, so that none are found there."""
+MOST_COPIES = 128
+
+
+@dataclass
+class Case:
+    """One kernel (or the few that make one function) at one size."""
+
+    name: str
+    nbytes: int
+    """What must be read and written once."""
+    flops: int
+    calls: list[Callable[[Any], Tensor]]
+    """The function on each copy of its weights; takes launch parameters, None for the default."""
+    twins: list[Callable[[], Tensor]]
+    default: Any
+    choices: dict[str, tuple[int, ...]]
+    """Values that a sweep may give to each launch parameter."""
+
+
+def randn(*size: int, scale: float = 1.0) -> Tensor:
+    return torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(0.0, scale)
+
+
+def copies(nbytes: int) -> int:
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(MOST_COPIES, -(-COLD * cache // nbytes)))
+
+
+def linear_case(
+    name: str, chip: Any, tokens: int, inputs: int, outputs: int, *, norm: bool = False, swiglu: bool = False, residual: bool = False
+) -> Case:  # fmt: skip
+    from r1.kernels.linear import LinearLaunch, linear, linear_torch
+
+    weights = [randn(outputs, inputs, scale=inputs**-0.5) for _ in range(copies(2 * outputs * inputs))]
+    x = randn(tokens, inputs * (2 if swiglu else 1))
+    given: dict[str, Any] = {"swiglu": swiglu, "norm": randn(inputs) if norm else None, "eps": 1e-6}
+    given["residual"] = randn(tokens, outputs) if residual else None
+    vector = {"outputs": (1, 2, 4, 8), "inputs": (512, 1024, 2048), "warps": (2, 4, 8)}
+    tiles = {"outputs": (16, 32, 64, 128), "inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
+    return Case(
+        name, 2 * (outputs * inputs + x.numel() + tokens * outputs), 2 * tokens * outputs * inputs,
+        [lambda use, w=w: linear(chip, x, w, **given, launch=use) for w in weights],
+        [lambda w=w: linear_torch(x, w, **given) for w in weights],
+        LinearLaunch.default(tokens, inputs, outputs, 2, chip), vector if tokens == 1 else tiles,
+    )  # fmt: skip
+
+
+def latent_case(chip: Any, c: Config, tokens: int, context: int) -> Case:
+    from r1.kernels.latent import LatentLaunch, latent, latent_torch
+
+    heads, rank, r = c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
+    nbytes = 2 * heads * c.qk_nope_head_dim * rank
+    weights = [randn(heads, c.qk_nope_head_dim + c.v_head_dim, rank, scale=0.02) for _ in range(copies(nbytes))]
+    q, kv, gain = randn(tokens, heads * c.qk_head_dim), randn(tokens, c.latent_dim), randn(rank)
+    angle = torch.rand(tokens, 1, 1, r, device="cuda")
+    positions = torch.full((tokens, 1), context - 1, device="cuda")
+    cache = randn(tokens, context, c.latent_dim)
+
+    def of(w: Tensor) -> tuple[Any, ...]:
+        return q, kv, w[:, : c.qk_nope_head_dim], gain, 1e-6, angle, angle, positions, cache
+
+    return Case(
+        "latent", nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.latent_dim), nbytes * tokens,
+        [lambda use, w=w: latent(chip, *of(w), launch=use)[0] for w in weights],
+        [lambda w=w: latent_torch(*of(w))[0] for w in weights],
+        LatentLaunch.default(tokens, rank), {"columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)},
+    )  # fmt: skip
+
+
+def attention_case(chip: Any, c: Config, tokens: int, context: int) -> Case:
+    from r1.kernels.attention import AttentionLaunch, attention, attention_torch
+
+    heads, rank, r = c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
+    nbytes = 2 * tokens * context * c.latent_dim + 2 * heads * c.v_head_dim * rank
+    caches = [randn(tokens, context, c.latent_dim) for _ in range(copies(nbytes))]
+    ups = [randn(heads, c.qk_nope_head_dim + c.v_head_dim, rank, scale=0.02)[:, c.qk_nope_head_dim :] for _ in caches]
+    q_c, q_pe = randn(tokens, heads, rank, scale=0.1), randn(tokens, heads, r)
+    positions = torch.full((tokens, 1), context - 1, device="cuda")
+    return Case(
+        f"attention, {context} tokens", nbytes, 2 * tokens * heads * context * (c.latent_dim + rank),
+        [lambda use, k=k, w=w: attention(chip, q_c, q_pe, k, positions, w, 0.07, use) for k, w in zip(caches, ups, strict=True)],
+        [lambda k=k, w=w: attention_torch(q_c, q_pe, k, positions, w, 0.07) for k, w in zip(caches, ups, strict=True)],
+        AttentionLaunch.default(tokens, heads, rank, r, context, 2, chip),
+        {
+            "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64, 128), "heads": (16, 32, 64), "warps": (4, 8),
+            "stages": (1, 2, 3, 4), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256),
+            "sum_warps": (2, 4, 8), "sum_stages": (1, 2, 3),
+        },
+    )  # fmt: skip
+
+
+def route_case(chip: Any, c: Config, tokens: int) -> Case:
+    from r1.kernels.router import RouterLaunch, route, route_torch
+    from r1.router import Router
+
+    nbytes = 4 * c.n_routed_experts * c.hidden_size
+    gates = [Router(c).to("cuda").requires_grad_(False) for _ in range(copies(nbytes))]
+    for gate in gates:
+        gate.weight.normal_(0.0, 0.02)
+    x, gain = randn(tokens, c.hidden_size), randn(c.hidden_size)
+    return Case(
+        "route", nbytes + 4 * x.numel(), 2 * tokens * c.n_routed_experts * c.hidden_size,
+        [lambda use, g=g: route(chip, g, x, gain, 1e-6, use)[2].sort().values for g in gates],
+        [lambda g=g: route_torch(g, x, gain, 1e-6)[2].sort().values for g in gates],
+        RouterLaunch.default(c.hidden_size), {"experts": (1, 2, 4, 8), "columns": (512, 1024, 2048), "warps": (2, 4, 8)},
+    )  # fmt: skip
+
+
+def experts_case(chip: Any, c: Config, tokens: int) -> Case:
+    from r1.kernels.experts import ExpertsLaunch, Matrices, experts, experts_torch
+
+    dim, inner, count, chosen, more = (
+        c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, c.n_shared_experts,
+    )  # fmt: skip
+    one = 2 * 3 * dim * inner  # bytes of an expert
+    routed = Matrices(randn(count, 2 * inner, dim, scale=0.02), randn(count, dim, inner, scale=0.02))
+    shared = [Matrices(randn(2 * more * inner, dim, scale=0.02), randn(dim, more * inner, scale=0.02)) for _ in range(8)]
+    drawn = [torch.rand(tokens, count, device="cuda").topk(chosen).indices for _ in shared]
+    hit = sum(i.unique().numel() for i in drawn) / len(drawn)
+    x, weights, residual = randn(tokens, dim), torch.rand(tokens, chosen, device="cuda"), randn(tokens, dim)
+    calls = list(zip(drawn, shared, strict=True))
+    vector = {"up_outputs": (1, 2, 4, 8), "up_inputs": (256, 512, 1024, 2048), "down_outputs": (1, 2, 4, 8)}
+    vector |= {"down_inputs": (256, 512, 1024, 2048), "warps": (2, 4, 8), "stages": (1, 2, 3)}
+    tiles = {"rows": (16, 32, 64), "up_outputs": (16, 32, 64, 128), "up_inputs": (32, 64, 128, 256)}
+    tiles |= {"down_outputs": (16, 32, 64, 128), "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
+    return Case(
+        f"experts, {hit:.1f} hit", int((hit + more) * one + 4 * x.numel()), tokens * (chosen + more) * one,
+        [lambda use, i=i, s=s: experts(chip, x, i, weights, routed, s, residual, use) for i, s in calls],
+        [lambda i=i, s=s: experts_torch(x, i, weights, routed, s, residual) for i, s in calls],
+        ExpertsLaunch.default(tokens, chosen, count, dim, inner, 2, chip), vector if tokens == 1 else tiles,
+    )  # fmt: skip
+
+
+def cases(chip: Any, c: Config, tokens: int, contexts: Sequence[int], only: Sequence[str]) -> Iterator[Case]:
+    """Made one after the other: their weights take gigabytes."""
+    q, dim, o = c.num_attention_heads * c.qk_head_dim, c.hidden_size, c.num_attention_heads * c.v_head_dim
+    makers: list[tuple[str, Callable[[], Case]]] = [
+        ("qkv_a", lambda: linear_case("qkv_a", chip, tokens, dim, (c.q_lora_rank or q) + c.latent_dim, norm=True)),
+        ("latent", lambda: latent_case(chip, c, tokens, contexts[0])),
+        *(("attention", lambda n=n: attention_case(chip, c, tokens, n)) for n in contexts),  # type: ignore[misc]
+        ("o_proj", lambda: linear_case("o_proj", chip, tokens, o, dim, residual=True)),
+        ("dense_up", lambda: linear_case("dense_up", chip, tokens, dim, 2 * c.intermediate_size, norm=True)),
+        ("dense_down", lambda: linear_case("dense_down", chip, tokens, c.intermediate_size, dim, swiglu=True, residual=True)),
+        ("route", lambda: route_case(chip, c, tokens)),
+        ("experts", lambda: experts_case(chip, c, tokens)),
+    ]
+    if c.q_lora_rank is not None:
+        rank = c.q_lora_rank
+        makers.insert(1, ("q_b", lambda: linear_case("q_b", chip, tokens, rank, q, norm=True)))
+    for name, make in makers:
+        if not only or name in only:
+            yield make()
+            torch.cuda.empty_cache()
+
+
+def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Microseconds of one call, by repetition: all calls in one graph."""
+    from r1.graphs import record
+
+    def once() -> None:
+        for call in calls:
+            call()
+
+    graph = record(once)
+    times = []
+    for _ in range(REPETITIONS + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(calls))
+    return times[3:]
+
+
+def off(case: Case, use: Any) -> float:
+    """The largest difference from the twin, relative to the twin's largest value."""
+    ours, twin = case.calls[0](use).float(), case.twins[0]().float()
+    return float((ours - twin).abs().max() / twin.abs().max())
+
+
+def figures(case: Case, times: list[float], copy_gb_s: float) -> dict[str, float]:
+    us = statistics.median(times)
+    return {
+        "us": us, "us_min": min(times), "us_max": max(times), "gb_s": case.nbytes / us / 1e3, "tflop_s": case.flops / us / 1e6,
+        "of_copy_rate": case.nbytes / us / 1e3 / copy_gb_s,
+    }  # fmt: skip
+
+
+def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
+    """The best launch parameters found by changing one at a time, and all that was tried."""
+    tried: dict[Any, dict[str, Any]] = {}
+
+    def measure(use: Any) -> float:
+        if use not in tried:
+            found: dict[str, Any] = {"launch": dataclasses.asdict(use)}
+            try:
+                wrong = off(case, use)
+                found["us"] = statistics.median(timed([lambda c=c: c(use) for c in case.calls])) if wrong < 0.05 else None
+                found["off"] = wrong
+            except Exception as error:  # too much shared memory, too many registers: no common type
+                found |= {"us": None, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+            tried[use] = found
+        return tried[use]["us"] or float("inf")
+
+    best, before = case.default, None
+    while best != before and time.monotonic() < deadline:
+        before = best
+        for name, values in case.choices.items():
+            for value in values:
+                other = dataclasses.replace(best, **{name: value})
+                if time.monotonic() < deadline and measure(other) < measure(best) * 0.995:
+                    best = other
+    return best, list(tried.values())
+
+
+def copy_rate() -> float:
+    """GB/s, read and written, of a copy of 1 GiB."""
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / statistics.median(timed([lambda: b.copy_(a)])) / 1e3
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--shape", default="moonlight-16b", help="comma list of " + ", ".join(SHAPES))
+    made.add_argument("--batch", default="1,8,32", help="comma list of rows in a decode step")
+    made.add_argument("--context", default="256,4096", help="comma list of tokens in the cache")
+    made.add_argument("--only", default="", help="comma list: qkv_a, q_b, latent, attention, o_proj, dense_up, dense_down, route, experts")
+    made.add_argument("--sweep", type=float, default=0.0, metavar="SECONDS", help="search launch parameters, so long in all")
+    made.add_argument("-o", "--output", type=Path, help="write JSON there")
+    return made
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    if not all(each.isdecimal() and int(each) for each in text.split(",")):
+        raise InputError(f"{flag} {text}: give whole numbers of at least 1, such as 1,32")
+    return list(map(int, text.split(",")))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 where a kernel is off its twin, or 2 for input that can't be used."""
+    arguments = parser().parse_args(argv)
+    try:
+        batches, contexts = numbers("--batch", arguments.batch), numbers("--context", arguments.context)
+        shapes = {name: shape(name) for name in arguments.shape.split(",")}
+        if not torch.cuda.is_available():
+            raise InputError("the kernels are timed on a GPU, and torch sees none: use tools/compile_kernels.py to compile them")
+    except InputError as error:
+        print(f"bench_kernels: {error}", file=sys.stderr)
+        return 2
+    from r1.kernels import Chip
+
+    chip, copy = Chip.of(torch.device("cuda")), copy_rate()
+    only = [name for name in arguments.only.split(",") if name]
+    rows: list[dict[str, Any]] = []
+    bad = 0
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.0f} GB/s")
+    count = sum(len(contexts) + 8 for _ in shapes for _ in batches) if not only else len(shapes) * len(batches) * len(only)
+    with torch.inference_mode():
+        for name, config in shapes.items():
+            for batch in batches:
+                for case in cases(chip, config, batch, contexts, only):
+                    row: dict[str, Any] = {"shape": name, "batch": batch, "kernel": case.name, "mb": case.nbytes / 1e6}
+                    row["off"] = off(case, None)
+                    row["triton"] = figures(case, timed([lambda c=c: c(None) for c in case.calls]), copy)
+                    row["torch"] = figures(case, timed(case.twins), copy)
+                    row["launch"] = dataclasses.asdict(case.default)
+                    ours, twin = row["triton"], row["torch"]
+                    verdict = "" if row["off"] < 0.05 else f"  OFF BY {row['off']:.2g}"
+                    bad += bool(verdict)
+                    print(
+                        f"{name:14} batch {batch:<3} {case.name:24} {row['mb']:8.1f} MB {ours['us']:8.1f} us "
+                        f"({ours['us_min']:.1f}-{ours['us_max']:.1f}) {ours['gb_s']:6.0f} GB/s {ours['of_copy_rate']:4.0%} "
+                        f"{ours['tflop_s']:6.1f} TFLOP/s | torch {twin['us']:8.1f} us{verdict}",
+                        flush=True,
+                    )
+                    if arguments.sweep:
+                        best, tried = sweep(case, time.monotonic() + arguments.sweep / count)
+                        us = min((t["us"] for t in tried if t["us"]), default=None)
+                        row["sweep"] = {"best": dataclasses.asdict(best), "us": us, "tried": tried}
+                        print(f"    best of {len(tried)}: {us} us with {best}", flush=True)
+                    rows.append(row)
+                    if arguments.output:  # after each, so that a limit on time loses one row
+                        found = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy, "rows": rows}
+                        arguments.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
