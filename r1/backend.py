@@ -54,7 +54,7 @@ class Backend:
     amp: str = "off"
     """Autocast: weights stay fp32, matrix products run in this dtype."""
     compile: bool = False
-    """torch.compile, one block at a time."""
+    """torch.compile, one block at a time; of prompts only, where kernels=triton has fused a decode step's by hand."""
     cuda_graphs: bool = False
     """Capture of the decode step."""
     attention: str = "auto"
@@ -148,22 +148,20 @@ def _device(backend: Backend, machine: Machine) -> str:
 
 
 def _triton(backend: Backend, machine: Machine) -> Backend:
-    """The kernels read weights as they are stored; fused blocks hold the fused attention and experts, and nothing to compile."""
+    """The kernels read weights as they are stored; fused blocks hold the fused attention and experts."""
     asked = [name for name in ("kernels", "attention", "moe") if getattr(backend, name) == "triton"]
     if not asked:
         return backend
     if why := machine.why_not("triton"):
         raise InputError(f"{asked[0]}=triton: {why}")
     if backend.amp != "off":
-        raise InputError(f"{asked[0]}=triton reads weights in the dtype they are stored in, not under amp: use dtype={backend.amp}")
+        raise InputError(f"{asked[0]}=triton reads weights as they are stored, not under amp: use dtype={backend.amp}, no amp")
     if backend.kernels != "triton":
         return backend
     for name in ("attention", "moe"):
         if getattr(backend, name) not in ("auto", "triton"):
             value = getattr(backend, name)
             raise InputError(f"kernels=triton fuses its own {name} into a step, not {name}={value}: leave {name} at auto")
-    if backend.compile:
-        raise InputError("kernels=triton leaves a decode step nothing for compile to fuse: use one of them, or leave compile off")
     return dataclasses.replace(backend, attention="triton", moe="triton")
 
 

@@ -42,10 +42,6 @@ class Runner:
         if backend.memory == "expandable":
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         self.blocks: dict[str, list[Callable[..., Tensor]]] = {p: list(model.layers) for p in ("prefill", "decode")}
-        if backend.kernels == "triton":
-            from r1.kernels import Chip, DecodeBlock  # Triton is optional
-
-            self.blocks["decode"] = [DecodeBlock(block, Chip.of(self.device)) for block in model.layers]
         if backend.compile:
             from r1.compiled import compile_block  # the compiler takes seconds to import, so only who uses it does
 
@@ -53,6 +49,10 @@ class Runner:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for phase in self.blocks:
                 self.blocks[phase] = [compile_block(block, phase, self.device) for block in model.layers]
+        if backend.kernels == "triton":
+            from r1.kernels import Chip, DecodeBlock  # Triton is optional: only who asks for it imports it
+
+            self.blocks["decode"] = [DecodeBlock(block, Chip.of(self.device)) for block in model.layers]
 
     def cache(self, rows: int, tokens: int) -> Cache:
         """A cache for `rows` rows of at least `tokens` tokens. Raises InputError where it would not fit the memory."""

@@ -154,7 +154,7 @@ def test_attention_of_many_rows(rows: int) -> None:
     close(attention(CHIP, **given), attention_twin(given), "fp32")
 
 
-ROUTERS = {
+ROUTERS: dict[str, dict[str, Any]] = {
     "r1": {"n_routed_experts": 16, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 5},
     "one group": {"n_routed_experts": 13, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 6},
     "odd groups": {"n_routed_experts": 15, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "norm_topk_prob": False},
@@ -192,7 +192,12 @@ def check_route(gate: Router, dtype: str, tokens: int) -> None:
 @both
 @pytest.mark.parametrize("name", ROUTERS)
 def test_route(name: str, dtype: str) -> None:
-    check_route(router(name), dtype, 33)
+    check_route(router(name), dtype, 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_route_of_so_many(tokens: int) -> None:
+    check_route(router("r1"), "fp32", tokens)
 
 
 def test_route_of_drawn_experts() -> None:
@@ -240,7 +245,7 @@ def test_sort_by_expert(tokens: int, chosen: int, count: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ a whole model
-def decoded(run: Runner, rows: int, new: int = 1, steps: int = 3) -> Tensor:
+def decoded(run: Runner, rows: int, new: int = 1, steps: int = 2) -> Tensor:
     """Prefill ragged prompts and decode fixed tokens: fp32 logits (B, steps S, W)."""
     prompts = [[5, 9, 20, 7], [11, 3], [40, 41, 42, 43, 44, 45, 46]]
     cache = run.cache(rows, 32)
@@ -278,8 +283,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(("switch", "name"), [("attention", "v3"), ("moe", "v3"), *(("kernels", name) for name in MODELS)])
 def test_a_model_decodes_as_torch_does(switch: str, name: str, rows: int) -> None:
     made = model(MODELS[name], "fp32")
     plain = decoded(runner(made, "fp32"), rows)
@@ -300,7 +304,7 @@ def test_the_fused_block_of_twins_is_the_block(name: str) -> None:
     made = model(MODELS[name], "fp32")
     run = runner(made, "fp32")
     plain = decoded(run, 3)
-    run.blocks["decode"] = [DecodeBlock(block, None) for block in made.layers]  # type: ignore[arg-type]
+    run.blocks["decode"] = [DecodeBlock(block, None) for block in made.layers]
     assert float((decoded(run, 3) - plain).abs().max()) < atol("algebra fp32")
 
 

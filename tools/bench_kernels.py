@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ COLD = 3
 MOST_COPIES = 128
 
 
+Choices = dict[str, tuple[int, ...]]
+
+
 @dataclass
 class Case:
     """One kernel (or the few that make one function) at one size."""
@@ -42,11 +46,13 @@ class Case:
     nbytes: int
     """What must be read and written once."""
     flops: int
-    calls: list[Callable[[Any], Tensor]]
-    """The function on each copy of its weights; takes launch parameters, None for the default."""
-    twins: list[Callable[[], Tensor]]
+    copies: list[Any]
+    """Of the weights, or what else must be cold."""
+    run: Callable[[Any, Any], Tensor]
+    """The kernel, on one of the copies, with launch parameters or None for the default."""
+    twin: Callable[[Any], Tensor]
     default: Any
-    choices: dict[str, tuple[int, ...]]
+    choices: Choices
     """Values that a sweep may give to each launch parameter."""
 
 
@@ -60,108 +66,128 @@ def copies(nbytes: int) -> int:
 
 
 def linear_case(
-    name: str, chip: Any, tokens: int, inputs: int, outputs: int, *, norm: bool = False, swiglu: bool = False, residual: bool = False
+    name: str, chip: Any, tokens: int, inputs: int, outputs: int, *, norm: bool = False, swiglu: bool = False,
+    residual: bool = False,
 ) -> Case:  # fmt: skip
     from r1.kernels.linear import LinearLaunch, linear, linear_torch
 
-    weights = [randn(outputs, inputs, scale=inputs**-0.5) for _ in range(copies(2 * outputs * inputs))]
     x = randn(tokens, inputs * (2 if swiglu else 1))
     given: dict[str, Any] = {"swiglu": swiglu, "norm": randn(inputs) if norm else None, "eps": 1e-6}
     given["residual"] = randn(tokens, outputs) if residual else None
-    vector = {"outputs": (1, 2, 4, 8), "inputs": (512, 1024, 2048), "warps": (2, 4, 8)}
-    tiles = {"outputs": (16, 32, 64, 128), "inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
-    return Case(
-        name, 2 * (outputs * inputs + x.numel() + tokens * outputs), 2 * tokens * outputs * inputs,
-        [lambda use, w=w: linear(chip, x, w, **given, launch=use) for w in weights],
-        [lambda w=w: linear_torch(x, w, **given) for w in weights],
-        LinearLaunch.default(tokens, inputs, outputs, 2, chip), vector if tokens == 1 else tiles,
-    )  # fmt: skip
+    vector: Choices = {"outputs": (1, 2, 4, 8), "inputs": (512, 1024, 2048), "warps": (2, 4, 8)}
+    tiles: Choices = {"outputs": (16, 32, 64, 128), "inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
+
+    def run(weight: Tensor, use: LinearLaunch | None) -> Tensor:
+        return linear(chip, x, weight, **given, launch=use)
+
+    def twin(weight: Tensor) -> Tensor:
+        return linear_torch(x, weight, **given)
+
+    nbytes, weights = 2 * outputs * inputs, [randn(outputs, inputs, scale=inputs**-0.5)]
+    weights += [weights[0].clone() for _ in range(copies(nbytes) - 1)]
+    default, choices = LinearLaunch.default(tokens, inputs, outputs, 2, chip), vector if tokens == 1 else tiles
+    nbytes += 2 * (x.numel() + tokens * outputs)
+    return Case(name, nbytes, 2 * tokens * outputs * inputs, weights, run, twin, default, choices)
 
 
 def latent_case(chip: Any, c: Config, tokens: int, context: int) -> Case:
     from r1.kernels.latent import LatentLaunch, latent, latent_torch
 
-    heads, rank, r = c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
-    nbytes = 2 * heads * c.qk_nope_head_dim * rank
-    weights = [randn(heads, c.qk_nope_head_dim + c.v_head_dim, rank, scale=0.02) for _ in range(copies(nbytes))]
+    heads, rank, r, nope = c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim
     q, kv, gain = randn(tokens, heads * c.qk_head_dim), randn(tokens, c.latent_dim), randn(rank)
     angle = torch.rand(tokens, 1, 1, r, device="cuda")
     positions = torch.full((tokens, 1), context - 1, device="cuda")
     cache = randn(tokens, context, c.latent_dim)
 
-    def of(w: Tensor) -> tuple[Any, ...]:
-        return q, kv, w[:, : c.qk_nope_head_dim], gain, 1e-6, angle, angle, positions, cache
+    def run(weight: Tensor, use: LatentLaunch | None) -> Tensor:
+        return latent(chip, q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache, use)[0]
 
-    return Case(
-        "latent", nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.latent_dim), nbytes * tokens,
-        [lambda use, w=w: latent(chip, *of(w), launch=use)[0] for w in weights],
-        [lambda w=w: latent_torch(*of(w))[0] for w in weights],
-        LatentLaunch.default(tokens, rank), {"columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)},
-    )  # fmt: skip
+    def twin(weight: Tensor) -> Tensor:
+        return latent_torch(q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache)[0]
+
+    nbytes = 2 * heads * nope * rank
+    weights = [randn(heads, nope + c.v_head_dim, rank, scale=0.02) for _ in range(copies(nbytes))]
+    moved = nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.latent_dim)
+    choices: Choices = {"columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)}
+    return Case("latent", moved, nbytes * tokens, weights, run, twin, LatentLaunch.default(tokens, rank), choices)
 
 
 def attention_case(chip: Any, c: Config, tokens: int, context: int) -> Case:
     from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 
-    heads, rank, r = c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
-    nbytes = 2 * tokens * context * c.latent_dim + 2 * heads * c.v_head_dim * rank
-    caches = [randn(tokens, context, c.latent_dim) for _ in range(copies(nbytes))]
-    ups = [randn(heads, c.qk_nope_head_dim + c.v_head_dim, rank, scale=0.02)[:, c.qk_nope_head_dim :] for _ in caches]
-    q_c, q_pe = randn(tokens, heads, rank, scale=0.1), randn(tokens, heads, r)
+    heads, rank, nope = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim
+    q_c, q_pe = randn(tokens, heads, rank, scale=0.1), randn(tokens, heads, c.qk_rope_head_dim)
     positions = torch.full((tokens, 1), context - 1, device="cuda")
-    return Case(
-        f"attention, {context} tokens", nbytes, 2 * tokens * heads * context * (c.latent_dim + rank),
-        [lambda use, k=k, w=w: attention(chip, q_c, q_pe, k, positions, w, 0.07, use) for k, w in zip(caches, ups, strict=True)],
-        [lambda k=k, w=w: attention_torch(q_c, q_pe, k, positions, w, 0.07) for k, w in zip(caches, ups, strict=True)],
-        AttentionLaunch.default(tokens, heads, rank, r, context, 2, chip),
-        {
-            "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64, 128), "heads": (16, 32, 64), "warps": (4, 8),
-            "stages": (1, 2, 3, 4), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256),
-            "sum_warps": (2, 4, 8), "sum_stages": (1, 2, 3),
-        },
-    )  # fmt: skip
+
+    def run(cold: tuple[Tensor, Tensor], use: AttentionLaunch | None) -> Tensor:
+        return attention(chip, q_c, q_pe, cold[0], positions, cold[1][:, nope:], 0.07, use)
+
+    def twin(cold: tuple[Tensor, Tensor]) -> Tensor:
+        return attention_torch(q_c, q_pe, cold[0], positions, cold[1][:, nope:], 0.07)
+
+    nbytes = 2 * tokens * context * c.latent_dim + 2 * heads * c.v_head_dim * rank
+    kv_b = (heads, nope + c.v_head_dim, rank)
+    cold = [(randn(tokens, context, c.latent_dim), randn(*kv_b, scale=0.02)) for _ in range(copies(nbytes))]
+    flops = 2 * tokens * heads * context * (c.latent_dim + rank)
+    choices: Choices = {
+        "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64, 128), "heads": (16, 32, 64), "warps": (4, 8),
+        "stages": (1, 2, 3, 4), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256),
+        "sum_warps": (2, 4, 8), "sum_stages": (1, 2, 3),
+    }  # fmt: skip
+    default = AttentionLaunch.default(tokens, heads, rank, c.qk_rope_head_dim, context, 2, chip)
+    return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default, choices)
 
 
 def route_case(chip: Any, c: Config, tokens: int) -> Case:
     from r1.kernels.router import RouterLaunch, route, route_torch
     from r1.router import Router
 
+    x, gain = randn(tokens, c.hidden_size), randn(c.hidden_size)
+
+    def run(gate: Router, use: RouterLaunch | None) -> Tensor:
+        return route(chip, gate, x, gain, 1e-6, use)[2]
+
+    def twin(gate: Router) -> Tensor:
+        return route_torch(gate, x, gain, 1e-6)[2]
+
     nbytes = 4 * c.n_routed_experts * c.hidden_size
     gates = [Router(c).to("cuda").requires_grad_(False) for _ in range(copies(nbytes))]
     for gate in gates:
         gate.weight.normal_(0.0, 0.02)
-    x, gain = randn(tokens, c.hidden_size), randn(c.hidden_size)
-    return Case(
-        "route", nbytes + 4 * x.numel(), 2 * tokens * c.n_routed_experts * c.hidden_size,
-        [lambda use, g=g: route(chip, g, x, gain, 1e-6, use)[2].sort().values for g in gates],
-        [lambda g=g: route_torch(g, x, gain, 1e-6)[2].sort().values for g in gates],
-        RouterLaunch.default(c.hidden_size), {"experts": (1, 2, 4, 8), "columns": (512, 1024, 2048), "warps": (2, 4, 8)},
-    )  # fmt: skip
+    choices: Choices = {"experts": (1, 2, 4, 8), "columns": (512, 1024, 2048), "warps": (2, 4, 8)}
+    flops = 2 * tokens * c.n_routed_experts * c.hidden_size
+    return Case("route", nbytes + 4 * x.numel(), flops, gates, run, twin, RouterLaunch.default(c.hidden_size), choices)
 
 
 def experts_case(chip: Any, c: Config, tokens: int) -> Case:
     from r1.kernels.experts import ExpertsLaunch, Matrices, experts, experts_torch
 
-    dim, inner, count, chosen, more = (
-        c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, c.n_shared_experts,
-    )  # fmt: skip
-    one = 2 * 3 * dim * inner  # bytes of an expert
+    dim, inner, count, chosen = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok
+    more, one = c.n_shared_experts, 2 * 3 * c.hidden_size * c.moe_intermediate_size  # bytes of an expert
     routed = Matrices(randn(count, 2 * inner, dim, scale=0.02), randn(count, dim, inner, scale=0.02))
-    shared = [Matrices(randn(2 * more * inner, dim, scale=0.02), randn(dim, more * inner, scale=0.02)) for _ in range(8)]
-    drawn = [torch.rand(tokens, count, device="cuda").topk(chosen).indices for _ in shared]
-    hit = sum(i.unique().numel() for i in drawn) / len(drawn)
     x, weights, residual = randn(tokens, dim), torch.rand(tokens, chosen, device="cuda"), randn(tokens, dim)
-    calls = list(zip(drawn, shared, strict=True))
-    vector = {"up_outputs": (1, 2, 4, 8), "up_inputs": (256, 512, 1024, 2048), "down_outputs": (1, 2, 4, 8)}
-    vector |= {"down_inputs": (256, 512, 1024, 2048), "warps": (2, 4, 8), "stages": (1, 2, 3)}
-    tiles = {"rows": (16, 32, 64), "up_outputs": (16, 32, 64, 128), "up_inputs": (32, 64, 128, 256)}
-    tiles |= {"down_outputs": (16, 32, 64, 128), "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
-    return Case(
-        f"experts, {hit:.1f} hit", int((hit + more) * one + 4 * x.numel()), tokens * (chosen + more) * one,
-        [lambda use, i=i, s=s: experts(chip, x, i, weights, routed, s, residual, use) for i, s in calls],
-        [lambda i=i, s=s: experts_torch(x, i, weights, routed, s, residual) for i, s in calls],
-        ExpertsLaunch.default(tokens, chosen, count, dim, inner, 2, chip), vector if tokens == 1 else tiles,
-    )  # fmt: skip
+
+    def run(cold: tuple[Tensor, Matrices], use: ExpertsLaunch | None) -> Tensor:
+        return experts(chip, x, cold[0], weights, routed, cold[1], residual, use)
+
+    def twin(cold: tuple[Tensor, Matrices]) -> Tensor:
+        return experts_torch(x, cold[0], weights, routed, cold[1], residual)
+
+    drawn = [torch.rand(tokens, count, device="cuda").topk(chosen).indices for _ in range(8)]
+    shared = [Matrices(randn(2 * more * inner, dim, scale=0.02), randn(dim, more * inner, scale=0.02)) for _ in drawn]
+    hit = sum(i.unique().numel() for i in drawn) / len(drawn)
+    vector: Choices = {
+        "up_outputs": (1, 2, 4, 8), "up_inputs": (256, 512, 1024, 2048), "down_outputs": (1, 2, 4, 8),
+        "down_inputs": (256, 512, 1024, 2048), "warps": (2, 4, 8), "stages": (1, 2, 3),
+    }  # fmt: skip
+    tiles: Choices = {
+        "rows": (16, 32, 64), "up_outputs": (16, 32, 64, 128), "up_inputs": (32, 64, 128, 256),
+        "down_outputs": (16, 32, 64, 128), "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
+    }  # fmt: skip
+    default = ExpertsLaunch.default(tokens, chosen, count, dim, inner, 2, chip)
+    moved, flops = int((hit + more) * one + 4 * x.numel()), tokens * (chosen + more) * one
+    cold, choices = list(zip(drawn, shared, strict=True)), vector if tokens == 1 else tiles
+    return Case(f"experts, {hit:.1f} hit", moved, flops, cold, run, twin, default, choices)
 
 
 def cases(chip: Any, c: Config, tokens: int, contexts: Sequence[int], only: Sequence[str]) -> Iterator[Case]:
@@ -170,7 +196,7 @@ def cases(chip: Any, c: Config, tokens: int, contexts: Sequence[int], only: Sequ
     makers: list[tuple[str, Callable[[], Case]]] = [
         ("qkv_a", lambda: linear_case("qkv_a", chip, tokens, dim, (c.q_lora_rank or q) + c.latent_dim, norm=True)),
         ("latent", lambda: latent_case(chip, c, tokens, contexts[0])),
-        *(("attention", lambda n=n: attention_case(chip, c, tokens, n)) for n in contexts),  # type: ignore[misc]
+        *(("attention", partial(attention_case, chip, c, tokens, n)) for n in contexts),
         ("o_proj", lambda: linear_case("o_proj", chip, tokens, o, dim, residual=True)),
         ("dense_up", lambda: linear_case("dense_up", chip, tokens, dim, 2 * c.intermediate_size, norm=True)),
         ("dense_down", lambda: linear_case("dense_down", chip, tokens, c.intermediate_size, dim, swiglu=True, residual=True)),
@@ -206,10 +232,15 @@ def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return times[3:]
 
 
+def ours(case: Case, use: Any) -> list[Callable[[], Tensor]]:
+    """The kernel on each copy."""
+    return [partial(case.run, cold, use) for cold in case.copies]
+
+
 def off(case: Case, use: Any) -> float:
     """The largest difference from the twin, relative to the twin's largest value."""
-    ours, twin = case.calls[0](use).float(), case.twins[0]().float()
-    return float((ours - twin).abs().max() / twin.abs().max())
+    got, twin = case.run(case.copies[0], use).float(), case.twin(case.copies[0]).float()
+    return float((got - twin).abs().max() / twin.abs().max())
 
 
 def figures(case: Case, times: list[float], copy_gb_s: float) -> dict[str, float]:
@@ -229,7 +260,7 @@ def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
             found: dict[str, Any] = {"launch": dataclasses.asdict(use)}
             try:
                 wrong = off(case, use)
-                found["us"] = statistics.median(timed([lambda c=c: c(use) for c in case.calls])) if wrong < 0.05 else None
+                found["us"] = statistics.median(timed(ours(case, use))) if wrong < 0.05 else None
                 found["off"] = wrong
             except Exception as error:  # too much shared memory, too many registers: no common type
                 found |= {"us": None, "error": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -251,7 +282,7 @@ def copy_rate() -> float:
     """GB/s, read and written, of a copy of 1 GiB."""
     a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
-    return 2 * a.nbytes / statistics.median(timed([lambda: b.copy_(a)])) / 1e3
+    return 2 * a.nbytes / statistics.median(timed([partial(b.copy_, a)])) / 1e3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -259,7 +290,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shape", default="moonlight-16b", help="comma list of " + ", ".join(SHAPES))
     made.add_argument("--batch", default="1,8,32", help="comma list of rows in a decode step")
     made.add_argument("--context", default="256,4096", help="comma list of tokens in the cache")
-    made.add_argument("--only", default="", help="comma list: qkv_a, q_b, latent, attention, o_proj, dense_up, dense_down, route, experts")
+    kernels = "qkv_a, q_b, latent, attention, o_proj, dense_up, dense_down, route, experts"
+    made.add_argument("--only", default="", help=f"comma list of {kernels}")
     made.add_argument("--sweep", type=float, default=0.0, metavar="SECONDS", help="search launch parameters, so long in all")
     made.add_argument("-o", "--output", type=Path, help="write JSON there")
     return made
@@ -296,16 +328,16 @@ def main(argv: list[str] | None = None) -> int:
                 for case in cases(chip, config, batch, contexts, only):
                     row: dict[str, Any] = {"shape": name, "batch": batch, "kernel": case.name, "mb": case.nbytes / 1e6}
                     row["off"] = off(case, None)
-                    row["triton"] = figures(case, timed([lambda c=c: c(None) for c in case.calls]), copy)
-                    row["torch"] = figures(case, timed(case.twins), copy)
+                    row["triton"] = figures(case, timed(ours(case, None)), copy)
+                    row["torch"] = figures(case, timed([partial(case.twin, cold) for cold in case.copies]), copy)
                     row["launch"] = dataclasses.asdict(case.default)
-                    ours, twin = row["triton"], row["torch"]
+                    fast, twin = row["triton"], row["torch"]
                     verdict = "" if row["off"] < 0.05 else f"  OFF BY {row['off']:.2g}"
                     bad += bool(verdict)
                     print(
-                        f"{name:14} batch {batch:<3} {case.name:24} {row['mb']:8.1f} MB {ours['us']:8.1f} us "
-                        f"({ours['us_min']:.1f}-{ours['us_max']:.1f}) {ours['gb_s']:6.0f} GB/s {ours['of_copy_rate']:4.0%} "
-                        f"{ours['tflop_s']:6.1f} TFLOP/s | torch {twin['us']:8.1f} us{verdict}",
+                        f"{name:14} batch {batch:<3} {case.name:24} {row['mb']:8.1f} MB {fast['us']:8.1f} us "
+                        f"({fast['us_min']:.1f}-{fast['us_max']:.1f}) {fast['gb_s']:6.0f} GB/s {fast['of_copy_rate']:4.0%} "
+                        f"{fast['tflop_s']:6.1f} TFLOP/s | torch {twin['us']:8.1f} us{verdict}",
                         flush=True,
                     )
                     if arguments.sweep:
@@ -315,7 +347,8 @@ def main(argv: list[str] | None = None) -> int:
                         print(f"    best of {len(tried)}: {us} us with {best}", flush=True)
                     rows.append(row)
                     if arguments.output:  # after each, so that a limit on time loses one row
-                        found = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy, "rows": rows}
+                        found = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy}
+                        found["rows"] = rows
                         arguments.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 1 if bad else 0
 

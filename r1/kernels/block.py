@@ -8,11 +8,11 @@ Shapes: B batch, S sequence (new tokens of a row), N = B S, D hidden_size, H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1.cache import LayerCache
 from r1.kernels.attention import ATTENTION
@@ -29,10 +29,11 @@ from r1.moe import MoE
 class DecodeBlock:
     """Stands in for a Block in decode steps. `chip` None takes the kernels' torch twins."""
 
-    def __init__(self, block: Block, chip: Chip | None) -> None:
+    def __init__(self, block: nn.Module, chip: Chip | None) -> None:
+        assert isinstance(block, Block)
         self.block = block
 
-        def pick(table: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+        def pick(table: Mapping[str, Any]) -> Callable[..., Any]:
             return partial(table["triton"], chip) if chip else table["torch"]
 
         self.linear, self.latent, self.attention = pick(LINEAR), pick(LATENT), pick(ATTENTION)

@@ -35,7 +35,8 @@ class Chip:
         if torch.version.hip:
             return Chip(found.multi_processor_count, 2**16, dependent_launch=False)
         hopper = (found.major, found.minor) >= (9, 0)
-        return Chip(found.multi_processor_count, found.shared_memory_per_block_optin, dependent_launch=hopper)
+        shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stubs
+        return Chip(found.multi_processor_count, shared, dependent_launch=hopper)
 
     def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         """Launch `kernel` on `grid`; `warps` of threads a program, loops pipelined `stages` deep."""

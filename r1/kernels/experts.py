@@ -317,6 +317,6 @@ def _(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
     return torch.empty_like(x)
 
 
-def dispatch(routed: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def dispatch(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """The slot's strategy, see r1/moe.py: an operator of ours, which torch.compile takes as one."""
-    return _experts(x.contiguous(), indices, weights, routed.gate_up_proj, routed.down_proj)
+    return _experts(x.contiguous(), indices, weights, experts.gate_up_proj, experts.down_proj)
