@@ -19,19 +19,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, without installing r1
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from r1 import Config, InputError
 from r1.config import SHAPES, shape
 
 REPETITIONS = 21
 COLD = 3
-"""How many times what the second-level cache holds a graph's weights take, so that none are found there."""
+"""How many times what the second-level cache holds a graph's weights take."""
 MOST_COPIES = 128
 
 
@@ -54,19 +55,28 @@ class Case:
     default: Any
     choices: Choices
     """Values that a sweep may give to each launch parameter."""
+    ordered: bool = True
+    """Whether the numbers of a row stand in an order; a router's choices don't."""
 
 
 def randn(*size: int, scale: float = 1.0) -> Tensor:
-    return torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(0.0, scale)
+    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, scale)
 
 
-def copies(nbytes: int) -> int:
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(MOST_COPIES, -(-COLD * cache // nbytes)))
+@dataclass
+class Place:
+    """Where the cases run: on torch's default device."""
+
+    chip: Any
+    cold: int
+    """Bytes that a graph's weights take at least, so that none are found in the second-level cache."""
+
+    def copies(self, nbytes: int) -> int:
+        return max(2, min(MOST_COPIES, -(-self.cold // nbytes)))
 
 
 def linear_case(
-    name: str, chip: Any, tokens: int, inputs: int, outputs: int, *, norm: bool = False, swiglu: bool = False,
+    name: str, place: Place, tokens: int, inputs: int, outputs: int, *, norm: bool = False, swiglu: bool = False,
     residual: bool = False,
 ) -> Case:  # fmt: skip
     from r1.kernels.linear import LinearLaunch, linear, linear_torch
@@ -78,102 +88,109 @@ def linear_case(
     tiles: Choices = {"outputs": (16, 32, 64, 128), "inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
 
     def run(weight: Tensor, use: LinearLaunch | None) -> Tensor:
-        return linear(chip, x, weight, **given, launch=use)
+        return linear(place.chip, x, weight, **given, launch=use)
 
     def twin(weight: Tensor) -> Tensor:
         return linear_torch(x, weight, **given)
 
     nbytes, weights = 2 * outputs * inputs, [randn(outputs, inputs, scale=inputs**-0.5)]
-    weights += [weights[0].clone() for _ in range(copies(nbytes) - 1)]
-    default, choices = LinearLaunch.default(tokens, inputs, outputs, 2, chip), vector if tokens == 1 else tiles
+    weights += [weights[0].clone() for _ in range(place.copies(nbytes) - 1)]
+    default, choices = LinearLaunch.default(tokens, inputs, outputs, 2, place.chip), vector if tokens == 1 else tiles
     nbytes += 2 * (x.numel() + tokens * outputs)
     return Case(name, nbytes, 2 * tokens * outputs * inputs, weights, run, twin, default, choices)
 
 
-def latent_case(chip: Any, c: Config, tokens: int, context: int) -> Case:
+def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     from r1.kernels.latent import LatentLaunch, latent, latent_torch
 
     heads, rank, r, nope = c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim, c.qk_nope_head_dim
     q, kv, gain = randn(tokens, heads * c.qk_head_dim), randn(tokens, c.latent_dim), randn(rank)
-    angle = torch.rand(tokens, 1, 1, r, device="cuda")
-    positions = torch.full((tokens, 1), context - 1, device="cuda")
+    angle = torch.rand(tokens, 1, 1, r)
+    positions = torch.full((tokens, 1), context - 1)
     cache = randn(tokens, context, c.latent_dim)
 
     def run(weight: Tensor, use: LatentLaunch | None) -> Tensor:
-        return latent(chip, q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache, use)[0]
+        return latent(place.chip, q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache, use)[0]
 
     def twin(weight: Tensor) -> Tensor:
         return latent_torch(q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache)[0]
 
     nbytes = 2 * heads * nope * rank
-    weights = [randn(heads, nope + c.v_head_dim, rank, scale=0.02) for _ in range(copies(nbytes))]
+    weights = [randn(heads, nope + c.v_head_dim, rank, scale=0.02) for _ in range(place.copies(nbytes))]
     moved = nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.latent_dim)
     choices: Choices = {"columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)}
     return Case("latent", moved, nbytes * tokens, weights, run, twin, LatentLaunch.default(tokens, rank), choices)
 
 
-def attention_case(chip: Any, c: Config, tokens: int, context: int) -> Case:
+def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 
     heads, rank, nope = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim
     q_c, q_pe = randn(tokens, heads, rank, scale=0.1), randn(tokens, heads, c.qk_rope_head_dim)
-    positions = torch.full((tokens, 1), context - 1, device="cuda")
+    positions = torch.full((tokens, 1), context - 1)
 
     def run(cold: tuple[Tensor, Tensor], use: AttentionLaunch | None) -> Tensor:
-        return attention(chip, q_c, q_pe, cold[0], positions, cold[1][:, nope:], 0.07, use)
+        return attention(place.chip, q_c, q_pe, cold[0], positions, cold[1][:, nope:], 0.07, use)
 
     def twin(cold: tuple[Tensor, Tensor]) -> Tensor:
         return attention_torch(q_c, q_pe, cold[0], positions, cold[1][:, nope:], 0.07)
 
     nbytes = 2 * tokens * context * c.latent_dim + 2 * heads * c.v_head_dim * rank
     kv_b = (heads, nope + c.v_head_dim, rank)
-    cold = [(randn(tokens, context, c.latent_dim), randn(*kv_b, scale=0.02)) for _ in range(copies(nbytes))]
+    cold = [(randn(tokens, context, c.latent_dim), randn(*kv_b, scale=0.02)) for _ in range(place.copies(nbytes))]
     flops = 2 * tokens * heads * context * (c.latent_dim + rank)
     choices: Choices = {
         "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64, 128), "heads": (16, 32, 64), "warps": (4, 8),
         "stages": (1, 2, 3, 4), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256),
         "sum_warps": (2, 4, 8), "sum_stages": (1, 2, 3),
     }  # fmt: skip
-    default = AttentionLaunch.default(tokens, heads, rank, c.qk_rope_head_dim, context, 2, chip)
+    default = AttentionLaunch.default(tokens, heads, rank, c.qk_rope_head_dim, context, 2, place.chip)
     return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default, choices)
 
 
-def route_case(chip: Any, c: Config, tokens: int) -> Case:
+def route_case(place: Place, c: Config, tokens: int) -> Case:
     from r1.kernels.router import RouterLaunch, route, route_torch
     from r1.router import Router
 
     x, gain = randn(tokens, c.hidden_size), randn(c.hidden_size)
 
     def run(gate: Router, use: RouterLaunch | None) -> Tensor:
-        return route(chip, gate, x, gain, 1e-6, use)[2]
+        return route(place.chip, gate, x, gain, 1e-6, use)[2]
 
     def twin(gate: Router) -> Tensor:
         return route_torch(gate, x, gain, 1e-6)[2]
 
     nbytes = 4 * c.n_routed_experts * c.hidden_size
-    gates = [Router(c).to("cuda").requires_grad_(False) for _ in range(copies(nbytes))]
+    gates = [Router(c).requires_grad_(False) for _ in range(place.copies(nbytes))]
     for gate in gates:
         gate.weight.normal_(0.0, 0.02)
     choices: Choices = {"experts": (1, 2, 4, 8), "columns": (512, 1024, 2048), "warps": (2, 4, 8)}
     flops = 2 * tokens * c.n_routed_experts * c.hidden_size
-    return Case("route", nbytes + 4 * x.numel(), flops, gates, run, twin, RouterLaunch.default(c.hidden_size), choices)
+    return Case(
+        "route", nbytes + 4 * x.numel(), flops, gates, run, twin, RouterLaunch.default(c.hidden_size), choices, ordered=False
+    )
 
 
-def experts_case(chip: Any, c: Config, tokens: int) -> Case:
+def experts_case(place: Place, c: Config, tokens: int) -> Case:
     from r1.kernels.experts import ExpertsLaunch, Matrices, experts, experts_torch
+    from r1.layers import swiglu
+    from r1.moe import Experts, grouped
 
     dim, inner, count, chosen = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok
     more, one = c.n_shared_experts, 2 * 3 * c.hidden_size * c.moe_intermediate_size  # bytes of an expert
     routed = Matrices(randn(count, 2 * inner, dim, scale=0.02), randn(count, dim, inner, scale=0.02))
-    x, weights, residual = randn(tokens, dim), torch.rand(tokens, chosen, device="cuda"), randn(tokens, dim)
+    x, weights, residual = randn(tokens, dim), torch.rand(tokens, chosen), randn(tokens, dim)
 
     def run(cold: tuple[Tensor, Matrices], use: ExpertsLaunch | None) -> Tensor:
-        return experts(chip, x, cold[0], weights, routed, cold[1], residual, use)
+        return experts(place.chip, x, cold[0], weights, routed, cold[1], residual, use)
 
     def twin(cold: tuple[Tensor, Matrices]) -> Tensor:
-        return experts_torch(x, cold[0], weights, routed, cold[1], residual)
+        if tokens == 1:
+            return experts_torch(x, cold[0], weights, routed, cold[1], residual)
+        y = grouped(cast(Experts, routed), x, cold[0], weights)  # what torch has for several tokens
+        return residual + y + F.linear(swiglu(F.linear(x, cold[1].gate_up_proj)), cold[1].down_proj)
 
-    drawn = [torch.rand(tokens, count, device="cuda").topk(chosen).indices for _ in range(8)]
+    drawn = [torch.rand(tokens, count).topk(chosen).indices for _ in range(8)]
     shared = [Matrices(randn(2 * more * inner, dim, scale=0.02), randn(dim, more * inner, scale=0.02)) for _ in drawn]
     hit = sum(i.unique().numel() for i in drawn) / len(drawn)
     vector: Choices = {
@@ -184,32 +201,31 @@ def experts_case(chip: Any, c: Config, tokens: int) -> Case:
         "rows": (16, 32, 64), "up_outputs": (16, 32, 64, 128), "up_inputs": (32, 64, 128, 256),
         "down_outputs": (16, 32, 64, 128), "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
     }  # fmt: skip
-    default = ExpertsLaunch.default(tokens, chosen, count, dim, inner, 2, chip)
+    default = ExpertsLaunch.default(tokens, chosen, count, dim, inner, 2, place.chip)
     moved, flops = int((hit + more) * one + 4 * x.numel()), tokens * (chosen + more) * one
     cold, choices = list(zip(drawn, shared, strict=True)), vector if tokens == 1 else tiles
     return Case(f"experts, {hit:.1f} hit", moved, flops, cold, run, twin, default, choices)
 
 
-def cases(chip: Any, c: Config, tokens: int, contexts: Sequence[int], only: Sequence[str]) -> Iterator[Case]:
+def cases(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: Sequence[str]) -> Iterator[Case]:
     """Made one after the other: their weights take gigabytes."""
     q, dim, o = c.num_attention_heads * c.qk_head_dim, c.hidden_size, c.num_attention_heads * c.v_head_dim
     makers: list[tuple[str, Callable[[], Case]]] = [
-        ("qkv_a", lambda: linear_case("qkv_a", chip, tokens, dim, (c.q_lora_rank or q) + c.latent_dim, norm=True)),
-        ("latent", lambda: latent_case(chip, c, tokens, contexts[0])),
-        *(("attention", partial(attention_case, chip, c, tokens, n)) for n in contexts),
-        ("o_proj", lambda: linear_case("o_proj", chip, tokens, o, dim, residual=True)),
-        ("dense_up", lambda: linear_case("dense_up", chip, tokens, dim, 2 * c.intermediate_size, norm=True)),
-        ("dense_down", lambda: linear_case("dense_down", chip, tokens, c.intermediate_size, dim, swiglu=True, residual=True)),
-        ("route", lambda: route_case(chip, c, tokens)),
-        ("experts", lambda: experts_case(chip, c, tokens)),
+        ("qkv_a", lambda: linear_case("qkv_a", place, tokens, dim, (c.q_lora_rank or q) + c.latent_dim, norm=True)),
+        ("latent", lambda: latent_case(place, c, tokens, contexts[0])),
+        *(("attention", partial(attention_case, place, c, tokens, n)) for n in contexts),
+        ("o_proj", lambda: linear_case("o_proj", place, tokens, o, dim, residual=True)),
+        ("dense_up", lambda: linear_case("dense_up", place, tokens, dim, 2 * c.intermediate_size, norm=True)),
+        ("dense_down", lambda: linear_case("dense_down", place, tokens, c.intermediate_size, dim, swiglu=True, residual=True)),
+        ("route", lambda: route_case(place, c, tokens)),
+        ("experts", lambda: experts_case(place, c, tokens)),
     ]
     if c.q_lora_rank is not None:
         rank = c.q_lora_rank
-        makers.insert(1, ("q_b", lambda: linear_case("q_b", chip, tokens, rank, q, norm=True)))
+        makers.insert(1, ("q_b", lambda: linear_case("q_b", place, tokens, rank, q, norm=True)))
     for name, make in makers:
         if not only or name in only:
             yield make()
-            torch.cuda.empty_cache()
 
 
 def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
@@ -240,6 +256,8 @@ def ours(case: Case, use: Any) -> list[Callable[[], Tensor]]:
 def off(case: Case, use: Any) -> float:
     """The largest difference from the twin, relative to the twin's largest value."""
     got, twin = case.run(case.copies[0], use).float(), case.twin(case.copies[0]).float()
+    if not case.ordered:
+        got, twin = got.sort().values, twin.sort().values
     return float((got - twin).abs().max() / twin.abs().max())
 
 
@@ -280,7 +298,7 @@ def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
 
 def copy_rate() -> float:
     """GB/s, read and written, of a copy of 1 GiB."""
-    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    a = torch.empty(2**30, dtype=torch.uint8)
     b = torch.empty_like(a)
     return 2 * a.nbytes / statistics.median(timed([partial(b.copy_, a)])) / 1e3
 
@@ -316,7 +334,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from r1.kernels import Chip
 
-    chip, copy = Chip.of(torch.device("cuda")), copy_rate()
+    torch.set_default_device("cuda")
+    place = Place(Chip.of(torch.device("cuda")), COLD * torch.cuda.get_device_properties(0).L2_cache_size)
+    copy = copy_rate()
     only = [name for name in arguments.only.split(",") if name]
     rows: list[dict[str, Any]] = []
     bad = 0
@@ -325,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.inference_mode():
         for name, config in shapes.items():
             for batch in batches:
-                for case in cases(chip, config, batch, contexts, only):
+                for case in cases(place, config, batch, contexts, only):
                     row: dict[str, Any] = {"shape": name, "batch": batch, "kernel": case.name, "mb": case.nbytes / 1e6}
                     row["off"] = off(case, None)
                     row["triton"] = figures(case, timed(ours(case, None)), copy)
