@@ -9,11 +9,13 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_kernels
 import pytest
 import tiny
 import torch
@@ -370,6 +372,55 @@ def test_wrong_norm_is_seen(dtype: str) -> None:
     x, weight, gain = draw(3, 75, dtype=dtype), draw(37, 75, dtype=dtype), draw(75, dtype=dtype)
     with pytest.raises(AssertionError, match="off by"):
         close(linear(CHIP, x, weight, norm=gain, eps=0.2), linear_torch(x, weight, norm=gain, eps=0.0), dtype)
+
+
+# ------------------------------------------------------------------------------------------------ tools/bench_kernels.py
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("config", [MODELS["v3"], MODELS["moonlight"]], ids=["v3", "moonlight"])
+def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
+    """Every case of the benchmark beside its twin, on this machine."""
+    with torch.device(DEVICE), torch.inference_mode():
+        found = list(bench_kernels.cases(bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], []))
+        assert len(found) == (10 if config.q_lora_rank else 9)
+        for case in found:
+            assert bench_kernels.off(case, None) < 0.02, case.name
+            assert case.nbytes > 0 and case.flops > 0 and len(case.copies) >= 2
+            assert case.choices.keys() <= vars(case.default).keys()
+
+
+def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MODELS["v3"]
+    with torch.device(DEVICE), torch.inference_mode():
+        (case,) = bench_kernels.cases(bench_kernels.Place(CHIP, 1), config, 1, [20], ["qkv_a"])
+        case.choices = {"outputs": (1, 2, 4, 8), "warps": (4, 8, 3)}
+        right = case.run
+
+        def run(weight: Tensor, use: LinearLaunch) -> Tensor:
+            if use.warps == 3:
+                raise RuntimeError("out of resources")
+            return right(weight, use) * (2 if use.outputs == 8 else 1)  # fast, and wrong
+
+        case.run = run
+
+        def timed(calls: list[Any]) -> list[float]:
+            use = calls[0].args[1]
+            return [abs(use.outputs - 4) + 1 / use.warps if use.outputs < 8 else 0.0]
+
+        monkeypatch.setattr(bench_kernels, "timed", timed)
+        best, tried = bench_kernels.sweep(case, time.monotonic() + 60)
+    assert (best.outputs, best.warps) == (4, 8)
+    assert any("out of resources" in t.get("error", "") for t in tried) and any(t.get("off", 0) > 0.05 for t in tried)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "torch sees none"), (["--batch", "0"], "whole numbers"), (["--shape", "r2"], "there is no shape")],
+)
+def test_bench_kernels_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and not out
 
 
 # ------------------------------------------------------------------------------------------------ for GPUs that aren't here
