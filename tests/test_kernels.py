@@ -5,6 +5,7 @@ Skipped where there is no triton.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_kernels
+import compile_kernels as compile_tool
 import pytest
 import tiny
 import torch
@@ -26,6 +28,7 @@ pytest.importorskip("triton", reason="the kernels need the triton package: pip i
 
 from r1 import Config, build, rope
 from r1.backend import Backend, resolve
+from r1.config import shape
 from r1.kernels import Chip, DecodeBlock
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.experts import ExpertsLaunch, Matrices, experts, experts_torch, sort_by_expert, sort_by_expert_torch
@@ -180,11 +183,12 @@ def router(name: str) -> Router:
     return gate
 
 
-def check_route(gate: Router, dtype: str, tokens: int) -> None:
+def check_route(gate: Router, dtype: str, tokens: int, told: Router | None = None) -> None:
+    """`told` is what the kernel sees in the gate's place."""
     x, gain = draw(tokens, 75, dtype=dtype), draw(75, dtype=dtype)
     twin_h, twin_indices, twin_weights = route_torch(gate, x, gain, 1e-2)
     for launch in (None, RouterLaunch(4, 32)):
-        h, indices, weights = route(CHIP, gate, x, gain, 1e-2, launch)
+        h, indices, weights = route(CHIP, told or gate, x, gain, 1e-2, launch)
         close(h, twin_h, dtype)
         (a, order), (b, twin_order) = indices.sort(dim=1), twin_indices.sort(dim=1)
         assert torch.equal(a, b)
@@ -359,6 +363,23 @@ def test_wrong_experts_are_seen(change: str, dtype: str) -> None:
         close(experts(CHIP, **wrong), twin, dtype)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("r1", {"topk_group": 8}), ("r1", {"norm_topk_prob": False}), ("r1", {"routed_scaling_factor": 1.0}),
+        ("r1", {"topk_method": "group_limited_greedy"}),  # the best of a group, and no bias
+        ("v2", {"scoring_func": "sigmoid"}), ("v2", {"topk_method": "greedy"}), ("odd groups", {"n_group": 5}),
+    ],
+)  # fmt: skip
+def test_wrong_choice_is_seen(name: str, change: dict[str, Any]) -> None:
+    """The kernel told another rule than its twin."""
+    gate = router(name)
+    told = copy.copy(gate)
+    told.config = dataclasses.replace(gate.config, **change)
+    with pytest.raises(AssertionError):
+        check_route(gate, "fp32", 8, told)
+
+
 @both
 def test_wrong_rotation_is_seen(dtype: str) -> None:
     given = latent_inputs(3, 1, dtype)
@@ -424,6 +445,15 @@ def test_bench_kernels_bad_input(arguments: list[str], said: str, capsys: pytest
 
 
 # ------------------------------------------------------------------------------------------------ for GPUs that aren't here
+@pytest.mark.parametrize(
+    ("name", "batch", "dense", "sparse"),
+    [("moonlight-16b", 1, 7, 9), ("moonlight-16b", 8, 7, 11), ("r1", 1, 8, 10), ("r1", 8, 8, 12)],
+)
+def test_kernels_of_a_layer(name: str, batch: int, dense: int, sparse: int) -> None:
+    """As r1/kernels says; each costs a launch."""
+    assert len(compile_tool.launches(shape(name), batch, compile_tool.TARGETS["sm_90"])) == dense + sparse
+
+
 def compile_kernels(*arguments: str) -> SimpleNamespace:
     tool = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -78,7 +78,7 @@ class Recorder:
     processors: int
     shared: int
     dependent_launch: bool
-    launches: dict[tuple[Any, ...], Launch] = field(default_factory=dict)
+    launches: list[Launch] = field(default_factory=list)
 
     def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         given = dict(zip(kernel.arg_names, arguments, strict=False))
@@ -86,8 +86,7 @@ class Recorder:
         constants |= {name: value for name, value in given.items() if value is None or (type(value) is int and value == 1)}
         signature = {name: "constexpr" if name in constants else type_of(given[name]) for name in kernel.arg_names}
         aligned = tuple(i for i, name in enumerate(kernel.arg_names) if name not in constants and is_aligned(given[name]))
-        launch = Launch(kernel, signature, aligned, constants, warps, stages)
-        self.launches.setdefault(launch.key, launch)
+        self.launches.append(Launch(kernel, signature, aligned, constants, warps, stages))
 
 
 def type_of(value: Any) -> str:
@@ -106,7 +105,7 @@ def is_aligned(value: Any) -> bool:
 
 
 def launches(config: Config, batch: int, target: Target) -> list[Launch]:
-    """What one decode step of `batch` tokens launches, in bf16, for a dense layer and a sparse one."""
+    """What one decode step of `batch` tokens launches, in bf16: for a dense layer, then for a sparse one."""
     from r1.kernels import DecodeBlock
     from r1.model import Block, Step
 
@@ -125,7 +124,7 @@ def launches(config: Config, batch: int, target: Target) -> list[Launch]:
         torch.set_default_dtype(default)
     for block in blocks:
         DecodeBlock(block, recorder)(x, step, (cache,))  # type: ignore[arg-type]
-    return list(recorder.launches.values())
+    return recorder.launches
 
 
 @dataclass
