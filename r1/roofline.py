@@ -74,7 +74,7 @@ def step_work(config: Config, backend: Backend, rows: int, tokens: int, context:
         n
         * (context + (tokens + 1) / 2)
         * c.num_hidden_layers
-        * attention_flops(c, absorbed=tokens == 1 and backend.attention == "absorbed")
+        * attention_flops(c, absorbed=tokens == 1 and backend.attention in ("absorbed", "triton"))
     )
     return Work(weight_bytes, (rows * context + n) * per_token, flops)
 

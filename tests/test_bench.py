@@ -164,6 +164,7 @@ def test_weights_counted_are_the_models() -> None:
 def test_bottleneck_names_the_largest() -> None:
     rates = Rates(copy=3e12, matmul=8e14, launch=8e-6, replay=1.2e-6)
     work = step_work(shape("moonlight-16b"), Backend(dtype="bf16", attention="absorbed"), 1, 1, 256, 6)
+    assert work == step_work(shape("moonlight-16b"), Backend(dtype="bf16", kernels="triton", attention="triton"), 1, 1, 256, 6)
     assert bottleneck(work, rates, 1400, False, 0.04) == "launches"
     assert bottleneck(work, rates, 650, True, 0.0036) == "memory"
     prompt = step_work(shape("moonlight-16b"), Backend(dtype="bf16", attention="absorbed"), 1, 65536, 0, 64)
