@@ -31,7 +31,7 @@ from r1.backend import DTYPES, Backend, resolve, torch_device
 from r1.bench import arms, merge, plot, report, worker
 from r1.bench.arms import Arm, Workload
 from r1.build import HEADROOM, count_parameters
-from r1.config import SHAPES, Config, shape
+from r1.config import SHAPES, Config
 from r1.machine import Machine, available_bytes, explain
 
 Found = dict[str, Any]
@@ -114,6 +114,11 @@ def parser() -> argparse.ArgumentParser:
         "--routing", choices=("model", "uniform"), default="model",
         help="uniform: experts drawn for each row, as trained weights would spread; random weights crowd on a few",
     )  # fmt: skip
+    p.add_argument(
+        "--assume-acceptance", type=float, metavar="A",
+        help="with --speculate mtp: accept each draft with this probability whatever the model says (random weights draft badly; "
+        "a shape without an MTP layer gets one): tells a speed, and writes no meaningful text",
+    )  # fmt: skip
     p.add_argument("--warm-start", action="store_true", help="start compiled arms a second time too, with a warm cache")
     p.add_argument("--profile", type=Path, metavar="DIR", help="a Chrome trace of each arm's decode step, and its top kernels")
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw the result: FILE.png, and the same as FILE.svg")
@@ -168,11 +173,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--batch, --prompt, --new and -r take 1 or more")
     if arguments.layers is not None and arguments.shape is None:
         raise InputError("--layers cuts a --shape, and none is given: a checkpoint is run whole")
+    given = switches.given(arguments)
+    if arguments.assume_acceptance is not None:
+        if given.get("speculate") != "mtp":
+            raise InputError("--assume-acceptance is about drafts, and nothing drafts: add --speculate mtp")
+        if not 0 <= arguments.assume_acceptance <= 1:
+            raise InputError(f"--assume-acceptance {arguments.assume_acceptance}: give a probability, 0 to 1")
     if arguments.profile:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     model = None if arguments.shape else str(arguments.model or EMBEDDED)
-    config = Config.load(model) if model else shape(arguments.shape, arguments.layers)
-    given = switches.given(arguments)
+    lists = itertools.product(arguments.batch, arguments.prompt, arguments.new, arguments.depth)
+    source = (model, arguments.shape, arguments.layers)
+    workloads = [Workload(*source, *sizes, arguments.seed, arguments.routing, arguments.assume_acceptance) for sizes in lists]
+    config = workloads[0].config()
     result: Found = {
         "schema": report.SCHEMA,
         "machine": {
@@ -190,9 +203,6 @@ def run(arguments: argparse.Namespace) -> int:
         "pairs": [],
         "notes": [],
     }
-    lists = itertools.product(arguments.batch, arguments.prompt, arguments.new, arguments.depth)
-    fixed = (model, arguments.shape, arguments.layers)
-    workloads = [Workload(*fixed, *sizes, arguments.seed, arguments.routing) for sizes in lists]
     result["workload"] = workloads[0].describe() if len(workloads) == 1 else workloads[0].name
     status = 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what is finished, as Ctrl-C does
@@ -237,7 +247,7 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
         }
 
         timed = [arm for arm in compared[1:] if arm.timed]
-        room = how_many_fit(base.backend, workload, config)
+        room = how_many_fit(compared, workload, config)
         result["notes"] += [] if room > 1 else [
             "Only one model fits the memory at a time, so arms were measured one after the other, not in turn with the baseline."
         ]  # fmt: skip
@@ -323,22 +333,19 @@ class Session:
 
 def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path) -> Found:
     """The text and logits that every arm is held against, the experts it hits, and the machine's rates in the arms' dtypes."""
-    plain = Backend(
-        device=compared[0].backend.device,
-        dtype="fp32",
-        attention="naive",
-        prefill_attention="naive",
-        moe="loop",
-        prefill_moe="loop",
-    )
+    textbook: dict[str, Any] = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
+    plain = Backend(device=compared[0].backend.device, dtype="fp32", **textbook)
     found: Found = {}
     process = Process(plain, workload, folder, "inductor-reference")
+    checks = multiprocessing.get_context("spawn").Process(target=worker.check_compiler, args=(folder,), daemon=True)
+    needed = any(arm.backend.compile for arm in compared) and torch_device(resolve(plain, config)).type == "cpu"
+    if needed:
+        checks.start()  # beside the reference, which nobody times
     fine = process.ask_all(("build_reference", "reference"), found, "fp32 reference")
+    if needed:
+        checks.join()
     if fine:
         found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
-        if any(arm.backend.compile for arm in compared) and torch_device(resolve(plain, config)).type == "cpu":
-            say("trying the compiler")
-            process.ask("check_compiler")
     process.quit()
     if not fine:
         raise InputError(found["refused"])
@@ -354,10 +361,11 @@ def dtypes_of(compared: list[Arm], workload: Workload, config: Config) -> set[st
     return dtypes or {"fp32"}
 
 
-def how_many_fit(backend: Backend, workload: Workload, config: Config) -> int:
+def how_many_fit(compared: list[Arm], workload: Workload, config: Config) -> int:
     """How many arms' models the device holds at a time, with room for caches and activations."""
-    resolved = resolve(backend, config, batch=workload.batch)
-    need = count_parameters(config) * DTYPES[resolved.dtype].itemsize + 4 * HEADROOM
+    resolved = resolve(compared[0].backend, config, batch=workload.batch)
+    mtp = any(arm.backend.speculate == "mtp" for arm in compared)
+    need = count_parameters(config, mtp=mtp) * DTYPES[resolved.dtype].itemsize + 4 * HEADROOM
     return max(1, int(available_bytes(torch_device(resolved)) // need))
 
 

@@ -28,7 +28,8 @@ def load(
     """Load a checkpoint: a folder with config.json, *.safetensors (and their index), and a tokenizer if it is to talk.
 
     `batch` is how many prompts at a time the "auto" switches are chosen for; any number may be given later. `mtp` loads
-    the multi-token-prediction layers too. Raises InputError, in one sentence, for whatever can't be used.
+    the multi-token-prediction layers too, which `speculate="mtp"` does by itself. Raises InputError, in one sentence, for
+    whatever can't be used.
     """
     directory = Path(directory)
     config = Config.load(directory)

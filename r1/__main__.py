@@ -89,6 +89,8 @@ def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argpars
     )
     print(PLAIN if thinking else "")
     rate = f", then {1 / completion.tpot:.1f} tokens/s ({completion.tpot * 1e3:.2f} ms each)" if completion.tpot else ""
+    if completion.drafted:
+        rate += f", {completion.acceptance:.0%} of drafts accepted: {completion.tokens_per_step:.2f} tokens a step"
     stopped = "" if completion.finish == "stop" else "; cut off at --new or the context's end"
     print(
         f"[{completion.prompt_tokens} tokens read, first of {len(completion.tokens)} new after "

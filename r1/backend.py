@@ -37,7 +37,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "prefill_attention": ("triton",),
     "prefill_moe": ("triton",),
     "quant": ("fp8", "int8", "int4"),
-    "speculate": ("mtp",),
 }
 GROUPED_ALIGNMENT = 16
 """torch's grouped_mm wants rows of a multiple of so many bytes."""
@@ -72,6 +71,9 @@ class Backend:
     """triton: a decode step's blocks are r1/kernels' fused ones, of which attention=triton and moe=triton are a part."""
     quant: str = "none"
     speculate: str = "off"
+    """mtp: the multi-token-prediction layer drafts tokens, and one step of the model verifies them (speculate.py)."""
+    draft_tokens: int = 1
+    """How many tokens are drafted for a step of `speculate`; from the second on the MTP layer reads its own output."""
     tp: int = 1
     ep: int = 1
     pp: int = 1
@@ -84,10 +86,15 @@ class Backend:
         for name in ("compile", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r}: choose True or False")
-        for name in ("tp", "ep", "pp"):
+        for name in ("draft_tokens", "tp", "ep", "pp"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r}: give a whole number of at least 1")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a decode step reads of each row: the last one, and the drafts behind it."""
+        return 1 + (self.draft_tokens if self.speculate == "mtp" else 0)
 
     @property
     def compute(self) -> str:
@@ -127,9 +134,13 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
     if backend.amp != "off" and dtype != "fp32":
         raise InputError(f"amp={backend.amp} casts fp32 weights as it goes, but dtype={dtype}: use dtype=fp32, or amp=off")
     backend = _triton(backend, machine)
+    if backend.speculate == "mtp" and not config.num_nextn_predict_layers:
+        raise InputError("speculate=mtp drafts with the MTP layer, and this model has none: use speculate=off")
+    if backend.speculate == "off" and backend.draft_tokens != 1:
+        raise InputError(f"draft_tokens={backend.draft_tokens} is of no use without drafts: add speculate=mtp, or leave it out")
     attention, prefill_attention = _attention(backend)
     compute = dtype if backend.amp == "off" else backend.amp
-    moe, prefill_moe = _experts(backend, config, machine, compute, gpu=gpu, batch=batch)
+    moe, prefill_moe = _experts(backend, config, machine, compute, gpu=gpu, tokens=batch * backend.step_tokens)
     return dataclasses.replace(
         backend, device=device, dtype=dtype, attention=attention, prefill_attention=prefill_attention,
         moe=moe, prefill_moe=prefill_moe,
@@ -180,8 +191,11 @@ def _attention(backend: Backend) -> tuple[str, str]:
     return decode, prefill
 
 
-def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *, gpu: bool, batch: int) -> tuple[str, str]:
-    """loop reads the experts' counts on the host, and so does torch's grouped_mm where it has no kernel for the machine."""
+def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *, gpu: bool, tokens: int) -> tuple[str, str]:
+    """`tokens`: how many a decode step reads, of all rows.
+
+    loop reads the experts' counts on the host, and so does torch's grouped_mm where it has no kernel for the machine.
+    """
     unaligned = _unaligned(config, DTYPES[compute])
     synced = {"loop": "reads its counts on the host"}
     if gpu and compute != "bf16":
@@ -194,7 +208,7 @@ def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *
     for name in ("moe", "prefill_moe"):
         value = getattr(backend, name)
         # gather copies the experts of every token; grouped has to sort, but reads each expert that was hit once.
-        few = name == "moe" and (batch == 1 or 4 * batch * config.num_experts_per_tok <= config.n_routed_experts)
+        few = name == "moe" and (tokens == 1 or 4 * tokens * config.num_experts_per_tok <= config.n_routed_experts)
         captured = backend.cuda_graphs and name == "moe"
         if value == "auto" and few:
             value = "gather"

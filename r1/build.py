@@ -29,7 +29,11 @@ DRAW_ELEMENTS = 2**24
 def from_checkpoint(
     directory: str | Path, config: Config, backend: Backend, *, mtp: bool = False, quiet: bool = False
 ) -> tuple[Transformer, checkpoint.Report]:
-    """The model of `directory`, loaded, with the resolved `backend`'s strategies. Raises InputError."""
+    """The model of `directory`, loaded, with the resolved `backend`'s strategies. Raises InputError.
+
+    `mtp` loads the MTP layers too; `speculate` in the backend does so in any case.
+    """
+    mtp = mtp or backend.speculate == "mtp"
     if mtp and not config.num_nextn_predict_layers:
         raise InputError(f"{directory}: config.json has num_nextn_predict_layers = 0, so there is no MTP layer to load")
     model = allocate(config, backend, mtp=mtp)
@@ -39,7 +43,7 @@ def from_checkpoint(
 
 def from_shape(config: Config, backend: Backend, *, seed: int = 0, mtp: bool = False) -> Transformer:
     """A model of random weights, made on the device: N(0, 0.02), norms of 1, no gate bias."""
-    model = allocate(config, backend, mtp=mtp)
+    model = allocate(config, backend, mtp=mtp or backend.speculate == "mtp")
     randomize(model, seed)
     return finish(model, backend)
 
@@ -112,7 +116,8 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def count_parameters(config: Config) -> int:
-    """How many numbers a model of this config has; nothing is allocated."""
+def count_parameters(config: Config, *, mtp: bool = False) -> int:
+    """How many numbers a model of this config has, with its MTP layers or without; nothing is allocated."""
     with torch.device("meta"):
-        return parameters(Transformer(config))
+        extra = [MTPLayer(config, depth) for depth in range(config.num_nextn_predict_layers if mtp else 0)]
+        return sum(map(parameters, [Transformer(config), *extra]))

@@ -26,10 +26,10 @@ def token_shapes(config: Config, full: bool) -> list[tuple[int, ...]]:
     return [(config.latent_dim,)]
 
 
-def bytes_per_token(config: Config, dtype: torch.dtype, full: bool) -> int:
-    """Bytes that one token occupies in all layers."""
+def bytes_per_token(config: Config, dtype: torch.dtype, full: bool, layers: int | None = None) -> int:
+    """Bytes that one token occupies in `layers` layers (default: the model's, without MTP's)."""
     elements = sum(torch.Size(shape).numel() for shape in token_shapes(config, full))
-    return elements * dtype.itemsize * config.num_hidden_layers
+    return elements * dtype.itemsize * (config.num_hidden_layers if layers is None else layers)
 
 
 class Cache:
@@ -45,8 +45,8 @@ class Cache:
             for _ in range(layers)
         ]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.graphs: dict[tuple[int, ...], Any] = {}
-        """Captured decode steps by the shape of their tokens: bound to these addresses, they live as long as the cache."""
+        self.graphs: dict[tuple[Any, ...], Any] = {}
+        """Captured steps by what they do and in which shape: bound to these addresses, they live as long as the cache."""
 
     def reset(self) -> None:
         """Forget everything, also what an overflow may have left."""

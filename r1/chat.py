@@ -155,12 +155,3 @@ class ReasoningSplitter:
         cut = len(reasoning) - keep
         self._held = reasoning[cut:]
         return reasoning[:cut], ""
-
-
-def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a completion's text whose prompt opened `<think>`, newlines around trimmed.
-
-    For text that you have from elsewhere; where you have the ids, `Tokenizer.split` can't be fooled by a quoted tag.
-    """
-    reasoning, _, answer = text.partition(END_THINK)
-    return reasoning.removeprefix(THINK).strip("\n"), answer.strip("\n")

@@ -196,7 +196,7 @@ def _why_skipped(key: str, model: Transformer) -> str | None:
         return None
     if rest in ("embed_tokens.weight", "shared_head.head.weight"):
         return "the MTP layer shares the model's embedding and output head"
-    return "MTP layers are loaded only when asked for (r1.load(..., mtp=True))" if not len(model.mtp) else None
+    return "MTP layers are loaded only when asked for (speculate=mtp, or r1.load(..., mtp=True))" if not len(model.mtp) else None
 
 
 def _check(
@@ -333,13 +333,17 @@ def _write(model: Transformer, directory: Path, shard_bytes: int, dtype: torch.d
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def is_projection(key: str) -> bool:
+    """Whether a checkpoint with FP8 blocks has this tensor so, as R1's has."""
+    return key.endswith(("_proj.weight", ".kv_a_proj_with_mqa.weight")) and not key.endswith(".eh_proj.weight")
+
+
 def _stored(model: Transformer, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors, one after the other, as they are to be stored."""
     block = model.config.fp8_block
     rest = dtype or model.norm.weight.dtype
     for key, place in places(model).items():
-        projection = key.endswith(("_proj.weight", ".kv_a_proj_with_mqa.weight")) and not key.endswith(".eh_proj.weight")
-        if block and projection:
+        if block and is_projection(key):
             yield from zip((key, key + SCALE), fp8.quantize(place, block), strict=True)
         elif key.endswith("e_score_correction_bias"):
             yield key, place.float()

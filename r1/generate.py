@@ -1,4 +1,4 @@
-"""Prefill, then one token after the other: sampling, stopping, streaming. `Engine` is what `r1.load` gives.
+"""Prefill, then step after step: stopping, streaming. `Engine` is what `r1.load` gives.
 
 Shapes: B batch (prompts), S sequence, W vocab_size.
 """
@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from r1 import speculate
 from r1.backend import Backend
 from r1.cache import Cache
 from r1.errors import InputError
 from r1.model import Transformer
 from r1.runner import Runner
+from r1.sampler import TEMPERATURE, TOP_P, Sampler
 from r1.tokenizer import Tokenizer
-
-TEMPERATURE, TOP_P = 0.6, 0.95
-"""What R1's authors recommend (DeepSeek-R1's README, usage recommendations)."""
 
 
 @dataclass
@@ -41,45 +41,26 @@ class Completion:
     """The tokens as text, where the checkpoint has a tokenizer."""
     reasoning: str = ""
     answer: str = ""
+    steps: int = 0
+    """Decode steps it took, after the prompt's. Without speculation each gives one token."""
+    drafted: int = 0
+    accepted: int = 0
+    """Under speculation: how many tokens were drafted in those steps, and how many of them the model accepted."""
 
     @property
     def tpot(self) -> float:
         """Seconds per token after the first; 0 where there is no other."""
         return (self.seconds - self.ttft) / (len(self.tokens) - 1) if len(self.tokens) > 1 else 0.0
 
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that were accepted; 0 where none were made."""
+        return self.accepted / self.drafted if self.drafted else 0.0
 
-@dataclass
-class Sampler:
-    """Picks a token from each row's logits. Temperature 0 is greedy; a seed makes the same choices again."""
-
-    temperature: float = TEMPERATURE
-    top_p: float = TOP_P
-    seed: int | None = None
-    _generator: torch.Generator | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature!r}: give 0 (greedy) or more")
-        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p!r}: give more than 0 and at most 1")
-        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**63):
-            raise InputError(f"seed={self.seed!r}: give a whole number from 0 to 2^63 - 1")
-
-    @torch.inference_mode()
-    def __call__(self, logits: Tensor) -> Tensor:
-        """fp32 (B, W) -> int64 (B,), on the same device and without a sync."""
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        if self._generator is None:
-            self._generator = torch.Generator(logits.device)
-            self._generator.manual_seed(self.seed) if self.seed is not None else self._generator.seed()
-        below = logits - logits.amax(dim=-1, keepdim=True)  # no temperature, however small, makes them overflow
-        p, order = (below / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)  # (B, W)
-        # The nucleus: the likeliest tokens up to the one with which top_p is reached (arXiv 1904.09751).
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, 0.0)
-        # p / Exp(1) is largest at i with probability p[i] / sum(p): a draw that needs no sync.
-        drawn = (p / torch.empty_like(p).exponential_(generator=self._generator)).argmax(dim=-1, keepdim=True)
-        return order.gather(1, drawn).squeeze(1)
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a decode step gave on average; 0 where there was none."""
+        return (len(self.tokens) - 1) / self.steps if self.steps else 0.0
 
 
 class Engine:
@@ -119,7 +100,8 @@ class Engine:
         """Continue token prompts of any lengths, as one batch; one Completion each, in order.
 
         A row ends at a stop token (unless `ignore_stop`), after `max_new_tokens`, or where the longest row meets the
-        model's context. `on_tokens` gets each step's new tokens as they arrive, None for rows that have ended.
+        model's context. `on_tokens` gets the new tokens as they arrive, one of each row at a time: None for a row that has
+        ended or, under speculation, had fewer in this step.
         Raises InputError for prompts that are empty, too long, or hold ids outside the vocabulary.
         """
         sampler = Sampler(temperature, top_p, seed)
@@ -134,27 +116,32 @@ class Engine:
             context = self.config.max_position_embeddings
             raise InputError(f"a prompt of {context} tokens leaves no room for an answer in a context of {context}: shorten it")
         start = time.perf_counter()
-        new: list[list[int]] = [[] for _ in rows]
-        ended: dict[int, float] = {}
-        ttft = 0.0
+        completions = [Completion([], "length", len(row), ttft=0.0, seconds=0.0) for row in rows]
+        live = set(range(len(rows)))
         limit = min(max_new_tokens, room)
         for step in self.steps(rows, limit, sampler, self.runner.cache(len(rows), max(map(len, rows)) + limit)):
             now = time.perf_counter() - start
-            ttft = ttft or now
-            live: list[int | None] = [None if row in ended else token for row, token in enumerate(step)]
-            for row, token in enumerate(live):
-                if token is not None:
-                    new[row].append(token)
+            for row in live:
+                self._count(completions[row], len(step[row]), now)
+            for column in zip_longest(*step):  # each row's first token of this step, each row's second, ...
+                arrived = [token if row in live else None for row, token in enumerate(column)]
+                for row, token in enumerate(arrived):
+                    if token is None:
+                        continue
+                    done = completions[row]
+                    done.tokens.append(token)
+                    done.seconds = now
                     if token in self.stop_ids and not ignore_stop:
-                        ended[row] = now
-            if on_tokens:
-                on_tokens(live)
-            if len(ended) == len(rows):
+                        done.finish = "stop"
+                    if done.finish == "stop" or len(done.tokens) == limit:
+                        live.discard(row)
+                if on_tokens and any(token is not None for token in arrived):
+                    on_tokens(arrived)
+            if not live:
                 break
-        return [
-            self._completion(tokens, "stop" if row in ended else "length", len(rows[row]), ttft, ended.get(row, now))
-            for row, tokens in enumerate(new)
-        ]
+        for completion in completions:
+            completion.text = self.tokenizer.decode(self._words(completion.tokens)) if self.tokenizer else ""
+        return completions
 
     def chat(
         self,
@@ -192,29 +179,41 @@ class Engine:
         bos = self.tokenizer.bos_id
         return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
 
-    def steps(self, rows: list[list[int]], limit: int, sampler: Sampler, cache: Cache, depth: int = 0) -> Iterator[list[int]]:
-        """Continue `rows` by `limit` tokens; yields each step's tokens (B) on the host. `cache` holds `depth` tokens a row.
+    def steps(
+        self, rows: list[list[int]], limit: int, sampler: Sampler, cache: Cache, depth: int = 0, assumed: float | None = None
+    ) -> Iterator[list[list[int]]]:
+        """Continue `rows` until each has `limit` tokens; yields each step's new tokens of each row (B, 1 or more), on the host.
 
-        On a GPU the next step is under way while the last one's tokens travel.
+        `cache` holds `depth` tokens a row. Under speculation a row may get more than `limit`, while others get there;
+        `assumed` is speculate.py's assumed acceptance.
         """
-        overlap = self.runner.device.type != "cpu"
-        travelling: Callable[[], list[int]] | None = None
-        tokens = sampler(self.runner.prefill(rows, cache, depth))
-        yield tokens.tolist()
-        for _ in range(limit - 1):
-            tokens = sampler(self.runner.decode(tokens[:, None], cache)[:, -1])
-            arrive = _to_host(tokens)
-            if travelling:
-                yield travelling()
-            travelling = arrive if overlap else None
-            if not overlap:
-                yield arrive()
-        if travelling:
-            yield travelling()
+        if self.backend.speculate == "off":
+            yield from _arrivals(self._launch(rows, limit, sampler, cache, depth))
+            return
+        counts = [0] * len(rows)
+        for step in _arrivals(speculate.launch(self.runner, rows, sampler, cache, depth, assumed)):
+            new = [tokens[: accepted + 1] for *tokens, accepted in step]
+            yield new
+            counts = [count + len(tokens) for count, tokens in zip(counts, new, strict=True)]
+            if min(counts) >= limit:
+                return
 
-    def _completion(self, tokens: list[int], finish: str, prompt_tokens: int, ttft: float, seconds: float) -> Completion:
-        text = self.tokenizer.decode(self._words(tokens)) if self.tokenizer else ""
-        return Completion(tokens, finish, prompt_tokens, ttft, seconds, text)
+    def _launch(self, rows: list[list[int]], limit: int, sampler: Sampler, cache: Cache, depth: int) -> Iterator[Tensor]:
+        """Step after step without speculation: int64 (B, 1) on the device."""
+        tokens = sampler(self.runner.prefill(rows, cache, depth))[:, None]  # (B, 1)
+        yield tokens
+        for _ in range(limit - 1):
+            tokens = sampler(self.runner.decode(tokens, cache))
+            yield tokens
+
+    def _count(self, completion: Completion, new: int, now: float) -> None:
+        """Put a step that brought `new` tokens down to a completion; its first is the prompt's."""
+        if not completion.tokens:
+            completion.ttft = now
+            return
+        completion.steps += 1
+        completion.drafted += self.runner.drafts
+        completion.accepted += new - 1
 
     def _words(self, tokens: list[int]) -> list[int]:
         return tokens[:-1] if tokens and tokens[-1] in self.stop_ids else tokens
@@ -237,8 +236,23 @@ class Engine:
                 raise InputError(f"prompt {number} has {len(row)} tokens, more than the context of {context}: shorten it")
 
 
-def _to_host(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start copying (B,) to the host; the function returned waits for that copy only, not for what was launched since."""
+def _arrivals(launched: Iterator[Tensor]) -> Iterator[list[list[int]]]:
+    """Each step's tensor (B, S) on the host. On a GPU the next step is under way while the last one's tokens travel."""
+    yield next(launched).tolist()
+    travelling: Callable[[], list[list[int]]] | None = None
+    for tokens in launched:
+        arrive = _to_host(tokens)
+        if travelling:
+            yield travelling()
+        travelling = arrive if tokens.device.type != "cpu" else None
+        if not travelling:
+            yield arrive()
+    if travelling:
+        yield travelling()
+
+
+def _to_host(tokens: Tensor) -> Callable[[], list[list[int]]]:
+    """Start copying (B, S) to the host; the function returned waits for that copy only, not for what was launched since."""
     if tokens.device.type == "cpu":
         return tokens.tolist
     host = torch.empty_like(tokens, device="cpu", pin_memory=True)
@@ -246,8 +260,9 @@ def _to_host(tokens: Tensor) -> Callable[[], list[int]]:
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def wait() -> list[int]:
+    def wait() -> list[list[int]]:
         arrived.synchronize()
-        return host.tolist()
+        rows: list[list[int]] = host.tolist()
+        return rows
 
     return wait

@@ -1,7 +1,7 @@
 """CUDA graphs of our own: one decode step recorded once, then replayed with a single launch.
 
 A graph repeats the same kernels on the same addresses, so everything that changes from step to step must change *in*
-memory that the graph knows: the tokens are copied into its own buffer, positions and lengths are tensors of the cache.
+memory that the graph knows: its inputs are copied into buffers of its own, positions and lengths are tensors of the cache.
 """
 
 from __future__ import annotations
@@ -18,33 +18,38 @@ WARM_UPS = 3
 """Runs before the capture: libraries make their handles and workspaces, and compiled code is compiled, outside of it."""
 
 
+Call = Callable[..., tuple[Tensor, ...]]
+"""What can be captured: `step(*tensors, cache)`, which returns tensors and reads no value on the host."""
+
+
 @dataclass
 class Captured:
-    """One recorded step: bound to one cache and one shape of tokens."""
+    """One recorded step: bound to one cache and one shape of each input."""
 
     graph: torch.cuda.CUDAGraph
-    tokens: Tensor
-    logits: Tensor
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
 
-    def replay(self, tokens: Tensor) -> Tensor:
-        """Run the step on `tokens`; the logits returned are the graph's own, and change with the next replay."""
-        if tokens.shape != self.tokens.shape or tokens.dtype != self.tokens.dtype:
-            raise ValueError(f"captured for tokens {tuple(self.tokens.shape)}, called with {tuple(tokens.shape)}")
-        self.tokens.copy_(tokens)
+    def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the step on `inputs`; the tensors returned are the graph's own, and change with the next replay."""
+        for static, given in zip(self.inputs, inputs, strict=True):
+            if given.shape != static.shape or given.dtype != static.dtype:
+                raise ValueError(f"captured for a tensor {tuple(static.shape)}, called with {tuple(given.shape)}")
+            static.copy_(given)
         self.graph.replay()
-        return self.logits
+        return self.outputs
 
 
-def capture(step: Callable[[Tensor, Cache], Tensor], tokens: Tensor, cache: Cache) -> Captured:
-    """Record `step(tokens, cache)`. The cache's lengths are as before afterwards; slots behind them may be written."""
-    static, lengths = tokens.clone(), cache.lengths.clone()
-    logits: list[Tensor] = []
+def capture(step: Call, inputs: tuple[Tensor, ...], cache: Cache) -> Captured:
+    """Record `step(*inputs, cache)`. The cache's lengths are as before afterwards; slots behind them may be written."""
+    static, lengths = tuple(tensor.clone() for tensor in inputs), cache.lengths.clone()
+    outputs: list[tuple[Tensor, ...]] = []
 
     def once() -> None:
-        logits[:] = [step(static, cache)]
+        outputs[:] = [step(*static, cache)]
 
     graph = record(once, lambda: cache.lengths.copy_(lengths))
-    return Captured(graph, static, logits[0])
+    return Captured(graph, static, outputs[0])
 
 
 def record(call: Callable[[], None], undo: Callable[[], object] = lambda: None) -> torch.cuda.CUDAGraph:

@@ -13,7 +13,7 @@ Shapes: N tokens, K experts per token, E experts, D hidden_size, I moe_intermedi
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ def gather(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Ten
 def grouped(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Sorted by expert, two grouped matrix products, and back; no sync, each expert's weights are read once."""
     order, token, ends = by_expert(indices, experts.gate_up_proj.shape[0])
-    h = swiglu(grouped_mm(x[token], experts.gate_up_proj, ends))  # (N K, I)
+    h = swiglu(grouped_mm(x.index_select(0, token), experts.gate_up_proj, ends))  # (N K, I)
     y = grouped_mm(h, experts.down_proj, ends)  # (N K, D)
     y = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, indices.shape)  # (N, K, D): back in the tokens' order
     return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32: the weights are
@@ -124,6 +124,37 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @_grouped_mm.register_fake
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("r1::grouped_outer", mutates_args=())
+def _grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Each group's y^T x: (M, out) and (M, in) -> (E, out, in)."""
+    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+    # A product over no tokens is 0, but on some GPUs torch's kernel leaves it unwritten (pytorch issue 172439).
+    return F.grouped_mm(y.mT, x, offs=ends).masked_fill(empty[:, None, None], 0)
+
+
+@_grouped_outer.register_fake
+def _(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], y.shape[1], x.shape[1])
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """y = x W^T in each group, so dx = dy W and dW = dy^T x: grouped products both."""
+    x, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return (
+        _grouped_mm(grad, weight.mT, ends) if ctx.needs_input_grad[0] else None,
+        _grouped_outer(grad, x, ends) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+_grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_remember)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: B rows of a step, S tokens of a row in it, T tokens in the cache, E expe
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -51,10 +52,13 @@ def expert_weights(config: Config) -> int:
     return 3 * config.hidden_size * config.moe_intermediate_size
 
 
-def step_work(config: Config, backend: Backend, rows: int, tokens: int, context: float, experts_hit: float) -> Work:
+def step_work(
+    config: Config, backend: Backend, rows: int, tokens: int, context: float, experts_hit: float, *, verify: bool = False
+) -> Work:
     """The work of one step: `rows` rows of `tokens` tokens each, behind `context` cached ones; only the last gets logits.
 
-    `experts_hit` is how many different experts a MoE layer uses in the step, on average. `backend` is resolved.
+    `experts_hit` is how many different experts a MoE layer uses in the step, on average. `backend` is resolved. `verify`: a
+    decode step over drafts (speculate.py), in which every token gets logits.
     """
     c, storage = config, DTYPES[backend.dtype]
     dense = sum(not c.is_moe(layer) for layer in range(c.num_hidden_layers))
@@ -69,12 +73,13 @@ def step_work(config: Config, backend: Backend, rows: int, tokens: int, context:
     weight_bytes = (every_token + head + sparse * experts_hit * expert_weights(c)) * storage.itemsize + gate * 4
     weight_bytes += n * c.hidden_size * storage.itemsize  # rows of the embedding
     per_token = bytes_per_token(c, storage, full=backend.attention == "naive")
-    flops = 2.0 * n * (every_token + gate + sparse * c.num_experts_per_tok * expert_weights(c)) + 2.0 * rows * head
+    flops = 2.0 * n * (every_token + gate + sparse * c.num_experts_per_tok * expert_weights(c))
+    flops += 2.0 * rows * (tokens if verify else 1) * head
     flops += (
         n
         * (context + (tokens + 1) / 2)
         * c.num_hidden_layers
-        * attention_flops(c, absorbed=tokens == 1 and backend.attention in ("absorbed", "triton"))
+        * attention_flops(c, absorbed=(tokens == 1 or verify) and backend.attention in ("absorbed", "triton"))
     )
     return Work(weight_bytes, (rows * context + n) * per_token, flops)
 
@@ -90,6 +95,78 @@ def expected_experts(config: Config, rows: int) -> float:
     """How many experts `rows` tokens hit if each chooses uniformly: E (1 - (1 - K/E)^B)."""
     experts = config.n_routed_experts
     return experts * (1 - (1 - config.num_experts_per_tok / experts) ** rows) if experts else 0.0
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What a turn of speculate.py moves and computes, beside a step that gives each row one token."""
+
+    plain: Work
+    verify: Work
+    draft: Work
+    drafts: int
+
+    @property
+    def turn(self) -> Work:
+        pairs = zip(dataclasses.astuple(self.verify), dataclasses.astuple(self.draft), strict=True)
+        return Work(*(verify + draft for verify, draft in pairs))
+
+    def speedup(self, tokens: float) -> float:
+        """What a turn that gives `tokens` tokens a row is worth by its bytes alone."""
+        return tokens * self.plain.nbytes / self.turn.nbytes
+
+    def pays_from(self) -> float | None:
+        """The acceptance from which turns are worth more than steps, by bytes alone; None where even 1 is not enough."""
+        if self.speedup(self.drafts + 1) <= 1:
+            return None
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.speedup(expected_tokens(middle, self.drafts)) > 1 else (middle, high)
+        return high
+
+
+def expected_tokens(acceptance: float, drafts: int) -> float:
+    """Tokens a turn gives if each draft is accepted with this probability when those before it were: 1 + a + ... + a^k."""
+    return sum(acceptance**number for number in range(drafts + 1))
+
+
+def speculation(config: Config, backend: Backend, rows: int, context: float) -> Speculation:
+    """The byte model of a resolved backend that speculates, with `context` tokens cached in each row.
+
+    Tokens are taken to choose experts uniformly and each for itself. In truth neighbours share some, and the verification
+    reads less.
+    """
+    drafts = backend.draft_tokens
+    tokens = drafts + 1
+    return Speculation(
+        step_work(config, backend, rows, 1, context, expected_experts(config, rows)),
+        step_work(config, backend, rows, tokens, context, expected_experts(config, rows * tokens), verify=True),
+        draft_work(config, backend, rows, context),
+        drafts,
+    )
+
+
+def draft_work(config: Config, backend: Backend, rows: int, context: float) -> Work:
+    """A turn's drafts: one pass of the MTP layer over the k + 1 tokens that were judged, k - 1 over a single one more, and
+    each with the output head."""
+    c, storage = config, DTYPES[backend.dtype]
+    sparse = c.is_moe(c.num_hidden_layers)
+    dense_ffn = c.n_shared_experts * expert_weights(c) if sparse else 3 * c.hidden_size * c.intermediate_size
+    every_token = 2 * c.hidden_size**2 + attention_weights(c) + dense_ffn
+    gate = c.n_routed_experts * c.hidden_size if sparse else 0
+    chosen = c.num_experts_per_tok * expert_weights(c) if sparse else 0
+    head = c.vocab_size * c.hidden_size
+    per_token = bytes_per_token(c, storage, full=backend.attention == "naive", layers=1)
+    attention = attention_flops(c, absorbed=backend.attention == "absorbed")
+    weight_bytes = cache_bytes = flops = 0.0
+    for tokens in [backend.draft_tokens + 1] + [1] * (backend.draft_tokens - 1):
+        n = rows * tokens
+        hit = expected_experts(c, n) * expert_weights(c) if sparse else 0
+        weight_bytes += (every_token + hit + head + n * c.hidden_size) * storage.itemsize + gate * 4
+        cache_bytes += (rows * context + n) * per_token
+        flops += 2.0 * n * (every_token + gate + chosen) + 2.0 * rows * head + n * (context + (tokens + 1) / 2) * attention
+    return Work(weight_bytes, cache_bytes, flops)
 
 
 @dataclass(frozen=True)

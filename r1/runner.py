@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r1.backend import DTYPES, Backend, torch_device
-from r1.cache import Cache, bytes_per_token
+from r1.cache import Cache, LayerCache, bytes_per_token
 from r1.config import Config
 from r1.errors import InputError
-from r1.graphs import capture
+from r1.graphs import Call, capture
 from r1.machine import available_bytes
-from r1.model import Transformer
+from r1.model import Step, Transformer
 
 
 def round_rows(rows: int) -> int:
@@ -42,6 +43,9 @@ class Runner:
         if backend.memory == "expandable":
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         self.blocks: dict[str, list[Callable[..., Tensor]]] = {p: list(model.layers) for p in ("prefill", "decode")}
+        # The drafter of `speculate` (speculate.py): R1 has one MTP layer; of a model with several the first is used.
+        self.drafts = backend.draft_tokens if backend.speculate == "mtp" else 0
+        self.drafter: dict[str, Callable[..., Tensor]] = {p: model.mtp[0] for p in self.blocks} if self.drafts else {}
         if backend.compile:
             from r1.compiled import compile_block  # the compiler takes seconds to import, so only who uses it does
 
@@ -49,27 +53,30 @@ class Runner:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for phase in self.blocks:
                 self.blocks[phase] = [compile_block(block, phase, self.device) for block in model.layers]
+            for phase in self.drafter:
+                self.drafter[phase] = compile_block(model.mtp[0], phase, self.device)
         if backend.kernels == "triton":
             from r1.kernels import Chip, DecodeBlock  # Triton is optional: only who asks for it imports it
 
             self.blocks["decode"] = [DecodeBlock(block, Chip.of(self.device)) for block in model.layers]
 
     def cache(self, rows: int, tokens: int) -> Cache:
-        """A cache for `rows` rows of at least `tokens` tokens. Raises InputError where it would not fit the memory."""
+        """A cache for `rows` rows of at least `tokens` tokens, and what a last step may draft beyond them.
+
+        Under `speculate` it has one layer more, the drafter's. Raises InputError where it would not fit the memory.
+        """
         rows = round_rows(rows) if self.backend.cuda_graphs else rows
-        capacity = round_capacity(tokens)
+        capacity = round_capacity(tokens + self.drafts)
+        layers = self.config.num_hidden_layers + (self.drafts > 0)
         dtype = self.cache_dtype
-        needed = rows * capacity * bytes_per_token(self.config, dtype, self.full_cache)
+        needed = rows * capacity * bytes_per_token(self.config, dtype, self.full_cache, layers)
         available = available_bytes(self.device)
         if needed > available:
             raise InputError(
                 f"the cache of {rows} x {capacity} tokens needs {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free: "
                 "use fewer prompts, or shorter ones"
             )
-        return Cache(
-            self.config, rows, capacity, device=self.device, dtype=dtype, full=self.full_cache,
-            layers=self.config.num_hidden_layers,
-        )  # fmt: skip
+        return Cache(self.config, rows, capacity, device=self.device, dtype=dtype, full=self.full_cache, layers=layers)
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -90,13 +97,23 @@ class Runner:
         """Read prompts of any lengths, by chunks; returns each row's next-token logits, fp32 (B, W).
 
         Every row of the cache holds `depth` tokens before, and its own prompt's behind them afterwards.
+        """
+        with self.context():
+            return self.model.lm_head(self.read(prompts, cache, depth)).float()
+
+    def read(self, prompts: list[list[int]], cache: Cache, depth: int = 0) -> Tensor:
+        """`prefill` without the output head: each row's last hidden state (B, D).
+
         Shorter rows are padded at their end: padding sees real tokens and no real token sees it, and what it leaves in
-        the cache lies behind the row's length.
+        the cache lies behind the row's length. Where there is a drafter it reads along: its entry i is made of the hidden
+        state at i and the token at i + 1, so each row's last one waits for a token that isn't known yet (and the one at
+        `depth` - 1 was made without knowing this prompt).
         """
         with self.context():
             longest = max(map(len, prompts))
             padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
             tokens = torch.tensor(padded, device=self.device)  # (B, longest)
+            following = torch.nn.functional.pad(tokens[:, 1:], (0, 1))  # (B, longest)
             lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
             row = torch.arange(len(prompts), device=self.device)
             final = None
@@ -104,13 +121,22 @@ class Runner:
                 stop = min(longest, start + self.prefill_chunk)
                 positions = torch.arange(depth + start, depth + stop, device=self.device).expand(len(prompts), -1)
                 step = self.model.step("prefill", positions, depth + stop if depth + start else 0)
-                hidden = self.model(tokens[:, start:stop], step, cache.head(len(prompts), depth + stop), self.blocks["prefill"])
+                layers = cache.head(len(prompts), depth + stop)
+                hidden = self.model(tokens[:, start:stop], step, layers, self.blocks["prefill"])
+                if self.drafter:
+                    self.foresee(following[:, start:stop], hidden, step, layers)
                 last = hidden[row, (lengths - 1 - start).clamp(0, stop - start - 1)]  # (B, D)
                 final = last if final is None else torch.where((lengths > start)[:, None], last, final)
             cache.lengths[: len(prompts)].copy_(lengths + depth)
             if self.backend.memory == "empty-cache":
                 torch.cuda.empty_cache()
-            return self.model.lm_head(final).float()
+            assert final is not None  # no prompt is empty
+            return final
+
+    def foresee(self, following: Tensor, hidden: Tensor, step: Step, layers: list[LayerCache]) -> Tensor:
+        """The drafter on int64 (B, S) tokens, each `following` one of the hidden states (B, S, D) -> hidden states (B, S, D),
+        of which `lm_head` makes logits for the token after it. `layers` are the cache's, the drafter's last."""
+        return self.drafter[step.phase](self.model.embed_tokens(following), hidden, step, layers[-1])
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One step: tokens (B, S) come to stand behind each row's; returns fp32 logits (B, S, W), and the rows grow.
@@ -118,20 +144,34 @@ class Runner:
         Under `cuda_graphs` the logits are the graph's own memory, which the next step overwrites, and rows that the cache
         has beyond B are decoded too, to nobody.
         """
-        if not self.backend.cuda_graphs:
-            return self._decode(tokens, cache)
-        with torch.inference_mode():
-            rows = tokens.shape[0]
+        rows = tokens.shape[0]
+        if self.backend.cuda_graphs:
             tokens = torch.nn.functional.pad(tokens, (0, 0, 0, cache.rows - rows))
-            shape = tuple(tokens.shape)
-            if shape not in cache.graphs:
-                cache.graphs[shape] = capture(self._decode, tokens, cache)
-            return cache.graphs[shape].replay(tokens)[:rows]
+        (logits,) = self.call(("decode", *tokens.shape), self._decode, (tokens,), cache)
+        return logits[:rows]
 
-    def _decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        with self.context():
-            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.device)  # (B, S)
-            step = self.model.step("decode", positions, cache.capacity)
-            hidden = self.model(tokens, step, cache.layers, self.blocks["decode"])
-            cache.lengths += tokens.shape[1]
-            return self.model.lm_head(hidden).float()
+    def _decode(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, ...]:
+        step = self.behind(cache, tokens.shape[1])
+        hidden = self.model(tokens, step, cache.layers, self.blocks["decode"])
+        cache.lengths += tokens.shape[1]
+        return (self.model.lm_head(hidden).float(),)
+
+    def behind(self, cache: Cache, tokens: int) -> Step:
+        """A decode step for so many tokens of each row, which come to stand behind those that the cache holds."""
+        positions = cache.lengths[:, None] + torch.arange(tokens, device=self.device)  # (B, S)
+        return self.model.step("decode", positions, cache.capacity)
+
+    def call(self, key: tuple[Any, ...], step: Call, inputs: tuple[Tensor, ...], cache: Cache) -> tuple[Tensor, ...]:
+        """`step(*inputs, cache)`; under `cuda_graphs` captured the first time that the cache meets `key`, then replayed."""
+
+        def within(*arguments: Any) -> tuple[Tensor, ...]:
+            with self.context():
+                return step(*arguments)
+
+        if not self.backend.cuda_graphs:
+            return within(*inputs, cache)
+        with torch.inference_mode():
+            if key not in cache.graphs:
+                cache.graphs[key] = capture(within, inputs, cache)
+            outputs: tuple[Tensor, ...] = cache.graphs[key].replay(*inputs)
+            return outputs

@@ -784,7 +784,7 @@ def test_a_gpu_that_is_not_here(made: Path, capsys: pytest.CaptureFixture[str]) 
 NO_VALUES: dict[str, list[Any]] = {
     **{name: ["nonsense", "", None, ["loop"]] for name in backend.CHOICES},
     **{name: ["yes", 1, None] for name in ("compile", "cuda_graphs")},
-    **{name: [0, -1, 2.0, "2", True] for name in ("tp", "ep", "pp")},
+    **{name: [0, -1, 2.0, "2", True] for name in ("draft_tokens", "tp", "ep", "pp")},
 }
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from conftest import CountingBackend
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from tolerances import atol
@@ -522,26 +522,6 @@ def valueless_step(run: Runner) -> Tensor:
         cache = run.cache(2, 16)
         cache.lengths += torch.tensor([3, 5])
         return run.decode(torch.zeros(2, 1, dtype=torch.int64), cache)
-
-
-class CountingBackend:
-    """A compiler that only counts what it is asked to compile."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
-    torch._dynamo.reset()
-    counting = CountingBackend()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
-    yield counting
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("experts", ["gather", "grouped"])

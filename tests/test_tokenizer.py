@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
-from r1.chat import ReasoningSplitter, split_reasoning
+from r1.chat import ReasoningSplitter
 from r1.errors import InputError
 from r1.tokenizer import Tokenizer
 from r1.vocabulary import KIMI_PATTERN, SYMBOL_TO_BYTE
@@ -255,9 +255,8 @@ def test_splitter_opens_thinking_itself() -> None:
         ("a</thi", ("a</thi", "")),
     ],
 )
-def test_split_reasoning(text: str, parts: tuple[str, str], tmp_path: Path) -> None:
-    assert split_reasoning(text) == parts
-    # A vocabulary without </think>: the text counts, and says the same when it comes byte by byte.
+def test_split_by_text(text: str, parts: tuple[str, str], tmp_path: Path) -> None:
+    """A vocabulary without </think>: the text counts, and says the same when it comes byte by byte."""
     spec = json.loads((make_tiny(tmp_path) / "tokenizer.json").read_text(encoding="utf-8"))
     spec["added_tokens"] = spec["added_tokens"][:3]
     tokenizer = Tokenizer.load(write(tmp_path, tokenizer_json=spec))

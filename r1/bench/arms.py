@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1.backend import Backend
+from r1.config import Config, shape
 from r1.machine import Machine
 
 Settings = dict[str, Any]
@@ -46,6 +47,8 @@ class Workload:
     seed: int
     routing: str = "model"
     """"uniform": experts drawn evenly, see routing.py."""
+    assumed: float | None = None
+    """Under speculation, accept drafts with this probability whatever the model says: random weights draft badly."""
 
     @property
     def name(self) -> str:
@@ -55,7 +58,16 @@ class Workload:
 
     def describe(self) -> str:
         deep = f", {self.depth} tokens in the cache" if self.depth else ""
-        return f"{self.name}: batch {self.batch}, prompt {self.prompt}, new {self.new}{deep}"
+        assumed = "" if self.assumed is None else f", drafts accepted by a coin that says yes with {self.assumed:g}"
+        return f"{self.name}: batch {self.batch}, prompt {self.prompt}, new {self.new}{deep}{assumed}"
+
+    def config(self) -> Config:
+        """The model's. A published shape without an MTP layer gets one where its drafts' acceptance is assumed anyway."""
+        if self.model is not None:
+            return Config.load(self.model)
+        config = shape(self.shape or "", self.layers)
+        missing = self.assumed is not None and not config.num_nextn_predict_layers
+        return dataclasses.replace(config, num_nextn_predict_layers=1) if missing else config
 
 
 def common_settings(given: Settings) -> Settings:
@@ -70,9 +82,13 @@ def from_switches(given: Settings) -> list[Arm]:
     """Baseline (all off), each given switch alone, and, if there are several, all together."""
     base = Backend(**common_settings(given))
     switches = {name: value for name, value in given.items() if getattr(base, name) != value}
+    alone: list[Settings] = [{name: value} for name, value in switches.items()]
+    if "speculate" in switches and "draft_tokens" in switches:  # how it speculates is no switch of its own
+        alone = [s for s in alone if "speculate" not in s and "draft_tokens" not in s]
+        alone.append({name: switches[name] for name in ("speculate", "draft_tokens")})
     arms = [Arm("baseline", "baseline", base)]
-    arms += [Arm(label({n: v}), "alone", dataclasses.replace(base, **{n: v})) for n, v in switches.items()]
-    if len(switches) > 1:
+    arms += [Arm(label(settings), "alone", dataclasses.replace(base, **settings)) for settings in alone]
+    if len(alone) > 1:
         arms.append(Arm(label(switches), "together", dataclasses.replace(base, **switches)))
     return arms
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from r1.bench.report import FIELDS, SIZES
+from r1.bench.report import ALWAYS, FIELDS, SIZES
 from r1.errors import InputError
 
 Row = dict[str, Any]
@@ -21,7 +21,7 @@ Sizes = tuple[int, int, int, int]
 def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
     """A result that `bench.py -o json` printed. Raises InputError, naming the file, for what is none.
 
-    `complete`: every field of report.FIELDS must be there, not only those that a comparison reads.
+    `complete`: what a whole table needs must be there, not only what a comparison reads; fields that came later are null.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -41,8 +41,10 @@ def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
     for number, row in enumerate(rows, 1):
         if wrong := _wrong(row):
             raise InputError(f"{path}, row {number}: {wrong}: measure again")
-        if complete and not row.get("refused") and (lacking := FIELDS.keys() - row.keys()):
-            raise InputError(f"{path}, row {number}: it has no {', '.join(sorted(lacking))}: measure again")
+        if complete and not row.get("refused"):
+            rows[number - 1] = row = {name: row.get(name) for name in FIELDS}
+            if lacking := [name for name in ALWAYS if row[name] is None]:
+                raise InputError(f"{path}, row {number}: it has no {', '.join(lacking)}: measure again")
     return result
 
 

@@ -20,34 +20,51 @@ LOGITS_BYTES = 512 * 10**6
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The largest KL that passes, in nats: of the middle position, and on average."""
+
+    median_kl: float
+    mean_kl: float
+
+
+@dataclass(frozen=True)
 class Parity:
     """Distance from the reference. KL in nats, of the next-token distributions."""
 
     mean_kl: float
+    median_kl: float
     max_logit_difference: float
     top1_agreement: float
     positions: int
     bound: float
-    """mean_kl may be so much."""
+    """median_kl may be so much."""
+    mean_bound: float
 
     @property
     def passes(self) -> bool:
-        return self.mean_kl <= self.bound  # NaN fails
+        return self.median_kl <= self.bound and self.mean_kl <= self.mean_bound  # NaN fails
 
 
 FP32_BOUND = 1e-9
 """Sums in another order differ by 1e-7 relative, which KL squares."""
 ROUNDING_MARGIN = 4.0
 """How many times the rounding of one trusted run in a dtype another one may be off: each rounds at other places."""
+FLIP_MARGIN = 100.0
+"""The same for the mean. Where rounding decides a near tie between experts the other way, that position's logits jump, in one
+run and not in the next (traps.md 14): some positions carry the mean, and say little of the formula. The median does not see
+them, and rises with a wrong formula more than the mean does."""
 
 
-def bound(backend: Backend, rounding: dict[str, float]) -> float:
-    """The mean KL that rounding explains, on this model and text; a wrong formula exceeds it (tests/test_bench.py).
+def bound(backend: Backend, rounding: dict[str, Bound]) -> Bound:
+    """The KL that rounding explains, on this model and text; a wrong formula exceeds it (tests/test_bench.py).
 
     `rounding` has, by dtype, the KL of the reference's own code under autocast: measured each time, because how far rounding
     carries depends on how sharp the model's distributions are.
     """
-    return FP32_BOUND if backend.compute == "fp32" else FP32_BOUND + ROUNDING_MARGIN * rounding[backend.compute]
+    if backend.compute == "fp32":
+        return Bound(FP32_BOUND, FP32_BOUND)
+    made = rounding[backend.compute]
+    return Bound(FP32_BOUND + ROUNDING_MARGIN * made.median_kl, FP32_BOUND + FLIP_MARGIN * made.mean_kl)
 
 
 def rows_and_positions(batch: int, new: int, vocab_size: int) -> tuple[int, int]:
@@ -57,14 +74,15 @@ def rows_and_positions(batch: int, new: int, vocab_size: int) -> tuple[int, int]
     return rows, max(1, min(steps, LOGITS_BYTES // (4 * vocab_size * rows)))
 
 
-def compare(ours: list[Tensor], reference: Tensor, allowed: float) -> Parity:
-    """`ours`: P tensors of fp32 (B, W) logits; `reference`: fp32 (P, B, W); `allowed`: the largest mean KL that passes."""
-    kl, largest, agree = 0.0, 0.0, 0
+def compare(ours: list[Tensor], reference: Tensor, allowed: Bound) -> Parity:
+    """`ours`: P tensors of fp32 (B, W) logits; `reference`: fp32 (P, B, W); `allowed`: what passes."""
+    kls, largest, agree = [], 0.0, 0
     for logits, right in zip(ours, reference, strict=True):
         logits, right = logits.float(), right.to(logits.device)
         p, q = right.double().log_softmax(dim=-1), logits.double().log_softmax(dim=-1)  # KL of near twins cancels
-        kl += float((p.exp() * (p - q)).sum(dim=-1).mean())
+        kls.append((p.exp() * (p - q)).sum(dim=-1))  # (B,)
         largest = max(largest, float(torch.nan_to_num(logits - right, nan=float("inf")).abs().max()))
         agree += int((logits.argmax(-1) == right.argmax(-1)).sum())
-    count = len(ours) * ours[0].shape[0]
-    return Parity(kl / len(ours), largest, agree / count, count, allowed)
+    kl = torch.cat(kls)  # (P B,)
+    mean, median = float(kl.mean()), float(kl.quantile(0.5))
+    return Parity(mean, median, largest, agree / len(kl), len(kl), allowed.median_kl, allowed.mean_kl)

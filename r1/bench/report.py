@@ -33,21 +33,26 @@ FIELDS: dict[str, str] = {
     "crashed": "true where it should have been had, and broke down: a defect",
     "ttft_ms": "time to the first token, median",
     "tpot_ms": "(end to end - TTFT) / (new - 1), median over repetitions",
-    "tpot_p90_ms": "90th percentile of the single steps of all repetitions",
+    "tpot_p90_ms": "90th percentile of the single steps of all repetitions; one of speculation gives several tokens",
     "decode_tok_s": "batch / TPOT",
     "prefill_tok_s": "batch x prompt / TTFT",
     "speedup": "the baseline's TPOT / this one's, median over repetitions run in turn; null where parity fails",
     "speedup_low": "smallest of those ratios",
     "speedup_high": "largest of those ratios",
     "within_noise": "true where the ratios lie on both sides of 1; null with one repetition, which has no spread",
+    "acceptance": "share of drafts that were accepted, all repetitions; null without speculation",
+    "assumed": "the acceptance, where a coin of this probability decided and not the model: the row's text means nothing",
+    "tokens_per_step": "new tokens a step and row, of rows that were not done; 1 without speculation",
+    "predicted_speedup": "what so many tokens a step are worth against steps of one, by the bytes they move alone",
+    "pays_from": "the acceptance from which that is more than 1; null where not even all drafts would pay",
     "floor_ms": "the least TPOT that the measured copy bandwidth and matmul rate allow for this step's bytes and FLOPs",
-    "mbu": "bytes that a step must move / TPOT / measured copy bandwidth",
+    "mbu": "bytes that a step must move / time of a step (TPOT, without speculation) / measured copy bandwidth",
     "mfu_prefill": "FLOPs of the prompt / TTFT / measured matmul rate",
     "bottleneck": "what a step waits for: memory, compute, launches (kernels x gap) or, on a CPU, framework",
-    "step_gb": "bytes that a step must move",
+    "step_gb": "bytes that a step must move; under speculation a verification's and its drafts', uniform routing assumed",
     "moe_layer_us": "one MoE layer of a decode step, attention included, run as this arm runs its steps; null without one",
     "moe_layer_floor_us": "the least time that the measured rates allow for it",
-    "experts_hit": "different experts that a MoE layer uses in a step, average, as the reference routed",
+    "experts_hit": "different experts that a MoE layer uses in a step of one token a row, average, as the reference routed",
     "kernels": "kernels of one decode step; null on a CPU",
     "allocated_gb": "peak of the GPU's allocator; null on a CPU",
     "reserved_gb": "peak of what it took from the GPU; null on a CPU",
@@ -55,12 +60,14 @@ FIELDS: dict[str, str] = {
     "start_cold_s": "first call - second, nothing cached (but what a CPU can do): compilation and capture; null without either",
     "start_warm_s": "the same in a new process that finds the first one's compiled code; null without --warm-start",
     "break_even_tokens": "decode steps after which the cold start has paid for itself; null where it never does",
-    "parity": "true where mean_kl is within the bound for this arm's dtype",
-    "kl_bound": "the largest mean_kl that passes: what rounding to this arm's dtype explains, measured on this model and text",
+    "parity": "true where median_kl is within kl_bound, and mean_kl within a bound that leaves room for flipped experts",
+    "kl_bound": "the largest median_kl that passes: what rounding to this arm's dtype explains, measured on this model and text",
+    "median_kl": "nats, of the middle position; null in older results, whose kl_bound is for mean_kl",
     "mean_kl": "nats, next-token distributions against the fp32 eager reference on the same tokens",
     "max_logit_diff": "largest difference of one logit",
     "top1": "share of positions where both like the same token best",
     "positions": "how many positions were compared",
+    "same_text": "share of the reference's greedy text that this arm wrote before it parted; null where acceptance is assumed",
     "load_s": "seconds to load or make the model",
     "sm_mhz": "GPU clock after the last repetition, where it can be read",
     "power_w": "GPU power then",
@@ -68,7 +75,22 @@ FIELDS: dict[str, str] = {
     "repetitions": "raw: TTFT and total seconds of each repetition",
 }
 NESTED = ("backend", "repetitions")
+ALWAYS = (
+    "ttft_ms",
+    "tpot_ms",
+    "floor_ms",
+    "bottleneck",
+    "experts_hit",
+    "host_gb",
+    "mean_kl",
+    "kl_bound",
+    "max_logit_diff",
+    "top1",
+)
+"""Never null in a row that is not refused."""
 SIZES = ("batch", "prompt", "new", "depth")
+Found = dict[str, Any]
+"""What a worker answered."""
 
 
 def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -86,8 +108,9 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
     started = backend.compile or backend.cuda_graphs
     twice = found["cold"] is not None
     cold = found["cold"] if twice else found["warm"]["start_seconds"] if started else None
+    assumed = workload.assumed if backend.speculate != "off" else None
     out: dict[str, Any] = {
-        "arm": arm.name,
+        "arm": arm.name if assumed is None else f"{arm.name} (acceptance of {assumed:g} assumed)",
         "kind": arm.kind,
         "model": workload.name,
         **sizes,
@@ -98,7 +121,8 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
         "tpot_p90_ms": 1e3 * gaps[int(0.9 * (len(gaps) - 1))] if gaps else None,
         "decode_tok_s": workload.batch / tpot if tpot else None,
         "prefill_tok_s": workload.batch * workload.prompt / ttft,
-        **_roofline(workload, backend, config, reference, found["kernels"]["count"], tpot, ttft),
+        **_speculation(workload, backend, config, repetitions),
+        **_roofline(workload, backend, config, reference, found["kernels"]["count"], repetitions),
         "moe_layer_us": found["moe_layer"]["seconds"] and 1e6 * found["moe_layer"]["seconds"],
         "allocated_gb": memory["allocated"] and memory["allocated"] / 1e9,
         "reserved_gb": memory["reserved"] and memory["reserved"] / 1e9,
@@ -107,10 +131,12 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
         "start_warm_s": found["warm"]["start_seconds"] if twice else None,
         "parity": parity["passes"],
         "kl_bound": parity["bound"],
+        "median_kl": parity["median_kl"],
         "mean_kl": parity["mean_kl"],
         "max_logit_diff": parity["max_logit_difference"],
         "top1": parity["top1_agreement"],
         "positions": parity["positions"],
+        "same_text": parity["same_text"],
         "load_s": found["build"]["load_seconds"],
         "sm_mhz": repetitions[-1].get("sm_mhz"),
         "power_w": repetitions[-1].get("power_w"),
@@ -134,21 +160,42 @@ def _speedup(beside: list[dict[str, Any]], tpots: list[float], passes: bool, col
     return out
 
 
+def _speculation(w: Workload, backend: Backend, config: Config, repetitions: list[Found]) -> Found:
+    if backend.speculate == "off":
+        return {"tokens_per_step": 1.0}
+    turns, accepted = (sum(r[name] for r in repetitions) for name in ("turns", "accepted"))
+    if not turns:
+        return {}
+    model = roofline.speculation(config, backend, w.batch, w.depth + w.prompt + w.new / 2)
+    return {
+        "acceptance": accepted / turns / backend.draft_tokens,
+        "assumed": w.assumed,
+        "tokens_per_step": 1 + accepted / turns,
+        "predicted_speedup": model.speedup(1 + accepted / turns),
+        "pays_from": model.pays_from(),
+    }
+
+
 def _roofline(
-    w: Workload, backend: Backend, config: Config, reference: dict[str, Any], kernels: int | None, tpot: float, ttft: float
-) -> dict[str, Any]:
+    w: Workload, backend: Backend, config: Config, reference: Found, kernels: int | None, repetitions: list[Found]
+) -> Found:
     rates = roofline.Rates(**reference["rates"][backend.compute])
-    hit = reference["reference"]["experts_hit"]
-    work = roofline.step_work(config, backend, w.batch, 1, w.depth + w.prompt + w.new / 2, hit)
+    hit, context = reference["reference"]["experts_hit"], w.depth + w.prompt + w.new / 2
+    work = roofline.step_work(config, backend, w.batch, 1, context, hit)
     fewer = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)  # without its last layer, a MoE layer
-    layer = work - roofline.step_work(fewer, backend, w.batch, 1, w.depth + w.prompt + w.new / 2, hit)
+    layer = work - roofline.step_work(fewer, backend, w.batch, 1, context, hit)
+    if backend.speculate != "off":
+        work = roofline.speculation(config, backend, w.batch, context).turn
+    ttft = statistics.median(r["ttft"] for r in repetitions)
+    seconds = statistics.median((r["total"] - r["ttft"]) / max(1, len(r["gaps"])) for r in repetitions)  # of a step
+    steps = statistics.median(len(r["gaps"]) / max(1, r["tokens"] - 1) for r in repetitions)  # for each token
     everything = min(config.n_routed_experts, w.batch * w.prompt * config.num_experts_per_tok)
     prompt = roofline.step_work(config, backend, w.batch, w.prompt, w.depth, everything)
     return {
-        "floor_ms": 1e3 * rates.seconds(work),
-        "mbu": work.nbytes / tpot / rates.copy if tpot else None,
+        "floor_ms": 1e3 * rates.seconds(work) * (steps or 1),
+        "mbu": work.nbytes / seconds / rates.copy if seconds else None,
         "mfu_prefill": prompt.flops / ttft / rates.matmul,
-        "bottleneck": roofline.bottleneck(work, rates, kernels, backend.cuda_graphs, tpot),
+        "bottleneck": roofline.bottleneck(work, rates, kernels, backend.cuda_graphs, seconds),
         "step_gb": work.nbytes / 1e9,
         "moe_layer_floor_us": 1e6 * rates.seconds(layer) if hit else None,
         "experts_hit": hit,
@@ -171,8 +218,8 @@ def same_workload(row: dict[str, Any], workload: Workload) -> bool:
 
 
 def _tpot(repetition: dict[str, Any]) -> float:
-    steps = len(repetition["gaps"])
-    return (repetition["total"] - repetition["ttft"]) / steps if steps else 0.0
+    more = repetition["tokens"] - 1
+    return (repetition["total"] - repetition["ttft"]) / more if more else 0.0
 
 
 def render(result: dict[str, Any], form: str) -> str:
@@ -207,7 +254,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "GB": lambda r: f"{r['host_gb'] if r['allocated_gb'] is None else r['allocated_gb']:.2f}",
     "start s (warm)": lambda r: _start_cell(r),
     "pays after": lambda r: "" if r["break_even_tokens"] is None else str(r["break_even_tokens"]),
-    "KL (bound)": lambda r: f"{r['mean_kl']:.1e} ({r['kl_bound']:.1e})",
+    "KL (bound)": lambda r: f"{r['mean_kl'] if r.get('median_kl') is None else r['median_kl']:.1e} ({r['kl_bound']:.1e})",
+    "mean KL": lambda r: f"{r['mean_kl']:.1e}",
     "max Δlogit": lambda r: f"{r['max_logit_diff']:.1e}",
     "top-1": lambda r: f"{r['top1']:.3f}",
 }
@@ -252,6 +300,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", result["workload"], ""]
     lines += table(result["rows"])
     lines += [f"\n{r['arm']}: {'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused']}" for r in result["rows"] if r["refused"]]
+    lines += [f"\n{r['arm']}: {_drafts(r)}" for r in result["rows"] if r.get("acceptance") is not None]
     noise = [r["arm"] for r in result["rows"] if r.get("within_noise")]
     if noise:
         lines += [f"\nNo difference from the baseline beyond the noise: {', '.join(noise)}."]
@@ -266,6 +315,18 @@ def markdown(result: dict[str, Any]) -> str:
         ]
     lines += [f"\n{note}" for note in result["notes"]]
     return "\n".join(lines)
+
+
+def _drafts(r: dict[str, Any]) -> str:
+    """What speculation did in a row, and what its bytes say of it."""
+    assumed = r["assumed"] is not None
+    how = f"ASSUMED, by a coin of {r['assumed']:g}: its text means nothing" if assumed else "by the model"
+    pays = "it never pays" if r["pays_from"] is None else f"it pays from {r['pays_from']:.0%}"
+    said = f"{r['acceptance']:.0%} of drafts accepted ({how}), {r['tokens_per_step']:.2f} tokens a step; "
+    said += f"by bytes alone worth {r['predicted_speedup']:.2f}x steps of one token, and {pays}."
+    if r["same_text"] is not None:
+        said += f" Its greedy text is the fp32 reference's for {r['same_text']:.1%} of the tokens compared."
+    return said
 
 
 def _verdict(p: dict[str, Any]) -> str:

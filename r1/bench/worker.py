@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,14 +31,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import r1
-from r1 import build, graphs, roofline
+from r1 import build, graphs, roofline, speculate
 from r1.backend import Backend, resolve, torch_device
 from r1.bench import parity
 from r1.bench.arms import Workload
-from r1.bench.parity import Parity
+from r1.bench.parity import Bound, Parity
 from r1.bench.routing import make_uniform
 from r1.bench.upcast import upcast
-from r1.config import Config, shape
 from r1.errors import InputError
 from r1.generate import Engine, Sampler
 from r1.machine import available_bytes, clocks_and_power
@@ -45,7 +46,7 @@ from r1.router import Router
 COMPILER_CHECKS = "compiler-checks"
 """Folder of what Inductor finds out of a CPU's vector instructions, by compiling: once for all arms, as on any machine."""
 COMMANDS = (
-    "build", "build_reference", "reference", "rates", "check_compiler", "warm", "measure", "parity", "kernels", "moe_layer",
+    "build", "build_reference", "reference", "rates", "warm", "measure", "parity", "kernels", "moe_layer",
     "memory", "trace",
 )  # fmt: skip
 
@@ -74,6 +75,16 @@ def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, 
             pipe.send({"refused": f"{command} failed with {type(error).__name__}: {first_line}", "crashed": True})
 
 
+def check_compiler(folder: Path) -> None:
+    """A process's main: let Inductor try the CPU's vector instructions, and keep what it finds for the arms that compile."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # seconds to import, and only this asks for it
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / COMPILER_CHECKS)
+    with contextlib.suppress(InvalidCxxCompiler):  # the arms will say so
+        pick_vec_isa()
+
+
 class Bench:
     """An engine and the workload it is measured on."""
 
@@ -81,6 +92,7 @@ class Bench:
 
     def __init__(self, backend: Backend, workload: Workload, folder: Path) -> None:
         self.backend, self.workload, self.folder = backend, workload, folder
+        self.text: list[list[int]] = []
 
     def build(self) -> dict[str, Any]:
         """Load or make the model; how long that took."""
@@ -89,7 +101,7 @@ class Bench:
         if w.model is not None:
             self.engine = r1.load(w.model, self.backend, batch=w.batch, quiet=True)
         else:
-            config = shape(w.shape or "", w.layers)
+            config = w.config()
             backend = resolve(self.backend, config, batch=w.batch)
             self.engine = Engine(build.from_shape(config, backend, seed=w.seed), backend)
         if w.routing == "uniform":
@@ -121,16 +133,30 @@ class Bench:
         return {"start_seconds": sum(max(0.0, first[k] - second[k]) for k in ("ttft", "second_token"))}
 
     def measure(self) -> dict[str, Any]:
-        """One repetition: seconds to the first token, to the last, and of each step between."""
+        """One repetition: seconds to the first token, to the last, and of each step between; how the drafts fared."""
+        w = self.workload
         self.fill()
         if self.engine.runner.device.type != "cpu":
             torch.cuda.reset_peak_memory_stats()  # building, compiling and the parity check have peaks of their own
         arrivals: list[float] = []
+        steps: list[list[list[int]]] = []
         start = time.perf_counter()
-        for _ in self.engine.steps(self.prompts, self.workload.new, Sampler(0.0), self.cache, self.workload.depth):
+        for step in self.engine.steps(self.prompts, w.new, Sampler(0.0, seed=w.seed), self.cache, w.depth, w.assumed):
             arrivals.append(time.perf_counter() - start)
+            steps.append(step)
         gaps = [after - before for before, after in pairwise(arrivals)]
+        self.text = [[token for step in steps for token in step[row]][: w.new] for row in range(w.batch)]
+        turns = accepted = 0
+        for row in range(w.batch):
+            written = 1
+            for step in steps[1:]:
+                if written < w.new:
+                    turns, accepted = turns + 1, accepted + len(step[row]) - 1
+                    written += len(step[row])
         return {
+            "tokens": w.new,
+            "turns": turns,
+            "accepted": accepted,
             "ttft": arrivals[0],
             "total": arrivals[-1],
             "gaps": gaps,
@@ -140,7 +166,7 @@ class Bench:
     def build_reference(self) -> dict[str, Any]:
         """The fp32 eager model: fp32 weights where they fit, else bf16 ones that every product widens."""
         w = self.workload
-        config = Config.load(w.model) if w.model is not None else shape(w.shape or "", w.layers)
+        config = w.config()
         backend = resolve(self.backend, config, batch=w.batch)
         needed = 4 * build.count_parameters(config) + 2 * build.HEADROOM
         if needed < available_bytes(torch_device(backend)):
@@ -174,16 +200,17 @@ class Bench:
             hook.remove()
         stacked = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}  # (P, B), (P, rows, W)
         save_file(stacked, self.folder / "reference.safetensors")
-        rounding = {amp: self._rounding(amp) for amp in ("bf16", "fp16")}
+        rounding = {amp: vars(self._rounding(amp)) for amp in ("bf16", "fp16")}
         (self.folder / "rounding.json").write_text(json.dumps(rounding))
         return {"experts_hit": sum(hits) / len(hits) if hits else 0.0, "rows": rows, "steps": steps}
 
-    def _rounding(self, amp: str) -> float:
+    def _rounding(self, amp: str) -> Bound:
         """The KL that this very code makes when its products are rounded to `amp`."""
         runner = self.engine.runner
         plain, runner.backend = runner.backend, dataclasses.replace(runner.backend, amp=amp)
         try:
-            return self._read_text(float("inf")).mean_kl
+            found = self._read_text(Bound(math.inf, math.inf))
+            return Bound(found.median_kl, found.mean_kl)
         finally:
             runner.backend = plain
 
@@ -191,32 +218,35 @@ class Bench:
         """The machine's ceilings, by dtype."""
         return {dtype: vars(rates) for dtype, rates in roofline.measure_rates(self.engine.runner.device, dtypes).items()}
 
-    def check_compiler(self) -> dict[str, Any]:
-        """Let Inductor try the CPU's vector instructions, and keep what it found for the arms that compile."""
-        from torch._inductor.cpu_vec_isa import pick_vec_isa  # a second to import, and only this asks for it
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / COMPILER_CHECKS)
-        start = time.perf_counter()
-        with contextlib.suppress(InvalidCxxCompiler):  # the arms will say so
-            pick_vec_isa()
-        return {"seconds": time.perf_counter() - start}
-
     def parity(self) -> dict[str, Any]:
         """Read the reference's text step by step, and compare the logits."""
-        rounding = json.loads((self.folder / "rounding.json").read_text())
+        kept = json.loads((self.folder / "rounding.json").read_text())
+        rounding = {amp: Bound(**made) for amp, made in kept.items()}
         found = self._read_text(parity.bound(self.engine.backend, rounding))
-        return vars(found) | {"passes": found.passes}
+        return vars(found) | {"passes": found.passes, "same_text": self._same_text()}
 
-    def _read_text(self, allowed: float) -> Parity:
+    def _same_text(self) -> float | None:
+        """The share of the reference's greedy text that was written before another token was; None where none was written,
+        or coins chose it."""
+        if not self.text or (self.workload.assumed is not None and self.engine.backend.speculate != "off"):
+            return None
+        kept = load_file(self.folder / "reference.safetensors")
+        rows, steps = kept["logits"].shape[1], len(kept["tokens"])
+        ours = torch.tensor(self.text[:rows])[:, :steps]  # (rows, P)
+        return float((ours == kept["tokens"].T[:rows]).long().cumprod(dim=1).double().mean())
+
+    def _read_text(self, allowed: Bound) -> Parity:
         kept = load_file(self.folder / "reference.safetensors")
         text, reference = kept["tokens"].to(self.engine.runner.device), kept["logits"]
         runner, rows = self.engine.runner, reference.shape[1]
         self.fill()
         ours: list[Tensor] = [runner.prefill(self.prompts, self.cache, self.workload.depth)[:rows].clone()]
-        for tokens in text[:-1]:
-            ours.append(runner.decode(tokens[:, None], self.cache)[:rows, -1].clone())
-        return parity.compare(ours, reference, allowed)
+        # As many tokens at a time as a step of this arm reads: a verification is held to the reference as it is computed.
+        width = self.engine.backend.step_tokens
+        text = torch.nn.functional.pad(text[:-1], (0, 0, 0, -(len(text) - 1) % width))  # (a multiple of S, B)
+        for start in range(0, len(text), width):
+            ours += runner.decode(text[start : start + width].T, self.cache)[:rows].clone().unbind(dim=1)
+        return parity.compare(ours[: len(reference)], reference, allowed)
 
     def kernels(self) -> dict[str, Any]:
         """How many kernels one decode step runs, and how long they are busy; None on a CPU."""
@@ -264,11 +294,18 @@ class Bench:
 
     def _profile(self) -> profile:
         self.fill()
-        tokens = self.engine.runner.prefill(self.prompts, self.cache, self.workload.depth).argmax(dim=-1)[:, None]
-        self.engine.runner.decode(tokens, self.cache)
+        runner, w = self.engine.runner, self.workload
+        if runner.drafts:
+            turns = speculate.launch(runner, self.prompts, Sampler(0.0, seed=w.seed), self.cache, w.depth, w.assumed)
+            next(turns)
+            step = partial(next, turns)
+        else:
+            tokens = runner.prefill(self.prompts, self.cache, w.depth).argmax(dim=-1)[:, None]
+            step = partial(runner.decode, tokens, self.cache)
+        step()
         gpu = self.engine.runner.device.type != "cpu"
         with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU], acc_events=True) as found:
-            self.engine.runner.decode(tokens, self.cache)
+            step()
             self.synchronize()
         return found
 

@@ -1,0 +1,47 @@
+"""A small model with sharp logits, and how it reads a text step by step: what test_gpu.py and test_pairs.py share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1.backend import Backend, resolve
+from r1.build import from_shape
+from r1.config import shape
+from r1.runner import Runner
+
+CONFIG = shape("tiny")
+PROMPTS = [[5, 9, 200, 7], [11, 3], [40, 41, 42, 43, 44, 45, 46]]
+STEPS = 6
+TEXTBOOK = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
+
+
+def runner(**switches: Any) -> Runner:
+    """A model of always the same weights, as these switches run it. Raises InputError where they can't be had."""
+    backend = resolve(Backend(**{"dtype": "fp32", **switches}), CONFIG, batch=len(PROMPTS))
+    model = from_shape(CONFIG, backend)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.startswith("mtp"):
+            parameter.mul_(3)  # calm random weights hide everything in flat logits
+        elif name.endswith("e_score_correction_bias"):
+            # No rounding flips an expert (traps.md 14): a flip moves logits by more than all rounding does.
+            parameter.copy_(torch.randperm(len(parameter), generator=generator) * 2.0)
+    return Runner(model, backend)
+
+
+def read(run: Runner, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Prefill the ragged prompts and decode `text` (P, B), as many tokens at a time as a step of `run` has; or what is
+    likeliest. Returns the text and the logits (P + 1, B, W)."""
+    cache = run.cache(len(PROMPTS), 64)
+    logits, chosen = [run.prefill(PROMPTS, cache).clone()], []
+    if text is None:
+        for _ in range(STEPS):
+            chosen.append(logits[-1].argmax(dim=-1))
+            logits.append(run.decode(chosen[-1][:, None], cache)[:, -1].clone())
+        return torch.stack(chosen), torch.stack(logits)
+    for tokens in text.split(run.backend.step_tokens):
+        logits += run.decode(tokens.T.contiguous(), cache).clone().unbind(1)
+    return text, torch.stack(logits)

@@ -1,0 +1,151 @@
+"""tools/tasks.py: the reasoning is right, the splits never meet, the checker lets nothing wrong pass."""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import pairwise
+
+import pytest
+import tasks
+from tasks import KINDS, LONGEST, TESTED, Operation, Problem, canonical, correct, draw, exam, phrase, text
+
+from r1 import InputError
+
+SUM = r"[\d(][\d+*() -]*\d\)?|\d+|-\d+"
+DRAWN = 1500
+
+
+def problems(kind: str, split: str = "train", count: int = DRAWN) -> list[Problem]:
+    rng = random.Random(f"{kind} {split}")
+    return [draw(rng, split, kind) for _ in range(count)]
+
+
+def compute(expression: str) -> int:
+    assert re.fullmatch(r"[\d+*() -]+", expression), expression
+    return int(eval(re.sub(r"\b0+(?=\d)", "", expression)))
+
+
+AS_SYMBOLS = {" plus ": "+", " minus ": "-", " times ": "*", ". That makes ": " -> ", ", carry 1": "", "; ": ", "}
+
+
+def in_symbols(reasoning: str) -> str:
+    for words, sign in AS_SYMBOLS.items():
+        reasoning = reasoning.replace(words, sign)
+    return re.sub(r"(?<=\d) is (?=\d)", "=", reasoning)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_statement_is_true(kind: str) -> None:
+    """Each equality that the reasoning writes, each "leaves" and each comparison; and it ends in the answer."""
+    rng = random.Random(0)
+    equalities = 0
+    for problem in problems(kind):
+        example = phrase(problem, rng)
+        reasoning = in_symbols(example.reasoning)
+        for chain in re.findall(rf"(?:(?:{SUM}) ?= ?)+(?:{SUM})", reasoning):
+            for left, right in pairwise(re.split(r" ?= ?", chain)):
+                assert compute(left) == compute(right), (problem.text, chain)
+                equalities += 1
+        for left in re.findall(r"leaves (.*)", reasoning):
+            assert compute(left) == problem.answer, (problem.text, left)
+        for more, less in re.findall(r"(\d+) is more than (\d+)", reasoning):
+            assert int(more) > int(less)
+        assert reasoning.endswith(str(problem.answer)), (problem.text, reasoning)
+        assert correct(problem, example.answer)
+    assert equalities >= DRAWN
+
+
+@pytest.mark.parametrize("kind", ["add", "sub", "mul", "expr"])
+def test_columns_are_the_digits_and_make_the_result(kind: str) -> None:
+    """The columns take the first operand's digits from the right, and their results, read backwards, are the line's result."""
+    rng = random.Random(0)
+    lines = 0
+    for problem in problems(kind):
+        reasoning = in_symbols(phrase(problem, rng).reasoning)
+        for first, sign, _, columns, result in re.findall(r"(\d+) ([+*-]) (\d+): ([^>]*) -> (\d+)", reasoning):
+            results = [column.split("=")[-1] for column in columns.split(", ")]
+            assert results[-1] + "".join(r[-1] for r in reversed(results[:-1])) == result, reasoning
+            for place, column in enumerate(columns.split(", ")[: len(first)]):
+                digit = re.split(r"[+*=-]", column)[0][-1]
+                assert digit == first[-1 - place], (reasoning, sign)
+            lines += 1
+    assert lines > DRAWN / 2
+
+
+def test_text_needs_its_parentheses() -> None:
+    """What is written has the value that it is said to have, by Python's own rules of precedence."""
+    for problem in problems("expr"):
+        assert compute(problem.text) == problem.answer
+    assert text(Operation(12, "-", Operation(7, "-", 3))) == "12 - (7 - 3)"
+    assert text(Operation(Operation(12, "+", 7), "*", 3)) == "(12 + 7) * 3"
+    assert text(Operation(12, "+", Operation(7, "*", 3))) == "12 + 7 * 3"
+    assert any("(" in problem.text for problem in problems("expr")), "parentheses are drawn"
+    assert {problem.text.count(" ") // 2 for problem in problems("expr")} == {2, 3}, "operations"
+
+
+def test_splits_never_meet() -> None:
+    for kind in TESTED:
+        train = {canonical(problem.expression) for problem in problems(kind, "train", 4000)}
+        test = {canonical(problem.expression) for problem in problems(kind, "test", 400)}
+        assert train and test and not train & test
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    split = {pair: Problem("mul", Operation(pair[0], "*", pair[1])).split for pair in pairs}
+    assert all(split[a, b] == split[b, a] for a, b in pairs), "47 * 86 and 86 * 47 are one problem"
+    assert 0.08 < sum(s == "test" for s in split.values()) / len(split) < 0.12
+    assert Problem("sub", Operation(47, "-", 86)).expression != Operation(86, "-", 47)
+    assert canonical(Operation(1, "-", 2)) != canonical(Operation(2, "-", 1))
+    assert all(problem.split == "train" for problem in problems("fact"))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["4043.", "404.", "40420.", "-4042.", "4042", "4042. Or 4043.", "47 * 86 = 4042. But no", "", "four thousand.", "4,042 .5."],
+)
+def test_checker_rejects(answer: str) -> None:
+    assert not correct(Problem("mul", Operation(47, "*", 86)), answer)
+
+
+def test_checker_accepts() -> None:
+    for answer in ("4042.", "47 * 86 = 4042.", "The answer is 4042.\n"):
+        assert correct(Problem("mul", Operation(47, "*", 86)), answer)
+    assert correct(Problem("sub", Operation(12, "-", 45)), "12 - 45 = -33.")
+    assert not correct(Problem("sub", Operation(12, "-", 45)), "12 - 45 = 33.")
+
+
+def test_exam() -> None:
+    """Different problems, all of the test split, as many of each kind, the same at each call; refused where there are too few."""
+    found = exam(200, seed=1)
+    assert found == exam(200, seed=1) != exam(200, seed=2)
+    assert len({problem.text for problem in found}) == 200
+    assert {problem.split for problem in found} == {"test"}
+    assert [sum(problem.kind == kind for problem in found) for kind in TESTED] == [50] * 4
+    with pytest.raises(InputError, match="no 100000 test problems of the kinds mul: ask for fewer"):
+        exam(100_000, kinds=["mul"])
+    with pytest.raises(InputError, match="facts are all trained on"):
+        exam(1, kinds=["fact"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_is_long_and_not_all_are_one_template(kind: str) -> None:
+    rng = random.Random(0)
+    examples = [phrase(problem, rng) for problem in problems(kind)]
+    assert max(example.size for example in examples) <= LONGEST
+    shapes = {re.sub(r"\d+", "#", example.question) for example in examples}
+    assert len(shapes) > 50
+    assert len({re.sub(r"\d+", "#", example.answer) for example in examples}) > 1
+
+
+def test_words_say_the_numbers() -> None:
+    said = {0: "zero", 13: "thirteen", 20: "twenty", 47: "forty-seven", 90: "ninety", 100: "100"}
+    assert {number: tasks._say(number, True) for number in said} == said
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tasks.main(["-n", "2", "--kinds", "mul"]) == 0
+    assert capsys.readouterr().out.count("</think>") == 2
+    assert tasks.main(["--kinds", "fact", "--split", "test"]) == 2
+    assert capsys.readouterr().err.startswith("tasks: facts are all trained on")
+    with pytest.raises(SystemExit) as caught:
+        tasks.main(["--kinds", "div"])
+    assert caught.value.code == 2
