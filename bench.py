@@ -18,6 +18,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -46,14 +48,20 @@ class Process:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, backend, workload, folder, compiled)
         self.process: BaseProcess = context.Process(target=worker.serve, args=arguments, daemon=True)
-        self.process.start()
+        with deaf():
+            self.process.start()
         theirs.close()
+        self.busy = False
 
     def ask(self, command: str, *arguments: object) -> Found:
         """Send a command and wait for its answer. A worker that died is an answer too."""
         try:
+            if self.busy:  # an interrupt came between a question and its answer: that one is nobody's
+                self.pipe.recv()
+            self.busy = True
             self.pipe.send((command, *arguments))
             answer: Found = self.pipe.recv()
+            self.busy = False
             return answer
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
@@ -74,9 +82,31 @@ class Process:
     def quit(self) -> None:
         """End the process and wait until its memory is free again."""
         if self.process.is_alive():
-            self.pipe.send("quit")
-        self.process.join(timeout=30)
+            if self.busy:
+                os.kill(self.process.pid or 0, signal.SIGUSR1)
+            else:
+                self.pipe.send("quit")
+            self.process.join(timeout=5 if self.busy else 30)
         self.process.kill()
+        self.process.join()
+
+
+def interrupt_once(_number: int, _frame: object) -> None:
+    """Ctrl-C, or a time limit's SIGTERM: ends the measuring, and a second one doesn't disturb what is kept of it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """A process that is started here ignores Ctrl-C and SIGTERM from its first moment: they are the parent's to handle."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,7 +235,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     result["workload"] = workloads[0].describe() if len(workloads) == 1 else workloads[0].name
     status = 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps what is finished, as Ctrl-C does
+    before = {number: signal.signal(number, interrupt_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for workload in workloads:
             if arguments.ablate:
@@ -221,6 +251,9 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         result["notes"].append("Interrupted: only what was finished is shown.")
         status = 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     say("")
     present(result, arguments)
     failed = any(row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"])
@@ -239,7 +272,8 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
     with tempfile.TemporaryDirectory(prefix="r1-bench-") as name:
         folder = Path(name)
         base = compared[0]
-        reference = make_reference(compared, workload, config, folder)
+        checks = CompilerChecks(compared, config, folder)
+        reference = make_reference(compared, workload, config, folder, checks)
         rates = reference["rates"]
         result["machine"] |= {
             "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,
@@ -255,6 +289,7 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
         try:
             if not first.start(arguments.warm_start):
                 raise InputError(f"the baseline can't be had: {first.found['refused']}")
+            checks.join()
             baseline_alone = [] if room > 1 or not timed else first.repeat(arguments.repetitions)
             if room == 1:
                 first.finish(arguments)
@@ -275,8 +310,10 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
             if room > 1:
                 first.finish(arguments)
         finally:
+            if first.found["measure"] and "moe_layer" not in first.found:  # interrupted: what the baseline has is kept
+                first.finish(arguments)
             first.process.quit()
-            if first.found["measure"] and "memory" in first.found:
+            if first.found["measure"] and "moe_layer" in first.found:
                 position = len(result["rows"]) - len([r for r in result["rows"] if report.same_workload(r, workload)])
                 result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
         for arm in compared:
@@ -308,7 +345,7 @@ class Session:
                 return False
             self.found["cold"] = cold["warm"]["start_seconds"]
             self.process = Process(self.arm.backend, self.workload, self.folder, self.compiled)
-        return self.process.ask_all(("build", "warm", "parity", "kernels", "moe_layer"), self.found, self.arm.name)
+        return self.process.ask_all(("build", "warm", "parity", "kernels"), self.found, self.arm.name)
 
     def once(self) -> Found:
         """One repetition."""
@@ -322,8 +359,8 @@ class Session:
         return [self.once() for _ in range(times)]
 
     def finish(self, arguments: argparse.Namespace) -> None:
-        """Peak memory, and a trace where one is wanted; the process is not needed afterwards."""
-        self.process.ask_all(("memory",), self.found, self.arm.name)
+        """Peak memory, a MoE layer's time, and a trace where one is wanted; the process is not needed afterwards."""
+        self.process.ask_all(("memory", "moe_layer"), self.found, self.arm.name)
         if arguments.profile and self.process.ask_all(("trace",), self.found, self.arm.name):
             stem = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
@@ -331,25 +368,41 @@ class Session:
         self.process.quit()
 
 
-def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path) -> Found:
+def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path, checks: CompilerChecks) -> Found:
     """The text and logits that every arm is held against, the experts it hits, and the machine's rates in the arms' dtypes."""
     textbook: dict[str, Any] = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
     plain = Backend(device=compared[0].backend.device, dtype="fp32", **textbook)
     found: Found = {}
     process = Process(plain, workload, folder, "inductor-reference")
-    checks = multiprocessing.get_context("spawn").Process(target=worker.check_compiler, args=(folder,), daemon=True)
-    needed = any(arm.backend.compile for arm in compared) and torch_device(resolve(plain, config)).type == "cpu"
-    if needed:
-        checks.start()  # beside the reference, which nobody times
-    fine = process.ask_all(("build_reference", "reference"), found, "fp32 reference")
-    if needed:
-        checks.join()
-    if fine:
-        found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
-    process.quit()
-    if not fine:
+    try:
+        if process.ask_all(("build_reference",), found, "fp32 reference"):
+            found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
+            checks.start()
+            process.ask_all(("reference",), found, "fp32 reference")
+    finally:
+        process.quit()
+    if "refused" in found:
         raise InputError(found["refused"])
     return found
+
+
+class CompilerChecks:
+    """What Inductor finds out of a CPU by compiling: in a process beside the reference and the baseline's warm-up, which nobody
+    times, and done before the first arm that compiles."""
+
+    def __init__(self, compared: list[Arm], config: Config, folder: Path) -> None:
+        needed = any(arm.backend.compile for arm in compared) and torch_device(resolve(compared[0].backend, config)).type == "cpu"
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=worker.check_compiler, args=(folder,), daemon=True) if needed else None
+
+    def start(self) -> None:
+        if self.process:
+            with deaf():
+                self.process.start()
+
+    def join(self) -> None:
+        if self.process:
+            self.process.join()
 
 
 def dtypes_of(compared: list[Arm], workload: Workload, config: Config) -> set[str]:

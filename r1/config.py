@@ -441,8 +441,8 @@ SHAPES: dict[str, Config] = {
         bos_token_id=100000, eos_token_ids=(100001,),
     ),
     "tiny": dataclasses.replace(
-        R1, vocab_size=320, hidden_size=160, num_hidden_layers=4, num_attention_heads=4, q_lora_rank=96, kv_lora_rank=80,
-        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, intermediate_size=416, moe_intermediate_size=72,
+        R1, vocab_size=320, hidden_size=160, num_hidden_layers=5, num_attention_heads=4, q_lora_rank=96, kv_lora_rank=80,
+        qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, intermediate_size=416, moe_intermediate_size=72,
         n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, first_k_dense_replace=1,
         max_position_embeddings=10240, yarn=dataclasses.replace(_R1_YARN, original_max_position_embeddings=256),
     ),

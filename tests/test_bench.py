@@ -6,7 +6,10 @@ import copy
 import csv
 import dataclasses
 import io
+import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +319,25 @@ def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
     assert baseline["parity"] and arm["parity"] and arm["speedup"] > 0 and len(arm["repetitions"]) == 2
     assert arm["backend"]["moe"] == "grouped" and baseline["backend"]["moe"] == "gather"
     assert result["machine"]["copy_gb_s"] > 0 and 0 < arm["experts_hit"] <= 16
+
+
+def test_an_interrupt_keeps_what_is_finished(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the second arm is measured: the first one's row is there, and the baseline's, and nothing hangs."""
+    calls, once, handler = itertools.count(1), bench.Session.once, signal.getsignal(signal.SIGINT)
+
+    def interrupted(session: bench.Session) -> dict[str, Any]:
+        if next(calls) == 6:
+            session.process.pipe.send(("measure",))  # a question whose answer nobody waits for
+            session.process.busy = True
+            os.kill(os.getpid(), signal.SIGINT)
+        return once(session)
+
+    monkeypatch.setattr(bench.Session, "once", interrupted)
+    arguments = ["--moe", "grouped", "--prefill-moe", "loop", "--device", "cpu", "--new", "4", "--prompt", "6", "-r", "2"]
+    assert bench.main([*arguments, "-o", "json"]) == 130
+    result = json.loads(capfd.readouterr().out)
+    assert [row["arm"] for row in result["rows"]] == ["baseline", "moe=grouped"] and "Interrupted" in result["notes"][0]
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_a_kept_result_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -408,10 +408,10 @@ def test_mtp_is_not_dropped_in_silence() -> None:
     """21. The layer behind the last is MTP's: left out with a word, loaded when asked for, refused where there is none."""
     tiny = ROOT / "weights" / "tiny-r1"
     plain = r1.load(tiny, Backend(device="cpu"), quiet=True)
-    assert len(plain.model.layers) == 4 and not len(plain.model.mtp)
+    assert len(plain.model.layers) == 5 and not len(plain.model.mtp)
     assert any("MTP layers are loaded only when asked for" in note for note in plain.notes)
     with_mtp = r1.load(tiny, Backend(device="cpu"), mtp=True, quiet=True)
-    assert len(with_mtp.model.layers) == 4 and len(with_mtp.model.mtp) == 1
+    assert len(with_mtp.model.layers) == 5 and len(with_mtp.model.mtp) == 1
     assert not any("asked for" in note for note in with_mtp.notes)
     assert torch.equal(plain.logits(torch.tensor([[0, 5, 7]])), with_mtp.logits(torch.tensor([[0, 5, 7]])))
     with pytest.raises(InputError, match="no MTP layer"):

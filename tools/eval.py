@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -35,6 +36,7 @@ from tasks import TESTED, Example, Problem, correct, exam, kinds, phrase
 import r1
 from r1 import Backend, Engine, InputError, switches
 from r1.__main__ import EMBEDDED
+from r1.generate import Completion
 from r1.router import Router
 
 Pair = tuple[list[int], list[int]]
@@ -61,15 +63,25 @@ class Reading:
         return math.exp(self.nats / max(1, self.tokens))
 
 
-def answers(engine: Engine, examples: Sequence[Example], *, think: bool, batch: int) -> list[Pair]:
-    """Each question's prompt, and what the model writes behind it."""
+def answers(engine: Engine, examples: Sequence[Example], *, think: bool, batch: int) -> tuple[list[Pair], list[Completion]]:
+    """Each question's prompt and what the model writes behind it; how it went."""
     assert engine.tokenizer is not None
     prompts = [encode(engine.tokenizer, example, think)[0] for example in examples]
-    written: list[list[int]] = []
+    completions: list[Completion] = []
     for start in range(0, len(prompts), batch):
-        completions = engine.generate(prompts[start : start + batch], max_new_tokens=NEW_TOKENS, temperature=0.0)
-        written += [completion.tokens for completion in completions]
-    return list(zip(prompts, written, strict=True))
+        completions += engine.generate(prompts[start : start + batch], max_new_tokens=NEW_TOKENS, temperature=0.0)
+    return [(prompt, done.tokens) for prompt, done in zip(prompts, completions, strict=True)], completions
+
+
+def speculation(completions: Sequence[Completion]) -> dict[str, float] | None:
+    """How drafts fared in all answers together; None where none were made."""
+    drafted, steps = (sum(getattr(done, name) for done in completions) for name in ("drafted", "steps"))
+    if not drafted:
+        return None
+    return {
+        "acceptance": sum(done.accepted for done in completions) / drafted,
+        "tokens_per_step": sum(len(done.tokens) - 1 for done in completions) / steps,
+    }
 
 
 @torch.inference_mode()
@@ -139,8 +151,8 @@ def examine(
         raise InputError("this checkpoint has no tokenizer, so it can't be asked anything")
     problems = exam(count, seed, kinds)
     examples = [phrase(problem, random.Random(f"{seed} {problem.text}")) for problem in problems]
-    thought = answers(engine, examples, think=True, batch=batch)
-    direct = answers(engine, examples, think=False, batch=batch)
+    thought, completions = answers(engine, examples, think=True, batch=batch)
+    direct, _ = answers(engine, examples, think=False, batch=batch)
     taught = read(engine, [encode(engine.tokenizer, example) for example in examples], batch)
     own = read(engine, thought, batch)
     relative = taught.loads / taught.loads.mean(dim=-1, keepdim=True)
@@ -153,6 +165,8 @@ def examine(
         "perplexity": taught.perplexity,
         "mtp_agreement": own.agreed / own.drafts if own.drafts else None,
         "tokens_per_answer": sum(len(written) for _, written in thought) / count,
+        "text": hashlib.sha256(json.dumps([thought, direct]).encode()).hexdigest(),
+        "speculation": speculation(completions),
         "load": [
             {"max": float(layer.max()), "min": float(layer.min()), "dead": int((layer == 0).sum())} for layer in relative
         ],
@@ -168,7 +182,11 @@ def report(figures: dict[str, Any]) -> str:
     lines.append(f"perplexity               {figures['perplexity']:.4f} a token")
     if figures["mtp_agreement"] is not None:
         lines.append(f"MTP agreement at k = 1   {figures['mtp_agreement']:.1%}")
+    if drafts := figures["speculation"]:
+        per_step = drafts["tokens_per_step"]
+        lines.append(f"speculation              {drafts['acceptance']:.1%} accepted, {per_step:.2f} tokens a step")
     lines.append(f"tokens per answer        {figures['tokens_per_answer']:.0f}")
+    lines.append(f"text                     {figures['text'][:16]} (the same wherever every token is)")
     for number, layer in enumerate(figures["load"]):
         lines.append(
             f"experts, MoE layer {number}     {layer['min']:.2f} to {layer['max']:.2f} of the mean, {layer['dead']} dead"

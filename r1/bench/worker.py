@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -54,11 +55,11 @@ COMMANDS = (
 def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, compiled: str) -> None:
     """The process's main: answers commands until "quit". `folder` holds the reference; `compiled` names this arm's cache of
     compiled code in it, which is cold for the first process that uses it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if (folder / COMPILER_CHECKS).is_dir() and not (folder / compiled).exists():
         shutil.copytree(folder / COMPILER_CHECKS, folder / compiled)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library greets on stderr otherwise
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit())  # the parent's word in the middle of a command
     bench = Bench(backend, workload, folder)
     commands: dict[str, Callable[..., dict[str, Any]]] = {name: getattr(bench, name) for name in COMMANDS}
     while (asked := pipe.recv()) != "quit":
