@@ -447,7 +447,7 @@ def test_bench_kernels_bad_input(arguments: list[str], said: str, capsys: pytest
 # ------------------------------------------------------------------------------------------------ for GPUs that aren't here
 @pytest.mark.parametrize(
     ("name", "batch", "dense", "sparse"),
-    [("moonlight-16b", 1, 7, 9), ("moonlight-16b", 8, 7, 11), ("r1", 1, 8, 10), ("r1", 8, 8, 12)],
+    [("moonlight-16b", 1, 7, 9), ("moonlight-16b", 8, 10, 12), ("r1", 1, 8, 10), ("r1", 8, 12, 14)],
 )
 def test_kernels_of_a_layer(name: str, batch: int, dense: int, sparse: int) -> None:
     """As r1/kernels says; each costs a launch."""

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
+from r1.kernels.chip import Chip, ceil_div, follow, power_of_two, product
 from r1.layers import swiglu
 from r1.moe import Experts, by_expert, gather
 
@@ -77,7 +77,10 @@ def experts(
     up_blocks, down_blocks = ceil_div(inner, use.up_outputs), ceil_div(dim, use.down_outputs)
     if use.rows == 1:
         chip.run(up_vector_kernel, (up_blocks, slots, tokens), x, indices, *ups, h, **up)
-        chip.run(down_vector_kernel, (down_blocks, tokens), h, indices, weights, *downs, residual, out, **down)
+        chip.run(
+            down_vector_kernel, (down_blocks, tokens), h, indices, weights, *downs, residual, out,
+            CHOSEN_PAD=power_of_two(chosen), **down,
+        )  # fmt: skip
         return out
     order, ends = sort_by_expert(chip, indices, count)
     chip.run(up_tile_kernel, (up_blocks, count + more), x, order, ends, *ups, h, tokens, count, ROWS=use.rows, **up)
@@ -121,8 +124,7 @@ SORT = {"torch": sort_by_expert_torch, "triton": sort_by_expert}
 @triton.jit
 def sort_kernel(indices, order, ends, choices, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program e: how many choices are of experts before e, and where those of e stand. Stable, hence always the same."""
-    let_next_start(PDL)
-    wait_for_previous(PDL)
+    follow(PDL)
     expert = tl.program_id(0)
     choice = tl.arange(0, BLOCK)
     index = tl.load(indices + choice, mask=choice < choices, other=2**31 - 1).to(tl.int32)
@@ -140,62 +142,80 @@ def up_vector_kernel(
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT of the inner values of one slot's expert: silu(gate) * up."""
-    let_next_start(PDL)
+    """BLOCK_OUT of the inner values of one slot's expert: silu(gate) * up.
+
+    The shared experts come first: which they are hangs on nobody's choice, so they are read while it is being made. (x is of
+    the kernel before that.)
+    """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    slot = tl.program_id(1)
+    slot = CHOSEN + SHARED - 1 - tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BLOCK_IN)
-    wait_for_previous(PDL)
-    matrix = routed
     if slot < CHOSEN:
-        matrix += tl.load(indices + token * CHOSEN + slot).to(tl.int64) * (2 * INNER * DIM)
-    elif SHARED > 0:
+        follow(PDL)
+        matrix = routed + tl.load(indices + token * CHOSEN + slot).to(tl.int64) * (2 * INNER * DIM)
+        inner = gated(x + token * DIM, matrix, INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+    else:
         matrix = shared + (slot - CHOSEN) * (INNER * DIM)
-    to_up = tl.where(slot < CHOSEN, INNER * DIM, SHARED * INNER * DIM)
+        inner = gated(x + token * DIM, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+        follow(PDL)
+    tl.store(h + (token * (CHOSEN + SHARED) + slot) * INNER + out, inner.to(h.dtype.element_ty), mask=out < INNER)
+
+
+@triton.jit
+def gated(
+    x, matrix, to_up, out, DIM: tl.constexpr, INNER: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
+):  # fmt: skip
+    """silu(gate x) * (up x) for the rows `out` of an expert's gate; its up stands `to_up` numbers behind. fp32 (BLOCK_OUT,)."""
+    d = tl.arange(0, BLOCK_IN)
     place = matrix + out[:, None] * DIM + d[None, :]
     gate = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     up = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for start in range(0, DIM, BLOCK_IN):
         mask = (out < INNER)[:, None] & (start + d < DIM)[None, :]
-        v = tl.load(x + token * DIM + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)[None, :]
+        v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(place + start, mask=mask, other=0.0).to(tl.float32) * v
         up += tl.load(place + to_up + start, mask=mask, other=0.0).to(tl.float32) * v
     gates = tl.sum(gate, axis=1)  # (BLOCK_OUT,)
-    inner = gates * tl.sigmoid(gates) * tl.sum(up, axis=1)
-    tl.store(h + (token * (CHOSEN + SHARED) + slot) * INNER + out, inner.to(h.dtype.element_ty), mask=out < INNER)
+    return gates * tl.sigmoid(gates) * tl.sum(up, axis=1)
 
 
 @triton.jit
 def down_vector_kernel(
     h, indices, weights, routed, shared, residual, y,
-    DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT of a token's outputs: the weighted sum over all of its slots, and the residual."""
-    let_next_start(PDL)
+    """BLOCK_OUT of a token's outputs: the weighted sum over all of its slots, and the residual.
+
+    The choice is older than the kernel ahead, so the chosen experts' first weights are under way before the wait.
+    """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = tl.program_id(1).to(tl.int64)
-    i = tl.arange(0, BLOCK_IN)
-    wait_for_previous(PDL)
+    i, slot = tl.arange(0, BLOCK_IN), tl.arange(0, CHOSEN_PAD)
+    expert = tl.load(indices + token * CHOSEN + slot, mask=slot < CHOSEN, other=0).to(tl.int64)
+    weight = tl.load(weights + token * CHOSEN + slot, mask=slot < CHOSEN, other=0.0)
+    real = ((out < DIM)[:, None] & (slot < CHOSEN)[None, :])[:, :, None]
+    place = routed + expert[None, :, None] * (DIM * INNER) + out[:, None, None] * INNER + i[None, None, :]
+    w = tl.load(place, mask=real & (i < INNER)[None, None, :], other=0.0)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
+    follow(PDL)
     h += token * (CHOSEN + SHARED) * INNER
-    sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    for slot in range(CHOSEN):
-        expert = tl.load(indices + token * CHOSEN + slot).to(tl.int64)
-        weight = tl.load(weights + token * CHOSEN + slot)
-        place = routed + expert * (DIM * INNER) + out[:, None] * INNER + i[None, :]
-        for start in range(0, INNER, BLOCK_IN):
-            v = tl.load(h + slot * INNER + start + i, mask=start + i < INNER, other=0.0).to(tl.float32) * weight
-            w = tl.load(place + start, mask=(out < DIM)[:, None] & (start + i < INNER)[None, :], other=0.0)
-            sums += w.to(tl.float32) * v[None, :]
+    sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, BLOCK_IN), tl.float32)
+    for start in range(0, INNER, BLOCK_IN):
+        mask = (slot < CHOSEN)[:, None] & (start + i < INNER)[None, :]
+        v = tl.load(h + slot[:, None] * INNER + start + i[None, :], mask=mask, other=0.0).to(tl.float32) * weight[:, None]
+        sums += w.to(tl.float32) * v[None, :, :]
+        w = tl.load(place + start + BLOCK_IN, mask=real & (start + BLOCK_IN + i < INNER)[None, None, :], other=0.0)
+    total = tl.sum(tl.reshape(sums, (BLOCK_OUT, CHOSEN_PAD * BLOCK_IN)), axis=1)  # (BLOCK_OUT,)
     if SHARED > 0:
         wide: tl.constexpr = SHARED * INNER  # the shared slots' h stand side by side, as its matrix has its columns
-        for start in range(0, wide, BLOCK_IN):
-            v = tl.load(h + CHOSEN * INNER + start + i, mask=start + i < wide, other=0.0).to(tl.float32)
-            place = shared + out[:, None] * wide + (start + i)[None, :]
-            w = tl.load(place, mask=(out < DIM)[:, None] & (start + i < wide)[None, :], other=0.0)
-            sums += w.to(tl.float32) * v[None, :]
-    total = tl.sum(sums, axis=1)  # (BLOCK_OUT,)
+        rest = tl.zeros((BLOCK_OUT, CHOSEN_PAD * BLOCK_IN), tl.float32)
+        more = tl.arange(0, CHOSEN_PAD * BLOCK_IN)
+        for start in range(0, wide, CHOSEN_PAD * BLOCK_IN):
+            at = start + more
+            v = tl.load(h + CHOSEN * INNER + at, mask=at < wide, other=0.0).to(tl.float32)
+            w_mask = (out < DIM)[:, None] & (at < wide)[None, :]
+            rest += tl.load(shared + out[:, None] * wide + at[None, :], mask=w_mask, other=0.0).to(tl.float32) * v[None, :]
+        total += tl.sum(rest, axis=1)
     if residual is not None:
         total += tl.load(residual + token * DIM + out, mask=out < DIM, other=0.0).to(tl.float32)
     tl.store(y + token * DIM + out, total.to(y.dtype.element_ty), mask=out < DIM)
@@ -230,11 +250,10 @@ def up_tile_kernel(
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT inner values of one expert, for all of its tokens, ROWS at a time; an expert that nobody chose has none."""
-    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     expert = tl.program_id(1)
     d = tl.arange(0, BLOCK_IN)
-    wait_for_previous(PDL)
+    follow(PDL)
     start, end = rows_of(expert, ends, tokens, count)
     matrix = routed
     if expert < count:
@@ -265,12 +284,11 @@ def down_tile_kernel(
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of one expert, weighted, for all of its tokens: into each one's own slot of y, fp32 (N, L, D)."""
-    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     expert = tl.program_id(1)
     i = tl.arange(0, BLOCK_IN)
-    wait_for_previous(PDL)
-    start, end = rows_of(expert, ends, tokens, count)
+    start, end = rows_of(expert, ends, tokens, count)  # the order is older than the kernel ahead
+    follow(PDL)
     matrix = routed
     if expert < count:
         matrix += expert.to(tl.int64) * (DIM * INNER)
@@ -294,10 +312,9 @@ def down_tile_kernel(
 @triton.jit
 def add_kernel(y, residual, out, DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """A token's slots added up in their order, and the residual."""
-    let_next_start(PDL)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
-    wait_for_previous(PDL)
+    follow(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(SLOTS):
         total += tl.load(y + (token * SLOTS + slot) * DIM + d, mask=d < DIM, other=0.0)

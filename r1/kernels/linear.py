@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
+from r1.kernels.chip import Chip, ceil_div, follow, power_of_two, product
 from r1.layers import swiglu as swiglu_torch
 
 
@@ -55,13 +55,21 @@ def linear(
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs)
     use = launch or LinearLaunch.default(tokens, inputs, outputs, x.itemsize, chip)
-    kernel = vector_kernel if use.rows == 1 else tile_kernel
-    rows = {} if use.rows == 1 else {"ROWS": use.rows}
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
-    chip.run(
-        kernel, grid, x, x.stride(0), weight, norm, eps, residual, y, tokens, outputs, **rows,
-        INPUTS=inputs, SWIGLU=swiglu, BLOCK_OUT=use.outputs, BLOCK_IN=use.inputs, warps=use.warps, stages=use.stages,
-    )  # fmt: skip
+    block = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs, "warps": use.warps, "stages": use.stages}
+    if use.rows == 1:
+        chip.run(
+            vector_kernel, grid, x, x.stride(0), weight, norm, eps, residual, y, outputs, INPUTS=inputs, SWIGLU=swiglu, **block
+        )
+        return y
+    if norm is not None or swiglu:
+        h = x.new_empty(tokens, inputs)
+        chip.run(
+            prepare_kernel, (tokens,), x, x.stride(0), norm, eps, h, INPUTS=inputs, SWIGLU=swiglu,
+            BLOCK=min(2048, power_of_two(inputs)), warps=8,
+        )  # fmt: skip
+        x = h
+    chip.run(tile_kernel, grid, x, x.stride(0), weight, residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows, **block)
     return y
 
 
@@ -86,18 +94,17 @@ LINEAR = {"torch": linear_torch, "triton": linear}
 
 @triton.jit
 def vector_kernel(
-    x, x_stride, weight, norm, eps, residual, y, tokens, outputs,
+    x, x_stride, weight, norm, eps, residual, y, outputs,
     INPUTS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, BLOCK_OUT rows of W. Weights depend on no kernel, so the first are under way before the wait."""
-    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
     place = weight + out.to(tl.int64)[:, None] * INPUTS + columns[None, :]  # (BLOCK_OUT, BLOCK_IN)
     real = (out < outputs)[:, None]
     w = tl.load(place, mask=real & (columns < INPUTS)[None, :], other=0.0)
-    wait_for_previous(PDL)
+    follow(PDL)
     x += row * x_stride
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
@@ -120,36 +127,50 @@ def vector_kernel(
 
 
 @triton.jit
+def prepare_kernel(
+    x, x_stride, norm, eps, h, INPUTS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """One token's SwiGLU, or norm, once for all programs of the tiles: in their loop it would stand between load and tl.dot,
+    and keep the loads of x from being under way ahead of time."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride
+    columns = tl.arange(0, BLOCK)
+    follow(PDL)
+    factor = 1.0
+    if norm is not None:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, INPUTS, BLOCK):
+            v = tl.load(x + start + columns, mask=start + columns < INPUTS, other=0.0).to(tl.float32)
+            squares += v * v
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
+    for start in range(0, INPUTS, BLOCK):
+        at = start + columns
+        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+        if SWIGLU:
+            v *= tl.sigmoid(v) * tl.load(x + INPUTS + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+        if norm is not None:
+            v *= factor * tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+        tl.store(h + row * INPUTS + at, v.to(h.dtype.element_ty), mask=at < INPUTS)
+
+
+@triton.jit
 def tile_kernel(
-    x, x_stride, weight, norm, eps, residual, y, tokens, outputs,
-    INPUTS: tl.constexpr, SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    PDL: tl.constexpr,
+    x, x_stride, weight, residual, y, tokens, outputs,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT rows of W for ROWS tokens; the tile is y transposed, so that W's rows are the product's long side."""
-    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
-    wait_for_previous(PDL)
+    follow(PDL)
     sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
         w_mask = (out < outputs)[:, None] & (at < INPUTS)[None, :]
         w = tl.load(weight + out.to(tl.int64)[:, None] * INPUTS + at[None, :], mask=w_mask, other=0.0)
         mask = (at < INPUTS)[:, None] & (row < tokens)[None, :]
         v = tl.load(x + row[None, :] * x_stride + at[:, None], mask=mask, other=0.0)  # (BLOCK_IN, ROWS)
-        if SWIGLU:
-            up = tl.load(x + row[None, :] * x_stride + INPUTS + at[:, None], mask=mask, other=0.0).to(tl.float32)
-            gate = v.to(tl.float32)
-            v = (gate * tl.sigmoid(gate) * up).to(w.dtype)
-        if norm is not None:
-            wide = v.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
-            v = (wide * tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)[:, None]).to(w.dtype)
         sums = product(w, v, sums)
-    if norm is not None:
-        sums *= tl.rsqrt(squares / INPUTS + eps)[None, :]
     mask = (out < outputs)[:, None] & (row < tokens)[None, :]
     place = row[None, :] * outputs + out[:, None]
     if residual is not None:
