@@ -402,7 +402,7 @@ def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
     """Every case of the benchmark beside its twin, on this machine."""
     with torch.device(DEVICE), torch.inference_mode():
         found = list(bench_kernels.cases(bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], []))
-        assert len(found) == (10 if config.q_lora_rank else 9)
+        assert len(found) == (11 if config.q_lora_rank else 10)
         for case in found:
             assert bench_kernels.off(case, None) < 0.02, case.name
             assert case.nbytes > 0 and case.flops > 0 and len(case.copies) >= 2

@@ -218,6 +218,7 @@ def cases(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: S
         ("dense_up", lambda: linear_case("dense_up", place, tokens, dim, 2 * c.intermediate_size, norm=True)),
         ("dense_down", lambda: linear_case("dense_down", place, tokens, c.intermediate_size, dim, swiglu=True, residual=True)),
         ("route", lambda: route_case(place, c, tokens)),
+        ("lm_head", lambda: linear_case("lm_head", place, tokens, dim, c.vocab_size, norm=True)),
         ("experts", lambda: experts_case(place, c, tokens)),
     ]
     if c.q_lora_rank is not None:
@@ -308,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shape", default="moonlight-16b", help="comma list of " + ", ".join(SHAPES))
     made.add_argument("--batch", default="1,8,32", help="comma list of rows in a decode step")
     made.add_argument("--context", default="256,4096", help="comma list of tokens in the cache")
-    kernels = "qkv_a, q_b, latent, attention, o_proj, dense_up, dense_down, route, experts"
+    kernels = "qkv_a, q_b, latent, attention, o_proj, dense_up, dense_down, route, lm_head, experts"
     made.add_argument("--only", default="", help=f"comma list of {kernels}")
     made.add_argument("--sweep", type=float, default=0.0, metavar="SECONDS", help="search launch parameters, so long in all")
     made.add_argument("-o", "--output", type=Path, help="write JSON there")
@@ -341,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     bad = 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.0f} GB/s")
-    count = sum(len(contexts) + 8 for _ in shapes for _ in batches) if not only else len(shapes) * len(batches) * len(only)
+    count = sum(len(contexts) + 9 for _ in shapes for _ in batches) if not only else len(shapes) * len(batches) * len(only)
     with torch.inference_mode():
         for name, config in shapes.items():
             for batch in batches:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.attend import by_head, probabilities
-from r1.kernels.chip import Chip, ceil_div, follow, power_of_two, product
+from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
 
 if TYPE_CHECKING:
     from r1.cache import LayerCache
@@ -44,22 +44,25 @@ class AttentionLaunch:
     latents: int = 128
     sum_warps: int = 4
     sum_stages: int = 2
-    ahead: bool = False
-    """Whether the first keys are read before the wait for the kernel ahead."""
 
     @staticmethod
     def default(tokens: int, heads: int, latent: int, rope: int, capacity: int, itemsize: int, chip: Chip) -> AttentionLaunch:
         key = (power_of_two(latent, 16) + power_of_two(rope, 16)) * itemsize  # bytes of one key, and of one head's query
-        # Many heads make tiles that the matrix units take whole; few need room for many keys under way.
-        sizes = ((64, 32, 8), (32, 32, 8), (16, 16, 4)) if heads > 16 else ((16, 32, 4), (16, 16, 4))
-        fitting = (s for s in sizes if s[0] < 2 * heads and (s[0] + 2 * s[1]) * key + 2**13 <= chip.shared)
-        block, keys, warps = next(fitting, sizes[-1])
-        stages = max(1, min(3, (chip.shared - 2**13 - block * key) // (keys * key)))
-        most = min(64, power_of_two(ceil_div(capacity, keys)))
+        room = chip.shared - 2**13  # some is for probabilities and the compiler
+        block = next(b for b in (64, 32, 16) if b == 16 or (b <= heads and (b + 2 * 32) * key <= room))
         fill = max(1, chip.processors // (tokens * ceil_div(heads, block)))  # splits that give each processor one program
-        splits = min(most, 1 << (fill.bit_length() - 1))
-        columns = min(512 if splits <= 16 else 128, power_of_two(latent, 16))
-        return AttentionLaunch(block, keys, splits, warps, stages, max(16, splits), latents=columns, ahead=block == 16)
+        least = 16 if tokens == 1 else 64 if tokens <= 16 else 128  # keys that are worth a split: its sum costs, too
+        splits = 1 << (max(1, min(64, fill, capacity // least)).bit_length() - 1)
+        wanted = 64 if block > 16 else max(16, min(64, power_of_two(ceil_div(capacity, 4 * splits))))
+        keys = next(k for k in (64, 32, 16) if k == 16 or (k <= wanted and (block + 2 * k) * key <= room))
+        buffers = (room - block * key) // (keys * key)
+        stages = max(1, min(3, buffers if block > 16 else 1 + buffers))  # tiles of 16 heads pass through registers
+        few = splits <= 16
+        return AttentionLaunch(
+            block, keys, splits, 8 if block * keys > 512 else 4, stages, sum_rows=max(32 if block > 16 else 16, splits),
+            values=128 if few and block > 16 else 64 if few else 32,
+            latents=min(512 if few and block == 16 else 128, power_of_two(latent, 16)),
+        )  # fmt: skip
 
 
 def attention(
@@ -79,7 +82,7 @@ def attention(
         split_kernel, (ceil_div(heads, use.heads), use.splits, tokens), q_c, q_pe, cache, cache.stride(0), cache.stride(1),
         cache.shape[1], positions, new, part, weight, scale * LOG2_E, HEADS=heads, LATENT=latent, ROPE=rope,
         LATENT_PAD=power_of_two(latent, 16), ROPE_PAD=power_of_two(rope, 16), BLOCK_H=use.heads, BLOCK_T=use.keys,
-        SPLITS=use.splits, AHEAD=use.ahead, warps=use.warps, stages=use.stages,
+        SPLITS=use.splits, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     o = q_c.new_empty(tokens, heads, value)
     group = max(1, use.sum_rows // use.splits)
@@ -113,71 +116,49 @@ LOG2_E = 1.4426950408889634
 def split_kernel(
     q_c, q_pe, cache, cache_row, cache_slot, capacity, positions, new, part, weight, scale,
     HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, LATENT_PAD: tl.constexpr, ROPE_PAD: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; -inf of an empty split.
-
-    Only the step's own tokens are new to the cache: with AHEAD, a split's first keys but for these are under way before the
-    wait. They take registers.
-    """
+    """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; -inf of an empty split."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     split = tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
     c, r, t = tl.arange(0, LATENT_PAD), tl.arange(0, ROPE_PAD), tl.arange(0, BLOCK_T)
     length = tl.minimum(tl.load(positions + token).to(tl.int32) + 1, capacity)
-    fresh = tl.load(positions + token // new * new).to(tl.int32)  # from here on the kernel ahead writes
     each = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
     start = split * each
     end = tl.minimum(start + each, length)
     place = (token * HEADS + head) * SPLITS + split
-    cache += (token // new) * cache_row
-    if AHEAD:
-        at = start + t
-        k, kp = keys(cache, cache_slot, at, at < tl.minimum(end, fresh), c, r, LATENT, ROPE)
-    follow(PDL)
     if start < end:
         row = (token * HEADS + head)[:, None]
         real = (head < HEADS)[:, None]
         q = tl.load(q_c + row * LATENT + c[None, :], mask=real & (c < LATENT)[None, :], other=0.0)  # (BLOCK_H, LATENT_PAD)
         qp = tl.load(q_pe + row * ROPE + r[None, :], mask=real & (r < ROPE)[None, :], other=0.0)  # (BLOCK_H, ROPE_PAD)
+        cache += (token // new) * cache_row
         best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         mean = tl.zeros((BLOCK_H, LATENT_PAD), tl.float32)
-        if AHEAD:
-            k_new, kp_new = keys(cache, cache_slot, at, (at >= fresh) & (at < end), c, r, LATENT, ROPE)
-            old = (at < fresh)[:, None]
-            k, kp = tl.where(old, k, k_new), tl.where(old, kp, kp_new)
-            best, total, mean = meet(q, qp, k, kp, at < end, scale, best, total, mean, BLOCK_H, BLOCK_T)
-            start += BLOCK_T
         for first in range(start, end, BLOCK_T):
             at = first + t
-            k, kp = keys(cache, cache_slot, at, at < end, c, r, LATENT, ROPE)
-            best, total, mean = meet(q, qp, k, kp, at < end, scale, best, total, mean, BLOCK_H, BLOCK_T)
+            slot = cache + at.to(tl.int64)[:, None] * cache_slot
+            seen = (at < end)[:, None]
+            k = tl.load(slot + c[None, :], mask=seen & (c < LATENT)[None, :], other=0.0)  # (BLOCK_T, LATENT_PAD)
+            kp = tl.load(slot + LATENT + r[None, :], mask=seen & (r < ROPE)[None, :], other=0.0)  # (BLOCK_T, ROPE_PAD)
+            scores = product(q, tl.trans(k), tl.zeros((BLOCK_H, BLOCK_T), tl.float32))  # (BLOCK_H, BLOCK_T)
+            scores = product(qp, tl.trans(kp), scores)
+            scores = tl.where((at < end)[None, :], scores * scale, float("-inf"))
+            better = tl.maximum(best, tl.max(scores, axis=1))
+            p = tl.exp2(scores - better[:, None])
+            shrink = tl.exp2(best - better)
+            total = total * shrink + tl.sum(p, axis=1)
+            mean = product(p.to(k.dtype), k, mean * shrink[:, None])
+            best = better
         mean /= total[:, None]
         tl.store(part + place[:, None] * LATENT + c[None, :], mean.to(part.dtype.element_ty), mask=real & (c < LATENT)[None, :])
         tl.store(weight + place, best + tl.log2(total), mask=head < HEADS)
     else:
         tl.store(weight + place, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=head < HEADS)
-
-
-@triton.jit
-def keys(cache, cache_slot, at, wanted, c, r, LATENT: tl.constexpr, ROPE: tl.constexpr):
-    """The slots `at` of one row's cache: latents (BLOCK_T, LATENT_PAD), rotated keys (BLOCK_T, ROPE_PAD); 0 if not `wanted`."""
-    slot = cache + at.to(tl.int64)[:, None] * cache_slot
-    k = tl.load(slot + c[None, :], mask=wanted[:, None] & (c < LATENT)[None, :], other=0.0)
-    return k, tl.load(slot + LATENT + r[None, :], mask=wanted[:, None] & (r < ROPE)[None, :], other=0.0)
-
-
-@triton.jit
-def meet(q, qp, k, kp, seen, scale, best, total, mean, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Some more keys: the running maximum, sum of powers, and weighted sum of latents with them (online softmax)."""
-    scores = product(q, tl.trans(k), tl.zeros((BLOCK_H, BLOCK_T), tl.float32))
-    scores = product(qp, tl.trans(kp), scores)
-    scores = tl.where(seen[None, :], scores * scale, float("-inf"))
-    better = tl.maximum(best, tl.max(scores, axis=1))
-    p = tl.exp2(scores - better[:, None])
-    shrink = tl.exp2(best - better)
-    return better, total * shrink + tl.sum(p, axis=1), product(p.to(k.dtype), k, mean * shrink[:, None])
 
 
 @triton.jit
@@ -190,6 +171,7 @@ def sum_kernel(
 
     An empty split's mean was never written, and its weight of 0 keeps it from being read.
     """
+    let_next_start(PDL)
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1)
     rows: tl.constexpr = GROUP * SPLITS
@@ -198,8 +180,9 @@ def sum_kernel(
     place = (token.to(tl.int64) * HEADS + head) * SPLITS + row % SPLITS
     column = w_uv + head.to(tl.int64) * w_uv_head + v[None, :] * LATENT + c[:, None]  # (BLOCK_C, BLOCK_V)
     real = (v < VALUE)[None, :]
-    w = tl.load(column, mask=(c < LATENT)[:, None] & real, other=0.0)  # before the wait: weights
-    follow(PDL)
+    if BLOCK_C >= LATENT:
+        w = tl.load(column, mask=(c < LATENT)[:, None] & real, other=0.0)  # before the wait: weights
+    wait_for_previous(PDL)
     logs = tl.reshape(tl.load(weight + place, mask=token < tokens, other=0.0), (GROUP, SPLITS))
     share = tl.exp2(logs - tl.max(logs, axis=1)[:, None])
     share = tl.reshape(share / tl.sum(share, axis=1)[:, None], (rows,))
@@ -208,8 +191,9 @@ def sum_kernel(
     for start in range(0, LATENT, BLOCK_C):
         at = start + c
         mean = tl.load(part + place[:, None] * LATENT + at[None, :], mask=read[:, None] & (at < LATENT)[None, :], other=0.0)
+        if BLOCK_C < LATENT:
+            w = tl.load(column + start, mask=(at < LATENT)[:, None] & real, other=0.0)
         sums = product((mean.to(tl.float32) * share[:, None]).to(w.dtype), w, sums)
-        w = tl.load(column + start + BLOCK_C, mask=(at + BLOCK_C < LATENT)[:, None] & real, other=0.0)
     y = tl.sum(tl.reshape(sums, (GROUP, SPLITS, BLOCK_V)), axis=1)  # (GROUP, BLOCK_V)
     n = tl.program_id(2) * GROUP + tl.arange(0, GROUP)
     mask = (n < tokens)[:, None] & (v < VALUE)[None, :]

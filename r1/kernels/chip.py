@@ -45,15 +45,23 @@ class Chip:
 
 
 @triton.jit
-def follow(PDL: tl.constexpr):
-    """Wait until the kernel ahead has ended and what it wrote can be seen, then let the next one start its programs.
+def let_next_start(PDL: tl.constexpr):
+    """The next kernel may be scheduled as soon as all programs of this one have come here.
 
-    Every program of every kernel comes here once. So what runs before this runs beside the kernel ahead, and no other: it may
-    read weights, and all that was written before the kernel ahead, and must write nothing.
+    First of all, mostly. Behind the wait, where the next kernel reads before its own wait what is older than this kernel.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Behind this, all that earlier kernels wrote can be seen. Before it only weights may be read, and nothing written.
+
+    Each kernel must come here in every program: that is what makes the wait reach back further than one kernel.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, follow, power_of_two, product
+from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
 from r1.layers import swiglu
 from r1.moe import Experts, by_expert, gather
 
@@ -48,11 +48,12 @@ class ExpertsLaunch:
     @staticmethod
     def default(tokens: int, chosen: int, experts: int, dim: int, inner: int, itemsize: int, chip: Chip) -> ExpertsLaunch:
         if tokens == 1:
-            return ExpertsLaunch(1, 2, min(1024, power_of_two(dim)), 2, min(512, power_of_two(inner)))
+            return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, min(512, power_of_two(inner)))
         rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))  # few experts get twice their share
         columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
-        stages = max(1, min(4, chip.shared // 2 // ((2 * 32 + rows) * columns * itemsize)))
-        return ExpertsLaunch(rows, 32, columns, 32, columns, 4, stages)
+        up = 64 if chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize else 32
+        stages = max(1, min(3, chip.shared // ((2 * up + rows) * columns * itemsize)))
+        return ExpertsLaunch(rows, up, columns, 32, columns, 4, stages)
 
 
 def experts(
@@ -124,7 +125,8 @@ SORT = {"torch": sort_by_expert_torch, "triton": sort_by_expert}
 @triton.jit
 def sort_kernel(indices, order, ends, choices, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program e: how many choices are of experts before e, and where those of e stand. Stable, hence always the same."""
-    follow(PDL)
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     expert = tl.program_id(0)
     choice = tl.arange(0, BLOCK)
     index = tl.load(indices + choice, mask=choice < choices, other=2**31 - 1).to(tl.int32)
@@ -151,13 +153,15 @@ def up_vector_kernel(
     slot = CHOSEN + SHARED - 1 - tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
     if slot < CHOSEN:
-        follow(PDL)
+        wait_for_previous(PDL)
+        let_next_start(PDL)  # so late, because down_vector_kernel reads the choice before its own wait
         matrix = routed + tl.load(indices + token * CHOSEN + slot).to(tl.int64) * (2 * INNER * DIM)
         inner = gated(x + token * DIM, matrix, INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
     else:
         matrix = shared + (slot - CHOSEN) * (INNER * DIM)
         inner = gated(x + token * DIM, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
-        follow(PDL)
+        wait_for_previous(PDL)
+        let_next_start(PDL)
     tl.store(h + (token * (CHOSEN + SHARED) + slot) * INNER + out, inner.to(h.dtype.element_ty), mask=out < INNER)
 
 
@@ -189,6 +193,7 @@ def down_vector_kernel(
 
     The choice is older than the kernel ahead, so the chosen experts' first weights are under way before the wait.
     """
+    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = tl.program_id(1).to(tl.int64)
     i, slot = tl.arange(0, BLOCK_IN), tl.arange(0, CHOSEN_PAD)
@@ -197,7 +202,7 @@ def down_vector_kernel(
     real = ((out < DIM)[:, None] & (slot < CHOSEN)[None, :])[:, :, None]
     place = routed + expert[None, :, None] * (DIM * INNER) + out[:, None, None] * INNER + i[None, None, :]
     w = tl.load(place, mask=real & (i < INNER)[None, None, :], other=0.0)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
-    follow(PDL)
+    wait_for_previous(PDL)
     h += token * (CHOSEN + SHARED) * INNER
     sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, BLOCK_IN), tl.float32)
     for start in range(0, INNER, BLOCK_IN):
@@ -250,10 +255,11 @@ def up_tile_kernel(
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT inner values of one expert, for all of its tokens, ROWS at a time; an expert that nobody chose has none."""
+    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     expert = tl.program_id(1)
     d = tl.arange(0, BLOCK_IN)
-    follow(PDL)
+    wait_for_previous(PDL)
     start, end = rows_of(expert, ends, tokens, count)
     matrix = routed
     if expert < count:
@@ -284,11 +290,12 @@ def down_tile_kernel(
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of one expert, weighted, for all of its tokens: into each one's own slot of y, fp32 (N, L, D)."""
+    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     expert = tl.program_id(1)
     i = tl.arange(0, BLOCK_IN)
-    start, end = rows_of(expert, ends, tokens, count)  # the order is older than the kernel ahead
-    follow(PDL)
+    wait_for_previous(PDL)
+    start, end = rows_of(expert, ends, tokens, count)
     matrix = routed
     if expert < count:
         matrix += expert.to(tl.int64) * (DIM * INNER)
@@ -312,9 +319,10 @@ def down_tile_kernel(
 @triton.jit
 def add_kernel(y, residual, out, DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """A token's slots added up in their order, and the residual."""
+    let_next_start(PDL)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
-    follow(PDL)
+    wait_for_previous(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(SLOTS):
         total += tl.load(y + (token * SLOTS + slot) * DIM + d, mask=d < DIM, other=0.0)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, follow, power_of_two, product
+from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
 from r1.rope import rotate
 
 
@@ -79,6 +79,7 @@ def latent_kernel(
     ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Two kinds of programs in one launch: the first `absorbing` make queries, the others a token's cache entry each."""
+    let_next_start(PDL)
     program = tl.program_id(0)
     if program < absorbing:
         absorb(
@@ -86,7 +87,7 @@ def latent_kernel(
             HEADS, NOPE, ROPE, LATENT, NOPE_PAD, ROPE_PAD, ROWS, BLOCK_C, PDL,
         )  # fmt: skip
     else:
-        follow(PDL)
+        wait_for_previous(PDL)
         token = (program - absorbing).to(tl.int64)
         at = tl.load(positions + token)
         if at < capacity:
@@ -108,7 +109,7 @@ def absorb(
     c, p, r = block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, NOPE_PAD), tl.arange(0, ROPE_PAD)
     place = w_uk + head.to(tl.int64) * w_uk_head + p[:, None] * LATENT + c[None, :]
     w = tl.load(place, mask=(p < NOPE)[:, None] & (c < LATENT)[None, :], other=0.0)  # before the wait: weights
-    follow(PDL)
+    wait_for_previous(PDL)
     real = (row < tokens)[:, None]
     q += row[:, None] * q_stride + head * (NOPE + ROPE)  # (ROWS, 1)
     q_nope = tl.load(q + p[None, :], mask=real & (p < NOPE)[None, :], other=0.0)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, follow, power_of_two, product
+from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
 from r1.layers import swiglu as swiglu_torch
 
 
@@ -35,12 +35,10 @@ class LinearLaunch:
         if tokens == 1:
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
-        tiles = ceil_div(tokens, rows)
-        # Large tiles read x less often; but first of all every processor wants two programs.
-        fits = (each for each in (64, 32) if ceil_div(outputs, each) * tiles >= 2 * chip.processors)
-        block = next(fits, 16)
+        # Large tiles read x less often; but first of all there must be work for every processor.
+        block = 16 if outputs <= 16 * chip.processors else 64 if outputs >= 128 * chip.processors else 32
         columns = min(256 // itemsize, power_of_two(inputs, 16))
-        stages = max(1, min(4, chip.shared // 2 // ((block + rows) * columns * itemsize)))
+        stages = max(1, min(5, chip.shared // 2 // ((block + rows) * columns * itemsize)))
         return LinearLaunch(rows, block, columns, 4, stages)
 
 
@@ -98,13 +96,14 @@ def vector_kernel(
     INPUTS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, BLOCK_OUT rows of W. Weights depend on no kernel, so the first are under way before the wait."""
+    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
     place = weight + out.to(tl.int64)[:, None] * INPUTS + columns[None, :]  # (BLOCK_OUT, BLOCK_IN)
     real = (out < outputs)[:, None]
     w = tl.load(place, mask=real & (columns < INPUTS)[None, :], other=0.0)
-    follow(PDL)
+    wait_for_previous(PDL)
     x += row * x_stride
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
@@ -132,10 +131,11 @@ def prepare_kernel(
 ):  # fmt: skip
     """One token's SwiGLU, or norm, once for all programs of the tiles: in their loop it would stand between load and tl.dot,
     and keep the loads of x from being under way ahead of time."""
+    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     columns = tl.arange(0, BLOCK)
-    follow(PDL)
+    wait_for_previous(PDL)
     factor = 1.0
     if norm is not None:
         squares = tl.zeros((BLOCK,), tl.float32)
@@ -159,10 +159,11 @@ def tile_kernel(
     INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT rows of W for ROWS tokens; the tile is y transposed, so that W's rows are the product's long side."""
+    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
-    follow(PDL)
+    wait_for_previous(PDL)
     sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, follow, power_of_two
+from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, wait_for_previous
 from r1.router import Router
 
 
@@ -23,12 +23,12 @@ class RouterLaunch:
     """Each program makes the logits of `experts` experts for one token, `columns` of the hidden state at a time."""
 
     experts: int = 2
-    columns: int = 1024
+    columns: int = 2048
     warps: int = 4
 
     @staticmethod
     def default(dim: int) -> RouterLaunch:
-        return RouterLaunch(columns=min(1024, power_of_two(dim)))
+        return RouterLaunch(columns=min(2048, power_of_two(dim)))
 
 
 def route(
@@ -73,13 +73,14 @@ def logits_kernel(
 
     The norm comes first and is rounded, as layers.py does: the choice between near-tied experts hangs on such bits.
     """
+    let_next_start(PDL)
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x += token * DIM
     place = weight + expert[:, None] * DIM + d[None, :]
     w = tl.load(place, mask=(expert < experts)[:, None] & (d < DIM)[None, :], other=0.0)  # before the wait: weights
-    follow(PDL)
+    wait_for_previous(PDL)
     squares = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)
@@ -105,7 +106,8 @@ def choice_kernel(
     KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token's choice. Of equals the first wins. `draws`, where there are any, choose in the scores' place."""
-    follow(PDL)
+    wait_for_previous(PDL)
+    let_next_start(PDL)  # so late, because up_vector_kernel reads the normed x before its own wait
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, PAD)
     real = expert < EXPERTS
