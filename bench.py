@@ -11,19 +11,13 @@ import argparse
 import contextlib
 import itertools
 import multiprocessing
-import os
 import platform
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,82 +25,14 @@ from r1 import InputError, switches
 from r1.__main__ import EMBEDDED
 from r1.backend import DTYPES, Backend, resolve, torch_device
 from r1.bench import arms, merge, plot, report, worker
-from r1.bench.arms import Arm, Workload
+from r1.bench.arms import TEXTBOOK, Arm, Workload
+from r1.bench.process import Found, Process, interrupt_once, signals
 from r1.build import HEADROOM, count_parameters
 from r1.config import SHAPES, Config
+from r1.errors import hung_up
 from r1.machine import Machine, available_bytes, explain
 
-Found = dict[str, Any]
-
-
-class Process:
-    """A worker process and the pipe to it."""
-
-    def __init__(self, backend: Backend, workload: Workload, folder: Path, compiled: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe: Connection
-        self.pipe, theirs = context.Pipe()
-        arguments = (theirs, backend, workload, folder, compiled)
-        self.process: BaseProcess = context.Process(target=worker.serve, args=arguments, daemon=True)
-        with deaf():
-            self.process.start()
-        theirs.close()
-        self.busy = False
-
-    def ask(self, command: str, *arguments: object) -> Found:
-        """Send a command and wait for its answer. A worker that died is an answer too."""
-        try:
-            if self.busy:  # an interrupt came between a question and its answer: that one is nobody's
-                self.pipe.recv()
-            self.busy = True
-            self.pipe.send((command, *arguments))
-            answer: Found = self.pipe.recv()
-            self.busy = False
-            return answer
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            self.process.join()
-            said = f"its process ended with status {self.process.exitcode} (its own words are above)"
-            return {"refused": said, "crashed": True}
-
-    def ask_all(self, commands: tuple[str, ...], found: Found, name: str) -> bool:
-        """Ask one after the other into `found`; False where one is refused."""
-        for command in commands:
-            say(f"{name}: {command}")
-            answer = self.ask(command)
-            if "refused" in answer:
-                found |= answer
-                return False
-            found[command] = answer
-        return True
-
-    def quit(self) -> None:
-        """End the process and wait until its memory is free again."""
-        if self.process.is_alive():
-            if self.busy:
-                os.kill(self.process.pid or 0, signal.SIGUSR1)
-            else:
-                self.pipe.send("quit")
-            self.process.join(timeout=5 if self.busy else 30)
-        self.process.kill()
-        self.process.join()
-
-
-def interrupt_once(_number: int, _frame: object) -> None:
-    """Ctrl-C, or a time limit's SIGTERM: ends the measuring, and a second one doesn't disturb what is kept of it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def deaf() -> Iterator[None]:
-    """A process that is started here ignores Ctrl-C and SIGTERM from its first moment: they are the parent's to handle."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+REFERENCE = "fp32 reference"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,9 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return run(arguments)
-    except BrokenPipeError:  # who reads our output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return hung_up()
     except InputError as error:
         say("")
         print(f"bench: {error}", file=sys.stderr)
@@ -235,25 +160,22 @@ def run(arguments: argparse.Namespace) -> int:
     }
     result["workload"] = workloads[0].describe() if len(workloads) == 1 else workloads[0].name
     status = 0
-    before = {number: signal.signal(number, interrupt_once) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for workload in workloads:
-            if arguments.ablate:
-                compared = arms.ablation(given, machine, workload.batch, arguments.only)
-            else:
-                compared = [arm for arm in arms.from_switches(given) if arm.kind in ("baseline", *arguments.only)]
-            try:
-                measure(compared, workload, config, arguments, result)
-            except InputError as error:
-                if len(workloads) == 1:
-                    raise
-                result["notes"].append(f"{workload.describe()}: n/a: {error}")  # the other workloads' rows are kept
+        with signals(interrupt_once):  # a time limit keeps what is finished, as Ctrl-C does
+            for workload in workloads:
+                if arguments.ablate:
+                    compared = arms.ablation(given, machine, workload.batch, arguments.only)
+                else:
+                    compared = [arm for arm in arms.from_switches(given) if arm.kind in ("baseline", *arguments.only)]
+                try:
+                    measure(compared, workload, config, arguments, result)
+                except InputError as error:
+                    if len(workloads) == 1:
+                        raise
+                    result["notes"].append(f"{workload.describe()}: n/a: {error}")  # the other workloads' rows are kept
     except KeyboardInterrupt:
         result["notes"].append("Interrupted: only what was finished is shown.")
         status = 130
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     say("")
     present(result, arguments)
     failed = any(row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"])
@@ -269,10 +191,9 @@ def present(result: Found, arguments: argparse.Namespace) -> None:
 
 def measure(compared: list[Arm], workload: Workload, config: Config, arguments: argparse.Namespace, result: Found) -> None:
     """All arms on one workload; rows are added to `result` as they are finished."""
-    with tempfile.TemporaryDirectory(prefix="r1-bench-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="r1-bench-") as name, CompilerChecks(compared, config, Path(name)) as checks:
+        folder, position = Path(name), len(result["rows"])
         base = compared[0]
-        checks = CompilerChecks(compared, config, folder)
         reference = make_reference(compared, workload, config, folder, checks)
         rates = reference["rates"]
         result["machine"] |= {
@@ -290,7 +211,7 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
             if not first.start(arguments.warm_start):
                 raise InputError(f"the baseline can't be had: {first.found['refused']}")
             checks.join()
-            baseline_alone = [] if room > 1 or not timed else first.repeat(arguments.repetitions)
+            baseline_alone = first.repeat(arguments.repetitions) if room == 1 else []
             if room == 1:
                 first.finish(arguments)
             for arm in timed:
@@ -310,17 +231,18 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
             if room > 1:
                 first.finish(arguments)
         finally:
-            if first.found["measure"] and "moe_layer" not in first.found:  # interrupted: what the baseline has is kept
-                first.finish(arguments)
+            if first.found["measure"] and not first.found.keys() & {"moe_layer", "refused"}:
+                first.finish(arguments)  # interrupted: what the baseline has is kept
             first.process.quit()
-            if first.found["measure"] and "moe_layer" in first.found:
-                position = len(result["rows"]) - len([r for r in result["rows"] if report.same_workload(r, workload)])
+            if first.found["measure"]:
                 result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
         for arm in compared:
             if not arm.timed:
                 session = Session(arm, workload, folder)
-                session.process.ask_all(("build", "parity"), session.found, f"pair {arm.name}")
-                session.process.quit()
+                try:
+                    session.ask("build", "parity")
+                finally:
+                    session.process.quit()
                 result["pairs"].append(report.pair(arm, workload, session.found))
 
 
@@ -331,21 +253,27 @@ class Session:
         self.arm, self.workload, self.folder = arm, workload, folder
         self.found: Found = {"measure": [], "beside": [], "cold": None}
         self.compiled = "inductor-" + str(abs(hash(arm.backend)))
-        self.process = Process(arm.backend, workload, folder, self.compiled)
+        self.process = self.new_process()
+
+    def new_process(self) -> Process:
+        return Process(worker.serve, self.arm.backend, self.workload, self.folder, self.compiled)
+
+    def ask(self, *commands: str, how: str = "") -> bool:
+        """Ask one after the other, and keep the answers; False where one is refused."""
+        name = self.arm.name if self.arm.timed else f"pair {self.arm.name}"
+        return all(keep(self.found, self.process, name + how, command) for command in commands)
 
     def start(self, twice: bool) -> bool:
         """Build, warm up, check parity. With `twice` a compiled arm is started in a second process, which finds the cache of
         compiled code that the first one left, and is the one measured."""
         if self.arm.backend.compile and twice:
-            cold: Found = {}
-            fine = self.process.ask_all(("build", "warm"), cold, f"{self.arm.name}, cold cache")
+            fine = self.ask("build", "warm", how=", cold cache")
             self.process.quit()
             if not fine:
-                self.found |= {name: value for name, value in cold.items() if name in ("refused", "crashed")}
                 return False
-            self.found["cold"] = cold["warm"]["start_seconds"]
-            self.process = Process(self.arm.backend, self.workload, self.folder, self.compiled)
-        return self.process.ask_all(("build", "warm", "parity", "kernels"), self.found, self.arm.name)
+            self.found["cold"] = self.found["warm"]["start_seconds"]
+            self.process = self.new_process()
+        return self.ask("build", "warm", "parity", "kernels")
 
     def once(self) -> Found:
         """One repetition."""
@@ -360,8 +288,8 @@ class Session:
 
     def finish(self, arguments: argparse.Namespace) -> None:
         """Peak memory, a MoE layer's time, and a trace where one is wanted; the process is not needed afterwards."""
-        self.process.ask_all(("memory", "moe_layer"), self.found, self.arm.name)
-        if arguments.profile and self.process.ask_all(("trace",), self.found, self.arm.name):
+        self.ask("memory", "moe_layer")
+        if arguments.profile and self.ask("trace"):
             stem = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
             (arguments.profile / f"{stem}.txt").write_text(self.found["trace"]["table"])
@@ -370,20 +298,27 @@ class Session:
 
 def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path, checks: CompilerChecks) -> Found:
     """The text and logits that every arm is held against, the experts it hits, and the machine's rates in the arms' dtypes."""
-    textbook: dict[str, Any] = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
-    plain = Backend(device=compared[0].backend.device, dtype="fp32", **textbook)
+    plain = Backend(device=compared[0].backend.device, dtype="fp32", **TEXTBOOK)
+    dtypes = sorted(dtypes_of(compared, workload, config))
     found: Found = {}
-    process = Process(plain, workload, folder, "inductor-reference")
-    try:
-        if process.ask_all(("build_reference",), found, "fp32 reference"):
-            found["rates"] = process.ask("rates", sorted(dtypes_of(compared, workload, config)))
+    with Process(worker.serve, plain, workload, folder, "inductor-reference") as process:
+        if keep(found, process, REFERENCE, "build_reference") and keep(found, process, REFERENCE, "rates", dtypes):
             checks.start()
-            process.ask_all(("reference",), found, "fp32 reference")
-    finally:
-        process.quit()
+            keep(found, process, REFERENCE, "reference", dtypes)
     if "refused" in found:
         raise InputError(found["refused"])
     return found
+
+
+def keep(found: Found, process: Process, name: str, command: str, *arguments: object) -> bool:
+    """Put a command's answer into `found` under its name; where it is refused, the refusal, and False."""
+    say(f"{name}: {command}")
+    answer = process.ask(command, *arguments)
+    if "refused" in answer:
+        found |= answer
+        return False
+    found[command] = answer
+    return True
 
 
 class CompilerChecks:
@@ -397,12 +332,20 @@ class CompilerChecks:
 
     def start(self) -> None:
         if self.process:
-            with deaf():
+            with signals(signal.SIG_IGN):
                 self.process.start()
 
     def join(self) -> None:
         if self.process:
             self.process.join()
+
+    def __enter__(self) -> CompilerChecks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process and self.process.pid is not None:  # started, and not joined where an interrupt or an error came before
+            self.process.kill()
+            self.process.join()  # the folder it writes to is deleted next
 
 
 def dtypes_of(compared: list[Arm], workload: Workload, config: Config) -> set[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import r1
 from r1 import switches
+from r1.errors import hung_up
 from r1.generate import TEMPERATURE, TOP_P
 
 EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny-r1"
@@ -24,9 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     except r1.InputError as error:
         print(f"r1: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # who reads our output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        return hung_up()
     except KeyboardInterrupt:
         print(PLAIN if sys.stdout.isatty() else "")
         return 130

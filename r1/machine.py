@@ -158,6 +158,12 @@ def available_bytes(device: torch.device) -> int:
     return available
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given; a CPU has."""
+    if device.type != "cpu":
+        torch.cuda.synchronize()
+
+
 def clocks_and_power() -> dict[str, float]:
     """The GPU's clocks (MHz) and power (W) at this moment, where nvidia-smi or rocm-smi's twin tells; else empty."""
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):

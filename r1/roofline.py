@@ -9,7 +9,6 @@ Shapes: B rows of a step, S tokens of a row in it, T tokens in the cache, E expe
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from r1.backend import DTYPES, Backend
 from r1.cache import bytes_per_token
 from r1.config import Config
+from r1.machine import synchronize
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Work:
     @property
     def nbytes(self) -> float:
         return self.weight_bytes + self.cache_bytes
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.weight_bytes + other.weight_bytes, self.cache_bytes + other.cache_bytes, self.flops + other.flops)
 
     def __sub__(self, other: Work) -> Work:
         return Work(self.weight_bytes - other.weight_bytes, self.cache_bytes - other.cache_bytes, self.flops - other.flops)
@@ -108,8 +111,7 @@ class Speculation:
 
     @property
     def turn(self) -> Work:
-        pairs = zip(dataclasses.astuple(self.verify), dataclasses.astuple(self.draft), strict=True)
-        return Work(*(verify + draft for verify, draft in pairs))
+        return self.verify + self.draft
 
     def speedup(self, tokens: float) -> float:
         """What a turn that gives `tokens` tokens a row is worth by its bytes alone."""
@@ -232,14 +234,9 @@ def _best(call: Callable[[], object], device: torch.device, repeats: int = 10) -
     """Seconds of the fastest of some calls: a ceiling is what the machine can do, not what it did on average."""
     times = []
     for _ in range(repeats):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         call()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[2:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

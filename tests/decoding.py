@@ -15,7 +15,6 @@ from r1.runner import Runner
 CONFIG = shape("tiny")
 PROMPTS = [[5, 9, 200, 7], [11, 3], [40, 41, 42, 43, 44, 45, 46]]
 STEPS = 6
-TEXTBOOK = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
 
 
 def runner(**switches: Any) -> Runner:

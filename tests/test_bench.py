@@ -20,7 +20,8 @@ import bench
 from r1 import attend
 from r1.backend import Backend, resolve
 from r1.bench import arms, parity, report, worker
-from r1.bench.arms import Arm, Workload
+from r1.bench.arms import SIZES, TEXTBOOK, Arm, Workload
+from r1.bench.process import Found, Process
 from r1.bench.routing import make_uniform
 from r1.bench.upcast import upcast
 from r1.build import from_shape
@@ -123,9 +124,8 @@ def test_parity_passes_rounding_and_fails_a_wrong_formula() -> None:
 
 def test_reference_of_widened_weights_is_fp32s() -> None:
     config = shape("tiny")
-    textbook: dict[str, Any] = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
     tokens = torch.arange(30)[None]
-    fp32, bf16 = (resolve(Backend(device="cpu", dtype=dtype, **textbook), config) for dtype in ("fp32", "bf16"))
+    fp32, bf16 = (resolve(Backend(device="cpu", dtype=dtype, **TEXTBOOK), config) for dtype in ("fp32", "bf16"))
     wanted = Runner(from_shape(config, fp32), fp32).logits(tokens)
     model = from_shape(config, bf16)
     upcast(model)
@@ -295,7 +295,7 @@ def test_no_speedup_without_parity_or_beyond_the_noise() -> None:
 
 
 def test_every_form_of_output() -> None:
-    rows, sizes = [made_row(), made_row(passes=False)], dict.fromkeys(report.SIZES, 1)
+    rows, sizes = [made_row(), made_row(passes=False)], dict.fromkeys(SIZES, 1)
     rows.append(report.row(Arm("cuda_graphs", "alone", Backend()), WORK, {"refused": "no GPU here"}, REFERENCE, shape("tiny")))
     result = {
         "machine": {"name": "M", "torch": "2", "python": "3"}, "repetitions": 3, "workload": "w", "rows": rows, "notes": ["said"],
@@ -340,6 +340,31 @@ def test_an_interrupt_keeps_what_is_finished(capfd: pytest.CaptureFixture[str], 
     assert signal.getsignal(signal.SIGINT) == handler
 
 
+@pytest.mark.parametrize("switched", [[], ["--moe", "grouped"]])
+def test_room_for_one_model_only(switched: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline is measured before its process makes room for the next, also where no other arm comes after it."""
+    monkeypatch.setattr(bench, "how_many_fit", lambda *_: 1)
+    assert bench.main([*switched, "--device", "cpu", "--new", "4", "--prompt", "6", "-r", "2", "-o", "json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [row["kind"] for row in result["rows"]] == ["baseline", "alone"][: 1 + bool(switched)]
+    assert all(row["parity"] and len(row["repetitions"]) == 2 for row in result["rows"])
+    assert "Only one model fits" in result["notes"][0]
+
+
+def test_a_baseline_that_breaks_down_after_it_was_measured(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says why in its row, and the command fails."""
+    ask = Process.ask
+
+    def broken(process: Process, command: str, *arguments: object) -> Found:
+        return ask(process, command, "one argument too many") if command == "moe_layer" else ask(process, command, *arguments)
+
+    monkeypatch.setattr(Process, "ask", broken)
+    assert bench.main(["--device", "cpu", "--new", "3", "--prompt", "4", "-r", "1"]) == 1
+    assert "baseline: BROKE DOWN: moe_layer failed with TypeError" in capfd.readouterr().out
+
+
 def test_a_kept_result_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result: dict[str, Any] = {
         "schema": report.SCHEMA, "machine": {"name": "M", "torch": "2", "python": "3"}, "config": {}, "repetitions": 3,
@@ -369,7 +394,7 @@ def test_a_row_of_speculation(tmp_path: Path) -> None:
         plain = worker.Bench(Backend(device="cpu"), work, tmp_path)
         found = worker.Bench(Backend(device="cpu", **switched), work, tmp_path)
         plain.build_reference()
-        reference = REFERENCE | {"reference": plain.reference()}
+        reference = REFERENCE | {"reference": plain.reference([])}
         answers: dict[str, Any] = {"build": found.build(), "measure": [found.measure()], "beside": [], "cold": None}
         answers |= {name: getattr(found, name)() for name in ("warm", "parity", "kernels", "moe_layer", "memory")}
         assert "aten::" in found.trace()["table"]

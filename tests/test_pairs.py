@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import TEXTBOOK, read, runner
+from decoding import read, runner
 from torch import Tensor
 
 from r1.bench import parity
+from r1.bench.arms import TEXTBOOK
 from r1.errors import InputError
 
 GPU = torch.cuda.is_available()

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -29,9 +29,11 @@ import torch
 
 from r1 import InputError, build, switches
 from r1.backend import DTYPES, Backend, resolve, torch_device
+from r1.bench.process import Found, Process, answer, interrupt_once, signals
 from r1.config import SHAPES, Config, shape
-from r1.generate import Engine, Sampler
-from r1.machine import Machine
+from r1.generate import Engine
+from r1.machine import Machine, synchronize
+from r1.sampler import Sampler
 
 Measure = Callable[[], dict[str, float]]
 
@@ -45,7 +47,7 @@ def ours(config: Config, arguments: argparse.Namespace) -> Measure:
 
     def measure() -> dict[str, float]:
         cache.lengths.zero_()
-        _synchronize()
+        synchronize(engine.runner.device)
         start, arrivals = time.perf_counter(), []
         for _ in engine.steps(prompts, arguments.new, Sampler(0.0), cache):
             arrivals.append(time.perf_counter() - start)
@@ -83,10 +85,10 @@ def transformers(config: Config, arguments: argparse.Namespace, *, static: bool)
         options["cache_implementation"] = "static"
 
     def timed(new: int) -> float:
-        _synchronize()
+        synchronize(device)
         start = time.perf_counter()
         model.generate(tokens, max_new_tokens=new, min_new_tokens=new, **options)
-        _synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     def measure() -> dict[str, float]:
@@ -97,18 +99,23 @@ def transformers(config: Config, arguments: argparse.Namespace, *, static: bool)
 
 
 def serve(pipe: Connection, name: str, arguments: argparse.Namespace) -> None:
-    """One peer's process: warm up twice, then a repetition for each message."""
-    config = shape(arguments.shape, arguments.layers)
-    measure = ours(config, arguments) if name == "r1" else transformers(config, arguments, static="static" in name)
-    start = time.perf_counter()
-    measure()
-    first = time.perf_counter() - start
-    measure()
-    pipe.send({"first_call_s": first})
-    while pipe.recv() == "measure":
-        pipe.send(measure())
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    pipe.send({"allocated_gb": peak / 1e9})
+    """One peer's process: answers "start", which warms up twice, then "measure", a repetition, and "memory"."""
+    measure: Measure
+
+    def start() -> Found:
+        nonlocal measure
+        config = shape(arguments.shape, arguments.layers)
+        measure = ours(config, arguments) if name == "r1" else transformers(config, arguments, static="static" in name)
+        begin = time.perf_counter()
+        measure()
+        first = time.perf_counter() - begin
+        measure()
+        return {"first_call_s": first}
+
+    def memory() -> Found:
+        return {"allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0}
+
+    answer(pipe, {"start": start, "measure": lambda: measure(), "memory": memory})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for input that can't be used."""
+    """Returns the exit status: 0; 2 for input that can't be used, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         if find_spec("transformers") is None:
@@ -142,13 +149,16 @@ def main(argv: list[str] | None = None) -> int:
     versions = f"torch {torch.__version__}, transformers {version('transformers')}, python {platform.python_version()}"
     found = {"machine": f"{Machine.here().name}, {versions}", "arguments": vars(arguments)}
     try:
-        for figures in compare(names, arguments):
-            found["figures"] = figures
-            if arguments.output:
-                arguments.output.write_text(json.dumps(found, indent=1, default=str) + "\n")
+        with signals(interrupt_once):  # SIGTERM too must end the peers, which are deaf to it
+            for figures in compare(names, arguments):
+                found["figures"] = figures
+                if arguments.output:
+                    arguments.output.write_text(json.dumps(found, indent=1, default=str) + "\n")
     except InputError as error:
         print(f"compare_peers: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(found["machine"], "\n".join(table(found)), sep="\n\n")
     return 0
 
@@ -176,66 +186,42 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-class Peer:
-    """One side's process, started and warmed up."""
-
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        self.name = name
-        print(f"{name}: starting", file=sys.stderr)
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name, arguments), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.figures: dict[str, Any] = {**self._answer(), "repetitions": []}
-
-    def measure(self) -> dict[str, float]:
-        """One repetition: seconds to the first token, and per token after it."""
-        self.pipe.send("measure")
-        answer = self._answer()
-        self.figures["repetitions"].append(answer)
-        return answer
-
-    def quit(self) -> dict[str, Any]:
-        """End the process, so that its memory is free; returns its figures."""
-        self.pipe.send("quit")
-        self.figures |= self._answer()
-        self.process.join()
-        return self.figures
-
-    def _answer(self) -> Any:
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            raise InputError(
-                f"{self.name}: its process ended with status {self.process.exitcode} (its words are above)"
-            ) from None
-
-
 def compare(names: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, dict[str, Any]]]:
     """Measure each of `names` in turn with ours; yields all figures so far after each. Ours stays, the others come one after
     the other: two models need memory at a time. A peer's "beside" holds our repetitions that were taken in turn with its own.
     """
-    us = Peer("r1", arguments)
-    figures = {"r1": us.figures}
-    for name in names:
-        peer = Peer(name, arguments)
-        turns = [(us.measure(), peer.measure()) for _ in range(arguments.repetitions)]
-        figures[name] = peer.quit() | {"beside": [ours for ours, _ in turns]}
-        yield figures
-    us.quit()
+    with peer("r1", arguments) as us:
+        figures: dict[str, dict[str, Any]] = {"r1": {**us("start"), "repetitions": []}}
+        for name in names:
+            with peer(name, arguments) as them:
+                started = them("start")
+                turns = [(us("measure"), them("measure")) for _ in range(arguments.repetitions)]
+                beside, repetitions = [ours for ours, _ in turns], [theirs for _, theirs in turns]
+                figures["r1"]["repetitions"] += beside
+                figures[name] = {**started, "repetitions": repetitions, **them("memory"), "beside": beside}
+            yield figures
+        figures["r1"] |= us("memory")
     yield figures
+
+
+@contextmanager
+def peer(name: str, arguments: argparse.Namespace) -> Iterator[Callable[[str], Found]]:
+    """A peer's process, for as long as it is wanted: a function that asks it. Raises InputError where it can't answer."""
+    print(f"{name}: starting", file=sys.stderr)
+    with Process(serve, name, arguments) as process:
+
+        def ask(command: str) -> Found:
+            found = process.ask(command)
+            if "refused" in found:
+                raise InputError(f"{name}: {found['refused']}")
+            return found
+
+        yield ask
 
 
 def _prompts(config: Config, arguments: argparse.Namespace) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (arguments.batch, arguments.prompt), generator=generator)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

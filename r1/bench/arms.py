@@ -16,6 +16,12 @@ Settings = dict[str, Any]
 KINDS = ("alone", "together", "ladder", "all-but-one", "pairs")
 """What stands beside the baseline."""
 
+TEXTBOOK: Settings = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
+"""The model as one would write it down: full keys and values, one expert after the other."""
+
+SIZES = ("batch", "prompt", "new", "depth")
+"""What tells the workloads of one command apart."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -55,6 +61,11 @@ class Workload:
         """The checkpoint's folder, or the shape."""
         spread = ", routing uniform" if self.routing == "uniform" else ""
         return (self.model or f"{self.shape}{f', {self.layers} layers' if self.layers else ''}, random weights") + spread
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What SIZES names, by name."""
+        return {name: getattr(self, name) for name in SIZES}
 
     def describe(self) -> str:
         deep = f", {self.depth} tokens in the cache" if self.depth else ""
@@ -115,7 +126,7 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
     also a step alone, its last but one is also all but one.
     """
     steps = ladder_steps(given, machine, batch)
-    base = Backend(**common_settings(given), attention="naive", prefill_attention="naive", moe="loop", prefill_moe="loop")
+    base = Backend(**common_settings(given), **TEXTBOOK)
     experts = next(step for step in steps if "moe" in step)
 
     def arm(kind: str, parts: list[Settings], name: str) -> Arm:

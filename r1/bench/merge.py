@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from r1.bench.report import ALWAYS, FIELDS, SIZES
+from r1.bench.arms import SIZES
+from r1.bench.report import ALWAYS, FIELDS, SCHEMA, aligned, model_name
 from r1.errors import InputError
 
 Row = dict[str, Any]
@@ -29,9 +30,9 @@ def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
         raise InputError(f"{path} can't be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON ({error}): make it with bench.py -o json > {path.name}") from None
-    if not isinstance(result, dict) or result.get("schema") != 1:
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         schema = result.get("schema", "none") if isinstance(result, dict) else "none"
-        raise InputError(f"{path} is no result of this bench.py (schema {schema}, not 1): make it with -o json")
+        raise InputError(f"{path} is no result of this bench.py (schema {schema}, not {SCHEMA}): make it with -o json")
     rows = result.get("rows")
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} has no rows: measure again")
@@ -91,21 +92,20 @@ def compare(paths: list[Path], price: list[float] | None = None) -> str:
     lines: list[str] = []
     for model in models:
         first = next(i for (m, _), files in shared.items() if m == model for i in files)
-        lines += [f"{_model(results[first])}", ""]
+        lines += [model_name(results[first]), ""]
         varying = [k for k in range(1, 4) if len({sizes[k] for m, sizes in shared if m == model}) > 1]
-        head = ["machine", "memory GB", "arm", "dtype", "batch", *(SIZES[k] for k in varying), "TPOT ms", "tok/s", "MBU"]
-        head += ["price / M tokens"] if prices else []
-        table = [head, ["---", "---:", "---", "---"] + ["---:"] * (len(head) - 4)]
+        columns: dict[str, list[str]] = {}
         for (_, sizes), files in sorted((item for item in shared.items() if item[0][0] == model), key=lambda item: item[0][1]):
             for i, rows in files.items():
                 for arm, row in _chosen(rows):
-                    cells = [names[i], _number(results[i]["machine"].get("memory_gb"), 0), arm, _dtype(row), str(row["batch"])]
-                    cells += [str(sizes[k]) for k in varying] + _figures(row)
+                    memory = _number(results[i]["machine"].get("memory_gb"), 0)
+                    cells = {"machine": names[i], "memory GB": memory, "arm": arm, "dtype": _dtype(row)}
+                    cells |= {SIZES[k]: str(sizes[k]) for k in (0, *varying)} | _figures(row)
                     if prices:
-                        cells.append(_per_million(row, prices[i]))
-                    table.append([cell.replace("|", "\\|") for cell in cells])
-        widths = [max(len(line[k]) for line in table) for k in range(len(head))]
-        lines += ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in table]
+                        cells["price / M tokens"] = _per_million(row, prices[i])
+                    for name, cell in cells.items():
+                        columns.setdefault(name, []).append(cell)
+        lines += aligned(columns)
         fixed = [f"{SIZES[k]} {next(s for m, s in shared if m == model)[k]}" for k in range(1, 4) if k not in varying]
         lines += ["", f"In every row: {', '.join(fixed)}."] if fixed else []
         lines.append("")
@@ -156,14 +156,11 @@ def _arm(rows: list[Row], row: Row) -> str:
     return " + ".join(r["arm"].removeprefix("+ ") for r in ladder[: upto + 1])
 
 
-def _figures(row: Row) -> list[str]:
-    """TPOT, tokens/s, MBU."""
-    if row.get("refused"):
-        return ["n/a", "", ""]
-    if not row["parity"]:
-        return ["parity fails", "", ""]
-    share = row.get("mbu")
-    return [_number(row.get("tpot_ms"), 2), _number(row.get("decode_tok_s"), 1), "" if share is None else f"{100 * share:.0f}%"]
+def _figures(row: Row) -> dict[str, str]:
+    if row.get("refused") or not row["parity"]:
+        return {"TPOT ms": "n/a" if row.get("refused") else "parity fails", "tok/s": "", "MBU": ""}
+    share = "" if row.get("mbu") is None else f"{100 * row['mbu']:.0f}%"
+    return {"TPOT ms": _number(row.get("tpot_ms"), 2), "tok/s": _number(row.get("decode_tok_s"), 1), "MBU": share}
 
 
 def _per_million(row: Row, hour: float) -> str:
@@ -185,11 +182,7 @@ def _dtype(row: Row) -> str:
     return f"{backend.get('dtype', '')}" + (f", amp {amp}" if amp != "off" else "")
 
 
-def _model(result: dict[str, Any]) -> str:
-    return str(result.get("workload", "")).split(": batch")[0].rstrip("/").rsplit("/", 1)[-1]
-
-
 def _did(result: dict[str, Any], work: list[Sizes]) -> str:
     """A file's work in words."""
     sizes = "; ".join(", ".join(f"{name} {n}" for name, n in zip(SIZES, s, strict=True)) for s in work)
-    return f"{_model(result)}, {sizes}"
+    return f"{model_name(result)}, {sizes}"

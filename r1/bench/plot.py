@@ -15,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from r1.bench.arms import SIZES
+from r1.bench.report import model_name
 from r1.errors import InputError
 
 if TYPE_CHECKING:
@@ -159,7 +161,7 @@ def _series(rows: list[Row], same: tuple[str, ...], by: Callable[[Row], float]) 
 def _workloads(rows: list[Row]) -> dict[tuple[int, ...], list[Row]]:
     found: dict[tuple[int, ...], list[Row]] = {}
     for r in rows:
-        found.setdefault(tuple(r[name] for name in ("batch", "prompt", "new", "depth")), []).append(r)
+        found.setdefault(tuple(r[name] for name in SIZES), []).append(r)
     return found
 
 
@@ -169,9 +171,8 @@ def _timed(r: Row) -> bool:
 
 def _model(result: dict[str, Any]) -> str:
     """Model and dtype, as the title says them."""
-    name = str(result["workload"]).split(": batch")[0].rstrip("/")
     backend: dict[str, Any] = next((r["backend"] for r in result["rows"] if _timed(r) and r.get("backend")), {})
-    return " · ".join(part for part in (name.rsplit("/", 1)[-1], backend.get("dtype", "")) if part)
+    return " · ".join(part for part in (model_name(result), backend.get("dtype", "")) if part)
 
 
 # ---- the panels; each returns what is left to do once the panels' sizes are known ----

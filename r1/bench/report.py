@@ -11,13 +11,14 @@ import dataclasses
 import io
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from r1 import roofline
 from r1.backend import Backend
-from r1.bench.arms import Arm, Workload
+from r1.bench.arms import SIZES, Arm, Workload
+from r1.bench.process import Found
 from r1.config import Config
 
 SCHEMA = 1
@@ -88,16 +89,12 @@ ALWAYS = (
     "top1",
 )
 """Never null in a row that is not refused."""
-SIZES = ("batch", "prompt", "new", "depth")
-Found = dict[str, Any]
-"""What a worker answered."""
 
 
 def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str, Any], config: Config) -> dict[str, Any]:
     """One arm's findings as a row. `found` has the worker's answers by command, `reference` the reference's."""
-    sizes = {name: getattr(workload, name) for name in SIZES}
     if "refused" in found:
-        identity = {"arm": arm.name, "kind": arm.kind, "model": workload.name, **sizes}
+        identity = {"arm": arm.name, "kind": arm.kind, "model": workload.name, **workload.sizes}
         return identity | {"refused": found["refused"], "crashed": found.get("crashed", False)}
     repetitions = found["measure"]
     tpots = [_tpot(r) for r in repetitions]
@@ -113,7 +110,7 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
         "arm": arm.name if assumed is None else f"{arm.name} (acceptance of {assumed:g} assumed)",
         "kind": arm.kind,
         "model": workload.name,
-        **sizes,
+        **workload.sizes,
         "refused": None,
         "crashed": False,
         "ttft_ms": 1e3 * ttft,
@@ -205,16 +202,10 @@ def _roofline(
 
 def pair(arm: Arm, workload: Workload, found: dict[str, Any]) -> dict[str, Any]:
     """Two switches together: does it pass parity, or is it refused, and why."""
-    sizes = {name: getattr(workload, name) for name in SIZES}
-    out = {"pair": arm.name, **sizes, "refused": found.get("refused"), "crashed": found.get("crashed", False)}
+    out = {"pair": arm.name, **workload.sizes, "refused": found.get("refused"), "crashed": found.get("crashed", False)}
     if "parity" in found:
         out |= {"parity": found["parity"]["passes"], "mean_kl": found["parity"]["mean_kl"]}
     return out
-
-
-def same_workload(row: dict[str, Any], workload: Workload) -> bool:
-    """Whether a row is of this workload."""
-    return all(row[name] == getattr(workload, name) for name in SIZES)
 
 
 def _tpot(repetition: dict[str, Any]) -> float:
@@ -261,6 +252,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 IDENTITY = ("arm", *SIZES)
 """Columns that a refused row has too."""
+WORDS = ("arm", "machine", "dtype")
+"""Columns of text; the others are numbers, which stand to the right."""
 
 
 def _speedup_cell(r: Row) -> str:
@@ -280,14 +273,27 @@ def table(rows: list[Row], only: Sequence[str] = tuple(COLUMNS)) -> list[str]:
     Sizes that are the same in all rows are said above the table, batch excepted; columns that nothing fills are left out.
     """
     same = {name for name in SIZES if name != "batch" and len({r[name] for r in rows}) < 2}
-    columns: list[list[str]] = []
+    columns: dict[str, list[str]] = {}
     for name, cell in COLUMNS.items():
         cells = [cell(r) if not r["refused"] or name in IDENTITY else "n/a" if name == "TTFT ms" else "" for r in rows]
         if name in only and name not in same and any(cells):
-            width = max(map(len, (name, "---:", *cells)))
-            rule = "---" if name == "arm" else "---:"
-            columns.append([each.ljust(width) for each in (name, rule, *cells)])
-    return ["| " + " | ".join(line) + " |" for line in zip(*columns, strict=True)]
+            columns[name] = cells
+    return aligned(columns)
+
+
+def aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Columns of cells, by what stands above them, as lines of Markdown that also line up as plain text."""
+    padded = []
+    for name, cells in columns.items():
+        column = [name, "---" if name in WORDS else "---:", *(cell.replace("|", "\\|") for cell in cells)]
+        width = max(map(len, column))
+        padded.append([cell.ljust(width) for cell in column])
+    return ["| " + " | ".join(line) + " |" for line in zip(*padded, strict=True)]
+
+
+def model_name(result: dict[str, Any]) -> str:
+    """What a result's workload calls its model, without the folders before it."""
+    return str(result.get("workload", "")).split(": batch")[0].rstrip("/").rsplit("/", 1)[-1]
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -1,8 +1,6 @@
 """One arm's process: builds the model, warms up, and measures when it is told to.
 
-Each arm has a process of its own, so that no arm inherits another's allocator, caches or compiled code. The parent talks
-to it through a pipe: a command and its arguments go in, a dictionary comes out; `{"refused": sentence}` where the arm can't
-be had.
+The parent asks, and this answers: see process.py.
 """
 
 from __future__ import annotations
@@ -14,12 +12,9 @@ import math
 import os
 import resource
 import shutil
-import signal
 import statistics
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -37,12 +32,14 @@ from r1.backend import Backend, resolve, torch_device
 from r1.bench import parity
 from r1.bench.arms import Workload
 from r1.bench.parity import Bound, Parity
+from r1.bench.process import answer
 from r1.bench.routing import make_uniform
 from r1.bench.upcast import upcast
 from r1.errors import InputError
-from r1.generate import Engine, Sampler
-from r1.machine import available_bytes, clocks_and_power
+from r1.generate import Engine
+from r1.machine import available_bytes, clocks_and_power, synchronize
 from r1.router import Router
+from r1.sampler import Sampler
 
 COMPILER_CHECKS = "compiler-checks"
 """Folder of what Inductor finds out of a CPU's vector instructions, by compiling: once for all arms, as on any machine."""
@@ -59,21 +56,8 @@ def serve(pipe: Connection, backend: Backend, workload: Workload, folder: Path, 
         shutil.copytree(folder / COMPILER_CHECKS, folder / compiled)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library greets on stderr otherwise
-    signal.signal(signal.SIGUSR1, lambda *_: sys.exit())  # the parent's word in the middle of a command
     bench = Bench(backend, workload, folder)
-    commands: dict[str, Callable[..., dict[str, Any]]] = {name: getattr(bench, name) for name in COMMANDS}
-    while (asked := pipe.recv()) != "quit":
-        command, *arguments = asked
-        try:
-            pipe.send(commands[command](*arguments))
-        except InputError as error:
-            pipe.send({"refused": str(error)})
-        except torch.OutOfMemoryError:
-            pipe.send({"refused": f"out of memory on {backend.device}: use a smaller batch, dtype or model"})
-        except Exception as error:  # a defect, ours or torch's: it ends this arm, is told whole, and fails the command
-            traceback.print_exc()
-            first_line = str(error).strip().partition("\n")[0]
-            pipe.send({"refused": f"{command} failed with {type(error).__name__}: {first_line}", "crashed": True})
+    answer(pipe, {name: getattr(bench, name) for name in COMMANDS})
 
 
 def check_compiler(folder: Path) -> None:
@@ -96,7 +80,13 @@ class Bench:
         self.text: list[list[int]] = []
 
     def build(self) -> dict[str, Any]:
-        """Load or make the model; how long that took."""
+        """Load or make the model, and what it is measured on; how long the loading took."""
+        built = self.load()
+        self.prepare()
+        return built
+
+    def load(self) -> dict[str, Any]:
+        """Load or make the model, routed as the workload says."""
         w = self.workload
         start = time.perf_counter()
         if w.model is not None:
@@ -108,7 +98,6 @@ class Bench:
         if w.routing == "uniform":
             make_uniform(self.engine.model, w.seed)
         seconds = time.perf_counter() - start
-        self.prepare()
         return {"load_seconds": seconds, "backend": vars(self.engine.backend)}
 
     def prepare(self) -> None:
@@ -126,7 +115,7 @@ class Bench:
         self.cache.lengths.zero_()
         if self.workload.depth:
             self.engine.runner.prefill(self.before, self.cache)
-        self.synchronize()
+        synchronize(self.engine.runner.device)
 
     def warm(self) -> dict[str, Any]:
         """Run the whole workload twice, eager arms too; what the first call took over the second is start-up cost."""
@@ -173,14 +162,15 @@ class Bench:
         if needed < available_bytes(torch_device(backend)):
             return self.build()
         self.backend = dataclasses.replace(self.backend, dtype="bf16")
-        answer = self.build()
+        built = self.load()
         upcast(self.engine.model)
         self.engine.runner.cache_dtype = torch.float32
         self.prepare()
-        return answer
+        return built
 
-    def reference(self) -> dict[str, Any]:
-        """Continue the prompts greedily; keep tokens and logits, and count the experts that the steps hit."""
+    def reference(self, dtypes: Iterable[str]) -> dict[str, Any]:
+        """Continue the prompts greedily; keep tokens and logits, and what rounding to each of `dtypes`, which the arms compute
+        in, makes of them; count the experts that the steps hit."""
         w, runner = self.workload, self.engine.runner
         rows, steps = parity.rows_and_positions(w.batch, w.new, self.engine.config.vocab_size)
         self.fill()
@@ -199,18 +189,18 @@ class Bench:
                 logits = runner.decode(text[-1][:, None], self.cache)[:, -1]
         for hook in hooks:
             hook.remove()
-        stacked = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}  # (P, B), (P, rows, W)
-        save_file(stacked, self.folder / "reference.safetensors")
-        rounding = {amp: vars(self._rounding(amp)) for amp in ("bf16", "fp16")}
+        told = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}  # (P, B), (P, rows, W)
+        save_file(told, self.folder / "reference.safetensors")
+        rounding = {amp: vars(self._rounding(amp, told)) for amp in dtypes if amp != "fp32"}
         (self.folder / "rounding.json").write_text(json.dumps(rounding))
         return {"experts_hit": sum(hits) / len(hits) if hits else 0.0, "rows": rows, "steps": steps}
 
-    def _rounding(self, amp: str) -> Bound:
+    def _rounding(self, amp: str, told: dict[str, Tensor]) -> Bound:
         """The KL that this very code makes when its products are rounded to `amp`."""
         runner = self.engine.runner
         plain, runner.backend = runner.backend, dataclasses.replace(runner.backend, amp=amp)
         try:
-            found = self._read_text(Bound(math.inf, math.inf))
+            found = self._read_text(told, Bound(math.inf, math.inf))
             return Bound(found.median_kl, found.mean_kl)
         finally:
             runner.backend = plain
@@ -221,24 +211,22 @@ class Bench:
 
     def parity(self) -> dict[str, Any]:
         """Read the reference's text step by step, and compare the logits."""
-        kept = json.loads((self.folder / "rounding.json").read_text())
-        rounding = {amp: Bound(**made) for amp, made in kept.items()}
-        found = self._read_text(parity.bound(self.engine.backend, rounding))
-        return vars(found) | {"passes": found.passes, "same_text": self._same_text()}
+        told = load_file(self.folder / "reference.safetensors")
+        rounding = {amp: Bound(**made) for amp, made in json.loads((self.folder / "rounding.json").read_text()).items()}
+        found = self._read_text(told, parity.bound(self.engine.backend, rounding))
+        return vars(found) | {"passes": found.passes, "same_text": self._same_text(told)}
 
-    def _same_text(self) -> float | None:
+    def _same_text(self, told: dict[str, Tensor]) -> float | None:
         """The share of the reference's greedy text that was written before another token was; None where none was written,
         or coins chose it."""
         if not self.text or (self.workload.assumed is not None and self.engine.backend.speculate != "off"):
             return None
-        kept = load_file(self.folder / "reference.safetensors")
-        rows, steps = kept["logits"].shape[1], len(kept["tokens"])
+        rows, steps = told["logits"].shape[1], len(told["tokens"])
         ours = torch.tensor(self.text[:rows])[:, :steps]  # (rows, P)
-        return float((ours == kept["tokens"].T[:rows]).long().cumprod(dim=1).double().mean())
+        return float((ours == told["tokens"].T[:rows]).long().cumprod(dim=1).double().mean())
 
-    def _read_text(self, allowed: Bound) -> Parity:
-        kept = load_file(self.folder / "reference.safetensors")
-        text, reference = kept["tokens"].to(self.engine.runner.device), kept["logits"]
+    def _read_text(self, told: dict[str, Tensor], allowed: Bound) -> Parity:
+        text, reference = told["tokens"].to(self.engine.runner.device), told["logits"]
         runner, rows = self.engine.runner, reference.shape[1]
         self.fill()
         ours: list[Tensor] = [runner.prefill(self.prompts, self.cache, self.workload.depth)[:rows].clone()]
@@ -268,7 +256,7 @@ class Bench:
 
         def chain() -> None:
             with runner.context():
-                step = runner.model.step("decode", self.cache.lengths[:, None], self.cache.capacity)
+                step = runner.behind(self.cache, 1)
                 hidden = embedding
                 for layer in layers:
                     hidden = runner.blocks["decode"][layer](hidden, step, self.cache.layers[layer])
@@ -277,11 +265,11 @@ class Bench:
             chain = graphs.record(chain).replay
         calls, times = 8, []
         for _ in range(7):
-            self.synchronize()
+            synchronize(self.engine.runner.device)
             start = time.perf_counter()
             for _ in range(calls):  # one after the other, as steps are: the host launches ahead of the GPU
                 chain()
-            self.synchronize()
+            synchronize(self.engine.runner.device)
             times.append((time.perf_counter() - start) / calls)
         return {"seconds": statistics.median(times[2:]) / len(layers)}
 
@@ -307,7 +295,7 @@ class Bench:
         gpu = self.engine.runner.device.type != "cpu"
         with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU], acc_events=True) as found:
             step()
-            self.synchronize()
+            synchronize(self.engine.runner.device)
         return found
 
     def memory(self) -> dict[str, Any]:
@@ -316,7 +304,3 @@ class Bench:
         if self.engine.runner.device.type == "cpu":
             return {"allocated": None, "reserved": None, "host": host}
         return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(), "host": host}
-
-    def synchronize(self) -> None:
-        if self.engine.runner.device.type != "cpu":
-            torch.cuda.synchronize()
