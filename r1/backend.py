@@ -69,6 +69,8 @@ class Backend:
     took is given back before decoding."""
     kernels: str = "torch"
     """triton: a decode step's blocks are r1/kernels' fused ones, of which attention=triton and moe=triton are a part."""
+    tune: bool = False
+    """Search the launch parameters of kernels=triton on this GPU, for the shapes that come, and keep them (kernels/tune.py)."""
     quant: str = "none"
     speculate: str = "off"
     """mtp: the multi-token-prediction layer drafts tokens, and one step of the model verifies them (speculate.py)."""
@@ -83,7 +85,7 @@ class Backend:
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f"{name}={value!r}: choose {', '.join(choices)}")
-        for name in ("compile", "cuda_graphs"):
+        for name in ("compile", "cuda_graphs", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r}: choose True or False")
         for name in ("draft_tokens", "tp", "ep", "pp"):
@@ -160,6 +162,8 @@ def _device(backend: Backend, machine: Machine) -> str:
 
 def _triton(backend: Backend, machine: Machine) -> Backend:
     """The kernels read weights as they are stored; fused blocks hold the fused attention and experts."""
+    if backend.tune and backend.kernels != "triton":
+        raise InputError("tune searches the launch parameters of kernels=triton: add kernels=triton, or leave tune out")
     asked = [name for name in ("kernels", "attention", "moe") if getattr(backend, name) == "triton"]
     if not asked:
         return backend

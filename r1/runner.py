@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,10 @@ from r1.errors import InputError
 from r1.graphs import Call, capture
 from r1.machine import available_bytes
 from r1.model import Step, Transformer
+from r1.mtp import MTPLayer
+
+if TYPE_CHECKING:
+    from r1.kernels import Chip
 
 
 def round_rows(rows: int) -> int:
@@ -55,10 +61,21 @@ class Runner:
                 self.blocks[phase] = [compile_block(block, phase, self.device) for block in model.layers]
             for phase in self.drafter:
                 self.drafter[phase] = compile_block(model.mtp[0], phase, self.device)
+        self.chip: Chip | None = None
+        self.tune: Callable[[Runner, Cache], None] | None = None
         if backend.kernels == "triton":
             from r1.kernels import Chip, DecodeBlock  # Triton is optional: only who asks for it imports it
 
-            self.blocks["decode"] = [DecodeBlock(block, Chip.of(self.device)) for block in model.layers]
+            self.chip = Chip.of(self.device)
+            if backend.tune:
+                from r1.kernels import tune
+
+                self.chip = replace(self.chip, tuned=tune.load(torch.cuda.get_device_name(self.device)), asked={})
+                self.tune = tune.tune
+            self.blocks["decode"] = [DecodeBlock(block, self.chip) for block in model.layers]
+            if self.drafter:
+                mtp = cast(MTPLayer, model.mtp[0])
+                self.drafter["decode"] = partial(mtp, block=DecodeBlock(mtp.block, self.chip))
 
     def cache(self, rows: int, tokens: int) -> Cache:
         """A cache for `rows` rows of at least `tokens` tokens, and what a last step may draft beyond them.
@@ -76,7 +93,10 @@ class Runner:
                 f"the cache of {rows} x {capacity} tokens needs {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free: "
                 "use fewer prompts, or shorter ones"
             )
-        return Cache(self.config, rows, capacity, device=self.device, dtype=dtype, full=self.full_cache, layers=layers)
+        cache = Cache(self.config, rows, capacity, device=self.device, dtype=dtype, full=self.full_cache, layers=layers)
+        if self.tune:
+            self.tune(self, cache)
+        return cache
 
     @contextmanager
     def context(self) -> Iterator[None]:

@@ -36,9 +36,6 @@ COLD = 3
 MOST_COPIES = 128
 
 
-Choices = dict[str, tuple[int, ...]]
-
-
 @dataclass
 class Case:
     """One kernel (or the few that make one function) at one size."""
@@ -53,8 +50,6 @@ class Case:
     """The kernel, on one of the copies, with launch parameters or None for the default."""
     twin: Callable[[Any], Tensor]
     default: Any
-    choices: Choices
-    """Values that a sweep may give to each launch parameter."""
     ordered: bool = True
     """Whether the numbers of a row stand in an order; a router's choices don't."""
 
@@ -84,8 +79,6 @@ def linear_case(
     x = randn(tokens, inputs * (2 if swiglu else 1))
     given: dict[str, Any] = {"swiglu": swiglu, "norm": randn(inputs) if norm else None, "eps": 1e-6}
     given["residual"] = randn(tokens, outputs) if residual else None
-    vector: Choices = {"outputs": (1, 2, 4, 8), "inputs": (512, 1024, 2048), "warps": (2, 4, 8)}
-    tiles: Choices = {"outputs": (16, 32, 64, 128), "inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
 
     def run(weight: Tensor, use: LinearLaunch | None) -> Tensor:
         return linear(place.chip, x, weight, **given, launch=use)
@@ -95,9 +88,9 @@ def linear_case(
 
     nbytes, weights = 2 * outputs * inputs, [randn(outputs, inputs, scale=inputs**-0.5)]
     weights += [weights[0].clone() for _ in range(place.copies(nbytes) - 1)]
-    default, choices = LinearLaunch.default(tokens, inputs, outputs, 2, place.chip), vector if tokens == 1 else tiles
+    default = LinearLaunch.default((tokens, inputs, outputs, 2), place.chip)
     nbytes += 2 * (x.numel() + tokens * outputs)
-    return Case(name, nbytes, 2 * tokens * outputs * inputs, weights, run, twin, default, choices)
+    return Case(name, nbytes, 2 * tokens * outputs * inputs, weights, run, twin, default)
 
 
 def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
@@ -118,8 +111,7 @@ def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     nbytes = 2 * heads * nope * rank
     weights = [randn(heads, nope + c.v_head_dim, rank, scale=0.02) for _ in range(place.copies(nbytes))]
     moved = nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.latent_dim)
-    choices: Choices = {"columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)}
-    return Case("latent", moved, nbytes * tokens, weights, run, twin, LatentLaunch.default(tokens, rank), choices)
+    return Case("latent", moved, nbytes * tokens, weights, run, twin, LatentLaunch.default((tokens, rank), place.chip))
 
 
 def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:
@@ -139,13 +131,8 @@ def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     kv_b = (heads, nope + c.v_head_dim, rank)
     cold = [(randn(tokens, context, c.latent_dim), randn(*kv_b, scale=0.02)) for _ in range(place.copies(nbytes))]
     flops = 2 * tokens * heads * context * (c.latent_dim + rank)
-    choices: Choices = {
-        "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64, 128), "heads": (16, 32, 64), "warps": (4, 8),
-        "stages": (1, 2, 3, 4), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256),
-        "sum_warps": (2, 4, 8), "sum_stages": (1, 2, 3),
-    }  # fmt: skip
-    default = AttentionLaunch.default(tokens, heads, rank, c.qk_rope_head_dim, context, 2, place.chip)
-    return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default, choices)
+    default = AttentionLaunch.default((tokens, heads, rank, c.qk_rope_head_dim, context, 2), place.chip)
+    return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default)
 
 
 def route_case(place: Place, c: Config, tokens: int) -> Case:
@@ -164,11 +151,9 @@ def route_case(place: Place, c: Config, tokens: int) -> Case:
     gates = [Router(c).requires_grad_(False) for _ in range(place.copies(nbytes))]
     for gate in gates:
         gate.weight.normal_(0.0, 0.02)
-    choices: Choices = {"experts": (1, 2, 4, 8), "columns": (512, 1024, 2048), "warps": (2, 4, 8)}
     flops = 2 * tokens * c.n_routed_experts * c.hidden_size
-    return Case(
-        "route", nbytes + 4 * x.numel(), flops, gates, run, twin, RouterLaunch.default(c.hidden_size), choices, ordered=False
-    )
+    default = RouterLaunch.default((tokens, c.n_routed_experts, c.hidden_size), place.chip)
+    return Case("route", nbytes + 4 * x.numel(), flops, gates, run, twin, default, ordered=False)
 
 
 def experts_case(place: Place, c: Config, tokens: int) -> Case:
@@ -193,18 +178,10 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     drawn = [torch.rand(tokens, count).topk(chosen).indices for _ in range(8)]
     shared = [Matrices(randn(2 * more * inner, dim, scale=0.02), randn(dim, more * inner, scale=0.02)) for _ in drawn]
     hit = sum(i.unique().numel() for i in drawn) / len(drawn)
-    vector: Choices = {
-        "up_outputs": (1, 2, 4, 8), "up_inputs": (256, 512, 1024, 2048), "down_outputs": (1, 2, 4, 8),
-        "down_inputs": (256, 512, 1024, 2048), "warps": (2, 4, 8), "stages": (1, 2, 3),
-    }  # fmt: skip
-    tiles: Choices = {
-        "rows": (16, 32, 64), "up_outputs": (16, 32, 64, 128), "up_inputs": (32, 64, 128, 256),
-        "down_outputs": (16, 32, 64, 128), "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
-    }  # fmt: skip
-    default = ExpertsLaunch.default(tokens, chosen, count, dim, inner, 2, place.chip)
+    default = ExpertsLaunch.default((tokens, chosen, count, dim, inner, 2), place.chip)
     moved, flops = int((hit + more) * one + 4 * x.numel()), tokens * (chosen + more) * one
-    cold, choices = list(zip(drawn, shared, strict=True)), vector if tokens == 1 else tiles
-    return Case(f"experts, {hit:.1f} hit", moved, flops, cold, run, twin, default, choices)
+    cold = list(zip(drawn, shared, strict=True))
+    return Case(f"experts, {hit:.1f} hit", moved, flops, cold, run, twin, default)
 
 
 def cases(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: Sequence[str]) -> Iterator[Case]:
@@ -289,7 +266,7 @@ def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
     best, before = case.default, None
     while best != before and time.monotonic() < deadline:
         before = best
-        for name, values in case.choices.items():
+        for name, values in case.default.choices.items():
             for value in values:
                 other = dataclasses.replace(best, **{name: value})
                 if time.monotonic() < deadline and measure(other) < measure(best) * 0.995:

@@ -73,12 +73,15 @@ class Launch:
 
 @dataclass
 class Recorder:
-    """Stands in for r1.kernels.Chip: writes launches down."""
+    """Stands in for r1.kernels.Chip: writes launches down instead of making them, with the defaults of a chip like `target`."""
 
     processors: int
     shared: int
     dependent_launch: bool
     launches: list[Launch] = field(default_factory=list)
+
+    def launch(self, kind: Any, *sizes: int) -> Any:
+        return kind.default(sizes, self)
 
     def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         given = dict(zip(kernel.arg_names, arguments, strict=False))

@@ -21,7 +21,7 @@ kernel before it (chip.py). Several tokens make two kernels more (they are sorte
 in a kernel of their own), because an expert that several tokens hit should be read once. No kernel uses atomics: results
 don't change from run to run.
 
-Every kernel takes its launch parameters as a frozen dataclass, with defaults by shape and chip: a tuner can search them.
+Every kernel takes its launch parameters as a frozen dataclass, with defaults by shape and chip; tune.py searches better ones.
 """
 
 from r1.kernels.attention import attend

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.attend import by_head, probabilities
-from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
+from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, product, wait_for_previous
 
 if TYPE_CHECKING:
     from r1.cache import LayerCache
@@ -46,7 +46,8 @@ class AttentionLaunch:
     sum_stages: int = 2
 
     @staticmethod
-    def default(tokens: int, heads: int, latent: int, rope: int, capacity: int, itemsize: int, chip: Chip) -> AttentionLaunch:
+    def default(sizes: Sizes, chip: Chip) -> AttentionLaunch:
+        tokens, heads, latent, rope, capacity, itemsize = sizes
         key = (power_of_two(latent, 16) + power_of_two(rope, 16)) * itemsize  # bytes of one key, and of one head's query
         room = chip.shared - 2**13  # some is for probabilities and the compiler
         block = next(b for b in (64, 32, 16) if b == 16 or (b <= heads and (b + 2 * 32) * key <= room))
@@ -64,6 +65,14 @@ class AttentionLaunch:
             latents=min(512 if few and block == 16 else 128, power_of_two(latent, 16)),
         )  # fmt: skip
 
+    @property
+    def choices(self) -> Choices:
+        return {
+            "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64), "heads": (16, 32, 64), "warps": (4, 8),
+            "stages": (1, 2, 3, 4), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256, 512),
+            "sum_warps": (4, 8), "sum_stages": (1, 2, 3),
+        }  # fmt: skip
+
 
 def attention(
     chip: Chip, q_c: Tensor, q_pe: Tensor, cache: Tensor, positions: Tensor, w_uv: Tensor, scale: float,
@@ -75,7 +84,7 @@ def attention(
     """
     tokens, heads, latent = q_c.shape
     rope, value, new = q_pe.shape[-1], w_uv.shape[1], positions.shape[1]
-    use = launch or AttentionLaunch.default(tokens, heads, latent, rope, cache.shape[1], cache.itemsize, chip)
+    use = launch or chip.launch(AttentionLaunch, tokens, heads, latent, rope, cache.shape[1], cache.itemsize)
     part = q_c.new_empty(tokens, heads, use.splits, latent)
     weight = q_c.new_empty(tokens, heads, use.splits, dtype=torch.float32)
     chip.run(

@@ -5,13 +5,33 @@ Nothing here assumes NVIDIA. What only some chips have is a constant that a kern
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
+
+Sizes = tuple[int, ...]
+Choices = dict[str, tuple[int, ...]]
+
+
+class Launch(Protocol):
+    """A kernel's launch parameters: a frozen dataclass of whole numbers. What they may be hangs on the chip and the sizes."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @staticmethod
+    def default(sizes: Sizes, chip: Chip) -> Any:
+        """Parameters that are good on any chip."""
+
+    @property
+    def choices(self) -> Choices:
+        """Values worth a try, for each parameter that a search may change."""
+
+
+AnyLaunch = TypeVar("AnyLaunch", bound=Launch)
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,10 @@ class Chip:
     """Bytes of shared memory that one program may have."""
     dependent_launch: bool
     """Whether a kernel may start before the one ahead of it has ended (NVIDIA calls it programmatic dependent launch)."""
+    tuned: dict[str, Launch] = field(default_factory=dict, compare=False)
+    """By `key`: parameters that tune.py found here. What isn't in it has its default."""
+    asked: dict[str, tuple[type[Launch], Sizes]] = field(default_factory=dict, compare=False)
+    """By `key`: what has been launched, in its order."""
 
     @staticmethod
     @cache
@@ -37,6 +61,12 @@ class Chip:
         hopper = (found.major, found.minor) >= (9, 0)
         shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stubs
         return Chip(found.multi_processor_count, shared, dependent_launch=hopper)
+
+    def launch(self, kind: type[AnyLaunch], *sizes: int) -> AnyLaunch:
+        """A kernel's launch parameters, for its sizes."""
+        key = f"{kind.__name__} {' '.join(map(str, sizes))}"
+        self.asked.setdefault(key, (kind, sizes))
+        return cast(AnyLaunch, self.tuned.get(key) or kind.default(sizes, self))
 
     def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         """Launch `kernel` on `grid`; `warps` of threads a program, loops pipelined `stages` deep."""

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
+from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, product, wait_for_previous
 from r1.layers import swiglu
 from r1.moe import Experts, by_expert, gather
 
@@ -46,7 +46,8 @@ class ExpertsLaunch:
     stages: int = 1
 
     @staticmethod
-    def default(tokens: int, chosen: int, experts: int, dim: int, inner: int, itemsize: int, chip: Chip) -> ExpertsLaunch:
+    def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
+        tokens, chosen, experts, dim, inner, itemsize = sizes
         if tokens == 1:
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, min(512, power_of_two(inner)))
         rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))  # few experts get twice their share
@@ -54,6 +55,18 @@ class ExpertsLaunch:
         up = 64 if chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize else 32
         stages = max(1, min(3, chip.shared // ((2 * up + rows) * columns * itemsize)))
         return ExpertsLaunch(rows, up, columns, 32, columns, 4, stages)
+
+    @property
+    def choices(self) -> Choices:
+        if self.rows == 1:
+            return {
+                "up_outputs": (1, 2, 4), "up_inputs": (512, 1024, 2048), "down_outputs": (1, 2, 4, 8),
+                "down_inputs": (64, 128, 256, 512), "warps": (2, 4, 8),
+            }  # fmt: skip
+        return {
+            "rows": (16, 32, 64), "up_outputs": (16, 32, 64), "up_inputs": (64, 128, 256), "down_outputs": (16, 32, 64, 128),
+            "down_inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
+        }  # fmt: skip
 
 
 def experts(
@@ -69,7 +82,7 @@ def experts(
     more = shared.down_proj.shape[1] // inner if shared else 0
     ups = routed.gate_up_proj, shared.gate_up_proj if shared else None
     downs = routed.down_proj, shared.down_proj if shared else None
-    use = launch or ExpertsLaunch.default(tokens, chosen, count, dim, inner, x.itemsize, chip)
+    use = launch or chip.launch(ExpertsLaunch, tokens, chosen, count, dim, inner, x.itemsize)
     slots = chosen + more
     h, out = x.new_empty(tokens, slots, inner), torch.empty_like(x)
     sizes = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
+from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, product, wait_for_previous
 from r1.rope import rotate
 
 
@@ -26,8 +26,13 @@ class LatentLaunch:
     warps: int = 4
 
     @staticmethod
-    def default(tokens: int, latent: int) -> LatentLaunch:
+    def default(sizes: Sizes, chip: Chip) -> LatentLaunch:
+        tokens, latent = sizes
         return LatentLaunch(min(64, power_of_two(tokens, 16)), min(128, power_of_two(latent, 16)))
+
+    @property
+    def choices(self) -> Choices:
+        return {"columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)}
 
 
 def latent(
@@ -41,7 +46,7 @@ def latent(
     """
     tokens, (heads, nope, c), rope = q.shape[0], w_uk.shape, cos.shape[-1]
     q_c, q_pe = q.new_empty(tokens, heads, c), q.new_empty(tokens, heads, rope)
-    use = launch or LatentLaunch.default(tokens, c)
+    use = launch or chip.launch(LatentLaunch, tokens, c)
     absorbing = heads * ceil_div(c, use.columns) * ceil_div(tokens, use.rows)
     chip.run(
         latent_kernel, (absorbing + tokens,), q, q.stride(0), kv, kv.stride(0), w_uk, w_uk.stride(0), gain, eps, cos, sin,

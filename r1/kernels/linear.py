@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, product, wait_for_previous
+from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, product, wait_for_previous
 from r1.layers import swiglu as swiglu_torch
 
 
@@ -31,7 +31,8 @@ class LinearLaunch:
     stages: int = 1
 
     @staticmethod
-    def default(tokens: int, inputs: int, outputs: int, itemsize: int, chip: Chip) -> LinearLaunch:
+    def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
+        tokens, inputs, outputs, itemsize = sizes
         if tokens == 1:
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
@@ -40,6 +41,12 @@ class LinearLaunch:
         columns = min(256 // itemsize, power_of_two(inputs, 16))
         stages = max(1, min(5, chip.shared // 2 // ((block + rows) * columns * itemsize)))
         return LinearLaunch(rows, block, columns, 4, stages)
+
+    @property
+    def choices(self) -> Choices:
+        if self.rows == 1:
+            return {"outputs": (1, 2, 4, 8), "inputs": (512, 1024, 2048), "warps": (2, 4, 8)}
+        return {"outputs": (16, 32, 64, 128), "inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
 
 
 def linear(
@@ -52,7 +59,7 @@ def linear(
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs)
-    use = launch or LinearLaunch.default(tokens, inputs, outputs, x.itemsize, chip)
+    use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize)
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     block = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs, "warps": use.warps, "stages": use.stages}
     if use.rows == 1:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, wait_for_previous
+from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, wait_for_previous
 from r1.router import Router
 
 
@@ -27,8 +27,13 @@ class RouterLaunch:
     warps: int = 4
 
     @staticmethod
-    def default(dim: int) -> RouterLaunch:
+    def default(sizes: Sizes, chip: Chip) -> RouterLaunch:
+        _tokens, _experts, dim = sizes
         return RouterLaunch(columns=min(2048, power_of_two(dim)))
+
+    @property
+    def choices(self) -> Choices:
+        return {"experts": (1, 2, 4, 8), "columns": (512, 1024, 2048), "warps": (2, 4, 8)}
 
 
 def route(
@@ -37,7 +42,7 @@ def route(
     """x (N, D), the norm's gain (D,) -> the normed x (N, D), expert indices, int64 (N, K), and their weights, fp32 (N, K)."""
     c, (tokens, dim) = gate.config, x.shape
     experts, chosen = c.n_routed_experts, c.num_experts_per_tok
-    use = launch or RouterLaunch.default(dim)
+    use = launch or chip.launch(RouterLaunch, tokens, experts, dim)
     h, logits = torch.empty_like(x), x.new_empty(tokens, experts, dtype=torch.float32)
     chip.run(
         logits_kernel, (ceil_div(experts, use.experts), tokens), x, gain, eps, gate.weight, h, logits, experts,
