@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from r1.kernels import Chip
 
 
+MOST_TOKENS = 2**16
+"""What a prefill call reads of all rows together: its activations must fit beside the weights."""
+
+
 def round_rows(rows: int) -> int:
     """The rows of a cache whose decode step is captured: a power of two, so that few graphs serve all batches."""
     return 2 ** (rows - 1).bit_length()
@@ -41,8 +45,10 @@ def round_capacity(tokens: int) -> int:
 class Runner:
     """One model and one way to call it."""
 
-    def __init__(self, model: Transformer, backend: Backend, prefill_chunk: int = 2048) -> None:
-        self.model, self.backend, self.prefill_chunk = model, backend, prefill_chunk
+    def __init__(self, model: Transformer, backend: Backend, prefill_chunk: int | None = None) -> None:
+        self.model, self.backend = model, backend
+        # Fused attention and grouped experts want prompts whole; naive's scores are as many as the chunk times the context.
+        self.prefill_chunk = prefill_chunk or (2048 if backend.prefill_attention == "naive" else 8192)
         self.config: Config = model.config
         self.device = torch_device(backend)
         self.full_cache, self.cache_dtype = backend.attention == "naive", DTYPES[backend.dtype]
@@ -137,8 +143,9 @@ class Runner:
             lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
             row = torch.arange(len(prompts), device=self.device)
             final = None
-            for start in range(0, longest, self.prefill_chunk):
-                stop = min(longest, start + self.prefill_chunk)
+            chunk = max(1, min(self.prefill_chunk, MOST_TOKENS // len(prompts)))
+            for start in range(0, longest, chunk):
+                stop = min(longest, start + chunk)
                 positions = torch.arange(depth + start, depth + stop, device=self.device).expand(len(prompts), -1)
                 step = self.model.step("prefill", positions, depth + stop if depth + start else 0)
                 layers = cache.head(len(prompts), depth + stop)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1 import Config, InputError
+from r1 import Config, InputError, roofline
 from r1.config import SHAPES, shape
 
 REPETITIONS = 21
@@ -274,13 +274,6 @@ def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
     return best, list(tried.values())
 
 
-def copy_rate() -> float:
-    """GB/s, read and written, of a copy of 1 GiB."""
-    a = torch.empty(2**30, dtype=torch.uint8)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / statistics.median(timed([partial(b.copy_, a)])) / 1e3
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--shape", default="moonlight-16b", help="comma list of " + ", ".join(SHAPES))
@@ -314,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.set_default_device("cuda")
     place = Place(Chip.of(torch.device("cuda")), COLD * torch.cuda.get_device_properties(0).L2_cache_size)
-    copy = copy_rate()
+    copy = roofline.copy_rate(torch.device("cuda")) / 1e9
     only = [name for name in arguments.only.split(",") if name]
     rows: list[dict[str, Any]] = []
     bad = 0

@@ -58,11 +58,11 @@ class AttentionLaunch:
         keys = next(k for k in (64, 32, 16) if k == 16 or (k <= wanted and (block + 2 * k) * key <= room))
         buffers = (room - block * key) // (keys * key)
         stages = max(1, min(3, buffers if block > 16 else 1 + buffers))  # tiles of 16 heads pass through registers
-        few = splits <= 16
+        few, tall = splits <= 16, block > 16
         return AttentionLaunch(
-            block, keys, splits, 8 if block * keys > 512 else 4, stages, sum_rows=max(32 if block > 16 else 16, splits),
-            values=128 if few and block > 16 else 64 if few else 32,
-            latents=min(512 if few and block == 16 else 128, power_of_two(latent, 16)),
+            block, keys, splits, 8 if block * keys > 512 else 4, stages, sum_rows=max(64 if tall else 16, splits),
+            values=64 if few or tall else 32, latents=min(512 if few and not tall else 128, power_of_two(latent, 16)),
+            sum_stages=3 if tall else 2,
         )  # fmt: skip
 
     @property
