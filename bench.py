@@ -62,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=switches.seed, default=0, help="of random weights and prompts")
     p.add_argument("--ablate", action="store_true", help="every switch this machine can run: ladder, alone, all but one, pairs")
     p.add_argument(
-        "--only", type=kinds, default=arms.KINDS, metavar="KIND,..",
-        help=f"beside the baseline only these kinds of arms: {', '.join(arms.KINDS)}",
+        "--only", type=kinds, metavar="KIND,..",
+        help=f"beside the baseline these kinds of arms: {', '.join(arms.KINDS)} (default alone,together; all for --ablate)",
     )  # fmt: skip
     p.add_argument(
         "--routing", choices=("model", "uniform"), default="model",
@@ -164,9 +164,9 @@ def run(arguments: argparse.Namespace) -> int:
         with signals(interrupt_once):  # a time limit keeps what is finished, as Ctrl-C does
             for workload in workloads:
                 if arguments.ablate:
-                    compared = arms.ablation(given, machine, workload.batch, arguments.only)
+                    compared = arms.ablation(given, machine, workload.batch, arguments.only or arms.KINDS)
                 else:
-                    compared = [arm for arm in arms.from_switches(given) if arm.kind in ("baseline", *arguments.only)]
+                    compared = arms.from_switches(given, arguments.only or ("alone", "together"))
                 try:
                     measure(compared, workload, config, arguments, result)
                 except InputError as error:

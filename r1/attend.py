@@ -6,6 +6,8 @@
 | `expand` | the latent, C + R | expands T latents to keys and values, then fused attention | prefill |
 | `absorbed` | the latent, C + R | moves W_UK to the query and W_UV behind the sum: reads the T latents, once | decode |
 
+A fourth, `triton`, is `absorbed` as hand-written kernels for decode: r1/kernels/attention.py.
+
 A mask of None means that the keys are the step's own tokens and position i sees 0..i, so fused causal kernels apply:
 padding stands at the *end* of a row, where no real token sees it.
 

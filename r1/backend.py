@@ -34,11 +34,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Slots that other parts of the project fill; until then they are refused, not ignored.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "attention": ("triton",),
     "prefill_attention": ("triton",),
-    "moe": ("triton",),
     "prefill_moe": ("triton",),
-    "kernels": ("triton",),
     "quant": ("fp8", "int8", "int4"),
 }
 GROUPED_ALIGNMENT = 16
@@ -56,21 +53,24 @@ class Backend:
     amp: str = "off"
     """Autocast: weights stay fp32, matrix products run in this dtype."""
     compile: bool = False
-    """torch.compile, one block at a time."""
+    """torch.compile, one block at a time; of prompts only, where kernels=triton has fused a decode step's by hand."""
     cuda_graphs: bool = False
     """Capture of the decode step."""
     attention: str = "auto"
-    """How a decode step attends; auto: absorbed."""
+    """How a decode step attends; auto: absorbed, or triton with kernels=triton."""
     prefill_attention: str = "auto"
     """How a prompt attends; auto: expand."""
     moe: str = "auto"
-    """How a decode step runs its experts; auto: gather for a few tokens, grouped for more."""
+    """How a decode step runs its experts; auto: gather for a few tokens, grouped for more, or triton with kernels=triton."""
     prefill_moe: str = "auto"
     """How a prompt runs its experts; auto: grouped."""
     memory: str = "default"
     """The GPU allocator's policy; expandable: segments that grow (less is lost to fragments); empty-cache: what a prompt
     took is given back before decoding."""
     kernels: str = "torch"
+    """triton: a decode step's blocks are r1/kernels' fused ones, of which attention=triton and moe=triton are a part."""
+    tune: bool = False
+    """Search the launch parameters of kernels=triton on this GPU, for the shapes that come, and keep them (kernels/tune.py)."""
     quant: str = "none"
     speculate: str = "off"
     """mtp: the multi-token-prediction layer drafts tokens, and one step of the model verifies them (speculate.py)."""
@@ -85,7 +85,7 @@ class Backend:
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f"{name}={value!r}: choose {', '.join(choices)}")
-        for name in ("compile", "cuda_graphs"):
+        for name in ("compile", "cuda_graphs", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r}: choose True or False")
         for name in ("draft_tokens", "tp", "ep", "pp"):
@@ -135,6 +135,7 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
             raise InputError(why)
     if backend.amp != "off" and dtype != "fp32":
         raise InputError(f"amp={backend.amp} casts fp32 weights as it goes, but dtype={dtype}: use dtype=fp32, or amp=off")
+    backend = _triton(backend, machine)
     if backend.speculate == "mtp" and not config.num_nextn_predict_layers:
         raise InputError("speculate=mtp drafts with the MTP layer, and this model has none: use speculate=off")
     if backend.speculate == "off" and backend.draft_tokens != 1:
@@ -157,6 +158,26 @@ def _device(backend: Backend, machine: Machine) -> str:
         drives = machine.device
         raise InputError(f"device={backend.device}: this torch ({machine.torch_version}) drives {drives}: use device={drives}")
     raise InputError(f"device={backend.device}: torch {machine.torch_version} sees no such GPU here: use device=cpu")
+
+
+def _triton(backend: Backend, machine: Machine) -> Backend:
+    """The kernels read weights as they are stored; fused blocks hold the fused attention and experts."""
+    if backend.tune and backend.kernels != "triton":
+        raise InputError("tune searches the launch parameters of kernels=triton: add kernels=triton, or leave tune out")
+    asked = [name for name in ("kernels", "attention", "moe") if getattr(backend, name) == "triton"]
+    if not asked:
+        return backend
+    if why := machine.why_not("triton"):
+        raise InputError(f"{asked[0]}=triton: {why}")
+    if backend.amp != "off":
+        raise InputError(f"{asked[0]}=triton reads weights as they are stored, not under amp: use dtype={backend.amp}, no amp")
+    if backend.kernels != "triton":
+        return backend
+    for name in ("attention", "moe"):
+        if getattr(backend, name) not in ("auto", "triton"):
+            value = getattr(backend, name)
+            raise InputError(f"kernels=triton fuses its own {name} into a step, not {name}={value}: leave {name} at auto")
+    return dataclasses.replace(backend, attention="triton", moe="triton")
 
 
 def _attention(backend: Backend) -> tuple[str, str]:

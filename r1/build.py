@@ -88,14 +88,16 @@ def randomize(model: Transformer, seed: int) -> None:
 def finish(model: Transformer, backend: Backend) -> Transformer:
     """Derive what isn't stored, and fill the slots with the strategies that `backend` names."""
     model.derive()
+    attention, experts = dict(attend.STRATEGIES), dict(moe.STRATEGIES)
+    if "triton" in (backend.attention, backend.moe):
+        from r1 import kernels  # Triton is optional: only who asks for it imports it
+
+        attention["triton"], experts["triton"] = kernels.attend, kernels.dispatch
     for module in model.modules():
         if isinstance(module, MLA):
-            module.attend = {
-                "prefill": attend.STRATEGIES[backend.prefill_attention],
-                "decode": attend.STRATEGIES[backend.attention],
-            }
+            module.attend = {"prefill": attention[backend.prefill_attention], "decode": attention[backend.attention]}
         elif isinstance(module, MoE):
-            module.dispatch = {"prefill": moe.STRATEGIES[backend.prefill_moe], "decode": moe.STRATEGIES[backend.moe]}
+            module.dispatch = {"prefill": experts[backend.prefill_moe], "decode": experts[backend.moe]}
     return model.eval().requires_grad_(False)
 
 

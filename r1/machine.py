@@ -111,7 +111,9 @@ def _memory(m: Machine) -> str | None:
 
 
 def _triton(m: Machine) -> str | None:
-    return None if m.cuda and m.compiler else "Triton's kernels need a GPU and the triton package: use torch"
+    if m.cuda and m.compiler:
+        return None
+    return "Triton's kernels need a GPU and the triton package: leave attention, moe and kernels at their defaults"
 
 
 FEATURES: dict[str, Callable[[Machine], str | None]] = {

@@ -8,6 +8,8 @@ Shapes: B batch, S sequence, D hidden_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,11 +38,19 @@ class MTPLayer(nn.Module):
         self.block = Block(config, config.num_hidden_layers + depth)
         self.shared_head = SharedHead(config)
 
-    def forward(self, embedding: Tensor, hidden: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        embedding: Tensor,
+        hidden: Tensor,
+        step: Step,
+        cache: LayerCache | None = None,
+        block: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
         """Embeddings of the tokens at i + 1 and the model's final hidden states at i, (B, S, D) each -> (B, S, D).
 
         The result is normed: the model's `lm_head` makes logits for i + 2 of it, and another pass takes it as `hidden`.
-        The embedding stands first, in the checkpoint's weights; the paper's equation 21 writes it the other way round.
+        `block` is the layer's own as the runner wants it called. The embedding stands first, in the checkpoint's weights; the
+        paper's equation 21 writes it the other way round.
         """
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
-        return self.shared_head.norm(self.block(x, step, cache))
+        return self.shared_head.norm((block or self.block)(x, step, cache))

@@ -82,7 +82,7 @@ def step_work(
         n
         * (context + (tokens + 1) / 2)
         * c.num_hidden_layers
-        * attention_flops(c, absorbed=(tokens == 1 or verify) and backend.attention == "absorbed")
+        * attention_flops(c, absorbed=(tokens == 1 or verify) and backend.attention in ("absorbed", "triton"))
     )
     return Work(weight_bytes, (rows * context + n) * per_token, flops)
 
@@ -187,12 +187,16 @@ class Rates:
         return max(work.nbytes / self.copy, work.flops / self.matmul)
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy of 1 GiB (a CPU: 128 MiB)."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+
+
 def measure_rates(device: torch.device, dtypes: Iterable[str]) -> dict[str, Rates]:
     """Measure the device, matrix products in each of `dtypes` ("bf16", ...); some seconds."""
-    gpu = device.type == "cuda"
-    source = torch.zeros(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+    gpu, copy = device.type == "cuda", copy_rate(device)
     size = 8192 if gpu else 1024
     matmul = {}
     for dtype in dtypes:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,14 @@ from r1.errors import InputError
 from r1.graphs import Call, capture
 from r1.machine import available_bytes
 from r1.model import Step, Transformer
+from r1.mtp import MTPLayer
+
+if TYPE_CHECKING:
+    from r1.kernels import Chip
+
+
+MOST_TOKENS = 2**16
+"""What a prefill call reads of all rows together: its activations must fit beside the weights."""
 
 
 def round_rows(rows: int) -> int:
@@ -35,8 +45,10 @@ def round_capacity(tokens: int) -> int:
 class Runner:
     """One model and one way to call it."""
 
-    def __init__(self, model: Transformer, backend: Backend, prefill_chunk: int = 2048) -> None:
-        self.model, self.backend, self.prefill_chunk = model, backend, prefill_chunk
+    def __init__(self, model: Transformer, backend: Backend, prefill_chunk: int | None = None) -> None:
+        self.model, self.backend = model, backend
+        # Fused attention and grouped experts want prompts whole; naive's scores are as many as the chunk times the context.
+        self.prefill_chunk = prefill_chunk or (2048 if backend.prefill_attention == "naive" else 8192)
         self.config: Config = model.config
         self.device = torch_device(backend)
         self.full_cache, self.cache_dtype = backend.attention == "naive", DTYPES[backend.dtype]
@@ -55,6 +67,21 @@ class Runner:
                 self.blocks[phase] = [compile_block(block, phase, self.device) for block in model.layers]
             for phase in self.drafter:
                 self.drafter[phase] = compile_block(model.mtp[0], phase, self.device)
+        self.chip: Chip | None = None
+        self.tune: Callable[[Runner, Cache], None] | None = None
+        if backend.kernels == "triton":
+            from r1.kernels import Chip, DecodeBlock  # Triton is optional: only who asks for it imports it
+
+            self.chip = Chip.of(self.device)
+            if backend.tune:
+                from r1.kernels import tune
+
+                self.chip = replace(self.chip, tuned=tune.load(torch.cuda.get_device_name(self.device)), asked={})
+                self.tune = tune.tune
+            self.blocks["decode"] = [DecodeBlock(block, self.chip) for block in model.layers]
+            if self.drafter:
+                mtp = cast(MTPLayer, model.mtp[0])
+                self.drafter["decode"] = partial(mtp, block=DecodeBlock(mtp.block, self.chip))
 
     def cache(self, rows: int, tokens: int) -> Cache:
         """A cache for `rows` rows of at least `tokens` tokens, and what a last step may draft beyond them.
@@ -72,7 +99,10 @@ class Runner:
                 f"the cache of {rows} x {capacity} tokens needs {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free: "
                 "use fewer prompts, or shorter ones"
             )
-        return Cache(self.config, rows, capacity, device=self.device, dtype=dtype, full=self.full_cache, layers=layers)
+        cache = Cache(self.config, rows, capacity, device=self.device, dtype=dtype, full=self.full_cache, layers=layers)
+        if self.tune:
+            self.tune(self, cache)
+        return cache
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -113,8 +143,9 @@ class Runner:
             lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
             row = torch.arange(len(prompts), device=self.device)
             final = None
-            for start in range(0, longest, self.prefill_chunk):
-                stop = min(longest, start + self.prefill_chunk)
+            chunk = max(1, min(self.prefill_chunk, MOST_TOKENS // len(prompts)))
+            for start in range(0, longest, chunk):
+                stop = min(longest, start + chunk)
                 positions = torch.arange(depth + start, depth + stop, device=self.device).expand(len(prompts), -1)
                 step = self.model.step("prefill", positions, depth + stop if depth + start else 0)
                 layers = cache.head(len(prompts), depth + stop)

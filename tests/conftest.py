@@ -1,7 +1,8 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and what must be set before anything imports Triton."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # without a GPU its kernels are run as Python
 
 
 class CountingBackend:

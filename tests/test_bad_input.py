@@ -734,6 +734,15 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
     "graphs of grouped on AMD": ({"cuda_graphs": True, "moe": "grouped"}, MI300, ALIGNED, "which no graph can hold: use gather"),
     "tp": ({"tp": 2}, Machine(), V3, "tp=2"),
     "pp": ({"pp": 2}, Machine(), V3, "pp=2"),
+    "attention=triton on a CPU": ({"attention": "triton"}, Machine(), V3, "^attention=triton: Triton's kernels need a GPU"),
+    "kernels=triton on a CPU": ({"device": "cpu", "kernels": "triton"}, H100, V3, "^kernels=triton: .*leave attention, moe"),
+    "moe=triton without Triton": ({"moe": "triton"}, replace(H100, compiler=False), V3, "the triton package"),
+    "kernels=triton under amp": ({"kernels": "triton", "amp": "bf16"}, H100, V3, "not under amp: use dtype=bf16, no amp"),
+    "attention=triton under amp": ({"attention": "triton", "amp": "bf16"}, H100, V3, "^attention=triton reads weights"),
+    "kernels=triton, gather": ({"kernels": "triton", "moe": "gather"}, H100, V3, "not moe=gather: leave moe at auto"),
+    "kernels=triton, absorbed": ({"kernels": "triton", "attention": "absorbed"}, H100, V3, "not attention=absorbed"),
+    "attention=triton, naive": ({"attention": "triton", "prefill_attention": "naive"}, H100, V3, "can't share a cache"),
+    "prefill triton": ({"prefill_attention": "triton"}, H100, V3, "not built yet"),
     "compile without Triton": ({"compile": True}, replace(H100, compiler=False), V3, "needs Triton on a GPU.*install triton"),
 }  # fmt: skip
 
@@ -753,8 +762,11 @@ def test_switches_at_the_edge_are_fine() -> None:
         ({"amp": "bf16", "dtype": "fp32"}, Machine(), V3), ({"attention": "naive"}, Machine(), V3),
         ({"attention": "absorbed", "prefill_attention": "expand"}, Machine(), V3), ({"moe": "grouped"}, Machine(), ALIGNED),
         ({"moe": "grouped"}, Machine(), replace(V3, hidden_size=36)), ({"moe": "loop"}, Machine(), V3), ({}, BARE, ODD),
+        ({"attention": "triton"}, H100, V3), ({"moe": "triton", "compile": True}, H100, ODD),
+        ({"moe": "triton", "cuda_graphs": True}, MI300, V3),
+        ({"kernels": "triton", "compile": True, "cuda_graphs": True}, H100, V3),
     ):  # fmt: skip
-        resolved = resolve(Backend(**switches), shape, machine)  # type: ignore[arg-type]
+        resolved = resolve(Backend(**switches), shape, machine)
         assert all(getattr(resolved, name) == value for name, value in switches.items())
         assert "auto" not in vars(resolved).values()
 

@@ -35,8 +35,8 @@ def test_a_sync_is_seen() -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"compile": True}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}])
-@pytest.mark.parametrize("moe", ["gather", "grouped"])
-@pytest.mark.parametrize("attention", ["naive", "expand", "absorbed"])
+@pytest.mark.parametrize("moe", ["gather", "grouped", "triton"])
+@pytest.mark.parametrize("attention", ["naive", "expand", "absorbed", "triton"])
 def test_decode_never_waits(attention: str, moe: str, how: dict[str, bool]) -> None:
     """Ragged rows, growing positions, sampling included."""
     prefill = "naive" if attention == "naive" else "expand"
@@ -52,8 +52,9 @@ def test_decode_never_waits(attention: str, moe: str, how: dict[str, bool]) -> N
     assert cache.lengths[:3].tolist() == [len(prompt) + 4 for prompt in PROMPTS]
 
 
-def test_a_graph_repeats_what_eager_does() -> None:
-    eager, captured = runner(dtype="bf16"), runner(dtype="bf16", cuda_graphs=True)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_graph_repeats_what_eager_does(kernels: str) -> None:
+    eager, captured = runner(dtype="bf16", kernels=kernels), runner(dtype="bf16", kernels=kernels, cuda_graphs=True)
     text, logits = read(eager)
     _, again = read(captured, text)
     assert parity.compare(list(again), logits, parity.Bound(1e-4, 1e-4)).passes

@@ -45,6 +45,14 @@ TOLERANCES = {
         0.06, 3.0,
         "8 bits of mantissa (half a step is 2^-9 of a value) through a dozen matrix products, with equal routing: 0.02 seen",
     ),
+    "kernels fp32": Tolerance(
+        1e-5, 1.0,
+        "a kernel beside its torch twin, relative to the largest value: only the order of sums differs, some 1e-6 seen",
+    ),
+    "kernels bf16": Tolerance(
+        0.016, 1.0,
+        "the same, where twins round in between to 8 bits (half a step is 2^-9) once or twice more than the kernels do",
+    ),
     "fp8 e4m3": Tolerance(
         0.0626, 1.0,
         "3 bits of mantissa: half a step is 2^-4 of a value, relative to its block's largest; plus the scale's own rounding",

@@ -89,8 +89,8 @@ def common_settings(given: Settings) -> Settings:
     return common
 
 
-def from_switches(given: Settings) -> list[Arm]:
-    """Baseline (all off), each given switch alone, and, if there are several, all together."""
+def from_switches(given: Settings, kinds: Sequence[str] = ("alone", "together")) -> list[Arm]:
+    """Baseline (all off), and of `kinds`: each given switch alone; if there are several, all together, and all but one."""
     base = Backend(**common_settings(given))
     switches = {name: value for name, value in given.items() if getattr(base, name) != value}
     alone: list[Settings] = [{name: value} for name, value in switches.items()]
@@ -101,7 +101,12 @@ def from_switches(given: Settings) -> list[Arm]:
     arms += [Arm(label(settings), "alone", dataclasses.replace(base, **settings)) for settings in alone]
     if len(alone) > 1:
         arms.append(Arm(label(switches), "together", dataclasses.replace(base, **switches)))
-    return arms
+        for left in alone:
+            # What only serves the one that is left out goes with it.
+            kept = [s for s in alone if s is not left and not ("kernels" in left and "tune" in s)]
+            settings = {name: value for s in kept for name, value in s.items()}
+            arms.append(Arm(f"all but {label(left)}", "all-but-one", dataclasses.replace(base, **settings)))
+    return [each for each in arms if each.kind in ("baseline", *kinds)]
 
 
 def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings]:
@@ -112,6 +117,10 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
     steps += [{"cuda_graphs": True}] if gpu else []
     steps += [{"compile": True}] if not machine.why_not("compile") else []
     steps += [{"memory": "expandable"}] if gpu else []
+    if gpu and not machine.why_not("triton"):
+        attention = {"attention": "triton", "prefill_attention": "expand"}
+        experts = {"moe": "triton", "prefill_moe": "grouped"}
+        steps += [attention, experts, {"kernels": "triton", **attention, **experts}, {"tune": True}]
     storage = given.get("dtype", "auto")
     steps += [{"amp": "bf16"}] if storage == "fp32" or (storage == "auto" and not gpu) else []
     return steps
@@ -121,19 +130,23 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
     """The textbook's model (full keys and values, one expert after the other, eager) as baseline; then each step alone, the
     cumulative ladder, everything but one step, and every pair of steps, for correctness only.
 
-    A loop over experts can be neither compiled nor captured: alone or in pairs, those two bring the experts' step along.
+    A loop over experts can be neither compiled nor captured: alone or in pairs, those two bring the experts' step along, and
+    tune brings the kernels that it tunes.
     Only arms of `kinds` are returned, and the baseline. Two of the same switches are timed once: the ladder's first rung is
     also a step alone, its last but one is also all but one.
     """
     steps = ladder_steps(given, machine, batch)
     base = Backend(**common_settings(given), **TEXTBOOK)
     experts = next(step for step in steps if "moe" in step)
+    kernels = next((step for step in steps if "kernels" in step), {})
 
     def arm(kind: str, parts: list[Settings], name: str) -> Arm:
         return Arm(name, kind, dataclasses.replace(base, **{k: v for part in parts for k, v in part.items()}))
 
     def with_needs(kind: str, parts: list[Settings], name: str) -> Arm:
         switched_on = {name for part in parts for name in part}
+        if "tune" in switched_on and "kernels" not in switched_on:
+            return with_needs(kind, [kernels, *parts], f"{name} (with {label(kernels)})")
         if "moe" in switched_on or not switched_on & {"compile", "cuda_graphs"}:
             return arm(kind, parts, name)
         return arm(kind, [experts, *parts], f"{name} (with {label(experts)})")
@@ -141,7 +154,9 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
     arms = [Arm("baseline", "baseline", base)]
     arms += [arm("ladder", steps[: i + 1], f"+ {label(step)}") for i, step in enumerate(steps)]
     arms += [with_needs("alone", [step], label(step)) for step in steps]
-    arms += [arm("all-but-one", [s for s in steps if s is not step], f"all but {label(step)}") for step in steps]
+    for step in steps:
+        others = [s for s in steps if s is not step and not (step is kernels and "tune" in s)]
+        arms.append(arm("all-but-one", others, f"all but {label(step)}"))
     arms += [with_needs("pairs", list(pair), " & ".join(map(label, pair))) for pair in itertools.combinations(steps, 2)]
     unique: dict[tuple[Backend, bool], Arm] = {}
     for each in arms:
@@ -151,6 +166,8 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
 
 
 def label(settings: Settings) -> str:
-    """Switches as a row names them; a phase of its own is not repeated."""
-    shown = {k: v for k, v in settings.items() if not (k.startswith("prefill_") and k.removeprefix("prefill_") in settings)}
+    """Switches as a row names them; a phase of its own is not repeated, nor what fused kernels are made of."""
+    implied = {"attention", "moe"} if "kernels" in settings else set()
+    implied |= {name for name in settings if name.startswith("prefill_") and name.removeprefix("prefill_") in settings}
+    shown = {k: v for k, v in settings.items() if k not in implied}
     return " + ".join(name if value is True else f"{name}={value}" for name, value in shown.items())

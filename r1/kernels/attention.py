@@ -1,0 +1,230 @@
+"""Attention of new tokens to the latent cache, split over the context, and W_UV behind it (V2 paper, section 2.1.2).
+
+All heads share the latents, so a tile of heads meets a tile of tokens in one matrix product, and the latents read for it serve
+as values too. A row's context is cut into splits, so that few rows still fill the chip; each split's softmax is its own, and
+the second kernel joins them. Lengths are read from a tensor in the kernel: a graph holds it, and what lies behind a row's
+length is never read.
+
+Shapes: N tokens (B rows x S), H heads, R rope, C latent, V value dim, T capacity, P splits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r1.attend import by_head, probabilities
+from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, product, wait_for_previous
+
+if TYPE_CHECKING:
+    from r1.cache import LayerCache
+    from r1.mla import MLA
+    from r1.model import Step
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """Each program takes `heads` heads of one token through one of `splits` (a power of two) parts, `keys` at a time.
+
+    The sum's: `values` rows of one head's W_UV for as many tokens as make `sum_rows` splits, `latents` columns at a time.
+    """
+
+    heads: int
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+    sum_rows: int = 16
+    values: int = 32
+    latents: int = 128
+    sum_warps: int = 4
+    sum_stages: int = 2
+
+    @staticmethod
+    def default(sizes: Sizes, chip: Chip) -> AttentionLaunch:
+        tokens, heads, latent, rope, capacity, itemsize = sizes
+        key = (power_of_two(latent, 16) + power_of_two(rope, 16)) * itemsize  # bytes of one key, and of one head's query
+        room = chip.shared - 2**13  # some is for probabilities and the compiler
+        block = next(b for b in (64, 32, 16) if b == 16 or (b <= heads and (b + 2 * 32) * key <= room))
+        fill = max(1, chip.processors // (tokens * ceil_div(heads, block)))  # splits that give each processor one program
+        least = 16 if tokens == 1 else 64 if tokens <= 16 else 128  # keys that are worth a split: its sum costs, too
+        splits = 1 << (max(1, min(64, fill, capacity // least)).bit_length() - 1)
+        wanted = 64 if block > 16 else max(16, min(64, power_of_two(ceil_div(capacity, 4 * splits))))
+        keys = next(k for k in (64, 32, 16) if k == 16 or (k <= wanted and (block + 2 * k) * key <= room))
+        buffers = (room - block * key) // (keys * key)
+        stages = max(1, min(3, buffers if block > 16 else 1 + buffers))  # tiles of 16 heads pass through registers
+        few, tall = splits <= 16, block > 16
+        return AttentionLaunch(
+            block, keys, splits, 8 if block * keys > 512 else 4, stages, sum_rows=max(64 if tall else 16, splits),
+            values=64 if few or tall else 32, latents=min(512 if few and not tall else 128, power_of_two(latent, 16)),
+            sum_stages=3 if tall else 2,
+        )  # fmt: skip
+
+    @property
+    def choices(self) -> Choices:
+        return {
+            "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64), "heads": (16, 32, 64), "warps": (4, 8),
+            "stages": (1, 2, 3, 4), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256, 512),
+            "sum_warps": (4, 8), "sum_stages": (1, 2, 3),
+        }  # fmt: skip
+
+
+def attention(
+    chip: Chip, q_c: Tensor, q_pe: Tensor, cache: Tensor, positions: Tensor, w_uv: Tensor, scale: float,
+    launch: AttentionLaunch | None = None,
+) -> Tensor:  # fmt: skip
+    """q_c (N, H, C) absorbed, q_pe (N, H, R) rotated, cache (B, T, C + R), positions int64 (B, S), W_UV (H, V, C) -> (N, H, V).
+
+    Token n is number n % S of row n // S, and attends to slots 0 to its position.
+    """
+    tokens, heads, latent = q_c.shape
+    rope, value, new = q_pe.shape[-1], w_uv.shape[1], positions.shape[1]
+    use = launch or chip.launch(AttentionLaunch, tokens, heads, latent, rope, cache.shape[1], cache.itemsize)
+    part = q_c.new_empty(tokens, heads, use.splits, latent)
+    weight = q_c.new_empty(tokens, heads, use.splits, dtype=torch.float32)
+    chip.run(
+        split_kernel, (ceil_div(heads, use.heads), use.splits, tokens), q_c, q_pe, cache, cache.stride(0), cache.stride(1),
+        cache.shape[1], positions, new, part, weight, scale * LOG2_E, HEADS=heads, LATENT=latent, ROPE=rope,
+        LATENT_PAD=power_of_two(latent, 16), ROPE_PAD=power_of_two(rope, 16), BLOCK_H=use.heads, BLOCK_T=use.keys,
+        SPLITS=use.splits, warps=use.warps, stages=use.stages,
+    )  # fmt: skip
+    o = q_c.new_empty(tokens, heads, value)
+    group = max(1, use.sum_rows // use.splits)
+    values = min(use.values, power_of_two(value, 16))
+    chip.run(
+        sum_kernel, (ceil_div(value, values), heads, ceil_div(tokens, group)), part, weight, w_uv, w_uv.stride(0), o, tokens,
+        HEADS=heads, LATENT=latent, VALUE=value, SPLITS=use.splits, GROUP=group, BLOCK_V=values, BLOCK_C=use.latents,
+        warps=use.sum_warps, stages=use.sum_stages,
+    )  # fmt: skip
+    return o
+
+
+def attention_torch(q_c: Tensor, q_pe: Tensor, cache: Tensor, positions: Tensor, w_uv: Tensor, scale: float) -> Tensor:
+    """The twin: what r1/attend.py's `absorbed` does with the cache, over its whole capacity."""
+    latent = q_c.shape[-1]
+    q = torch.cat((q_c, q_pe), dim=-1).view(*positions.shape, q_c.shape[1], -1)  # (B, S, H, C + R)
+    scores = torch.einsum("bshd,btd->bhst", q, cache)
+    hidden = torch.arange(cache.shape[1], device=cache.device) > positions[:, None, :, None]  # (B, 1, S, T)
+    bias = torch.zeros(hidden.shape, device=cache.device).masked_fill(hidden, float("-inf"))
+    p = probabilities(scores, scale, bias).to(cache.dtype)
+    c = torch.einsum("bhst,btc->bshc", p, cache[..., :latent])
+    return by_head(c, w_uv.mT).flatten(0, 1)
+
+
+ATTENTION = {"torch": attention_torch, "triton": attention}
+LOG2_E = 1.4426950408889634
+"""The kernels use powers of 2, which the hardware has."""
+
+
+@triton.jit
+def split_kernel(
+    q_c, q_pe, cache, cache_row, cache_slot, capacity, positions, new, part, weight, scale,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, LATENT_PAD: tl.constexpr, ROPE_PAD: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; -inf of an empty split."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
+    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    split = tl.program_id(1)
+    token = tl.program_id(2).to(tl.int64)
+    c, r, t = tl.arange(0, LATENT_PAD), tl.arange(0, ROPE_PAD), tl.arange(0, BLOCK_T)
+    length = tl.minimum(tl.load(positions + token).to(tl.int32) + 1, capacity)
+    each = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
+    start = split * each
+    end = tl.minimum(start + each, length)
+    place = (token * HEADS + head) * SPLITS + split
+    if start < end:
+        row = (token * HEADS + head)[:, None]
+        real = (head < HEADS)[:, None]
+        q = tl.load(q_c + row * LATENT + c[None, :], mask=real & (c < LATENT)[None, :], other=0.0)  # (BLOCK_H, LATENT_PAD)
+        qp = tl.load(q_pe + row * ROPE + r[None, :], mask=real & (r < ROPE)[None, :], other=0.0)  # (BLOCK_H, ROPE_PAD)
+        cache += (token // new) * cache_row
+        best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_H,), tl.float32)
+        mean = tl.zeros((BLOCK_H, LATENT_PAD), tl.float32)
+        for first in range(start, end, BLOCK_T):
+            at = first + t
+            slot = cache + at.to(tl.int64)[:, None] * cache_slot
+            seen = (at < end)[:, None]
+            k = tl.load(slot + c[None, :], mask=seen & (c < LATENT)[None, :], other=0.0)  # (BLOCK_T, LATENT_PAD)
+            kp = tl.load(slot + LATENT + r[None, :], mask=seen & (r < ROPE)[None, :], other=0.0)  # (BLOCK_T, ROPE_PAD)
+            scores = product(q, tl.trans(k), tl.zeros((BLOCK_H, BLOCK_T), tl.float32))  # (BLOCK_H, BLOCK_T)
+            scores = product(qp, tl.trans(kp), scores)
+            scores = tl.where((at < end)[None, :], scores * scale, float("-inf"))
+            better = tl.maximum(best, tl.max(scores, axis=1))
+            p = tl.exp2(scores - better[:, None])
+            shrink = tl.exp2(best - better)
+            total = total * shrink + tl.sum(p, axis=1)
+            mean = product(p.to(k.dtype), k, mean * shrink[:, None])
+            best = better
+        mean /= total[:, None]
+        tl.store(part + place[:, None] * LATENT + c[None, :], mean.to(part.dtype.element_ty), mask=real & (c < LATENT)[None, :])
+        tl.store(weight + place, best + tl.log2(total), mask=head < HEADS)
+    else:
+        tl.store(weight + place, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=head < HEADS)
+
+
+@triton.jit
+def sum_kernel(
+    part, weight, w_uv, w_uv_head, o, tokens,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The splits' means weighted, times W_UV, and only then added up: so the splits are the product's rows.
+
+    An empty split's mean was never written, and its weight of 0 keeps it from being read.
+    """
+    let_next_start(PDL)
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    head = tl.program_id(1)
+    rows: tl.constexpr = GROUP * SPLITS
+    row, c = tl.arange(0, rows), tl.arange(0, BLOCK_C)
+    token = tl.program_id(2) * GROUP + row // SPLITS
+    place = (token.to(tl.int64) * HEADS + head) * SPLITS + row % SPLITS
+    column = w_uv + head.to(tl.int64) * w_uv_head + v[None, :] * LATENT + c[:, None]  # (BLOCK_C, BLOCK_V)
+    real = (v < VALUE)[None, :]
+    if BLOCK_C >= LATENT:
+        w = tl.load(column, mask=(c < LATENT)[:, None] & real, other=0.0)  # before the wait: weights
+    wait_for_previous(PDL)
+    logs = tl.reshape(tl.load(weight + place, mask=token < tokens, other=0.0), (GROUP, SPLITS))
+    share = tl.exp2(logs - tl.max(logs, axis=1)[:, None])
+    share = tl.reshape(share / tl.sum(share, axis=1)[:, None], (rows,))
+    read = (share > 0) & (token < tokens)
+    sums = tl.zeros((rows, BLOCK_V), tl.float32)
+    for start in range(0, LATENT, BLOCK_C):
+        at = start + c
+        mean = tl.load(part + place[:, None] * LATENT + at[None, :], mask=read[:, None] & (at < LATENT)[None, :], other=0.0)
+        if BLOCK_C < LATENT:
+            w = tl.load(column + start, mask=(at < LATENT)[:, None] & real, other=0.0)
+        sums = product((mean.to(tl.float32) * share[:, None]).to(w.dtype), w, sums)
+    y = tl.sum(tl.reshape(sums, (GROUP, SPLITS, BLOCK_V)), axis=1)  # (GROUP, BLOCK_V)
+    n = tl.program_id(2) * GROUP + tl.arange(0, GROUP)
+    mask = (n < tokens)[:, None] & (v < VALUE)[None, :]
+    tl.store(o + (n.to(tl.int64)[:, None] * HEADS + head) * VALUE + v[None, :], y.to(o.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------- attention=triton
+@torch.library.custom_op("r1::latent_attention", mutates_args=())
+def _latent_attention(q_c: Tensor, q_pe: Tensor, cache: Tensor, positions: Tensor, w_uv: Tensor, scale: float) -> Tensor:
+    return attention(Chip.of(q_c.device), q_c, q_pe, cache, positions, w_uv, scale)
+
+
+@_latent_attention.register_fake
+def _(q_c: Tensor, q_pe: Tensor, cache: Tensor, positions: Tensor, w_uv: Tensor, scale: float) -> Tensor:
+    return q_c.new_empty(*q_c.shape[:2], w_uv.shape[1])
+
+
+def attend(mla: MLA, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+    """The slot's strategy, for decode; see r1/attend.py for the shapes. An operator of ours, which torch.compile takes as one."""
+    assert cache is not None, "a decode step has a cache"
+    step.remember(cache, torch.cat((c_kv, k_pe), dim=-1))
+    w_uk, w_uv = mla.up_projections()
+    q_c = by_head(q_nope, w_uk).flatten(0, 1).contiguous()  # (N, H, C)
+    q_pe = q_pe.flatten(0, 1).contiguous()  # (N, H, R)
+    return _latent_attention(q_c, q_pe, cache[0], step.positions, w_uv, mla.scale).view(*q_nope.shape[:3], -1)

@@ -1,0 +1,156 @@
+"""The router in two kernels: the norm and the fp32 logits, spread over the chip; then each token's choice, by every rule of
+r1/router.py.
+
+Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, wait_for_previous
+from r1.router import Router
+
+
+@dataclass(frozen=True)
+class RouterLaunch:
+    """Each program makes the logits of `experts` experts for one token, `columns` of the hidden state at a time."""
+
+    experts: int = 2
+    columns: int = 2048
+    warps: int = 4
+
+    @staticmethod
+    def default(sizes: Sizes, chip: Chip) -> RouterLaunch:
+        _tokens, _experts, dim = sizes
+        return RouterLaunch(columns=min(2048, power_of_two(dim)))
+
+    @property
+    def choices(self) -> Choices:
+        return {"experts": (1, 2, 4, 8), "columns": (512, 1024, 2048), "warps": (2, 4, 8)}
+
+
+def route(
+    chip: Chip, gate: Router, x: Tensor, gain: Tensor, eps: float, launch: RouterLaunch | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, D), the norm's gain (D,) -> the normed x (N, D), expert indices, int64 (N, K), and their weights, fp32 (N, K)."""
+    c, (tokens, dim) = gate.config, x.shape
+    experts, chosen = c.n_routed_experts, c.num_experts_per_tok
+    use = launch or chip.launch(RouterLaunch, tokens, experts, dim)
+    h, logits = torch.empty_like(x), x.new_empty(tokens, experts, dtype=torch.float32)
+    chip.run(
+        logits_kernel, (ceil_div(experts, use.experts), tokens), x, gain, eps, gate.weight, h, logits, experts,
+        DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, warps=use.warps,
+    )  # fmt: skip
+    indices, weights = x.new_empty(tokens, chosen, dtype=torch.int64), x.new_empty(tokens, chosen, dtype=torch.float32)
+    biased, draws = c.topk_method == "noaux_tc", getattr(gate, "draws", None)  # r1/bench/routing.py's routers have draws
+    chip.run(
+        choice_kernel, (tokens,), logits, gate.e_score_correction_bias if biased else None, draws,
+        0 if draws is None else draws.shape[0], indices, weights, c.routed_scaling_factor,
+        EXPERTS=experts, PAD=power_of_two(experts), CHOSEN=chosen, CHOSEN_PAD=power_of_two(chosen),
+        GROUPS=c.n_group if c.topk_method != "greedy" else 1, KEPT=c.topk_group, BEST=2 if biased else 1,
+        SIGMOID=c.scoring_func == "sigmoid", NORMED=c.norm_topk_prob, warps=1,
+    )  # fmt: skip
+    return h, indices, weights
+
+
+def route_torch(gate: Router, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin."""
+    h = gain * F.rms_norm(x, gain.shape, eps=eps)
+    return h, *gate(h)
+
+
+ROUTE = {"torch": route_torch, "triton": route}
+
+
+@triton.jit
+def logits_kernel(
+    x, gain, eps, weight, h, logits, experts,
+    DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_E experts' logits of one token; the first program of a token also writes the normed x.
+
+    The norm comes first and is rounded, as layers.py does: the choice between near-tied experts hangs on such bits.
+    """
+    let_next_start(PDL)
+    expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    token = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    x += token * DIM
+    place = weight + expert[:, None] * DIM + d[None, :]
+    w = tl.load(place, mask=(expert < experts)[:, None] & (d < DIM)[None, :], other=0.0)  # before the wait: weights
+    wait_for_previous(PDL)
+    squares = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)
+        squares += v * v
+    factor = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
+    sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        at = start + d
+        v = tl.load(x + at, mask=at < DIM, other=0.0)
+        normed = (v.to(tl.float32) * factor).to(v.dtype).to(tl.float32)
+        v = (normed * tl.load(gain + at, mask=at < DIM, other=0.0).to(tl.float32)).to(v.dtype)
+        if tl.program_id(0) == 0:
+            tl.store(h + token * DIM + at, v, mask=at < DIM)
+        sums += w * v.to(tl.float32)[None, :]
+        w = tl.load(place + start + BLOCK_D, mask=(expert < experts)[:, None] & (at + BLOCK_D < DIM)[None, :], other=0.0)
+    tl.store(logits + token * experts + expert, tl.sum(sums, axis=1), mask=expert < experts)
+
+
+@triton.jit
+def choice_kernel(
+    logits, bias, draws, drawn, indices, weights, factor,
+    EXPERTS: tl.constexpr, PAD: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token's choice. Of equals the first wins. `draws`, where there are any, choose in the scores' place."""
+    wait_for_previous(PDL)
+    let_next_start(PDL)  # so late, because up_vector_kernel reads the normed x before its own wait
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, PAD)
+    real = expert < EXPERTS
+    logit = tl.load(logits + token * EXPERTS + expert, mask=real, other=float("-inf"))
+    if SIGMOID:
+        scores = tl.sigmoid(logit)
+    else:
+        powers = tl.exp(logit - tl.max(logit, axis=0))
+        scores = powers / tl.sum(powers, axis=0)
+    choice = scores
+    if draws is not None:
+        choice = tl.load(draws + (token % drawn) * EXPERTS + expert, mask=real, other=0.0)
+    if bias is not None:
+        choice += tl.load(bias + expert, mask=real, other=0.0)
+    choice = tl.where(real, choice, float("-inf"))
+    if GROUPS > 1:
+        group = expert // (EXPERTS // GROUPS)
+        open_ = expert < 0  # none yet
+        worths = tl.full((PAD,), float("-inf"), tl.float32)  # of each expert's group
+        for g in tl.static_range(GROUPS):
+            members = tl.where(group == g, choice, float("-inf"))
+            worth = tl.max(members, axis=0)
+            if BEST == 2:
+                worth += tl.max(tl.where(expert == tl.argmax(members, axis=0), float("-inf"), members), axis=0)
+            worths = tl.where((group == g) & real, worth, worths)
+        for _ in tl.static_range(KEPT):
+            winner = tl.argmax(tl.where(open_, float("-inf"), worths), axis=0) // (EXPERTS // GROUPS)
+            open_ = open_ | (group == winner)
+        choice = tl.where(open_, choice, float("-inf"))
+    k = tl.arange(0, CHOSEN_PAD)
+    index = tl.zeros((CHOSEN_PAD,), tl.int32)
+    weight = tl.zeros((CHOSEN_PAD,), tl.float32)
+    for i in tl.static_range(CHOSEN):
+        best = tl.argmax(choice, axis=0)
+        index = tl.where(k == i, best, index)
+        weight = tl.where(k == i, tl.sum(tl.where(expert == best, scores, 0.0), axis=0), weight)
+        choice = tl.where(expert == best, float("-inf"), choice)
+    if NORMED:
+        weight /= tl.sum(weight, axis=0) + 1e-20
+    tl.store(indices + token * CHOSEN + k, index.to(tl.int64), mask=k < CHOSEN)
+    tl.store(weights + token * CHOSEN + k, weight * factor, mask=k < CHOSEN)

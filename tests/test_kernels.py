@@ -1,0 +1,478 @@
+"""Every Triton kernel beside its torch twin: under the interpreter on a CPU (conftest.py), as machine code on a GPU.
+
+Skipped where there is no triton.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bench_kernels
+import compile_kernels as compile_tool
+import pytest
+import tiny
+import torch
+from tolerances import TOLERANCES, atol
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
+
+from r1 import Config, build, rope
+from r1.backend import Backend, resolve
+from r1.config import shape
+from r1.kernels import Chip, DecodeBlock
+from r1.kernels.attention import AttentionLaunch, attention, attention_torch
+from r1.kernels.experts import ExpertsLaunch, Matrices, experts, experts_torch, sort_by_expert, sort_by_expert_torch
+from r1.kernels.latent import LatentLaunch, latent, latent_torch
+from r1.kernels.linear import LinearLaunch, linear, linear_torch
+from r1.kernels.router import RouterLaunch, route, route_torch
+from r1.model import Transformer
+from r1.router import Router
+from r1.runner import Runner
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHIP = Chip.of(DEVICE)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOKENS = (1, 3, 8, 33)
+both = pytest.mark.parametrize("dtype", DTYPES)
+GUARD = 64
+"""Numbers of NaN before and behind each buffer."""
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy that stands between NaNs: who reads beyond it shows it in what comes out."""
+    room = torch.full((tensor.numel() + 2 * GUARD,), float("nan"), dtype=tensor.dtype, device=DEVICE)
+    copy = room[GUARD:-GUARD].view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def intact(tensor: Tensor) -> bool:
+    """Whether nobody wrote beyond a guarded tensor."""
+    room = torch.empty(0, dtype=tensor.dtype, device=DEVICE).set_(tensor.untyped_storage())
+    return bool(room[:GUARD].isnan().all() and room[-GUARD:].isnan().all())
+
+
+def draw(*shape: int, dtype: str, scale: float = 1.0) -> Tensor:
+    return guarded((torch.randn(shape) * scale).to(DTYPES[dtype]))
+
+
+def close(ours: Tensor, twin: Tensor, dtype: str) -> None:
+    """Within the table's tolerance, of bf16 relative to the largest value. Everything ours must be a number."""
+    gap, scale = float((ours.float() - twin.float()).abs().max()), max(1.0, float(twin.float().abs().max()))
+    row = TOLERANCES[f"kernels {dtype}"]
+    assert ours.shape == twin.shape and ours.dtype == twin.dtype
+    assert gap <= row.atol * scale / row.scale, f"off by {gap:.2e}, values to {scale:.2g}"
+
+
+# ------------------------------------------------------------------------------------------------ one kernel each
+@both
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("how", ["plain", "norm", "swiglu", "residual", "norm and residual"])
+def test_linear(how: str, tokens: int, dtype: str) -> None:
+    inputs, outputs = 75, 37
+    x = draw(tokens, 2 * inputs + 5, dtype=dtype)[:, : 2 * inputs if how == "swiglu" else inputs]  # rows with a stride
+    weight = draw(outputs, inputs, dtype=dtype, scale=inputs**-0.5)
+    options: dict[str, Any] = {"swiglu": how == "swiglu"}
+    if "norm" in how:
+        options |= {"norm": draw(inputs, dtype=dtype), "eps": 1e-2}
+    if "residual" in how:
+        options["residual"] = draw(tokens, outputs, dtype=dtype)
+    launch = LinearLaunch(1, 8, 32, 4) if tokens == 1 else LinearLaunch(16, 16, 32, 4)
+    for each in (None, launch):
+        close(linear(CHIP, x, weight, **options, launch=each), linear_torch(x, weight, **options), dtype)
+
+
+def latent_inputs(rows: int, new: int, dtype: str, capacity: int = 40) -> dict[str, Any]:
+    """Odd sizes: 3 heads, nope 11, rope 6, latent 20."""
+    heads, nope, r, c, tokens = 3, 11, 6, 20, rows * new
+    positions = (torch.randint(capacity - new + 1, (rows, 1)) + torch.arange(new)).to(DEVICE)
+    cos, sin = rope.angles(positions, torch.rand(r // 2, device=DEVICE), 1.0)
+    fused = draw(tokens, heads * (nope + r) + c + r, dtype=dtype)
+    q, kv = fused.split([heads * (nope + r), c + r], dim=-1)
+    w = draw(heads, nope + 7, c, dtype=dtype, scale=nope**-0.5)
+    cache = draw(rows, capacity, c + r, dtype=dtype)
+    return {
+        "q": q, "kv": kv, "w_uk": w[:, :nope], "gain": draw(c, dtype=dtype), "eps": 1e-2, "cos": cos, "sin": sin,
+        "positions": positions, "cache": cache,
+    }  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize(("rows", "new"), [(1, 1), (3, 1), (8, 1), (11, 3)])
+def test_latent(rows: int, new: int, dtype: str) -> None:
+    given = latent_inputs(rows, new, dtype)
+    theirs = {**given, "cache": guarded(given["cache"])}
+    twin = latent_torch(**theirs)
+    for launch in (None, LatentLaunch(16, 16)):
+        for ours, other in zip(latent(CHIP, **given, launch=launch), twin, strict=True):
+            close(ours, other, dtype)
+        close(given["cache"], theirs["cache"], dtype)
+        assert intact(given["cache"])
+
+
+def attention_inputs(lengths: list[list[int]], heads: int, dtype: str, capacity: int = 70) -> dict[str, Any]:
+    """Rows whose tokens attend to so many slots; the rest of the cache is poison."""
+    r, c, v = 6, 20, 9
+    positions = torch.tensor(lengths, device=DEVICE) - 1  # (B, S)
+    cache = draw(len(lengths), capacity, c + r, dtype=dtype)
+    for row, longest in enumerate(positions.amax(dim=1).tolist()):
+        cache[row, longest + 1 :] = float("nan")
+    tokens = positions.numel()
+    return {
+        "q_c": draw(tokens, heads, c, dtype=dtype), "q_pe": draw(tokens, heads, r, dtype=dtype), "cache": cache,
+        "positions": positions, "w_uv": draw(heads, 7 + v, c, dtype=dtype, scale=c**-0.5)[:, 7:], "scale": 0.2,
+    }  # fmt: skip
+
+
+def attention_twin(given: dict[str, Any]) -> Tensor:
+    """The twin looks at the whole cache, where 0 times NaN is NaN."""
+    return attention_torch(**{**given, "cache": given["cache"].nan_to_num(0.0)})
+
+
+@both
+@pytest.mark.parametrize("heads", [3, 20])
+@pytest.mark.parametrize("lengths", [[[1]], [[70]], [[1], [33], [70]], [[5, 6], [69, 70]]], ids=str)
+def test_attention(lengths: list[list[int]], heads: int, dtype: str) -> None:
+    given = attention_inputs(lengths, heads, dtype)
+    twin = attention_twin(given)
+    for launch in (None, AttentionLaunch(16, 16, 1, 4, 1), AttentionLaunch(16, 16, 8, 4, 2, sum_rows=16, values=16, latents=16)):
+        close(attention(CHIP, **given, launch=launch), twin, dtype)
+
+
+@pytest.mark.parametrize("rows", [8, 33])
+def test_attention_of_many_rows(rows: int) -> None:
+    given = attention_inputs([[1 + 7 * row % 70] for row in range(rows)], 3, "fp32")
+    close(attention(CHIP, **given), attention_twin(given), "fp32")
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "r1": {"n_routed_experts": 16, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 5},
+    "one group": {"n_routed_experts": 13, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 6},
+    "odd groups": {"n_routed_experts": 15, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "norm_topk_prob": False},
+    "v2": {
+        "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_routed_experts": 12,
+        "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "norm_topk_prob": False,
+    },
+    "v2-lite": {
+        "model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax", "n_routed_experts": 12, "n_group": 4,
+        "num_experts_per_tok": 4, "norm_topk_prob": False,
+    },
+}  # fmt: skip
+
+
+def router(name: str) -> Router:
+    gate = Router(dataclasses.replace(tiny.V3, hidden_size=75, **ROUTERS[name])).to(DEVICE)
+    gate.requires_grad_(False)
+    gate.weight.copy_(torch.randn(gate.weight.shape) * 75**-0.5)
+    if hasattr(gate, "e_score_correction_bias"):
+        gate.e_score_correction_bias.copy_(torch.randn(gate.e_score_correction_bias.shape) - 1.0)  # mostly negative: trap 10
+    return gate
+
+
+def check_route(gate: Router, dtype: str, tokens: int, told: Router | None = None) -> None:
+    """`told` is what the kernel sees in the gate's place."""
+    x, gain = draw(tokens, 75, dtype=dtype), draw(75, dtype=dtype)
+    twin_h, twin_indices, twin_weights = route_torch(gate, x, gain, 1e-2)
+    for launch in (None, RouterLaunch(4, 32)):
+        h, indices, weights = route(CHIP, told or gate, x, gain, 1e-2, launch)
+        close(h, twin_h, dtype)
+        (a, order), (b, twin_order) = indices.sort(dim=1), twin_indices.sort(dim=1)
+        assert torch.equal(a, b)
+        close(weights.gather(1, order), twin_weights.gather(1, twin_order), dtype)
+
+
+@both
+@pytest.mark.parametrize("name", ROUTERS)
+def test_route(name: str, dtype: str) -> None:
+    check_route(router(name), dtype, 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_route_of_so_many(tokens: int) -> None:
+    check_route(router("r1"), "fp32", tokens)
+
+
+def test_route_of_drawn_experts() -> None:
+    """bench.py's --routing uniform: fewer draws than tokens, so that they come round."""
+    gate = router("r1")
+    drawn = torch.rand(7, 16, device=DEVICE)
+    gate.draws = drawn
+    gate.choose = lambda scores: Router.choose(gate, drawn[torch.arange(len(scores)) % 7])  # type: ignore[method-assign]
+    check_route(gate, "fp32", 9)
+
+
+def expert_inputs(tokens: int, dtype: str, shared: int) -> dict[str, Any]:
+    """Odd sizes: hidden 27, inner 21, 9 experts, of which only 0, 4 and 8 are ever chosen; the others' weights are poison."""
+    dim, inner, count, chosen = 27, 21, 9, 2
+    up, down = draw(count, 2 * inner, dim, dtype=dtype, scale=dim**-0.5), draw(count, dim, inner, dtype=dtype, scale=inner**-0.5)
+    for never in (1, 2, 3, 5, 6, 7):
+        up[never], down[never] = float("nan"), float("nan")
+    indices = torch.stack([torch.randperm(3)[:chosen] for _ in range(tokens)]).to(DEVICE) * 4
+    always = Matrices(
+        draw(2 * shared * inner, dim, dtype=dtype, scale=dim**-0.5), draw(dim, shared * inner, dtype=dtype, scale=inner**-0.5)
+    )
+    return {
+        "x": draw(tokens, dim, dtype=dtype), "indices": indices, "weights": torch.rand(tokens, chosen, device=DEVICE),
+        "routed": Matrices(up, down), "shared": always if shared else None,
+        "residual": draw(tokens, dim, dtype=dtype) if shared else None,
+    }  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_experts(tokens: int, shared: int, dtype: str) -> None:
+    given = expert_inputs(tokens, dtype, shared)
+    twin = experts_torch(**given)
+    launches = [None, ExpertsLaunch(16, 16, 16, 16, 32)] + [ExpertsLaunch(1, 8, 16, 16, 16)] * (tokens <= 3)
+    for launch in launches:
+        close(experts(CHIP, **given, launch=launch), twin, dtype)
+
+
+@pytest.mark.parametrize(("tokens", "chosen", "count"), [(1, 1, 1), (3, 2, 5), (33, 4, 7), (100, 3, 300)])
+def test_sort_by_expert(tokens: int, chosen: int, count: int) -> None:
+    indices = torch.randint(count, (tokens, chosen), device=DEVICE)
+    for ours, twin in zip(sort_by_expert(CHIP, indices, count), sort_by_expert_torch(indices, count), strict=True):
+        assert torch.equal(ours, twin)
+
+
+# ------------------------------------------------------------------------------------------------ a whole model
+def decoded(run: Runner, rows: int, new: int = 1, steps: int = 2) -> Tensor:
+    """Prefill ragged prompts and decode fixed tokens: fp32 logits (B, steps S, W)."""
+    prompts = [[5, 9, 20, 7], [11, 3], [40, 41, 42, 43, 44, 45, 46]]
+    cache = run.cache(rows, 32)
+    run.prefill([prompts[row % 3] for row in range(rows)], cache)
+    tokens = torch.arange(rows * new * steps, device=DEVICE).view(steps, rows, new) % 48
+    return torch.cat([run.decode(each, cache).clone() for each in tokens], dim=1)
+
+
+def model(config: Config, dtype: str) -> Transformer:
+    """A model of unit gain: see test_properties.py."""
+    made = build.from_shape(config, resolve(Backend(device=DEVICE.type, dtype=dtype), config))
+    for name, p in made.named_parameters():
+        gain = 0.2 if p.dim() == 1 else p.shape[-1] ** -0.5 * (0.5 if "o_proj" in name or "down_proj" in name else 1.0)
+        p.copy_(torch.randn(p.shape) * gain + (p.dim() == 1 and not name.endswith("bias")))
+    return made
+
+
+def runner(made: Transformer, dtype: str, **switches: Any) -> Runner:
+    """Not through `resolve`, which has no Triton on a CPU: the interpreter is for tests."""
+    backend = dataclasses.replace(resolve(Backend(device=DEVICE.type, dtype=dtype), made.config), **switches)
+    return Runner(build.finish(made, backend), backend)
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "attention": {"attention": "triton"},
+    "moe": {"moe": "triton"},
+    "kernels": {"attention": "triton", "moe": "triton", "kernels": "triton"},
+}
+MODELS = {
+    "v3": tiny.V3,
+    "v2": tiny.V2,
+    "moonlight": dataclasses.replace(tiny.V3, q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2),
+    "unshared": dataclasses.replace(tiny.V3, n_shared_experts=0),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("switch", "name"), [("attention", "v3"), ("moe", "v3"), *(("kernels", name) for name in MODELS)])
+def test_a_model_decodes_as_torch_does(switch: str, name: str, rows: int) -> None:
+    made = model(MODELS[name], "fp32")
+    plain = decoded(runner(made, "fp32"), rows)
+    assert float(plain.std()) > 0.2
+    assert float((decoded(runner(made, "fp32", **SWITCHES[switch]), rows) - plain).abs().max()) < atol("algebra fp32")
+
+
+@pytest.mark.parametrize("switch", ["attention", "kernels"])
+def test_several_tokens_a_step(switch: str) -> None:
+    made = model(MODELS["v3"], "fp32")
+    plain, fused = (decoded(runner(made, "fp32", **s), 2, new=3, steps=1) for s in ({}, SWITCHES[switch]))
+    assert float((fused - plain).abs().max()) < atol("algebra fp32")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fused_block_of_twins_is_the_block(name: str) -> None:
+    """The composition, without a kernel."""
+    made = model(MODELS[name], "fp32")
+    run = runner(made, "fp32")
+    plain = decoded(run, 3)
+    run.blocks["decode"] = [DecodeBlock(block, None) for block in made.layers]
+    assert float((decoded(run, 3) - plain).abs().max()) < atol("algebra fp32")
+
+
+def test_results_do_not_change_from_run_to_run() -> None:
+    run = runner(model(MODELS["v3"], "bf16"), "bf16", **SWITCHES["kernels"])
+    assert torch.equal(decoded(run, 3, steps=2), decoded(run, 3, steps=2))
+
+
+# ------------------------------------------------------------------------------------------------ proof that these can fail
+def wrong_length(given: dict[str, Any]) -> Tensor:
+    return attention(CHIP, **{**given, "positions": given["positions"] - 1})
+
+
+def wrong_scale(given: dict[str, Any]) -> Tensor:
+    return attention(CHIP, **{**given, "scale": given["scale"] * 1.1})
+
+
+def no_rope(given: dict[str, Any]) -> Tensor:
+    return attention(CHIP, **{**given, "q_pe": given["q_pe"] * 0})
+
+
+@both
+@pytest.mark.parametrize("wrong", [wrong_length, wrong_scale, no_rope])
+def test_wrong_attention_is_seen(wrong: Callable[[dict[str, Any]], Tensor], dtype: str) -> None:
+    given = attention_inputs([[2], [9], [70]], 3, dtype)
+    with pytest.raises(AssertionError, match="off by"):
+        close(wrong(given), attention_twin(given), dtype)
+
+
+def test_poison_is_seen() -> None:
+    """A token too many, and the cache's tail shows in the output."""
+    given = attention_inputs([[2], [9]], 3, "fp32")
+    given["positions"] += 1
+    assert attention(CHIP, **given).isnan().any()
+
+
+@both
+@pytest.mark.parametrize("change", ["weights", "swapped halves", "neighbour"])
+def test_wrong_experts_are_seen(change: str, dtype: str) -> None:
+    given = expert_inputs(3, dtype, 1)
+    twin, wrong = experts_torch(**given), dict(given)
+    if change == "weights":
+        wrong["weights"] = given["weights"] * 1.1
+    elif change == "swapped halves":
+        up = given["routed"].gate_up_proj
+        wrong["routed"] = Matrices(up.roll(21, dims=1), given["routed"].down_proj)
+    else:
+        wrong["indices"] = (given["indices"] + 4) % 12
+    with pytest.raises(AssertionError, match="off by"):
+        close(experts(CHIP, **wrong), twin, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("r1", {"topk_group": 8}), ("r1", {"norm_topk_prob": False}), ("r1", {"routed_scaling_factor": 1.0}),
+        ("r1", {"topk_method": "group_limited_greedy"}),  # the best of a group, and no bias
+        ("v2", {"scoring_func": "sigmoid"}), ("v2", {"topk_method": "greedy"}), ("odd groups", {"n_group": 5}),
+    ],
+)  # fmt: skip
+def test_wrong_choice_is_seen(name: str, change: dict[str, Any]) -> None:
+    """The kernel told another rule than its twin."""
+    gate = router(name)
+    told = copy.copy(gate)
+    told.config = dataclasses.replace(gate.config, **change)
+    with pytest.raises(AssertionError):
+        check_route(gate, "fp32", 8, told)
+
+
+@both
+def test_wrong_rotation_is_seen(dtype: str) -> None:
+    given = latent_inputs(3, 1, dtype)
+    q_pe = latent_torch(**{**given, "cache": guarded(given["cache"])})[1]
+    with pytest.raises(AssertionError, match="off by"):
+        close(latent(CHIP, **{**given, "sin": -given["sin"]})[1], q_pe, dtype)
+
+
+@both
+def test_wrong_norm_is_seen(dtype: str) -> None:
+    x, weight, gain = draw(3, 75, dtype=dtype), draw(37, 75, dtype=dtype), draw(75, dtype=dtype)
+    with pytest.raises(AssertionError, match="off by"):
+        close(linear(CHIP, x, weight, norm=gain, eps=0.2), linear_torch(x, weight, norm=gain, eps=0.0), dtype)
+
+
+# ------------------------------------------------------------------------------------------------ tools/bench_kernels.py
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("config", [MODELS["v3"], MODELS["moonlight"]], ids=["v3", "moonlight"])
+def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
+    """Every case of the benchmark beside its twin, on this machine."""
+    with torch.device(DEVICE), torch.inference_mode():
+        found = list(bench_kernels.cases(bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], []))
+        assert len(found) == (11 if config.q_lora_rank else 10)
+        for case in found:
+            assert bench_kernels.off(case, None) < 0.02, case.name
+            assert case.nbytes > 0 and case.flops > 0 and len(case.copies) >= 2
+            assert case.default.choices.keys() <= vars(case.default).keys()
+
+
+def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MODELS["v3"]
+    with torch.device(DEVICE), torch.inference_mode():
+        (case,) = bench_kernels.cases(bench_kernels.Place(CHIP, 1), config, 1, [20], ["qkv_a"])
+        monkeypatch.setattr(LinearLaunch, "choices", {"outputs": (1, 2, 4, 8), "warps": (4, 8, 3)})
+        right = case.run
+
+        def run(weight: Tensor, use: LinearLaunch) -> Tensor:
+            if use.warps == 3:
+                raise RuntimeError("out of resources")
+            return right(weight, use) * (2 if use.outputs == 8 else 1)  # fast, and wrong
+
+        case.run = run
+
+        def timed(calls: list[Any]) -> list[float]:
+            use = calls[0].args[1]
+            return [abs(use.outputs - 4) + 1 / use.warps if use.outputs < 8 else 0.0]
+
+        monkeypatch.setattr(bench_kernels, "timed", timed)
+        best, tried = bench_kernels.sweep(case, time.monotonic() + 60)
+    assert (best.outputs, best.warps) == (4, 8)
+    assert any("out of resources" in t.get("error", "") for t in tried) and any(t.get("off", 0) > 0.05 for t in tried)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "torch sees none"), (["--batch", "0"], "whole numbers"), (["--shape", "r2"], "there is no shape")],
+)
+def test_bench_kernels_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and not out
+
+
+# ------------------------------------------------------------------------------------------------ for GPUs that aren't here
+@pytest.mark.parametrize(
+    ("name", "batch", "dense", "sparse"),
+    [("moonlight-16b", 1, 7, 9), ("moonlight-16b", 8, 10, 12), ("r1", 1, 8, 10), ("r1", 8, 12, 14)],
+)
+def test_kernels_of_a_layer(name: str, batch: int, dense: int, sparse: int) -> None:
+    """As r1/kernels says; each costs a launch."""
+    assert len(compile_tool.launches(shape(name), batch, compile_tool.TARGETS["sm_90"])) == dense + sparse
+
+
+def compile_kernels(*arguments: str) -> SimpleNamespace:
+    tool = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(tool), *arguments], capture_output=True, text=True, env=clean, check=False)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942", "gfx1100"])
+def test_kernels_compile_for(target: str) -> None:
+    """What R1 would launch there for 8 tokens: every kernel for several tokens and the attention."""
+    done = compile_kernels("--shape", "r1", "--batch", "8", "--target", target)
+    assert done.status == 0, done.out + done.err
+    assert done.out.endswith("all kernels fit\n") and done.out.count(target) >= 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--shape", "r2"], "there is no shape"), (["--batch", "x"], "whole numbers"), (["--target", "sm_1"], "choose of sm_80")],
+)
+def test_compile_kernels_bad_input(arguments: list[str], said: str) -> None:
+    done = compile_kernels(*arguments)
+    assert done.status == 2 and said in done.err and done.err.count("\n") == 1 and not done.out

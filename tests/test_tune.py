@@ -1,0 +1,135 @@
+"""The search for launch parameters: what it takes, what it refuses, what it keeps. Times here are told, not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
+
+from r1 import InputError
+from r1.backend import Backend, resolve
+from r1.config import shape
+from r1.kernels import Chip, tune
+from r1.kernels.chip import Launch
+from r1.kernels.latent import LatentLaunch
+from r1.kernels.linear import LinearLaunch
+from r1.machine import Machine
+
+GPU = "NVIDIA H100 80GB HBM3"
+KEY = "LinearLaunch 1 64 32 2"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("R1_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+def chip() -> Chip:
+    return Chip(processors=132, shared=227 * 1024, dependent_launch=True)
+
+
+def step_on(chip: Chip, wrong: Callable[[LinearLaunch], bool] = lambda _: False) -> Callable[[], Tensor]:
+    """A step of two kernels, whose output is right unless the linear's launch is `wrong`."""
+
+    def step() -> Tensor:
+        linear = chip.launch(LinearLaunch, 1, 64, 32, 2)
+        chip.launch(LatentLaunch, 1, 512)
+        return torch.full((3,), 2.0 if wrong(linear) else 1.0)
+
+    return step
+
+
+def timer(chip: Chip) -> Callable[[Callable[[], object]], float]:
+    """Likes 4 outputs, 8 warps; 64 columns of the latent."""
+
+    def seconds(_step: Callable[[], object]) -> float:
+        linear, latent = chip.launch(LinearLaunch, 1, 64, 32, 2), chip.launch(LatentLaunch, 1, 512)
+        return 1 + abs(linear.outputs - 4) + 1 / linear.warps + abs(latent.columns - 64)
+
+    return seconds
+
+
+def test_a_search_finds_what_is_fastest() -> None:
+    here = chip()
+    kept: list[set[str]] = []
+    tune.search(here, step_on(here), timer(here), lambda: kept.append(set(here.tuned)))
+    assert kept == [{KEY}, {KEY, "LatentLaunch 1 512"}], "whoever stops the search has what it found"
+    linear, latent = here.tuned[KEY], here.tuned["LatentLaunch 1 512"]
+    assert linear == dataclasses.replace(LinearLaunch.default((1, 64, 32, 2), here), outputs=4, warps=8)
+    assert latent == dataclasses.replace(LatentLaunch.default((1, 512), here), columns=64)
+    assert here.launch(LinearLaunch, 1, 64, 32, 2) == linear
+
+    def never(_step: Callable[[], object]) -> float:
+        raise AssertionError("known shapes are not searched again")
+
+    tune.search(here, step_on(here), never)
+
+
+def test_what_computes_something_else_is_passed_over() -> None:
+    here = chip()
+    tune.search(here, step_on(here, lambda launch: launch.outputs == 4), timer(here))
+    found = here.tuned[KEY]
+    assert isinstance(found, LinearLaunch) and found.outputs == 2, "4 would be faster, and is wrong"
+
+
+def test_what_does_not_fit_is_passed_over() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    here = chip()
+
+    def step() -> Tensor:
+        if here.launch(LinearLaunch, 1, 64, 32, 2).warps == 8:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return torch.ones(3)
+
+    tune.search(here, step, lambda _: 1 / here.launch(LinearLaunch, 1, 64, 32, 2).warps)
+    found = here.tuned[KEY]
+    assert isinstance(found, LinearLaunch) and found.warps == 4
+
+
+def test_what_was_found_is_kept_by_gpu(cache: Path) -> None:
+    assert tune.load(GPU) == {}
+    found: dict[str, Launch] = {KEY: LinearLaunch(1, 4, 512, 8), "LatentLaunch 1 512": LatentLaunch(16, 64)}
+    tune.keep(GPU, found)
+    tune.keep("another", {})
+    assert tune.load(GPU) == found and tune.load("another") == {}
+    assert [path.name for path in cache.iterdir()] == [tune.FILE], "nothing half-written is left"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"NVIDIA H100 80GB HBM3": {"Other 1": {}}}', '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 512": {"x": 1}}}'],
+)
+def test_a_file_that_is_not_ours_is_told(cache: Path, text: str) -> None:
+    cache.mkdir()
+    (cache / tune.FILE).write_text(text)
+    with pytest.raises(InputError, match="remove it"):
+        tune.load(GPU)
+    assert (cache / tune.FILE).read_text() == text
+
+
+def test_every_kind_survives_the_file() -> None:
+    sizes = {
+        "AttentionLaunch": (8, 16, 512, 64, 4096, 2), "ExpertsLaunch": (8, 6, 64, 2048, 1408, 2), "LatentLaunch": (8, 512),
+        "LinearLaunch": (8, 2048, 2048, 2), "RouterLaunch": (8, 64, 2048),
+    }  # fmt: skip
+    found: dict[str, Launch] = {
+        f"{name} {' '.join(map(str, sizes[name]))}": kind.default(sizes[name], chip()) for name, kind in tune.KINDS.items()
+    }
+    tune.keep(GPU, found)
+    assert tune.load(GPU) == found
+    assert all(launch.choices.keys() <= vars(launch).keys() for launch in found.values())
+    assert json.loads(tune.path().read_text())[GPU].keys() == found.keys()
+
+
+def test_tune_is_of_the_fused_kernels() -> None:
+    with pytest.raises(InputError, match="add kernels=triton"):
+        resolve(Backend(tune=True), shape("tiny"), Machine.here())
