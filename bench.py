@@ -2,7 +2,8 @@
 
 Prints the machine, then one row per arm: baseline (all switches off), each given switch alone, all given together. Every
 arm runs in a process of its own, all warmed up alike; repetitions are taken in turn with the baseline's, so that a drifting
-clock hits both; and each arm's logits are held against an fp32 eager reference on the same tokens.
+clock hits both; and each arm's logits are held against an fp32 eager reference on the same tokens. A checkpoint that brings
+problems is asked some of them by each arm.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ import torch
 from r1 import InputError, switches
 from r1.__main__ import EMBEDDED
 from r1.backend import DTYPES, Backend, resolve, torch_device
-from r1.bench import arms, merge, plot, report, worker
+from r1.bench import arms, exam, merge, plot, report, worker
 from r1.bench.arms import TEXTBOOK, Arm, Workload
-from r1.bench.process import Found, Process, interrupt_once, signals
+from r1.bench.exam import Question
+from r1.bench.process import Found, Process, interrupt_once, quit_all, signals
 from r1.build import HEADROOM, count_parameters
 from r1.config import SHAPES, Config
 from r1.errors import hung_up
 from r1.machine import Machine, available_bytes, explain
 
 REFERENCE = "fp32 reference"
+PROBLEMS = 16
+"""Asked by default: what two CPU cores answer in ten seconds, four arms at a time."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--depth", type=numbers, default=[0], metavar="N,..", help="tokens in the cache before (default 0)")
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each arm (default 5)")
     p.add_argument("--seed", type=switches.seed, default=0, help="of random weights and prompts")
+    p.add_argument(
+        "--problems", type=int, metavar="N",
+        help=f"how many problems of the checkpoint's {exam.FILE}, if it has one, each arm is asked (default {PROBLEMS}; 0: none)",
+    )  # fmt: skip
     p.add_argument("--ablate", action="store_true", help="every switch this machine can run: ladder, alone, all but one, pairs")
     p.add_argument(
         "--only", type=kinds, metavar="KIND,..",
@@ -134,9 +142,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError("--assume-acceptance is about drafts, and nothing drafts: add --speculate mtp")
         if not 0 <= arguments.assume_acceptance <= 1:
             raise InputError(f"--assume-acceptance {arguments.assume_acceptance}: give a probability, 0 to 1")
+    model = None if arguments.shape else str(arguments.model or EMBEDDED)
+    questions = questions_of(model, arguments.problems)
     if arguments.profile:
         arguments.profile.mkdir(parents=True, exist_ok=True)
-    model = None if arguments.shape else str(arguments.model or EMBEDDED)
     lists = itertools.product(arguments.batch, arguments.prompt, arguments.new, arguments.depth)
     source = (model, arguments.shape, arguments.layers)
     workloads = [Workload(*source, *sizes, arguments.seed, arguments.routing, arguments.assume_acceptance) for sizes in lists]
@@ -168,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
                 else:
                     compared = arms.from_switches(given, arguments.only or ("alone", "together"))
                 try:
-                    measure(compared, workload, config, arguments, result)
+                    measure(compared, workload, config, arguments, questions, result)
                 except InputError as error:
                     if len(workloads) == 1:
                         raise
@@ -182,6 +191,16 @@ def run(arguments: argparse.Namespace) -> int:
     return status or int(failed)
 
 
+def questions_of(model: str | None, count: int | None) -> list[Question]:
+    """What the arms may be asked, of which each workload takes the first `count` that fit. Raises InputError."""
+    if count is not None and count < 0:
+        raise InputError(f"--problems {count}: give 0 or more")
+    found = exam.load(model) if model is not None and count != 0 else []
+    if count and not found:
+        raise InputError(f"--problems {count}: {model or 'a shape of random weights'} has no {exam.FILE}: leave it out")
+    return found
+
+
 def present(result: Found, arguments: argparse.Namespace) -> None:
     """Print the result as `-o` says, and draw it where `--plot` does."""
     print(report.render(result, arguments.output))
@@ -189,11 +208,22 @@ def present(result: Found, arguments: argparse.Namespace) -> None:
         print(f"drawn: {' '.join(map(str, plot.draw(result, arguments.plot)))}", file=sys.stderr)
 
 
-def measure(compared: list[Arm], workload: Workload, config: Config, arguments: argparse.Namespace, result: Found) -> None:
-    """All arms on one workload; rows are added to `result` as they are finished."""
+def measure(
+    compared: list[Arm],
+    workload: Workload,
+    config: Config,
+    arguments: argparse.Namespace,
+    questions: list[Question],
+    result: Found,
+) -> None:
+    """All arms on one workload; their rows are added to `result`, when interrupted too: of those that were measured."""
     with tempfile.TemporaryDirectory(prefix="r1-bench-") as name, CompilerChecks(compared, config, Path(name)) as checks:
-        folder, position = Path(name), len(result["rows"])
-        base = compared[0]
+        folder, base = Path(name), compared[0]
+        asked = exam.fitting(questions, workload.tokens, PROBLEMS if arguments.problems is None else arguments.problems)
+        if questions and not asked:
+            result["notes"].append(
+                f"No problem of {exam.FILE} fits {workload.tokens} tokens, so there is no accuracy: take more --new, or --prompt."
+            )
         reference = make_reference(compared, workload, config, folder, checks)
         rates = reference["rates"]
         result["machine"] |= {
@@ -207,6 +237,7 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
             "Only one model fits the memory at a time, so arms were measured one after the other, not in turn with the baseline."
         ]  # fmt: skip
         first = Session(base, workload, folder)
+        sessions = [first]
         try:
             if not first.start(arguments.warm_start):
                 raise InputError(f"the baseline can't be had: {first.found['refused']}")
@@ -214,28 +245,32 @@ def measure(compared: list[Arm], workload: Workload, config: Config, arguments: 
             baseline_alone = first.repeat(arguments.repetitions) if room == 1 else []
             if room == 1:
                 first.finish(arguments)
+                examine(sessions, asked)
             for arm in timed:
                 session = Session(arm, workload, folder)
-                try:
-                    if session.start(arguments.warm_start):
-                        for number in range(arguments.repetitions):
-                            say(f"{arm.name}: repetition {number + 1} of {arguments.repetitions}")
-                            session.found["beside"].append(baseline_alone[number] if room == 1 else first.once())
-                            session.once()
-                        session.finish(arguments)
-                finally:
+                sessions.append(session)
+                if session.start(arguments.warm_start):
+                    for number in range(arguments.repetitions):
+                        say(f"{arm.name}: repetition {number + 1} of {arguments.repetitions}")
+                        session.found["beside"].append(baseline_alone[number] if room == 1 else first.once())
+                        session.once()
+                    session.finish(arguments)
+                else:
                     session.process.quit()
-                result["rows"].append(report.row(arm, workload, session.found, reference, config))
+                if not asked or sum(each.process.alive for each in sessions) >= room:
+                    examine(sessions, asked)
             if not first.found["measure"]:  # no other arm came to be measured in turn with it
                 first.repeat(arguments.repetitions)
             if room > 1:
                 first.finish(arguments)
+            examine(sessions, asked)
         finally:
-            if first.found["measure"] and not first.found.keys() & {"moe_layer", "refused"}:
+            quit_all([session.process for session in sessions[1:]])
+            if first.found["measure"] and not first.done:
                 first.finish(arguments)  # interrupted: what the baseline has is kept
             first.process.quit()
-            if first.found["measure"]:
-                result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
+            rows = [each for each in sessions if each.done and (each is not first or first.found["measure"])]
+            result["rows"] += [report.row(each.arm, workload, each.found, reference, config) for each in rows]
         for arm in compared:
             if not arm.timed:
                 session = Session(arm, workload, folder)
@@ -275,6 +310,11 @@ class Session:
             self.process = self.new_process()
         return self.ask("build", "warm", "parity", "kernels")
 
+    @property
+    def done(self) -> bool:
+        """Whether all that is timed of it has been, or it was refused."""
+        return not self.found.keys().isdisjoint(("moe_layer", "refused"))
+
     def once(self) -> Found:
         """One repetition."""
         answer = self.process.ask("measure")
@@ -287,13 +327,24 @@ class Session:
         return [self.once() for _ in range(times)]
 
     def finish(self, arguments: argparse.Namespace) -> None:
-        """Peak memory, a MoE layer's time, and a trace where one is wanted; the process is not needed afterwards."""
+        """Peak memory, a MoE layer's time, and a trace where one is wanted."""
         self.ask("memory", "moe_layer")
         if arguments.profile and self.ask("trace"):
             stem = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
             (arguments.profile / f"{stem}.txt").write_text(self.found["trace"]["table"])
-        self.process.quit()
+
+
+def examine(sessions: list[Session], questions: list[Question]) -> None:
+    """Ask all arms that are done, and end their processes. They answer at the same time, since nothing is timed any more."""
+    done = [session for session in sessions if session.done and session.process.alive]
+    asked = [session for session in done if questions and "refused" not in session.found]
+    say(f"{len(questions)} problems: {', '.join(session.arm.name for session in asked)}")
+    for session in asked:
+        session.process.tell("accuracy", questions, len(asked))
+    for session in asked:
+        put(session.found, "accuracy", session.process.hear())
+    quit_all([session.process for session in done])
 
 
 def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path, checks: CompilerChecks) -> Found:
@@ -313,12 +364,13 @@ def make_reference(compared: list[Arm], workload: Workload, config: Config, fold
 def keep(found: Found, process: Process, name: str, command: str, *arguments: object) -> bool:
     """Put a command's answer into `found` under its name; where it is refused, the refusal, and False."""
     say(f"{name}: {command}")
-    answer = process.ask(command, *arguments)
-    if "refused" in answer:
-        found |= answer
-        return False
-    found[command] = answer
-    return True
+    return put(found, command, process.ask(command, *arguments))
+
+
+def put(found: Found, command: str, answer: Found) -> bool:
+    """The second half of `keep`."""
+    found |= answer if "refused" in answer else {command: answer}
+    return "refused" not in answer
 
 
 class CompilerChecks:

@@ -323,9 +323,11 @@ def test_every_form_of_output() -> None:
 
 def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
     """Two arms in processes of their own; a wrong formula can't be put into those, so only what is right is seen here."""
-    assert bench.main(["--moe", "grouped", "--device", "cpu", "--new", "4", "--prompt", "6", "-r", "2", "-o", "json"]) == 0
+    arguments = ["--moe", "grouped", "--device", "cpu", "--new", "4", "--prompt", "120", "-r", "2", "--problems", "2"]
+    assert bench.main([*arguments, "-o", "json"]) == 0
     result = json.loads(capfd.readouterr().out)
     baseline, arm = result["rows"]
+    assert all((row["accuracy"], row["problems"]) == (1.0, 2) for row in result["rows"]) and not result["notes"]
     assert (baseline["arm"], arm["arm"]) == ("baseline", "moe=grouped")
     assert baseline["parity"] and arm["parity"] and arm["speedup"] > 0 and len(arm["repetitions"]) == 2
     assert arm["backend"]["moe"] == "grouped" and baseline["backend"]["moe"] == "gather"
@@ -347,7 +349,8 @@ def test_an_interrupt_keeps_what_is_finished(capfd: pytest.CaptureFixture[str], 
     arguments = ["--moe", "grouped", "--prefill-moe", "loop", "--device", "cpu", "--new", "4", "--prompt", "6", "-r", "2"]
     assert bench.main([*arguments, "-o", "json"]) == 130
     result = json.loads(capfd.readouterr().out)
-    assert [row["arm"] for row in result["rows"]] == ["baseline", "moe=grouped"] and "Interrupted" in result["notes"][0]
+    assert [row["arm"] for row in result["rows"]] == ["baseline", "moe=grouped"] and "Interrupted" in result["notes"][-1]
+    assert all(row["accuracy"] is None for row in result["rows"]) and "No problem of exam.json fits 10" in result["notes"][0]
     assert signal.getsignal(signal.SIGINT) == handler
 
 
@@ -355,10 +358,11 @@ def test_an_interrupt_keeps_what_is_finished(capfd: pytest.CaptureFixture[str], 
 def test_room_for_one_model_only(switched: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The baseline is measured before its process makes room for the next, also where no other arm comes after it."""
     monkeypatch.setattr(bench, "how_many_fit", lambda *_: 1)
-    assert bench.main([*switched, "--device", "cpu", "--new", "4", "--prompt", "6", "-r", "2", "-o", "json"]) == 0
+    arguments = ["--device", "cpu", "--new", "4", "--prompt", "120", "-r", "2", "--problems", "1"]
+    assert bench.main([*switched, *arguments, "-o", "json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert [row["kind"] for row in result["rows"]] == ["baseline", "alone"][: 1 + bool(switched)]
-    assert all(row["parity"] and len(row["repetitions"]) == 2 for row in result["rows"])
+    assert all(row["parity"] and len(row["repetitions"]) == 2 and row["accuracy"] == 1 for row in result["rows"])
     assert "Only one model fits" in result["notes"][0]
 
 
@@ -480,6 +484,9 @@ def test_columns_that_say_nothing_are_left_out() -> None:
     assert " prompt " in head and " batch " in head and " depth " not in head and "MoE layer" in head
     assert " prompt " not in report.table(rows[:1])[0]
     assert "MoE layer" not in report.table([{**rows[0], "moe_layer_us": None}])[0]
+    assert "right answers" not in head and rows[0]["accuracy"] is None
+    examined = report.table([{**rows[0], "accuracy": 0.75, "problems": 16}, rows[0]])
+    assert "right answers" in examined[0] and "75.0% of 16" in examined[2]
 
 
 def test_the_moe_layers_floor_is_one_layers_work() -> None:

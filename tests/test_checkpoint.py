@@ -367,7 +367,7 @@ def test_random_checkpoint_follows_from_its_seed(tmp_path: Path, capsys: pytest.
     shards = {name for name in one if name.endswith(".safetensors")}
     assert {name for name in one if one[name] != other[name]} == shards
     assert {name for name in one if one[name] != trained[name]} == shards
-    assert trained.keys() - one.keys() == {"README.md", "training.json"}
+    assert trained.keys() - one.keys() == {"README.md", "training.json", "exam.json"}
 
 
 def test_embedded_checkpoint_has_all_of_r1s_format() -> None:

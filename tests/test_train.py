@@ -284,7 +284,7 @@ def test_the_checkpoint_is_the_model_but_for_fp8(trained: tuple[Trainer, Path]) 
         hidden = trainer.model(tokens, trainer.model.step("prefill", torch.arange(tokens.shape[1])[None], 0))
         gap = (trainer.model.lm_head(hidden) - engine.logits(tokens)).abs().mean()
     assert 0 < float(gap) < 0.1 * float(engine.logits(tokens).std())
-    assert (folder / "tokenizer.json").is_file() and engine.tokenizer is not None
+    assert (folder / "tokenizer.json").is_file() and engine.tokenizer is not None and (folder / "exam.json").is_file()
 
 
 def test_the_card_says_what_was_measured(trained: tuple[Trainer, Path]) -> None:

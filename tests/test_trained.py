@@ -5,20 +5,19 @@ The card's figures are of 1000 problems; the 40 here tell a broken model, or a b
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import pytest
 from cases import ROOT
 from eval import Pair, accuracy, answers, read, speculation
-from tasks import OPENINGS, SYMBOLS, Example, Operation, Problem, exam, phrase, reason
+from tasks import OPENINGS, SYMBOLS, Example, Operation, Problem, exam, phrased, reason
 
 import r1
 from r1 import Backend, Engine
 
 TINY = ROOT / "weights" / "tiny-r1"
 PROBLEMS = exam(40)
-EXAMPLES = [phrase(problem, random.Random(problem.text)) for problem in PROBLEMS]
+EXAMPLES = phrased(PROBLEMS)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, with
 sys.path.insert(0, str(Path(__file__).parent))
 
 from packing import encode
-from tasks import TESTED, Example, Problem, correct, exam, kinds, phrase
+from tasks import TESTED, Example, Problem, exam, kinds, phrased
 
 import r1
 from r1 import Backend, Engine, InputError, switches
 from r1.__main__ import EMBEDDED
+from r1.bench.exam import right
 from r1.generate import Completion
 from r1.router import Router
 
@@ -133,14 +133,11 @@ def read(engine: Engine, pairs: Sequence[Pair], batch: int) -> Reading:
 
 def accuracy(engine: Engine, problems: Sequence[Problem], pairs: Sequence[Pair], think: bool) -> dict[str, float]:
     """The share of right answers, of all problems and of each kind."""
-    assert engine.tokenizer is not None
-    right: dict[str, list[bool]] = {"all": []}
+    found: dict[str, list[bool]] = {"all": []}
     for problem, (_, written) in zip(problems, pairs, strict=True):
-        ended = bool(written) and written[-1] in engine.stop_ids
-        verdict = ended and correct(problem, engine.tokenizer.split(written, think)[1])
         for kind in ("all", problem.kind):
-            right.setdefault(kind, []).append(verdict)
-    return {kind: sum(verdicts) / len(verdicts) for kind, verdicts in right.items()}
+            found.setdefault(kind, []).append(right(engine, written, problem.answer, think))
+    return {kind: sum(verdicts) / len(verdicts) for kind, verdicts in found.items()}
 
 
 def examine(
@@ -150,7 +147,7 @@ def examine(
     if engine.tokenizer is None:
         raise InputError("this checkpoint has no tokenizer, so it can't be asked anything")
     problems = exam(count, seed, kinds)
-    examples = [phrase(problem, random.Random(f"{seed} {problem.text}")) for problem in problems]
+    examples = phrased(problems, seed)
     thought, completions = answers(engine, examples, think=True, batch=batch)
     direct, _ = answers(engine, examples, think=False, batch=batch)
     taught = read(engine, [encode(engine.tokenizer, example) for example in examples], batch)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,12 +98,6 @@ class Problem:
             return "train"
         digest = hashlib.blake2b(canonical(self.expression).encode(), digest_size=4).digest()
         return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
-
-
-def correct(problem: Problem, answer: str) -> bool:
-    """Whether a model's answer (behind its reasoning) ends in the right number, and says that it is the end."""
-    last = re.search(r"(-?\d+)\.\s*$", answer)
-    return last is not None and int(last[1]) == problem.answer
 
 
 # ----------------------------------------------------------------------------------------------- drawing problems
@@ -361,6 +354,11 @@ def phrase(problem: Problem, rng: random.Random) -> Example:
     while (example := _phrase(problem, rng)).size > LONGEST:
         pass
     return example
+
+
+def phrased(problems: Sequence[Problem], seed: int = 0) -> list[Example]:
+    """Each problem in one phrasing, which follows from the seed and the problem alone."""
+    return [phrase(problem, random.Random(f"{seed} {problem.text}")) for problem in problems]
 
 
 def _phrase(problem: Problem, rng: random.Random) -> Example:

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from card import card
 from eval import examine, report
+from make_exam import make_exam
 from make_tokenizer import make_tokenizer
 from muon import Muon
 from packing import IGNORE, Batches, layout, shift
@@ -298,6 +299,7 @@ def finish(trainer: Trainer, directory: Path, examined: int) -> dict[str, Any]:
     """Write the checkpoint, then examine what was written, as anyone would load it, and put the figures on its card."""
     checkpoint.save(trainer.model, directory, shard_bytes=SHARD_BYTES, dtype=torch.bfloat16)
     make_tokenizer(directory)
+    make_exam(directory)
     machine = torch.cuda.get_device_name() if trainer.device.type == "cuda" else "a CPU"
     record: dict[str, Any] = {
         "settings": asdict(trainer.settings), "steps": trainer.step, "seconds": trainer.seconds, "history": trainer.history,

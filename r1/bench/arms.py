@@ -67,6 +67,11 @@ class Workload:
         """What SIZES names, by name."""
         return {name: getattr(self, name) for name in SIZES}
 
+    @property
+    def tokens(self) -> int:
+        """What a row of the cache holds in the end."""
+        return self.depth + self.prompt + self.new
+
     def describe(self) -> str:
         deep = f", {self.depth} tokens in the cache" if self.depth else ""
         assumed = "" if self.assumed is None else f", drafts accepted by a coin that says yes with {self.assumed:g}"

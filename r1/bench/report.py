@@ -69,6 +69,8 @@ FIELDS: dict[str, str] = {
     "top1": "share of positions where both like the same token best",
     "positions": "how many positions were compared",
     "same_text": "share of the reference's greedy text that this arm wrote before it parted; null where acceptance is assumed",
+    "accuracy": "share of held-out problems (the checkpoint's exam.json) with a right answer, greedy; null where none was asked",
+    "problems": "how many were asked, the same in all arms; null where none was",
     "load_s": "seconds to load or make the model",
     "sm_mhz": "GPU clock after the last repetition, where it can be read",
     "power_w": "GPU power then",
@@ -134,6 +136,8 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
         "top1": parity["top1_agreement"],
         "positions": parity["positions"],
         "same_text": parity["same_text"],
+        "accuracy": found.get("accuracy", {}).get("share"),
+        "problems": found.get("accuracy", {}).get("problems"),
         "load_s": found["build"]["load_seconds"],
         "sm_mhz": repetitions[-1].get("sm_mhz"),
         "power_w": repetitions[-1].get("power_w"),
@@ -249,6 +253,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "mean KL": lambda r: f"{r['mean_kl']:.1e}",
     "max Δlogit": lambda r: f"{r['max_logit_diff']:.1e}",
     "top-1": lambda r: f"{r['top1']:.3f}",
+    "right answers": lambda r: "" if r.get("accuracy") is None else f"{r['accuracy']:.1%} of {r['problems']}",
 }
 IDENTITY = ("arm", *SIZES)
 """Columns that a refused row has too."""

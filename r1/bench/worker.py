@@ -29,8 +29,9 @@ from torch.profiler import ProfilerActivity, profile
 import r1
 from r1 import build, graphs, roofline, speculate
 from r1.backend import Backend, resolve, torch_device
-from r1.bench import parity
+from r1.bench import exam, parity
 from r1.bench.arms import Workload
+from r1.bench.exam import Question
 from r1.bench.parity import Bound, Parity
 from r1.bench.process import answer
 from r1.bench.routing import make_uniform
@@ -45,7 +46,7 @@ COMPILER_CHECKS = "compiler-checks"
 """Folder of what Inductor finds out of a CPU's vector instructions, by compiling: once for all arms, as on any machine."""
 COMMANDS = (
     "build", "build_reference", "reference", "rates", "warm", "measure", "parity", "kernels", "moe_layer",
-    "memory", "trace",
+    "memory", "trace", "accuracy",
 )  # fmt: skip
 
 
@@ -105,10 +106,10 @@ class Bench:
         w, config = self.workload, self.engine.config
         tokens = torch.randint(config.vocab_size, (w.batch, w.depth + w.prompt), generator=torch.Generator().manual_seed(w.seed))
         self.before, self.prompts = tokens[:, : w.depth].tolist(), tokens[:, w.depth :].tolist()
-        context, needed = config.max_position_embeddings, w.depth + w.prompt + w.new
-        if needed > context:
-            raise InputError(f"depth + prompt + new is {needed}, more than the context of {context}")
-        self.cache = self.engine.runner.cache(w.batch, needed)
+        context = config.max_position_embeddings
+        if w.tokens > context:
+            raise InputError(f"depth + prompt + new is {w.tokens}, more than the context of {context}")
+        self.cache = self.engine.runner.cache(w.batch, w.tokens)
 
     def fill(self) -> None:
         """Bring the cache to the workload's depth; never inside a timed region."""
@@ -297,6 +298,17 @@ class Bench:
             step()
             synchronize(self.engine.runner.device)
         return found
+
+    def accuracy(self, questions: list[Question], beside: int) -> dict[str, Any]:
+        """The share of these that the arm answers rightly, while `beside` arms, this one among them, share the machine.
+
+        A compiled arm asks in the shapes that it is compiled for, and its code has its number of threads built in.
+        """
+        w, batch = self.workload, self.workload.batch
+        if not self.engine.backend.compile:
+            batch = len(questions)
+            torch.set_num_threads(max(1, torch.get_num_threads() // beside))
+        return {"share": exam.accuracy(self.engine, questions, w.tokens, batch), "problems": len(questions)}
 
     def memory(self) -> dict[str, Any]:
         """Peak memory in bytes: the allocator's and what it reserved during the last repetition, and the process's own."""

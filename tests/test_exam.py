@@ -1,0 +1,156 @@
+"""The accuracy column: exam.json is what the tool makes, all arms are asked alike, and an arm that is ruined shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import make_exam
+import pytest
+from cases import ROOT
+from conftest import CountingBackend
+from tasks import exam as held_out
+
+import bench
+import r1
+from r1 import Backend, Engine, InputError
+from r1.bench import exam, worker
+from r1.bench.arms import Arm, Workload
+from r1.bench.exam import Question
+
+TINY = ROOT / "weights" / "tiny-r1"
+SHORT = exam.fitting(exam.load(TINY), 110, 4)
+"""Problems of few tokens, for what has to be asked more than once."""
+WORK = Workload(str(TINY), None, None, 1, 100, 10, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return r1.load(TINY, Backend(device="cpu", dtype="fp32"), quiet=True)
+
+
+def arm(folder: Path, **switches: Any) -> worker.Bench:
+    """What an arm's process holds, in this one."""
+    made = worker.Bench(Backend(device="cpu", dtype="fp32", **switches), WORK, folder)
+    made.build()
+    return made
+
+
+def test_the_file_is_what_the_tool_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    assert make_exam.main([str(tmp_path)]) == 0
+    assert (tmp_path / exam.FILE).read_bytes() == (TINY / exam.FILE).read_bytes()
+    questions, problems = exam.load(TINY), held_out(make_exam.COUNT)
+    assert [question.answer for question in questions] == [problem.answer for problem in problems]
+    assert {problem.split for problem in problems} == {"test"}, "never trained on"
+    assert make_exam.main([str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("make_exam: ")
+
+
+def test_what_fits_is_asked() -> None:
+    questions = [Question("a", 1, 50), Question("b", 2, 90), Question("c", 3, 60)]
+    assert exam.fitting(questions, 60 + exam.SLACK, 5) == [questions[0], questions[2]]
+    assert exam.fitting(questions, 200, 2) == questions[:2] and exam.fitting(questions, 50, 2) == []
+
+
+def test_a_model_without_problems_is_asked_none(tmp_path: Path) -> None:
+    assert exam.load(tmp_path) == [] == bench.questions_of(str(tmp_path), None) == bench.questions_of(None, None)
+    assert bench.questions_of(str(TINY), 0) == [] and len(bench.questions_of(str(TINY), None)) == make_exam.COUNT
+
+
+@pytest.mark.parametrize(
+    "text", ["[", '{"a": 1}', "[1]", '[{"question": "a"}]', '[{"question": "a", "answer": "b", "tokens": 3}]', "3"]
+)
+def test_a_file_that_cant_be_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / exam.FILE).write_text(text)
+    with pytest.raises(InputError, match=exam.FILE) as error:
+        exam.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_only_what_was_asked_counts(engine: Engine) -> None:
+    """However the questions fall into batches; the last one is filled up by a question whose answer counts once."""
+    wrong = [dataclasses.replace(SHORT[0], answer=SHORT[0].answer + 1), *SHORT[1:]]
+    for batch in (1, 3, 4, 6):
+        assert exam.accuracy(engine, wrong, 110, batch) == 0.75
+    assert exam.accuracy(engine, SHORT, 60, 4) < 0.5, "an answer that the cache has no room for is none"
+
+
+def test_a_ruined_arm_shows(tmp_path: Path) -> None:
+    sound, ruined = arm(tmp_path), arm(tmp_path, moe="grouped")
+    for name, parameter in ruined.engine.model.named_parameters():
+        if name.endswith("kv_b_proj.weight"):
+            parameter.copy_(parameter.flip(0))  # heads in the wrong order
+    assert sound.accuracy(SHORT, 1) == {"share": 1.0, "problems": 4}
+    assert ruined.accuracy(SHORT, 1) == {"share": 0.0, "problems": 4}
+
+
+@pytest.mark.parametrize("switches", [{"speculate": "mtp"}, {"attention": "naive", "moe": "loop"}])
+def test_arms_that_compute_otherwise_answer_alike(switches: dict[str, Any], tmp_path: Path) -> None:
+    assert arm(tmp_path, **switches).accuracy(SHORT, 1) == {"share": 1.0, "problems": 4}
+
+
+@pytest.mark.parametrize("switches", [{}, {"speculate": "mtp"}])
+def test_compiled_arms_are_asked_in_shapes_that_they_know(
+    switches: dict[str, Any], tmp_path: Path, compiler: CountingBackend
+) -> None:
+    compiled = arm(tmp_path, compile=True, **switches)
+    compiled.measure()
+    before = compiler.graphs
+    assert compiled.accuracy(SHORT, 1)["share"] == 1.0
+    assert 0 < before == compiler.graphs
+
+
+def test_all_arms_answer_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are asked before any is waited for; not one that was refused, or isn't done. Those that are done are ended."""
+    events: list[tuple[str, str]] = []
+
+    class Answers:
+        alive = True
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def tell(self, command: str, questions: list[Question], beside: int) -> None:
+            assert (command, questions, beside) == ("accuracy", SHORT, 2)
+            events.append(("told", self.name))
+
+        def hear(self) -> dict[str, Any]:
+            events.append(("heard", self.name))
+            return {"share": 0.5, "problems": 4}
+
+    def session(name: str, **found: Any) -> bench.Session:
+        made = bench.Session.__new__(bench.Session)
+        made.arm, made.found, made.process = Arm(name, "alone", Backend()), found, Answers(name)  # type: ignore[assignment]
+        return made
+
+    monkeypatch.setattr(bench, "quit_all", lambda processes: events.extend(("ended", each.name) for each in processes))
+    sessions = [session("one", moe_layer=0), session("timed still"), session("no", refused="why"), session("two", moe_layer=0)]
+    bench.examine(sessions, SHORT)
+    assert events == [
+        ("told", "one"), ("told", "two"), ("heard", "one"), ("heard", "two"), ("ended", "one"), ("ended", "no"), ("ended", "two"),
+    ]  # fmt: skip
+    assert sessions[0].found["accuracy"] == {"share": 0.5, "problems": 4} and "accuracy" not in sessions[2].found
+    events.clear()
+    bench.examine(sessions, [])
+    assert {event for event, _ in events} == {"ended"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--problems", "-1"], "give 0 or more"),
+        (["--problems", "3", "--shape", "tiny"], "a shape of random weights has no exam.json"),
+    ],
+)
+def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([*arguments, "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_who_has_no_tokenizer_cant_be_asked(engine: Engine) -> None:
+    with pytest.raises(InputError, match="no tokenizer, so it can't be asked: use --problems 0"):
+        exam.accuracy(Engine(engine.model, engine.backend), SHORT, 110, 4)
