@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1 import Config, InputError, roofline
+from r1.bench import report
 from r1.config import SHAPES, shape
 
 REPETITIONS = 21
@@ -274,6 +276,23 @@ def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
     return best, list(tried.values())
 
 
+def table(found: dict[str, Any]) -> list[str]:
+    """A result as Markdown, a line for each kernel."""
+    rows = found["rows"]
+
+    def column(cell: str) -> list[str]:
+        return [
+            cell.format(**row, **row["triton"], twin=row["torch"]["us"], gain=row["torch"]["us"] / row["triton"]["us"])
+            for row in rows
+        ]
+
+    cells = {
+        "kernel": "{kernel}", "batch": "{batch}", "MB": "{mb:.1f}", "µs (range)": "{us:.1f} ({us_min:.1f}-{us_max:.1f})",
+        "of the copy rate": "{of_copy_rate:.0%}", "TFLOP/s": "{tflop_s:.1f}", "torch µs": "{twin:.1f}", "times": "{gain:.1f}",
+    }  # fmt: skip
+    return report.aligned({name: column(cell) for name, cell in cells.items()})
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--shape", default="moonlight-16b", help="comma list of " + ", ".join(SHAPES))
@@ -338,8 +357,10 @@ def main(argv: list[str] | None = None) -> int:
                         print(f"    best of {len(tried)}: {us} us with {best}", flush=True)
                     rows.append(row)
                     if arguments.output:  # after each, so that a limit on time loses one row
-                        found = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy}
-                        found["rows"] = rows
+                        found = {
+                            "command": shlex.join(["python", *sys.argv]), "machine": torch.cuda.get_device_name(),
+                            "torch": torch.__version__, "copy_gb_s": copy, "rows": rows,
+                        }  # fmt: skip
                         arguments.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 1 if bad else 0
 

@@ -3,7 +3,8 @@
     python tools/make_tables.py
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, and comes from tools/results/h100/NAME.json: a result of
-bench.py, or of compare_peers.py. Above it stands the command that made it. `tiny-r1` is the accuracy on its model card.
+bench.py, compare_peers.py or bench_kernels.py. Above it stands the command that made it. `tiny-r1` is the accuracy on its
+model card.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, without installing r1
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bench_kernels
 import card
 import compare_peers
 
@@ -33,6 +35,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     if "figures" in found:
         return [f"`{peers_command(found['arguments'])}` ({found['machine']})", "", *compare_peers.table(found)[2:]]
     m = found["machine"]
+    if isinstance(m, str):
+        how = f"`{found['command']}` ({m}, torch {found['torch']}; copy {found['copy_gb_s']:.0f} GB/s)"
+        return [how, "", *bench_kernels.table(found)]
     products = ", ".join(f"{rate:.0f} TFLOP/s in {dtype}" for dtype, rate in m["matmul_tflop_s"].items())
     machine = f"{m['name']}, torch {m['torch']}; copy {m['copy_gb_s']:.0f} GB/s, matrix products {products}"
     command = found["command"].removesuffix(" -o json")

@@ -13,13 +13,13 @@ A decode step is bound by reading weights, so the plan is a matter of bytes. One
 | norm + router's logits (fp32) | router.py | 0.5 MB | 7.3 MB | 32, 128 (2 experts each) |
 | choice of experts | router.py | | | 1 a token |
 | gate, up, SwiGLU of the experts hit | experts.py | 92.3 MB | 528.5 MB | 5632, 9216 (2 rows of an expert) |
-| down, weighted sum, residual | experts.py | 46.1 MB | 264.2 MB | 1024, 3584 |
+| down, weighted sum, residual | experts.py | 46.1 MB | 264.2 MB | 512, 1792 |
 | in all | | 166.5 MB, 55 us | 1.17 GB, 389 us | 9 kernels, 10 |
 
 Microseconds are at 3.02 TB/s, an H100's copy rate, without the cache. A launch costs 1.2 us in a graph, or hides behind the
-kernel before it (chip.py). Several tokens make two kernels more (they are sorted by expert; an expert's outputs are added up
-in a kernel of their own), because an expert that several tokens hit should be read once. No kernel uses atomics: results
-don't change from run to run.
+kernel before it (chip.py). Several tokens make three kernels more: they are sorted by expert, because an expert that several
+tokens hit should be read once; its outputs are added up in a kernel of their own; and so is a norm in front of a product, which
+would have to stand in the loop. No kernel uses atomics: results don't change from run to run.
 
 Every kernel takes its launch parameters as a frozen dataclass, with defaults by shape and chip; tune.py searches better ones.
 """
