@@ -58,6 +58,8 @@ class Runner:
         # The drafter of `speculate` (speculate.py): R1 has one MTP layer; of a model with several the first is used.
         self.drafts = backend.draft_tokens if backend.speculate == "mtp" else 0
         self.drafter: dict[str, Callable[..., Tensor]] = {p: model.mtp[0] for p in self.blocks} if self.drafts else {}
+        self.lm_head: Callable[[Tensor], Tensor] = model.lm_head
+        """A decode step's; prompts have the model's own."""
         if backend.compile:
             from r1.compiled import compile_block  # the compiler takes seconds to import, so only who uses it does
 
@@ -70,7 +72,7 @@ class Runner:
         self.chip: Chip | None = None
         self.tune: Callable[[Runner, Cache], None] | None = None
         if backend.kernels == "triton":
-            from r1.kernels import Chip, DecodeBlock  # Triton is optional: only who asks for it imports it
+            from r1.kernels import Chip, DecodeBlock, head  # Triton is optional: only who asks for it imports it
 
             self.chip = Chip.of(self.device)
             if backend.tune:
@@ -78,6 +80,7 @@ class Runner:
 
                 self.chip = replace(self.chip, tuned=tune.load(torch.cuda.get_device_name(self.device)), asked={})
                 self.tune = tune.tune
+            self.lm_head = partial(head, model.lm_head, self.chip)
             self.blocks["decode"] = [DecodeBlock(block, self.chip) for block in model.layers]
             if self.drafter:
                 mtp = cast(MTPLayer, model.mtp[0])
@@ -181,7 +184,7 @@ class Runner:
         step = self.behind(cache, tokens.shape[1])
         hidden = self.model(tokens, step, cache.layers, self.blocks["decode"])
         cache.lengths += tokens.shape[1]
-        return (self.model.lm_head(hidden).float(),)
+        return (self.lm_head(hidden).float(),)
 
     def behind(self, cache: Cache, tokens: int) -> Step:
         """A decode step for so many tokens of each row, which come to stand behind those that the cache holds."""

@@ -94,7 +94,7 @@ class Turn:
         """
         step = self.runner.behind(cache, tokens.shape[1])
         hidden = self.runner.model(tokens, step, cache.layers, self.runner.blocks["decode"])  # (B, k + 1, D)
-        p = self.sampler.probabilities(self.runner.model.lm_head(hidden).float())  # (B, k + 1, W)
+        p = self.sampler.probabilities(self.runner.lm_head(hidden).float())  # (B, k + 1, W)
         accepted, rest = judge(p, q, tokens[:, 1:], coins, self.assumed)
         token = draw(rest, races[:, -1])[:, None]  # (B, 1)
         following = torch.cat((tokens[:, 1:], token), dim=1).scatter(1, accepted[:, None], token)
@@ -119,7 +119,7 @@ class Turn:
                 positions = cache.lengths[:, None] + number - 1  # (B, 1)
                 again = self.runner.model.step("decode", positions, cache.capacity)
                 x = self.runner.foresee(drafts[-1], x, again, cache.layers)
-            distributions.append(self.sampler.probabilities(self.runner.model.lm_head(x).float()))  # (B, 1, W)
+            distributions.append(self.sampler.probabilities(self.runner.lm_head(x).float()))  # (B, 1, W)
             drafts.append(draw(distributions[-1], races[:, number, None]))  # (B, 1)
         return torch.cat(drafts, dim=1), torch.cat(distributions, dim=1)
 

@@ -25,8 +25,8 @@ Every kernel takes its launch parameters as a frozen dataclass, with defaults by
 """
 
 from r1.kernels.attention import attend
-from r1.kernels.block import DecodeBlock
+from r1.kernels.block import DecodeBlock, head
 from r1.kernels.chip import Chip
 from r1.kernels.experts import dispatch
 
-__all__ = ["Chip", "DecodeBlock", "attend", "dispatch"]
+__all__ = ["Chip", "DecodeBlock", "attend", "dispatch", "head"]

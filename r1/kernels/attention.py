@@ -128,8 +128,8 @@ def split_kernel(
     BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; -inf of an empty split."""
-    let_next_start(PDL)
     wait_for_previous(PDL)
+    let_next_start(PDL)
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     split = tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
@@ -180,7 +180,6 @@ def sum_kernel(
 
     An empty split's mean was never written, and its weight of 0 keeps it from being read.
     """
-    let_next_start(PDL)
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1)
     rows: tl.constexpr = GROUP * SPLITS
@@ -192,6 +191,7 @@ def sum_kernel(
     if BLOCK_C >= LATENT:
         w = tl.load(column, mask=(c < LATENT)[:, None] & real, other=0.0)  # before the wait: weights
     wait_for_previous(PDL)
+    let_next_start(PDL)
     logs = tl.reshape(tl.load(weight + place, mask=token < tokens, other=0.0), (GROUP, SPLITS))
     share = tl.exp2(logs - tl.max(logs, axis=1)[:, None])
     share = tl.reshape(share / tl.sum(share, axis=1)[:, None], (rows,))

@@ -71,3 +71,8 @@ class DecodeBlock:
         routed = Matrices(moe.experts.gate_up_proj, moe.experts.down_proj)
         always = Matrices(shared.gate_up_proj.weight, shared.down_proj.weight) if shared else None
         return self.experts(h, indices, weights, routed, always, residual=x)
+
+
+def head(lm_head: nn.Linear, chip: Chip, x: Tensor) -> Tensor:
+    """The output head of a decode step: normed hidden states (B, S, D) -> logits (B, S, W)."""
+    return LINEAR["triton"](chip, x.flatten(0, 1), lm_head.weight).view(*x.shape[:-1], -1)

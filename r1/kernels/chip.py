@@ -78,7 +78,9 @@ class Chip:
 def let_next_start(PDL: tl.constexpr):
     """The next kernel may be scheduled as soon as all programs of this one have come here.
 
-    First of all, mostly. Behind the wait, where the next kernel reads before its own wait what is older than this kernel.
+    First of all, in kernels of small programs. Behind the wait in those that need much of a processor, where programs of the
+    next kernel that wait would stand in the way of this one's; and where the next kernel reads before its own wait what is
+    older than this one.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -206,7 +206,6 @@ def down_vector_kernel(
 
     The choice is older than the kernel ahead, so the chosen experts' first weights are under way before the wait.
     """
-    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = tl.program_id(1).to(tl.int64)
     i, slot = tl.arange(0, BLOCK_IN), tl.arange(0, CHOSEN_PAD)
@@ -216,6 +215,7 @@ def down_vector_kernel(
     place = routed + expert[None, :, None] * (DIM * INNER) + out[:, None, None] * INNER + i[None, None, :]
     w = tl.load(place, mask=real & (i < INNER)[None, None, :], other=0.0)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
     wait_for_previous(PDL)
+    let_next_start(PDL)
     h += token * (CHOSEN + SHARED) * INNER
     sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, BLOCK_IN), tl.float32)
     for start in range(0, INNER, BLOCK_IN):
@@ -268,11 +268,11 @@ def up_tile_kernel(
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT inner values of one expert, for all of its tokens, ROWS at a time; an expert that nobody chose has none."""
-    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     expert = tl.program_id(1)
     d = tl.arange(0, BLOCK_IN)
     wait_for_previous(PDL)
+    let_next_start(PDL)
     start, end = rows_of(expert, ends, tokens, count)
     matrix = routed
     if expert < count:
@@ -303,11 +303,11 @@ def down_tile_kernel(
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of one expert, weighted, for all of its tokens: into each one's own slot of y, fp32 (N, L, D)."""
-    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     expert = tl.program_id(1)
     i = tl.arange(0, BLOCK_IN)
     wait_for_previous(PDL)
+    let_next_start(PDL)
     start, end = rows_of(expert, ends, tokens, count)
     matrix = routed
     if expert < count:
@@ -332,10 +332,10 @@ def down_tile_kernel(
 @triton.jit
 def add_kernel(y, residual, out, DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """A token's slots added up in their order, and the residual."""
-    let_next_start(PDL)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
     wait_for_previous(PDL)
+    let_next_start(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(SLOTS):
         total += tl.load(y + (token * SLOTS + slot) * DIM + d, mask=d < DIM, other=0.0)

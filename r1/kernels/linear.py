@@ -138,11 +138,11 @@ def prepare_kernel(
 ):  # fmt: skip
     """One token's SwiGLU, or norm, once for all programs of the tiles: in their loop it would stand between load and tl.dot,
     and keep the loads of x from being under way ahead of time."""
-    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     columns = tl.arange(0, BLOCK)
     wait_for_previous(PDL)
+    let_next_start(PDL)
     factor = 1.0
     if norm is not None:
         squares = tl.zeros((BLOCK,), tl.float32)
@@ -166,11 +166,11 @@ def tile_kernel(
     INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT rows of W for ROWS tokens; the tile is y transposed, so that W's rows are the product's long side."""
-    let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
     wait_for_previous(PDL)
+    let_next_start(PDL)
     sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
