@@ -28,7 +28,7 @@ from r1.backend import DTYPES, Backend, resolve, torch_device
 from r1.bench import arms, exam, merge, plot, report, worker
 from r1.bench.arms import TEXTBOOK, Arm, Workload
 from r1.bench.exam import Question
-from r1.bench.process import Found, Process, interrupt_once, quit_all, signals
+from r1.bench.process import Found, Process, interrupt_once, signals
 from r1.build import HEADROOM, count_parameters
 from r1.config import SHAPES, Config
 from r1.errors import hung_up
@@ -36,7 +36,7 @@ from r1.machine import Machine, available_bytes, explain
 
 REFERENCE = "fp32 reference"
 PROBLEMS = 16
-"""Asked by default: what two CPU cores answer in ten seconds, four arms at a time."""
+"""Asked by default: what two CPU cores answer in a few seconds."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,9 +216,9 @@ def measure(
     questions: list[Question],
     result: Found,
 ) -> None:
-    """All arms on one workload; their rows are added to `result`, when interrupted too: of those that were measured."""
+    """All arms on one workload; rows are added to `result` as they are finished."""
     with tempfile.TemporaryDirectory(prefix="r1-bench-") as name, CompilerChecks(compared, config, Path(name)) as checks:
-        folder, base = Path(name), compared[0]
+        folder, base, position = Path(name), compared[0], len(result["rows"])
         asked = exam.fitting(questions, workload.tokens, PROBLEMS if arguments.problems is None else arguments.problems)
         if questions and not asked:
             result["notes"].append(
@@ -237,40 +237,35 @@ def measure(
             "Only one model fits the memory at a time, so arms were measured one after the other, not in turn with the baseline."
         ]  # fmt: skip
         first = Session(base, workload, folder)
-        sessions = [first]
         try:
             if not first.start(arguments.warm_start):
                 raise InputError(f"the baseline can't be had: {first.found['refused']}")
             checks.join()
             baseline_alone = first.repeat(arguments.repetitions) if room == 1 else []
             if room == 1:
-                first.finish(arguments)
-                examine(sessions, asked)
+                first.finish(arguments, asked)
             for arm in timed:
                 session = Session(arm, workload, folder)
-                sessions.append(session)
-                if session.start(arguments.warm_start):
-                    for number in range(arguments.repetitions):
-                        say(f"{arm.name}: repetition {number + 1} of {arguments.repetitions}")
-                        session.found["beside"].append(baseline_alone[number] if room == 1 else first.once())
-                        session.once()
-                    session.finish(arguments)
-                else:
+                try:
+                    if session.start(arguments.warm_start):
+                        for number in range(arguments.repetitions):
+                            say(f"{arm.name}: repetition {number + 1} of {arguments.repetitions}")
+                            session.found["beside"].append(baseline_alone[number] if room == 1 else first.once())
+                            session.once()
+                        session.finish(arguments, asked)
+                finally:
                     session.process.quit()
-                if not asked or sum(each.process.alive for each in sessions) >= room:
-                    examine(sessions, asked)
+                result["rows"].append(report.row(arm, workload, session.found, reference, config))
             if not first.found["measure"]:  # no other arm came to be measured in turn with it
                 first.repeat(arguments.repetitions)
             if room > 1:
-                first.finish(arguments)
-            examine(sessions, asked)
+                first.finish(arguments, asked)
         finally:
-            quit_all([session.process for session in sessions[1:]])
-            if first.found["measure"] and not first.done:
-                first.finish(arguments)  # interrupted: what the baseline has is kept
+            if first.found["measure"] and not first.found.keys() & {"moe_layer", "refused"}:
+                first.finish(arguments, [])  # interrupted: what the baseline has is kept
             first.process.quit()
-            rows = [each for each in sessions if each.done and (each is not first or first.found["measure"])]
-            result["rows"] += [report.row(each.arm, workload, each.found, reference, config) for each in rows]
+            if first.found["measure"]:
+                result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
         for arm in compared:
             if not arm.timed:
                 session = Session(arm, workload, folder)
@@ -310,11 +305,6 @@ class Session:
             self.process = self.new_process()
         return self.ask("build", "warm", "parity", "kernels")
 
-    @property
-    def done(self) -> bool:
-        """Whether all that is timed of it has been, or it was refused."""
-        return not self.found.keys().isdisjoint(("moe_layer", "refused"))
-
     def once(self) -> Found:
         """One repetition."""
         answer = self.process.ask("measure")
@@ -326,25 +316,16 @@ class Session:
     def repeat(self, times: int) -> list[Found]:
         return [self.once() for _ in range(times)]
 
-    def finish(self, arguments: argparse.Namespace) -> None:
-        """Peak memory, a MoE layer's time, and a trace where one is wanted."""
+    def finish(self, arguments: argparse.Namespace, questions: list[Question]) -> None:
+        """Peak memory, a MoE layer's time, a trace where one is wanted, right answers; the process is not needed afterwards."""
         self.ask("memory", "moe_layer")
         if arguments.profile and self.ask("trace"):
             stem = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
             (arguments.profile / f"{stem}.txt").write_text(self.found["trace"]["table"])
-
-
-def examine(sessions: list[Session], questions: list[Question]) -> None:
-    """Ask all arms that are done, and end their processes. They answer at the same time, since nothing is timed any more."""
-    done = [session for session in sessions if session.done and session.process.alive]
-    asked = [session for session in done if questions and "refused" not in session.found]
-    say(f"{len(questions)} problems: {', '.join(session.arm.name for session in asked)}")
-    for session in asked:
-        session.process.tell("accuracy", questions, len(asked))
-    for session in asked:
-        put(session.found, "accuracy", session.process.hear())
-    quit_all([session.process for session in done])
+        if questions and "refused" not in self.found:
+            keep(self.found, self.process, f"{self.arm.name}, {len(questions)} problems", "accuracy", questions)
+        self.process.quit()
 
 
 def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path, checks: CompilerChecks) -> Found:
@@ -364,13 +345,12 @@ def make_reference(compared: list[Arm], workload: Workload, config: Config, fold
 def keep(found: Found, process: Process, name: str, command: str, *arguments: object) -> bool:
     """Put a command's answer into `found` under its name; where it is refused, the refusal, and False."""
     say(f"{name}: {command}")
-    return put(found, command, process.ask(command, *arguments))
-
-
-def put(found: Found, command: str, answer: Found) -> bool:
-    """The second half of `keep`."""
-    found |= answer if "refused" in answer else {command: answer}
-    return "refused" not in answer
+    answer = process.ask(command, *arguments)
+    if "refused" in answer:
+        found |= answer
+        return False
+    found[command] = answer
+    return True
 
 
 class CompilerChecks:

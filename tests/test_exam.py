@@ -84,13 +84,13 @@ def test_a_ruined_arm_shows(tmp_path: Path) -> None:
     for name, parameter in ruined.engine.model.named_parameters():
         if name.endswith("kv_b_proj.weight"):
             parameter.copy_(parameter.flip(0))  # heads in the wrong order
-    assert sound.accuracy(SHORT, 1) == {"share": 1.0, "problems": 4}
-    assert ruined.accuracy(SHORT, 1) == {"share": 0.0, "problems": 4}
+    assert sound.accuracy(SHORT) == {"share": 1.0, "problems": 4}
+    assert ruined.accuracy(SHORT) == {"share": 0.0, "problems": 4}
 
 
 @pytest.mark.parametrize("switches", [{"speculate": "mtp"}, {"attention": "naive", "moe": "loop"}])
 def test_arms_that_compute_otherwise_answer_alike(switches: dict[str, Any], tmp_path: Path) -> None:
-    assert arm(tmp_path, **switches).accuracy(SHORT, 1) == {"share": 1.0, "problems": 4}
+    assert arm(tmp_path, **switches).accuracy(SHORT) == {"share": 1.0, "problems": 4}
 
 
 @pytest.mark.parametrize("switches", [{}, {"speculate": "mtp"}])
@@ -100,43 +100,37 @@ def test_compiled_arms_are_asked_in_shapes_that_they_know(
     compiled = arm(tmp_path, compile=True, **switches)
     compiled.measure()
     before = compiler.graphs
-    assert compiled.accuracy(SHORT, 1)["share"] == 1.0
+    assert compiled.accuracy(SHORT)["share"] == 1.0
     assert 0 < before == compiler.graphs
 
 
-def test_all_arms_answer_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are asked before any is waited for; not one that was refused, or isn't done. Those that are done are ended."""
-    events: list[tuple[str, str]] = []
+def test_an_arm_is_asked_when_all_that_is_timed_is_done() -> None:
+    """And not where it was refused, or where nothing is to be asked."""
 
     class Answers:
-        alive = True
+        def __init__(self, refuses: str) -> None:
+            self.refuses, self.asked = refuses, list[str]()
 
-        def __init__(self, name: str) -> None:
-            self.name = name
+        def ask(self, command: str, *arguments: object) -> dict[str, Any]:
+            assert not arguments or arguments == (SHORT,)
+            self.asked.append(command)
+            return {"refused": "why"} if command == self.refuses else {"seconds": 1.0}
 
-        def tell(self, command: str, questions: list[Question], beside: int) -> None:
-            assert (command, questions, beside) == ("accuracy", SHORT, 2)
-            events.append(("told", self.name))
+        def quit(self) -> None:
+            self.asked.append("quit")
 
-        def hear(self) -> dict[str, Any]:
-            events.append(("heard", self.name))
-            return {"share": 0.5, "problems": 4}
-
-    def session(name: str, **found: Any) -> bench.Session:
+    def finished(questions: list[Question], refuses: str = "") -> tuple[list[str], dict[str, Any]]:
         made = bench.Session.__new__(bench.Session)
-        made.arm, made.found, made.process = Arm(name, "alone", Backend()), found, Answers(name)  # type: ignore[assignment]
-        return made
+        answers: Any = Answers(refuses)
+        made.arm, made.found, made.process = Arm("one", "alone", Backend()), {}, answers
+        made.finish(bench.parser().parse_args([]), questions)
+        return answers.asked, made.found
 
-    monkeypatch.setattr(bench, "quit_all", lambda processes: events.extend(("ended", each.name) for each in processes))
-    sessions = [session("one", moe_layer=0), session("timed still"), session("no", refused="why"), session("two", moe_layer=0)]
-    bench.examine(sessions, SHORT)
-    assert events == [
-        ("told", "one"), ("told", "two"), ("heard", "one"), ("heard", "two"), ("ended", "one"), ("ended", "no"), ("ended", "two"),
-    ]  # fmt: skip
-    assert sessions[0].found["accuracy"] == {"share": 0.5, "problems": 4} and "accuracy" not in sessions[2].found
-    events.clear()
-    bench.examine(sessions, [])
-    assert {event for event, _ in events} == {"ended"}
+    asked, found = finished(SHORT)
+    assert asked == ["memory", "moe_layer", "accuracy", "quit"] and found["accuracy"] == {"seconds": 1.0}
+    assert finished([])[0] == ["memory", "moe_layer", "quit"]
+    asked, found = finished(SHORT, refuses="moe_layer")
+    assert asked == ["memory", "moe_layer", "quit"] and found["refused"] == "why"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ import compile_kernels as compile_tool
 import pytest
 import tiny
 import torch
+from test_speculate import SMALL
+from test_speculate import engine as speculating
 from tolerances import TOLERANCES, atol
 from torch import Tensor
 
@@ -29,6 +31,7 @@ pytest.importorskip("triton", reason="the kernels need the triton package: pip i
 from r1 import Config, build, rope
 from r1.backend import Backend, resolve
 from r1.config import shape
+from r1.generate import Engine
 from r1.kernels import Chip, DecodeBlock
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.experts import ExpertsLaunch, Matrices, experts, experts_torch, sort_by_expert, sort_by_expert_torch
@@ -302,6 +305,23 @@ def test_several_tokens_a_step(switch: str) -> None:
     made = model(MODELS["v3"], "fp32")
     plain, fused = (decoded(runner(made, "fp32", **s), 2, new=3, steps=1) for s in ({}, SWITCHES[switch]))
     assert float((fused - plain).abs().max()) < atol("algebra fp32")
+
+
+def test_speculation_has_a_fused_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text and drafts are torch's; and a drafter that is wrong drafts worse, so it is the fused one that is asked."""
+
+    def accepted(engine: Engine) -> tuple[list[list[int]], int]:
+        done = engine.generate([[3, 1, 4], [2]], max_new_tokens=16, temperature=0.0)
+        return [each.tokens for each in done], sum(each.accepted for each in done)
+
+    plain = speculating(SMALL, 0, 1)
+    fused = Engine(plain.model, dataclasses.replace(plain.backend, **SWITCHES["kernels"]))
+    text, drafts = accepted(plain)
+    assert accepted(fused) == (text, drafts) and drafts > 2
+    block = fused.runner.drafter["decode"].keywords["block"]  # type: ignore[attr-defined]
+    monkeypatch.setattr(block, "mixture", lambda x, _moe: -3 * x)
+    worse, few = accepted(fused)
+    assert worse == text and few < drafts
 
 
 @pytest.mark.parametrize("name", MODELS)

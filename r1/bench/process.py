@@ -6,13 +6,12 @@ them, and ends when it is told to.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -43,21 +42,12 @@ class Process:
         self.busy = False
 
     def ask(self, command: str, *arguments: object) -> Found:
-        """Send a command and wait for its answer."""
-        self.tell(command, *arguments)
-        return self.hear()
-
-    def tell(self, command: str, *arguments: object) -> None:
-        """Send a command; `hear` waits for its answer."""
-        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # `hear` will find that it died
+        """Send a command and wait for its answer. A child that died is an answer too."""
+        try:
             if self.busy:  # an interrupt came between a question and its answer: that one is nobody's
                 self.pipe.recv()
             self.busy = True
             self.pipe.send((command, *arguments))
-
-    def hear(self) -> Found:
-        """The answer to what was told. A child that died is an answer too."""
-        try:
             found: Found = self.pipe.recv()
             self.busy = False
             return found
@@ -66,32 +56,22 @@ class Process:
             said = f"its process ended with status {self.process.exitcode} (its own words are above)"
             return {"refused": said, "crashed": True}
 
-    @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
     def quit(self) -> None:
         """End the process and wait until its memory is free again."""
-        quit_all([self])
+        if self.process.is_alive():
+            if self.busy:
+                os.kill(self.process.pid or 0, signal.SIGUSR1)
+            else:
+                self.pipe.send("quit")
+            self.process.join(timeout=5 if self.busy else 30)
+        self.process.kill()
+        self.process.join()
 
     def __enter__(self) -> Process:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.quit()
-
-
-def quit_all(processes: Sequence[Process]) -> None:
-    """End processes, which takes each a second, at the same time; those that have ended already are left alone."""
-    for each in (each for each in processes if each.alive):
-        if each.busy:
-            os.kill(each.process.pid or 0, signal.SIGUSR1)
-        else:
-            each.pipe.send("quit")
-    for each in processes:
-        each.process.join(timeout=5 if each.busy else 30)
-        each.process.kill()
-        each.process.join()
 
 
 def answer(pipe: Connection, commands: Mapping[str, Callable[..., Found]]) -> None:

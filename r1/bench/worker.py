@@ -299,16 +299,11 @@ class Bench:
             synchronize(self.engine.runner.device)
         return found
 
-    def accuracy(self, questions: list[Question], beside: int) -> dict[str, Any]:
-        """The share of these that the arm answers rightly, while `beside` arms, this one among them, share the machine.
-
-        A compiled arm asks in the shapes that it is compiled for, and its code has its number of threads built in.
-        """
-        w, batch = self.workload, self.workload.batch
-        if not self.engine.backend.compile:
-            batch = len(questions)
-            torch.set_num_threads(max(1, torch.get_num_threads() // beside))
-        return {"share": exam.accuracy(self.engine, questions, w.tokens, batch), "problems": len(questions)}
+    def accuracy(self, questions: list[Question]) -> dict[str, Any]:
+        """The share of these that the arm answers rightly; a compiled one is asked in the shapes that it is compiled for."""
+        batch = self.workload.batch if self.engine.backend.compile else len(questions)
+        share = exam.accuracy(self.engine, questions, self.workload.tokens, batch)
+        return {"share": share, "problems": len(questions)}
 
     def memory(self) -> dict[str, Any]:
         """Peak memory in bytes: the allocator's and what it reserved during the last repetition, and the process's own."""
