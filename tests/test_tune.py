@@ -61,7 +61,7 @@ def test_a_search_finds_what_is_fastest() -> None:
     here = chip()
     kept: list[set[str]] = []
     tune.search(here, step_on(here), timer(here), lambda: kept.append(set(here.tuned)))
-    assert kept == [{KEY}, {KEY, "LatentLaunch 1 512"}], "whoever stops the search has what it found"
+    assert kept == [set(), {KEY}, {KEY, "LatentLaunch 1 512"}], "whoever stops the search has what it found"
     linear, latent = here.tuned[KEY], here.tuned["LatentLaunch 1 512"]
     assert linear == dataclasses.replace(LinearLaunch.default((1, 64, 32, 2), here), outputs=4, warps=8)
     assert latent == dataclasses.replace(LatentLaunch.default((1, 512), here), columns=64)
@@ -114,6 +114,16 @@ def test_a_file_that_is_not_ours_is_told(cache: Path, text: str) -> None:
     with pytest.raises(InputError, match="remove it"):
         tune.load(GPU)
     assert (cache / tune.FILE).read_text() == text
+
+
+def test_a_folder_that_cant_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("R1_CACHE", str(tmp_path / "file" / "folder"))
+    with pytest.raises(InputError, match="name another folder in R1_CACHE"):
+        tune.keep(GPU, {})
+    with pytest.raises(InputError):
+        tune.load(GPU)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_every_kind_survives_the_file() -> None:

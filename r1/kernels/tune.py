@@ -53,25 +53,30 @@ def path() -> Path:
 def load(gpu: str) -> dict[str, Launch]:
     """What was found on such a GPU, by Chip's keys. Raises InputError for a file that isn't ours."""
     try:
-        kept = json.loads(path().read_text(encoding="utf-8")).get(gpu, {})
-        return {key: KINDS[key.split()[0]](**values) for key, values in kept.items()}
-    except FileNotFoundError:
-        return {}
+        return {key: KINDS[key.split()[0]](**values) for key, values in _kept().get(gpu, {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path()} doesn't hold launch parameters of this version ({error}): remove it") from None
 
 
 def keep(gpu: str, tuned: dict[str, Launch]) -> None:
-    """Write what was found, whole or not at all, beside what is kept of other GPUs."""
-    try:
-        everything = json.loads(path().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        everything = {}
-    everything[gpu] = {key: dataclasses.asdict(launch) for key, launch in tuned.items()}
-    path().parent.mkdir(parents=True, exist_ok=True)
+    """Write what was found, whole or not at all, beside what is kept of other GPUs. Raises InputError where it can't."""
     partial = path().with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path())
+    try:
+        everything = _kept() | {gpu: {key: dataclasses.asdict(launch) for key, launch in tuned.items()}}
+        path().parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path())
+    except OSError as error:
+        raise InputError(f"{path()} can't be written ({error.strerror}): name another folder in R1_CACHE") from None
+
+
+def _kept() -> dict[str, dict[str, dict[str, int]]]:
+    """The file, by GPU, key and parameter."""
+    try:
+        found: dict[str, dict[str, dict[str, int]]] = json.loads(path().read_text(encoding="utf-8"))
+        return found
+    except FileNotFoundError:
+        return {}
 
 
 def captured_seconds(step: Callable[[], object]) -> float:
@@ -94,13 +99,15 @@ def search(
     seconds: Callable[[Callable[[], object]], float] = captured_seconds,
     found: Callable[[], None] = lambda: None,
 ) -> None:
-    """Tune every kernel that `step` launches and `chip` has nothing for yet; `found` is called after each.
+    """Tune every kernel that `step` launches and `chip` has nothing for yet; `found` is called first, and after each.
 
     One parameter at a time, as long as that helps; what doesn't fit the chip, or computes something else, is passed over.
     """
     chip.asked.clear()
     twin = step().float()
     new = [key for key in chip.asked if key not in chip.tuned]
+    if new:
+        found()  # who can't keep anything says so before minutes are spent
     for number, key in enumerate(new, 1):
         print(f"tuning kernel {number} of {len(new)}: {key}", file=sys.stderr, flush=True)
         tried: dict[Launch, float] = {}
