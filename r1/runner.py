@@ -189,7 +189,11 @@ class Runner:
     def behind(self, cache: Cache, tokens: int) -> Step:
         """A decode step for so many tokens of each row, which come to stand behind those that the cache holds."""
         positions = cache.lengths[:, None] + torch.arange(tokens, device=self.device)  # (B, S)
-        return self.model.step("decode", positions, cache.capacity)
+        return self.step(positions, cache)
+
+    def step(self, positions: Tensor, cache: Cache) -> Step:
+        """A decode step for tokens at `positions` (B, S); the kernels see by positions alone, and need no mask."""
+        return self.model.step("decode", positions, 0 if self.backend.attention == "triton" else cache.capacity)
 
     def call(self, key: tuple[Any, ...], step: Call, inputs: tuple[Tensor, ...], cache: Cache) -> tuple[Tensor, ...]:
         """`step(*inputs, cache)`; under `cuda_graphs` captured the first time that the cache meets `key`, then replayed."""

@@ -117,7 +117,7 @@ class Turn:
         for number in range(self.runner.drafts):
             if number:
                 positions = cache.lengths[:, None] + number - 1  # (B, 1)
-                again = self.runner.model.step("decode", positions, cache.capacity)
+                again = self.runner.step(positions, cache)
                 x = self.runner.foresee(drafts[-1], x, again, cache.layers)
             distributions.append(self.sampler.probabilities(self.runner.lm_head(x).float()))  # (B, 1, W)
             drafts.append(draw(distributions[-1], races[:, number, None]))  # (B, 1)
@@ -133,7 +133,7 @@ class Turn:
         unknown = (0, self.runner.drafts)
         with self.runner.context():
             positions = (cache.lengths - 1).clamp(min=0)[:, None] + torch.arange(self.runner.drafts + 1, device=token.device)
-            step = self.runner.model.step("decode", positions, cache.capacity)
+            step = self.runner.step(positions, cache)
             states, following = F.pad(hidden[:, None], (0, 0, *unknown, *more)), F.pad(token, unknown)  # (B, k + 1, ...)
             _, races = self.chance(cache)
             drafts, q = self.draft(states, following, torch.zeros_like(cache.lengths), step, cache, races)

@@ -19,7 +19,7 @@ from r1.kernels.attention import ATTENTION
 from r1.kernels.chip import Chip
 from r1.kernels.experts import EXPERTS, Matrices
 from r1.kernels.latent import LATENT
-from r1.kernels.linear import LINEAR
+from r1.kernels.linear import LINEAR, linear
 from r1.kernels.router import ROUTE
 from r1.layers import MLP
 from r1.model import Block, Step
@@ -75,4 +75,4 @@ class DecodeBlock:
 
 def head(lm_head: nn.Linear, chip: Chip, x: Tensor) -> Tensor:
     """The output head of a decode step: normed hidden states (B, S, D) -> logits (B, S, W)."""
-    return LINEAR["triton"](chip, x.flatten(0, 1), lm_head.weight).view(*x.shape[:-1], -1)
+    return linear(chip, x.flatten(0, 1), lm_head.weight).view(*x.shape[:-1], -1)
