@@ -236,7 +236,7 @@ def measure(
         result["notes"] += [] if room > 1 else [
             "Only one model fits the memory at a time, so arms were measured one after the other, not in turn with the baseline."
         ]  # fmt: skip
-        first = Session(base, workload, folder)
+        first = Session(base, workload, folder, result["notes"])
         try:
             if not first.start(arguments.warm_start):
                 raise InputError(f"the baseline can't be had: {first.found['refused']}")
@@ -245,7 +245,7 @@ def measure(
             if room == 1:
                 first.finish(arguments, asked)
             for arm in timed:
-                session = Session(arm, workload, folder)
+                session = Session(arm, workload, folder, result["notes"])
                 try:
                     if session.start(arguments.warm_start):
                         for number in range(arguments.repetitions):
@@ -268,7 +268,7 @@ def measure(
                 result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
         for arm in compared:
             if not arm.timed:
-                session = Session(arm, workload, folder)
+                session = Session(arm, workload, folder, result["notes"])
                 try:
                     session.ask("build", "parity")
                 finally:
@@ -279,9 +279,10 @@ def measure(
 class Session:
     """One arm's process, and what it has told so far."""
 
-    def __init__(self, arm: Arm, workload: Workload, folder: Path) -> None:
+    def __init__(self, arm: Arm, workload: Workload, folder: Path, notes: list[str]) -> None:
         self.arm, self.workload, self.folder = arm, workload, folder
         self.found: Found = {"measure": [], "beside": [], "cold": None}
+        self.notes = notes
         self.compiled = "inductor-" + str(abs(hash(arm.backend)))
         self.process = self.new_process()
 
@@ -324,7 +325,12 @@ class Session:
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
             (arguments.profile / f"{stem}.txt").write_text(self.found["trace"]["table"])
         if questions and "refused" not in self.found:
-            keep(self.found, self.process, f"{self.arm.name}, {len(questions)} problems", "accuracy", questions)
+            say(f"{self.arm.name}, {len(questions)} problems: accuracy")
+            answer = self.process.ask("accuracy", questions)
+            if "refused" in answer:  # what was measured stands all the same
+                self.notes.append(f"{self.arm.name} could not be asked problems: {answer['refused']}")
+            else:
+                self.found["accuracy"] = answer
         self.process.quit()
 
 

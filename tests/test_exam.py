@@ -62,7 +62,16 @@ def test_a_model_without_problems_is_asked_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[", '{"a": 1}', "[1]", '[{"question": "a"}]', '[{"question": "a", "answer": "b", "tokens": 3}]', "3"]
+    "text",
+    [
+        "[",
+        '{"a": 1}',
+        "[1]",
+        '[{"question": "a"}]',
+        '[{"question": "a", "answer": "b", "tokens": 3}]',
+        "3",
+        '[{"question": "a", "answer": 1, "tokens": 0}]',
+    ],
 )
 def test_a_file_that_cant_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / exam.FILE).write_text(text)
@@ -122,8 +131,9 @@ def test_an_arm_is_asked_when_all_that_is_timed_is_done() -> None:
     def finished(questions: list[Question], refuses: str = "") -> tuple[list[str], dict[str, Any]]:
         made = bench.Session.__new__(bench.Session)
         answers: Any = Answers(refuses)
-        made.arm, made.found, made.process = Arm("one", "alone", Backend()), {}, answers
+        made.arm, made.found, made.process, made.notes = Arm("one", "alone", Backend()), {}, answers, []
         made.finish(bench.parser().parse_args([]), questions)
+        assert bool(made.notes) == (refuses == "accuracy")
         return answers.asked, made.found
 
     asked, found = finished(SHORT)
@@ -131,6 +141,8 @@ def test_an_arm_is_asked_when_all_that_is_timed_is_done() -> None:
     assert finished([])[0] == ["memory", "moe_layer", "quit"]
     asked, found = finished(SHORT, refuses="moe_layer")
     assert asked == ["memory", "moe_layer", "quit"] and found["refused"] == "why"
+    found = finished(SHORT, refuses="accuracy")[1]
+    assert found.keys() == {"memory", "moe_layer"}, "what was measured stands"
 
 
 @pytest.mark.parametrize(

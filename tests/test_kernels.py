@@ -121,10 +121,44 @@ def test_latent(rows: int, new: int, dtype: str) -> None:
     theirs = {**given, "cache": guarded(given["cache"])}
     twin = latent_torch(**theirs)
     for launch in (None, LatentLaunch(16, 16)):
-        for ours, other in zip(latent(CHIP, **given, launch=launch), twin, strict=True):
-            close(ours, other, dtype)
-        close(given["cache"], theirs["cache"], dtype)
-        assert intact(given["cache"])
+        ours = {**given, "cache": guarded(given["cache"])}
+        for made, other in zip(latent(CHIP, **ours, launch=launch), twin, strict=True):
+            close(made, other, dtype)
+        close(ours["cache"], theirs["cache"], dtype)
+        assert intact(ours["cache"])
+
+
+def test_a_position_behind_the_cache_writes_nothing_and_sees_what_there_is() -> None:
+    """A row that a graph decodes to nobody may have outgrown its cache, which here is cut from a larger one."""
+    given, capacity = latent_inputs(3, 1, "fp32"), 40
+    around = torch.full((3, capacity + 5, given["cache"].shape[2]), 7.0, device=DEVICE)
+    around[:, :capacity] = given["cache"]
+    given |= {"cache": around[:, :capacity], "positions": torch.tensor([[capacity], [5], [capacity + 3]], device=DEVICE)}
+    before = around.clone()
+    latent(CHIP, **given)
+    assert not torch.equal(around[1, 5], before[1, 5])
+    around[1, 5] = before[1, 5]
+    assert torch.equal(around, before)
+
+    seen = attention_inputs([[70], [33], [70]], 3, "fp32")
+    around = torch.full((3, 75, seen["cache"].shape[2]), float("nan"), device=DEVICE)
+    around[:, :70] = seen["cache"]
+    late = {**seen, "cache": around[:, :70], "positions": seen["positions"] + torch.tensor([[3], [0], [1]], device=DEVICE)}
+    close(attention(CHIP, **late), attention_twin(seen), "fp32")
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_row_of_nan_has_experts_that_exist(tokens: int) -> None:
+    """Its own outputs are NaN, and nobody else's."""
+    config = dataclasses.replace(tiny.V3, n_routed_experts=12, n_group=1, topk_group=1)
+    gate = Router(config).to(DEVICE).requires_grad_(False)
+    gate.weight.normal_()
+    gate.e_score_correction_bias.zero_()
+    x = torch.randn(tokens, config.hidden_size, device=DEVICE)
+    x[0] = float("nan")
+    _, indices, weights = route(CHIP, gate, x, torch.ones(config.hidden_size, device=DEVICE), 1e-6)
+    assert int(indices.min()) >= 0 and int(indices.max()) < 12 and len(set(indices[0].tolist())) == indices.shape[1]
+    assert bool(weights[0].isnan().all()) and bool(weights[1:].isfinite().all())
 
 
 def attention_inputs(lengths: list[list[int]], heads: int, dtype: str, capacity: int = 70) -> dict[str, Any]:

@@ -36,13 +36,13 @@ def chip() -> Chip:
     return Chip(processors=132, shared=227 * 1024, dependent_launch=True)
 
 
-def step_on(chip: Chip, wrong: Callable[[LinearLaunch], bool] = lambda _: False) -> Callable[[], Tensor]:
+def step_on(chip: Chip, wrong: Callable[[LinearLaunch], bool] = lambda _: False) -> Callable[[], list[Tensor]]:
     """A step of two kernels, whose output is right unless the linear's launch is `wrong`."""
 
-    def step() -> Tensor:
+    def step() -> list[Tensor]:
         linear = chip.launch(LinearLaunch, 1, 64, 32, 2)
-        chip.launch(LatentLaunch, 1, 512)
-        return torch.full((3,), 2.0 if wrong(linear) else 1.0)
+        chip.launch(LatentLaunch, 1, 16, 128, 512, 2)
+        return [torch.ones(1, 3), torch.full((1, 3), 2.0 if wrong(linear) else 1.0)]
 
     return step
 
@@ -51,7 +51,7 @@ def timer(chip: Chip) -> Callable[[Callable[[], object]], float]:
     """Likes 4 outputs, 8 warps; 64 columns of the latent."""
 
     def seconds(_step: Callable[[], object]) -> float:
-        linear, latent = chip.launch(LinearLaunch, 1, 64, 32, 2), chip.launch(LatentLaunch, 1, 512)
+        linear, latent = chip.launch(LinearLaunch, 1, 64, 32, 2), chip.launch(LatentLaunch, 1, 16, 128, 512, 2)
         return 1 + abs(linear.outputs - 4) + 1 / linear.warps + abs(latent.columns - 64)
 
     return seconds
@@ -60,22 +60,23 @@ def timer(chip: Chip) -> Callable[[Callable[[], object]], float]:
 def test_a_search_finds_what_is_fastest() -> None:
     here = chip()
     kept: list[set[str]] = []
-    tune.search(here, step_on(here), timer(here), lambda: kept.append(set(here.tuned)))
-    assert kept == [set(), {KEY}, {KEY, "LatentLaunch 1 512"}], "whoever stops the search has what it found"
-    linear, latent = here.tuned[KEY], here.tuned["LatentLaunch 1 512"]
+    tune.search(here, step_on(here), step_on(here), timer(here), lambda: kept.append(set(here.tuned)))
+    assert kept == [set(), {KEY}, {KEY, "LatentLaunch 1 16 128 512 2"}], "whoever stops the search has what it found"
+    linear, latent = here.tuned[KEY], here.tuned["LatentLaunch 1 16 128 512 2"]
     assert linear == dataclasses.replace(LinearLaunch.default((1, 64, 32, 2), here), outputs=4, warps=8)
-    assert latent == dataclasses.replace(LatentLaunch.default((1, 512), here), columns=64)
+    assert latent == dataclasses.replace(LatentLaunch.default((1, 16, 128, 512, 2), here), columns=64)
     assert here.launch(LinearLaunch, 1, 64, 32, 2) == linear
 
     def never(_step: Callable[[], object]) -> float:
         raise AssertionError("known shapes are not searched again")
 
-    tune.search(here, step_on(here), never)
+    tune.search(here, step_on(here), step_on(here), never)
 
 
 def test_what_computes_something_else_is_passed_over() -> None:
     here = chip()
-    tune.search(here, step_on(here, lambda launch: launch.outputs == 4), timer(here))
+    step = step_on(here, lambda launch: launch.outputs == 4)
+    tune.search(here, step, step, timer(here))
     found = here.tuned[KEY]
     assert isinstance(found, LinearLaunch) and found.outputs == 2, "4 would be faster, and is wrong"
 
@@ -85,19 +86,27 @@ def test_what_does_not_fit_is_passed_over() -> None:
 
     here = chip()
 
-    def step() -> Tensor:
+    def step() -> list[Tensor]:
         if here.launch(LinearLaunch, 1, 64, 32, 2).warps == 8:
             raise OutOfResources(300000, 232448, "shared memory")
-        return torch.ones(3)
+        return [torch.ones(1, 3)]
 
-    tune.search(here, step, lambda _: 1 / here.launch(LinearLaunch, 1, 64, 32, 2).warps)
+    tune.search(here, step, step, lambda _: 1 / here.launch(LinearLaunch, 1, 64, 32, 2).warps)
     found = here.tuned[KEY]
     assert isinstance(found, LinearLaunch) and found.warps == 4
 
 
+def test_a_tipped_expert_is_no_error() -> None:
+    """Of a block's tokens the middle one counts, of several blocks the worst."""
+    right = [torch.randn(5, 8), torch.randn(5, 8)]
+    tipped = [right[0], torch.cat((-right[1][:2], right[1][2:]))]
+    assert tune.off(tipped, right) == 0.0
+    assert tune.off([right[0], -right[1]], right) > 1 and tune.off([-right[0], right[1]], right) > 1
+
+
 def test_what_was_found_is_kept_by_gpu(cache: Path) -> None:
     assert tune.load(GPU) == {}
-    found: dict[str, Launch] = {KEY: LinearLaunch(1, 4, 512, 8), "LatentLaunch 1 512": LatentLaunch(16, 64)}
+    found: dict[str, Launch] = {KEY: LinearLaunch(1, 4, 512, 8), "LatentLaunch 1 16 128 512 2": LatentLaunch(16, 64)}
     tune.keep(GPU, found)
     tune.keep("another", {})
     assert tune.load(GPU) == found and tune.load("another") == {}
@@ -106,7 +115,16 @@ def test_what_was_found_is_kept_by_gpu(cache: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"NVIDIA H100 80GB HBM3": {"Other 1": {}}}', '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 512": {"x": 1}}}'],
+    [
+        "[" * 10**5,
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 0}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": "a"}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 48}}}',
+        "{",
+        "[]",
+        '{"NVIDIA H100 80GB HBM3": {"Other 1": {}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"x": 1}}}',
+    ],
 )
 def test_a_file_that_is_not_ours_is_told(cache: Path, text: str) -> None:
     cache.mkdir()
@@ -128,7 +146,8 @@ def test_a_folder_that_cant_be_written_is_told(tmp_path: Path, monkeypatch: pyte
 
 def test_every_kind_survives_the_file() -> None:
     sizes = {
-        "AttentionLaunch": (8, 16, 512, 64, 4096, 2), "ExpertsLaunch": (8, 6, 64, 2048, 1408, 2), "LatentLaunch": (8, 512),
+        "AttentionLaunch": (8, 16, 512, 64, 4096, 2), "ExpertsLaunch": (8, 6, 64, 2048, 1408, 2),
+        "LatentLaunch": (8, 16, 128, 512, 2),
         "LinearLaunch": (8, 2048, 2048, 2), "RouterLaunch": (8, 64, 2048),
     }  # fmt: skip
     found: dict[str, Launch] = {

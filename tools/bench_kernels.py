@@ -113,7 +113,9 @@ def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     nbytes = 2 * heads * nope * rank
     weights = [randn(heads, nope + c.v_head_dim, rank, scale=0.02) for _ in range(place.copies(nbytes))]
     moved = nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.latent_dim)
-    return Case("latent", moved, nbytes * tokens, weights, run, twin, LatentLaunch.default((tokens, rank), place.chip))
+    return Case(
+        "latent", moved, nbytes * tokens, weights, run, twin, LatentLaunch.default((tokens, heads, nope, rank, 2), place.chip)
+    )
 
 
 def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:

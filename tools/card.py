@@ -33,17 +33,22 @@ def card(record: Found, evaluations: dict[str, Found] | None = None, second: Fou
     tokens = record["steps"] * s["rows"] * s["length"]
     flags = f"--rows {s['rows']} --length {s['length']} --lr {s['lr']:g} --seed {s['seed']} --fp8-from {s['fp8_from']:g}"
     flags += " --compile" if s["compile"] else ""
+    flags += f" --layers {s['layers']}" if s["layers"] else ""
+    flags += f" --kinds {','.join(s['kinds'])}" if list(s["kinds"]) != list(KINDS) else ""
     shares = {kind: KINDS[kind] / sum(KINDS[k] for k in s["kinds"]) for kind in s["kinds"]}
     files = "`training.json`" + (", and from `tools/results/tiny-r1`" if evaluations else "")
     parts = [
         "# tiny-r1",
         f"DeepSeek-R1's architecture and file format with {record['parameters'] / 1e6:.2f} million parameters (the MTP layer "
         "included), trained from scratch on arithmetic. It thinks in `<think>`, digit by digit, and then answers. "
-        f"It knows nothing else. The figures on this page come from {files}; `tools/card.py` makes it of them.",
+        "It knows nothing else (whole numbers of up to four digits to add and subtract, two digits times two, chains of two or "
+        "three operations, one question at a time), and makes something up where it is asked for more. "
+        f"The figures on this page come from {files}; `tools/card.py` makes it of them.",
         "## Data",
         "Generated problems (`tools/tasks.py`): " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()) + ". "
-        f"One expression in {TEST_SHARE}, chosen by its hash, is never trained on, whatever the phrasing or the order of "
-        f"commuting operands. Of the training examples {s['direct']:.0%} are answered behind an empty `<think>` block, so that "
+        f"One expression in {TEST_SHARE}, chosen by its hash, is never asked in training, whatever the phrasing or the order of "
+        "one operation's commuting operands. (The same numbers may have come in a chain of another order, or as a step of a "
+        f"longer expression.) Of the training examples {s['direct']:.0%} are answered behind an empty `<think>` block, so that "
         "answering without thinking is a case that was trained too. The tokenizer knows bytes and R1's control tokens.",
         "## Training",
         f"`python tools/train_tiny.py DIR {length} {flags}`",

@@ -41,7 +41,9 @@ def lines(found: dict[str, Any]) -> list[str]:
     products = ", ".join(f"{rate:.0f} TFLOP/s in {dtype}" for dtype, rate in m["matmul_tflop_s"].items())
     machine = f"{m['name']}, torch {m['torch']}; copy {m['copy_gb_s']:.0f} GB/s, matrix products {products}"
     command = found["command"].removesuffix(" -o json")
-    return [f"`{command}` ({machine}; medians of {found['repetitions']} repetitions)", "", *report.table(found["rows"], COLUMNS)]
+    how = f"`{command}` ({machine}; medians of {found['repetitions']} repetitions)"
+    notes = [line for note in dict.fromkeys(found["notes"]) for line in ("", note)]
+    return [how, "", *report.table(found["rows"], COLUMNS), *notes]
 
 
 def peers_command(how: dict[str, Any]) -> str:

@@ -4,8 +4,9 @@
 
 A problem is an expression. It is asked in one of many phrasings, in symbols or in words, and worked out digit by digit, the
 way it is done on paper: so a small model never has to make a step that is larger than a fact it can know by heart. Training
-and test problems are told apart by a hash of the expression itself, whatever the phrasing and the order of commuting
-operands: no test problem is ever trained on.
+and test problems are told apart by a hash of the expression itself, whatever the phrasing and the order of one operation's
+operands: no test problem is ever asked in training. (A chain in yet another order is another expression, and a test problem may
+come up as a step of a longer one.)
 """
 
 from __future__ import annotations

@@ -357,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.load_state(a.state)
         trainer.run(a.workers, a.state)
         finish(trainer, a.directory, a.examine)
+        print(f"written: {a.directory}")
     except InputError as error:
         print(f"train_tiny: {error}", file=sys.stderr)
         return 2

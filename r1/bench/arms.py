@@ -99,6 +99,8 @@ def from_switches(given: Settings, kinds: Sequence[str] = ("alone", "together"))
     base = Backend(**common_settings(given))
     switches = {name: value for name, value in given.items() if getattr(base, name) != value}
     alone: list[Settings] = [{name: value} for name, value in switches.items()]
+    if "kernels" in switches:  # tune is of no use without what it tunes
+        alone = [{"kernels": switches["kernels"], **s} if "tune" in s else s for s in alone]
     if "speculate" in switches and "draft_tokens" in switches:  # how it speculates is no switch of its own
         alone = [s for s in alone if "speculate" not in s and "draft_tokens" not in s]
         alone.append({name: switches[name] for name in ("speculate", "draft_tokens")})
@@ -109,8 +111,10 @@ def from_switches(given: Settings, kinds: Sequence[str] = ("alone", "together"))
         for left in alone:
             # What only serves the one that is left out goes with it.
             kept = [s for s in alone if s is not left and not ("kernels" in left and "tune" in s)]
+            left = {"tune": True} if "tune" in left else left
             settings = {name: value for s in kept for name, value in s.items()}
-            arms.append(Arm(f"all but {label(left)}", "all-but-one", dataclasses.replace(base, **settings)))
+            if settings:
+                arms.append(Arm(f"all but {label(left)}", "all-but-one", dataclasses.replace(base, **settings)))
     return [each for each in arms if each.kind in ("baseline", *kinds)]
 
 
@@ -122,12 +126,13 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
     steps += [{"cuda_graphs": True}] if gpu else []
     steps += [{"compile": True}] if not machine.why_not("compile") else []
     steps += [{"memory": "expandable"}] if gpu else []
-    if gpu and not machine.why_not("triton"):
+    storage = common_settings(given).get("dtype", "auto")
+    amp = storage == "fp32" or (storage == "auto" and not gpu)
+    if gpu and not amp and not machine.why_not("triton"):  # the kernels read weights as they are stored, not under amp
         attention = {"attention": "triton", "prefill_attention": "expand"}
         experts = {"moe": "triton", "prefill_moe": "grouped"}
         steps += [attention, experts, {"kernels": "triton", **attention, **experts}, {"tune": True}]
-    storage = given.get("dtype", "auto")
-    steps += [{"amp": "bf16"}] if storage == "fp32" or (storage == "auto" and not gpu) else []
+    steps += [{"amp": "bf16"}] if amp else []
     return steps
 
 

@@ -48,6 +48,8 @@ def load(directory: str | Path) -> list[Question]:
     for number, question in enumerate(found):
         if not isinstance(question.question, str) or type(question.answer) is not int or type(question.tokens) is not int:
             raise InputError(f"{path}: entry {number} is no question with whole numbers for its answer and tokens")
+        if question.tokens < 1:
+            raise InputError(f"{path}: entry {number} has tokens={question.tokens}: give at least 1")
     return found
 
 
@@ -58,7 +60,7 @@ def fitting(questions: Sequence[Question], tokens: int, count: int) -> list[Ques
 
 def correct(answer: str, number: int) -> bool:
     """Whether an answer (behind its reasoning) ends in the right number, and says that it is the end."""
-    last = re.search(r"(-?\d+)\.\s*$", answer)
+    last = re.search(r"(?<![\d.,\-−])(-?\d{1,18})\.\s*$", answer)
     return last is not None and int(last[1]) == number
 
 

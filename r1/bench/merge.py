@@ -29,7 +29,7 @@ def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON ({error}): make it with bench.py -o json > {path.name}") from None
+        raise InputError(f"{path} is no JSON ({error}): make one with bench.py -o json > FILE") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         schema = result.get("schema", "none") if isinstance(result, dict) else "none"
         raise InputError(f"{path} is no result of this bench.py (schema {schema}, not {SCHEMA}): make it with -o json")

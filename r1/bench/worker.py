@@ -300,8 +300,9 @@ class Bench:
         return found
 
     def accuracy(self, questions: list[Question]) -> dict[str, Any]:
-        """The share of these that the arm answers rightly; a compiled one is asked in the shapes that it is compiled for."""
-        batch = self.workload.batch if self.engine.backend.compile else len(questions)
+        """The share of these that the arm answers rightly; a compiled or tuned one is asked in the shapes that it is made for."""
+        backend = self.engine.backend
+        batch = self.workload.batch if backend.compile or backend.tune else len(questions)
         share = exam.accuracy(self.engine, questions, self.workload.tokens, batch)
         return {"share": share, "problems": len(questions)}
 

@@ -59,10 +59,16 @@ class AttentionLaunch:
         buffers = (room - block * key) // (keys * key)
         stages = max(1, min(3, buffers if block > 16 else 1 + buffers))  # tiles of 16 heads pass through registers
         few, tall = splits <= 16, block > 16
+        rows, values, sum_stages = max(64 if tall else 16, splits), 64 if few or tall else 32, 3 if tall else 2
+
+        def fits(columns: int) -> bool:
+            """Whether the sum's tiles do: all of W_UV's columns at once, or a pipeline of them."""
+            return (rows + values) * columns * itemsize * (1 if columns >= latent else sum_stages) <= room
+
+        latents = next(c for c in (512, 128, 64, 32) if c == 32 or (c <= (512 if few and not tall else 128) and fits(c)))
         return AttentionLaunch(
-            block, keys, splits, 8 if block * keys > 512 else 4, stages, sum_rows=max(64 if tall else 16, splits),
-            values=64 if few or tall else 32, latents=min(512 if few and not tall else 128, power_of_two(latent, 16)),
-            sum_stages=3 if tall else 2,
+            block, keys, splits, 8 if block * keys > 512 else 4, stages, rows, values, min(latents, power_of_two(latent, 16)),
+            sum_stages=sum_stages,
         )  # fmt: skip
 
     @property

@@ -132,9 +132,6 @@ def sort_by_expert_torch(indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order.int(), ends
 
 
-SORT = {"torch": sort_by_expert_torch, "triton": sort_by_expert}
-
-
 @triton.jit
 def sort_kernel(indices, order, ends, choices, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program e: how many choices are of experts before e, and where those of e stand. Stable, hence always the same."""

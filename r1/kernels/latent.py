@@ -27,7 +27,7 @@ class LatentLaunch:
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LatentLaunch:
-        tokens, latent = sizes
+        tokens, _heads, _nope, latent, _itemsize = sizes
         return LatentLaunch(min(64, power_of_two(tokens, 16)), min(128, power_of_two(latent, 16)))
 
     @property
@@ -46,7 +46,7 @@ def latent(
     """
     tokens, (heads, nope, c), rope = q.shape[0], w_uk.shape, cos.shape[-1]
     q_c, q_pe = q.new_empty(tokens, heads, c), q.new_empty(tokens, heads, rope)
-    use = launch or chip.launch(LatentLaunch, tokens, c)
+    use = launch or chip.launch(LatentLaunch, tokens, heads, nope, c, q.itemsize)
     absorbing = heads * ceil_div(c, use.columns) * ceil_div(tokens, use.rows)
     chip.run(
         latent_kernel, (absorbing + tokens,), q, q.stride(0), kv, kv.stride(0), w_uk, w_uk.stride(0), gain, eps, cos, sin,

@@ -127,6 +127,7 @@ def choice_kernel(
         choice = tl.load(draws + (token % drawn) * EXPERTS + expert, mask=real, other=0.0)
     if bias is not None:
         choice += tl.load(bias + expert, mask=real, other=0.0)
+    choice = tl.where(choice == choice, choice, -1e30)  # of NaN too an expert there is; its weight stays NaN
     choice = tl.where(real, choice, float("-inf"))
     if GROUPS > 1:
         group = expert // (EXPERTS // GROUPS)

@@ -41,7 +41,7 @@ REPLAYS = 15
 GAIN = 0.001
 """A change must save so much of the step's time to be kept: timings of the same thing differ by less."""
 CLOSE = 0.05
-"""How far a change may move the step's outputs, relative to the largest: another order of bf16 sums, and no more."""
+"""How far a change may move a block's output, relative to the largest: another order of bf16 sums, and no more."""
 
 
 def path() -> Path:
@@ -52,17 +52,15 @@ def path() -> Path:
 
 def load(gpu: str) -> dict[str, Launch]:
     """What was found on such a GPU, by Chip's keys. Raises InputError for a file that isn't ours."""
-    try:
-        return {key: KINDS[key.split()[0]](**values) for key, values in _kept().get(gpu, {}).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path()} doesn't hold launch parameters of this version ({error}): remove it") from None
+    return {key: KINDS[key.split()[0]](**values) for key, values in _kept().get(gpu, {}).items()}
 
 
 def keep(gpu: str, tuned: dict[str, Launch]) -> None:
-    """Write what was found, whole or not at all, beside what is kept of other GPUs. Raises InputError where it can't."""
+    """Write what was found, whole or not at all, beside what is kept already. Raises InputError where it can't."""
+    everything = _kept()
+    everything[gpu] = everything.get(gpu, {}) | {key: dataclasses.asdict(launch) for key, launch in tuned.items()}
     partial = path().with_suffix(f".{os.getpid()}")
     try:
-        everything = _kept() | {gpu: {key: dataclasses.asdict(launch) for key, launch in tuned.items()}}
         path().parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path())
@@ -71,12 +69,28 @@ def keep(gpu: str, tuned: dict[str, Launch]) -> None:
 
 
 def _kept() -> dict[str, dict[str, dict[str, int]]]:
-    """The file, by GPU, key and parameter."""
+    """The file, by GPU, key and parameter; empty where there is none. Raises InputError for one that isn't ours."""
     try:
-        found: dict[str, dict[str, dict[str, int]]] = json.loads(path().read_text(encoding="utf-8"))
-        return found
+        text = path().read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise InputError(f"{path()} can't be read ({error.strerror}): name another folder in R1_CACHE") from None
+    try:
+        found: dict[str, dict[str, dict[str, int]]] = json.loads(text)
+        for launches in found.values():
+            for key, values in launches.items():
+                KINDS[key.split()[0]](**values)
+                for name, value in values.items():
+                    # Tiles are powers of two; pipelines have a few stages.
+                    sound = type(value) is int and (
+                        1 <= value <= 8 if name.endswith("stages") else value.bit_count() == 1 <= value
+                    )
+                    if not sound:
+                        raise ValueError(f"{key} has {name}={value!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise InputError(f"{path()} doesn't hold launch parameters of this version ({error}): remove it") from None
+    return found
 
 
 def captured_seconds(step: Callable[[], object]) -> float:
@@ -93,18 +107,30 @@ def captured_seconds(step: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def off(ours: list[Tensor], right: list[Tensor]) -> float:
+    """How far blocks' outputs (N, D) differ, relative to the largest: the worst block's middle token.
+
+    Not the worst token's: another order of sums tips near ties between experts, and then a token's output is another.
+    """
+    gaps = [(a.float() - b.float()).abs().amax(dim=-1) / b.float().abs().amax(dim=-1) for a, b in zip(ours, right, strict=True)]
+    return max(float(gap.median()) for gap in gaps)
+
+
 def search(
     chip: Chip,
-    step: Callable[[], Tensor],
+    step: Callable[[], object],
+    check: Callable[[], list[Tensor]],
     seconds: Callable[[Callable[[], object]], float] = captured_seconds,
     found: Callable[[], None] = lambda: None,
 ) -> None:
     """Tune every kernel that `step` launches and `chip` has nothing for yet; `found` is called first, and after each.
 
-    One parameter at a time, as long as that helps; what doesn't fit the chip, or computes something else, is passed over.
+    One parameter at a time, as long as that helps; what doesn't compile or fit the chip, or makes `check` (some blocks'
+    outputs, each from the same input) something else, is passed over.
     """
     chip.asked.clear()
-    twin = step().float()
+    step()
+    right = check()
     new = [key for key in chip.asked if key not in chip.tuned]
     if new:
         found()  # who can't keep anything says so before minutes are spent
@@ -117,9 +143,8 @@ def search(
             if launch not in tried:
                 chip.tuned[key] = launch
                 try:
-                    off = float((step().float() - twin).abs().max() / twin.abs().max())
-                    tried[launch] = seconds(step) if off < CLOSE else float("inf")
-                except triton.runtime.errors.OutOfResources:
+                    tried[launch] = seconds(step) if off(check(), right) < CLOSE else float("inf")
+                except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError):
                     tried[launch] = float("inf")
                 finally:
                     del chip.tuned[key]
@@ -144,18 +169,27 @@ def tune(runner: Runner, cache: Cache) -> None:
     A step of all layers, one behind the other; rows are as long as they are late in an answer.
     """
     assert runner.chip is not None
+    chip, gpu = runner.chip, torch.cuda.get_device_name(runner.device)
     count = cache.rows * runner.backend.step_tokens
     tokens = torch.arange(count, device=runner.device).view(cache.rows, -1) % runner.config.vocab_size  # (B, S)
+    blocks = list(zip(runner.blocks["decode"], cache.layers, strict=False))
+    last = len(blocks) - 1
+    kinds = sorted({min(runner.config.first_k_dense_replace, last), 0})  # a sparse layer, and a dense one
 
-    def step() -> Tensor:
+    def step() -> None:
         with runner.context():
             now = runner.behind(cache, tokens.shape[1])
             hidden = runner.model.embed_tokens(tokens)
-            for block, layer in zip(runner.blocks["decode"], cache.layers, strict=False):
+            for block, layer in blocks:
                 hidden = block(hidden, now, layer)
-            return hidden
+            if runner.drafts > 1:  # the drafter's second pass reads one token of a row
+                blocks[last][0](hidden[:, :1], runner.behind(cache, 1), blocks[last][1])
+
+    def check() -> list[Tensor]:
+        with runner.context():
+            now, hidden = runner.behind(cache, tokens.shape[1]), runner.model.embed_tokens(tokens)
+            return [blocks[i][0](hidden, now, blocks[i][1]).flatten(0, 1) for i in kinds]
 
     cache.lengths.fill_(cache.capacity * 3 // 4)
-    chip, gpu = runner.chip, torch.cuda.get_device_name(runner.device)
-    search(chip, step, found=lambda: keep(gpu, chip.tuned))
+    search(chip, step, check, found=lambda: keep(gpu, chip.tuned))
     cache.reset()
