@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ablate", action="store_true", help="every switch this machine can run: ladder, alone, all but one, pairs")
     p.add_argument(
         "--only", type=kinds, metavar="KIND,..",
-        help=f"beside the baseline these kinds of arms: {', '.join(arms.KINDS)} (default alone,together; all for --ablate)",
+        help=f"kinds of arms beside the baseline: {', '.join(arms.KINDS)} (default {','.join(arms.USUAL)}; all for --ablate)",
     )  # fmt: skip
     p.add_argument(
         "--routing", choices=("model", "uniform"), default="model",
@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
                 if arguments.ablate:
                     compared = arms.ablation(given, machine, workload.batch, arguments.only or arms.KINDS)
                 else:
-                    compared = arms.from_switches(given, arguments.only or ("alone", "together"))
+                    compared = arms.from_switches(given, arguments.only or arms.USUAL)
                 try:
                     measure(compared, workload, config, arguments, questions, result)
                 except InputError as error:

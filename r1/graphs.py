@@ -52,6 +52,19 @@ def capture(step: Call, inputs: tuple[Tensor, ...], cache: Cache) -> Captured:
     return Captured(graph, static, outputs[0])
 
 
+def replay_seconds(graph: torch.cuda.CUDAGraph, repetitions: int) -> list[float]:
+    """Seconds of each replay, by the device's own events."""
+    times = []
+    for _ in range(repetitions):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times
+
+
 def record(call: Callable[[], None], undo: Callable[[], object] = lambda: None) -> torch.cuda.CUDAGraph:
     """Run `call` some times on a stream beside, then record it; `undo` follows each of these, and is not recorded."""
     side = torch.cuda.Stream()

@@ -70,7 +70,6 @@ class Runner:
             for phase in self.drafter:
                 self.drafter[phase] = compile_block(model.mtp[0], phase, self.device)
         self.chip: Chip | None = None
-        self.tune: Callable[[Runner, Cache], None] | None = None
         if backend.kernels == "triton":
             from r1.kernels import Chip, DecodeBlock, head  # Triton is optional: only who asks for it imports it
 
@@ -79,7 +78,6 @@ class Runner:
                 from r1.kernels import tune
 
                 self.chip = replace(self.chip, tuned=tune.load(torch.cuda.get_device_name(self.device)), asked={})
-                self.tune = tune.tune
             self.lm_head = partial(head, model.lm_head, self.chip)
             self.blocks["decode"] = [DecodeBlock(block, self.chip) for block in model.layers]
             if self.drafter:
@@ -103,8 +101,10 @@ class Runner:
                 "use fewer prompts, or shorter ones"
             )
         cache = Cache(self.config, rows, capacity, device=self.device, dtype=dtype, full=self.full_cache, layers=layers)
-        if self.tune:
-            self.tune(self, cache)
+        if self.backend.tune:
+            from r1.kernels import tune
+
+            tune.tune(self, cache)
         return cache
 
     @contextmanager

@@ -212,22 +212,13 @@ def cases(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: S
 
 def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
     """Microseconds of one call, by repetition: all calls in one graph."""
-    from r1.graphs import record
+    from r1.graphs import record, replay_seconds
 
     def once() -> None:
         for call in calls:
             call()
 
-    graph = record(once)
-    times = []
-    for _ in range(REPETITIONS + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
-    return times[3:]
+    return [1e6 * seconds / len(calls) for seconds in replay_seconds(record(once), REPETITIONS + 3)[3:]]
 
 
 def ours(case: Case, use: Any) -> list[Callable[[], Tensor]]:
@@ -253,6 +244,8 @@ def figures(case: Case, times: list[float], copy_gb_s: float) -> dict[str, float
 
 def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
     """The best launch parameters found by changing one at a time, and all that was tried."""
+    from r1.kernels.tune import climb
+
     tried: dict[Any, dict[str, Any]] = {}
 
     def measure(use: Any) -> float:
@@ -267,14 +260,7 @@ def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
             tried[use] = found
         return tried[use]["us"] or float("inf")
 
-    best, before = case.default, None
-    while best != before and time.monotonic() < deadline:
-        before = best
-        for name, values in case.default.choices.items():
-            for value in values:
-                other = dataclasses.replace(best, **{name: value})
-                if time.monotonic() < deadline and measure(other) < measure(best) * 0.995:
-                    best = other
+    best = climb(case.default, measure, 0.005, lambda: time.monotonic() < deadline)
     return best, list(tried.values())
 
 

@@ -15,6 +15,8 @@ from r1.machine import Machine
 Settings = dict[str, Any]
 KINDS = ("alone", "together", "ladder", "all-but-one", "pairs")
 """What stands beside the baseline."""
+USUAL = ("alone", "together")
+"""Of these, where nobody says which, and the switches are given."""
 
 TEXTBOOK: Settings = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
 """The model as one would write it down: full keys and values, one expert after the other."""
@@ -94,7 +96,7 @@ def common_settings(given: Settings) -> Settings:
     return common
 
 
-def from_switches(given: Settings, kinds: Sequence[str] = ("alone", "together")) -> list[Arm]:
+def from_switches(given: Settings, kinds: Sequence[str] = USUAL) -> list[Arm]:
     """Baseline (all off), and of `kinds`: each given switch alone; if there are several, all together, and all but one."""
     base = Backend(**common_settings(given))
     switches = {name: value for name, value in given.items() if getattr(base, name) != value}

@@ -98,6 +98,15 @@ LINEAR = {"torch": linear_torch, "triton": linear}
 
 
 @triton.jit
+def inputs_at(x, at, INPUTS: tl.constexpr, SWIGLU: tl.constexpr):
+    """One token's inputs `at`, in fp32: x, or with SWIGLU what its two halves make."""
+    v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+    if SWIGLU:
+        v *= tl.sigmoid(v) * tl.load(x + INPUTS + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
 def vector_kernel(
     x, x_stride, weight, norm, eps, residual, y, outputs,
     INPUTS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
@@ -116,9 +125,7 @@ def vector_kernel(
     squares = tl.zeros((BLOCK_IN,), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
-        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        if SWIGLU:
-            v *= tl.sigmoid(v) * tl.load(x + INPUTS + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+        v = inputs_at(x, at, INPUTS, SWIGLU)
         if norm is not None:
             squares += v * v
             v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
@@ -152,9 +159,7 @@ def prepare_kernel(
         factor = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
     for start in range(0, INPUTS, BLOCK):
         at = start + columns
-        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        if SWIGLU:
-            v *= tl.sigmoid(v) * tl.load(x + INPUTS + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+        v = inputs_at(x, at, INPUTS, SWIGLU)
         if norm is not None:
             v *= factor * tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
         tl.store(h + row * INPUTS + at, v.to(h.dtype.element_ty), mask=at < INPUTS)

@@ -23,7 +23,7 @@ from torch import Tensor
 from r1 import graphs
 from r1.errors import InputError
 from r1.kernels.attention import AttentionLaunch
-from r1.kernels.chip import Chip, Launch
+from r1.kernels.chip import AnyLaunch, Chip, Launch
 from r1.kernels.experts import ExpertsLaunch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
@@ -95,16 +95,25 @@ def _kept() -> dict[str, dict[str, dict[str, int]]]:
 
 def captured_seconds(step: Callable[[], object]) -> float:
     """Seconds of one replay of `step`, captured: the median."""
-    graph = graphs.record(lambda: (step(), None)[1])
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return statistics.median(graphs.replay_seconds(graphs.record(lambda: (step(), None)[1]), REPLAYS))
+
+
+def climb(
+    start: AnyLaunch, seconds: Callable[[AnyLaunch], float], gain: float, going_on: Callable[[], bool] = lambda: True
+) -> AnyLaunch:
+    """The best launch found by changing one parameter at a time, as long as that saves a share of more than `gain`.
+
+    `seconds` is asked again for what it has told already.
+    """
+    best, before = start, None
+    while best != before and going_on():
+        before = best
+        for name, values in start.choices.items():
+            for value in values:
+                other = dataclasses.replace(best, **{name: value})
+                if going_on() and seconds(other) < seconds(best) * (1 - gain):
+                    best = other
+    return best
 
 
 def off(ours: list[Tensor], right: list[Tensor]) -> float:
@@ -151,15 +160,7 @@ def search(
             return tried[launch]
 
         kind, sizes = chip.asked[key]
-        best, before = kind.default(sizes, chip), None
-        while best != before:
-            before = best
-            for name, values in best.choices.items():
-                for value in values:
-                    other = dataclasses.replace(best, **{name: value})
-                    if measure(other) < measure(best) * (1 - GAIN):
-                        best = other
-        chip.tuned[key] = best
+        chip.tuned[key] = climb(kind.default(sizes, chip), measure, GAIN)
         found()
 
 
