@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from itertools import pairwise
 
 import pytest
 import tasks
-from tasks import KINDS, LONGEST, TESTED, Operation, Problem, canonical, draw, exam, phrase, text
+from tasks import (
+    KINDS,
+    LONGEST,
+    TESTED,
+    Expression,
+    Operation,
+    Problem,
+    canonical,
+    draw,
+    exam,
+    is_held_out,
+    phrase,
+    text,
+    worked_out,
+)  # fmt: skip
 
 from r1 import InputError
 from r1.bench.exam import correct
@@ -85,6 +100,32 @@ def test_text_needs_its_parentheses() -> None:
     assert {problem.text.count(" ") // 2 for problem in problems("expr")} == {2, 3}, "operations"
 
 
+def parsed(written: str) -> Expression:
+    """What `text` wrote."""
+
+    def of(node: ast.expr) -> Expression:
+        if isinstance(node, ast.BinOp):
+            return Operation(of(node.left), {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}[type(node.op)], of(node.right))
+        assert isinstance(node, ast.Constant) and type(node.value) is int, ast.dump(node)
+        return node.value
+
+    return of(ast.parse(re.sub(r"\b0+(?=\d)", "", written), mode="eval").body)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_training_text_works_out_a_test_problem(kind: str) -> None:
+    """Whatever its reasoning writes between two numbers, in lines and in columns; and what `worked_out` says is in there."""
+    rng = random.Random(0)
+    for problem in problems(kind, "train", 3000):
+        reasoning = in_symbols(phrase(problem, rng).reasoning)
+        expressions = re.findall(r"[\d(][\d+*() -]*[\d)]", reasoning)
+        for number, tens in re.findall(r"(\d+) \* (\d): [^\n]*, then 0", reasoning):
+            expressions += [f"{number} * {tens}0", f"{number} * {tens} * 10"]
+        written = [parsed(each) for each in expressions if re.search(r"\d\)* ?[+*-]", each)]
+        assert written and not [text(e) for e in written if is_held_out(e)], reasoning
+        assert {canonical(e) for e in worked_out(problem.expression)} <= {canonical(e) for e in written}, reasoning
+
+
 def test_splits_never_meet() -> None:
     for kind in TESTED:
         train = {canonical(problem.expression) for problem in problems(kind, "train", 4000)}
@@ -92,11 +133,38 @@ def test_splits_never_meet() -> None:
         assert train and test and not train & test
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     split = {pair: Problem("mul", Operation(pair[0], "*", pair[1])).split for pair in pairs}
-    assert all(split[a, b] == split[b, a] for a, b in pairs), "47 * 86 and 86 * 47 are one problem"
+    assert all((split[a, b] == "test") == (split[b, a] == "test") for a, b in pairs), "47 * 86 and 86 * 47 are one problem"
     assert 0.08 < sum(s == "test" for s in split.values()) / len(split) < 0.12
-    assert Problem("sub", Operation(47, "-", 86)).expression != Operation(86, "-", 47)
-    assert canonical(Operation(1, "-", 2)) != canonical(Operation(2, "-", 1))
     assert all(problem.split == "train" for problem in problems("fact"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("1 - 2", "2 - 1", False),
+        ("1 + 2 + 3", "3 + 1 + 2", True),
+        ("1 + (2 + 3)", "1 + 2 + 3", True),
+        ("9 - 2 - 3", "9 - 3 - 2", True),
+        ("9 - (2 - 3)", "3 + 9 - 2", True),
+        ("9 - 2 + 3", "9 - 3 + 2", False),
+        ("2 * 3 * 4", "4 * (2 * 3)", True),
+        ("5 + 2 * 3", "3 * 2 + 5", True),
+        ("(5 + 2) * 3", "3 * (2 + 5)", True),
+        ("(5 + 2) * 3", "5 + 2 * 3", False),
+        ("1 + 23", "12 + 3", False),
+    ],
+)
+def test_canonical(one: str, other: str, same: bool) -> None:
+    assert (canonical(parsed(one)) == canonical(parsed(other))) == same
+
+
+@pytest.mark.parametrize(
+    ("expression", "fact"),
+    [("7 + 8 + 1", True), ("13 - 7 - 1", True), ("7 * 6 + 42", True), ("42 + 4", True), ("42 + 14", False), ("42 * 4", False),
+     ("100 + 4", False), ("9 * 9", True)],
+)  # fmt: skip
+def test_what_columns_are_made_of_is_no_test_problem(expression: str, fact: bool) -> None:
+    assert tasks.is_fact(parsed(expression)) == fact
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,11 @@ def card(record: Found, evaluations: dict[str, Found] | None = None, second: Fou
         f"The figures on this page come from {files}; `tools/card.py` makes it of them.",
         "## Data",
         "Generated problems (`tools/tasks.py`): " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()) + ". "
-        f"One expression in {TEST_SHARE}, chosen by its hash, is never asked in training, whatever the phrasing or the order of "
-        "one operation's commuting operands. (The same numbers may have come in a chain of another order, or as a step of a "
-        f"longer expression.) Of the training examples {s['direct']:.0%} are answered behind an empty `<think>` block, so that "
-        "answering without thinking is a case that was trained too. The tokenizer knows bytes and R1's control tokens.",
+        f"One expression in {TEST_SHARE}, chosen by its hash, is held out: no training text asks it, whatever the phrasing and "
+        "the order or grouping of what is added, subtracted or multiplied, or works it out on the way to something else. (Facts, "
+        "such as 7 * 8 and 42 + 4, are not held out: all else is made of them.) Of the training examples "
+        f"{s['direct']:.0%} are answered behind an empty `<think>` block, so that answering without thinking is a case that was "
+        "trained too. The tokenizer knows bytes and R1's control tokens.",
         "## Training",
         f"`python tools/train_tiny.py DIR {length} {flags}`",
         f"{record['steps']} steps, {tokens / 1e6:.0f} million tokens in {record['seconds'] / 60:.1f} minutes on "

@@ -3,10 +3,9 @@
     python tools/tasks.py --kinds mul,expr -n 5          # look at some
 
 A problem is an expression. It is asked in one of many phrasings, in symbols or in words, and worked out digit by digit, the
-way it is done on paper: so a small model never has to make a step that is larger than a fact it can know by heart. Training
-and test problems are told apart by a hash of the expression itself, whatever the phrasing and the order of one operation's
-operands: no test problem is ever asked in training. (A chain in yet another order is another expression, and a test problem may
-come up as a step of a longer one.)
+way it is done on paper: so a small model never has to make a step that is larger than a fact it can know by heart. Test problems
+are held out by a hash of the expression itself, whatever the phrasing and the order or grouping of what is added, subtracted or
+multiplied: no training text asks one, or works one out on the way to something else.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import argparse
 import hashlib
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from r1 import InputError
 TEST_SHARE = 10
 """One problem in so many is a test problem."""
 KINDS = {"fact": 4, "add": 18, "sub": 18, "mul": 34, "expr": 26}
-"""The kinds of problems, and how often each is drawn for training. Facts have one digit on each side, and no test problems."""
+"""The kinds of problems, and how often each is drawn for training. Facts have one digit on each side: none is held out."""
 TESTED = ("add", "sub", "mul", "expr")
 SPLITS = ("train", "test")
 LONGEST = 288
@@ -70,11 +69,41 @@ def text(e: Expression) -> str:
 
 
 def canonical(e: Expression) -> str:
-    """The same for expressions that differ only in the order of what is added or multiplied."""
+    """The same for expressions that differ only in the order or grouping of what is added, subtracted or multiplied."""
     if isinstance(e, int):
         return str(e)
-    sides = [canonical(e.left), canonical(e.right)]
-    return f"({e.sign.join(sides if e.sign == '-' else sorted(sides))})"
+    if e.sign == "*":
+        return "*".join(sorted(f"({canonical(factor)})" for factor in _factors(e)))
+    return "".join(sorted(f"{sign}{canonical(term)}" for sign, term in _terms(e, "+")))
+
+
+def _factors(e: Expression) -> list[Expression]:
+    return [*_factors(e.left), *_factors(e.right)] if isinstance(e, Operation) and e.sign == "*" else [e]
+
+
+def _terms(e: Expression, sign: str) -> list[tuple[str, Expression]]:
+    """What is added up, each with its sign."""
+    if isinstance(e, int) or e.sign == "*":
+        return [(sign, e)]
+    return [*_terms(e.left, sign), *_terms(e.right, sign if e.sign == "+" else "-+"["+-".index(sign)])]
+
+
+def is_fact(e: Expression) -> bool:
+    """Whether a column of some longer problem may come upon it: one number of two digits at most, and that is no factor."""
+    large = [n for n in _numbers(e) if n > 9]
+    return not large or (len(large) == 1 and large[0] < 100 and large[0] in (term for _, term in _terms(e, "+")))
+
+
+def _numbers(e: Expression) -> list[int]:
+    return [e] if isinstance(e, int) else [*_numbers(e.left), *_numbers(e.right)]
+
+
+def is_held_out(e: Expression) -> bool:
+    """Whether it is a test problem, by the hash of its canonical form. Facts never are: all the others are made of them."""
+    if is_fact(e):
+        return False
+    digest = hashlib.blake2b(canonical(e).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % TEST_SHARE == 0
 
 
 @dataclass(frozen=True)
@@ -93,12 +122,11 @@ class Problem:
         return value(self.expression)
 
     @cached_property
-    def split(self) -> str:
-        """ "train" or "test", by the hash of the canonical expression."""
-        if self.kind == "fact":
-            return "train"
-        digest = hashlib.blake2b(canonical(self.expression).encode(), digest_size=4).digest()
-        return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
+    def split(self) -> str | None:
+        """ "test" where it is held out, "train" where all that it makes one work out isn't, else neither."""
+        if is_held_out(self.expression):
+            return "test"
+        return None if any(map(is_held_out, worked_out(self.expression))) else "train"
 
 
 # ----------------------------------------------------------------------------------------------- drawing problems
@@ -219,6 +247,22 @@ def reason(e: Expression, voice: Voice) -> str:
         e = _replace(e, step)
         lines.append(line if isinstance(e, int) else f"{line}, leaves {text(e)}")
     return "\n".join(lines)
+
+
+def worked_out(e: Expression) -> Iterator[Operation]:
+    """Every expression that `reason` finds the value of on its way: steps, what they leave, and what a step itself takes."""
+    while isinstance(e, Operation):
+        step = _next(e)
+        yield from (e, step)
+        a, b = value(step.left), value(step.right)
+        if step.sign == "-" and a < b:
+            yield Operation(b, "-", a)
+        if step.sign == "*" and a > 9 and b > 9:
+            tens, ones = Operation(a, "*", b // 10 * 10), Operation(a, "*", b % 10)
+            yield from (tens, Operation(a, "*", b // 10), Operation(Operation(a, "*", b // 10), "*", 10))
+            if b % 10:
+                yield from (ones, Operation(tens, "+", ones), Operation(value(tens), "+", value(ones)))
+        e = _replace(e, step)
 
 
 def _next(e: Operation) -> Operation:
