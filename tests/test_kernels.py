@@ -186,7 +186,8 @@ def attention_twin(given: dict[str, Any]) -> Tensor:
 def test_attention(lengths: list[list[int]], heads: int, dtype: str) -> None:
     given = attention_inputs(lengths, heads, dtype)
     twin = attention_twin(given)
-    for launch in (None, AttentionLaunch(16, 16, 1, 4, 1), AttentionLaunch(16, 16, 8, 4, 2, sum_rows=16, values=16, latents=16)):
+    splits = AttentionLaunch(16, 16, 8, 4, 2, sum_rows=16, values=16, latents=16)
+    for launch in (None, AttentionLaunch(16, 16, 1, 4, 1), splits, dataclasses.replace(splits, apart=True)):
         close(attention(CHIP, **given, launch=launch), twin, dtype)
 
 

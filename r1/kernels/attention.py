@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class AttentionLaunch:
     """Each program takes `heads` heads of one token through one of `splits` (a power of two) parts, `keys` at a time.
+    `apart`: Triton is kept from scheduling its two products together; see `split_kernel`.
 
     The sum's: `values` rows of one head's W_UV for as many tokens as make `sum_rows` splits, `latents` columns at a time.
     """
@@ -39,6 +40,7 @@ class AttentionLaunch:
     splits: int
     warps: int
     stages: int
+    apart: bool = False
     sum_rows: int = 16
     values: int = 32
     latents: int = 128
@@ -67,16 +69,16 @@ class AttentionLaunch:
 
         latents = next(c for c in (512, 128, 64, 32) if c == 32 or (c <= (512 if few and not tall else 128) and fits(c)))
         return AttentionLaunch(
-            block, keys, splits, 8 if block * keys > 512 else 4, stages, rows, values, min(latents, power_of_two(latent, 16)),
-            sum_stages=sum_stages,
+            block, keys, splits, 8 if block * keys > 512 else 4, stages, chip.dependent_launch and block >= 64, rows, values,
+            min(latents, power_of_two(latent, 16)), sum_stages=sum_stages,
         )  # fmt: skip
 
     @property
     def choices(self) -> Choices:
         return {
             "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64), "heads": (16, 32, 64), "warps": (4, 8),
-            "stages": (1, 2, 3, 4), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256, 512),
-            "sum_warps": (4, 8), "sum_stages": (1, 2, 3),
+            "stages": (1, 2, 3, 4), "apart": (False, True), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64),
+            "latents": (64, 128, 256, 512), "sum_warps": (4, 8), "sum_stages": (1, 2, 3),
         }  # fmt: skip
 
 
@@ -97,7 +99,7 @@ def attention(
         split_kernel, (ceil_div(heads, use.heads), use.splits, tokens), q_c, q_pe, cache, cache.stride(0), cache.stride(1),
         cache.shape[1], positions, new, part, weight, scale * LOG2_E, HEADS=heads, LATENT=latent, ROPE=rope,
         LATENT_PAD=power_of_two(latent, 16), ROPE_PAD=power_of_two(rope, 16), BLOCK_H=use.heads, BLOCK_T=use.keys,
-        SPLITS=use.splits, warps=use.warps, stages=use.stages,
+        SPLITS=use.splits, STAGES=use.stages, APART=use.apart, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     o = q_c.new_empty(tokens, heads, value)
     group = max(1, use.sum_rows // use.splits)
@@ -131,9 +133,16 @@ LOG2_E = 1.4426950408889634
 def split_kernel(
     q_c, q_pe, cache, cache_row, cache_slot, capacity, positions, new, part, weight, scale,
     HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, LATENT_PAD: tl.constexpr, ROPE_PAD: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; -inf of an empty split."""
+    """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; -inf of an empty split.
+
+    APART puts the work behind two conditions that always hold, for the sake of Triton's schedule on Hopper, where tiles of 64
+    heads make it pay. A product that another one takes up gets all warps along its rows, so the two warp groups would make the
+    same 64 rows; behind the inner `if` the compiler doesn't see that it is taken up. And what stands in an `if` comes behind
+    the next tile's loads, which else are issued when nothing is left to do meanwhile.
+    """
     wait_for_previous(PDL)
     let_next_start(PDL)
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -154,21 +163,27 @@ def split_kernel(
         best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         mean = tl.zeros((BLOCK_H, LATENT_PAD), tl.float32)
-        for first in range(start, end, BLOCK_T):
+        shrink = tl.zeros((BLOCK_H,), tl.float32)
+        share = tl.zeros((BLOCK_H, BLOCK_T), cache.dtype.element_ty)
+        for first in tl.range(start, end, BLOCK_T, num_stages=STAGES):
             at = first + t
             slot = cache + at.to(tl.int64)[:, None] * cache_slot
             seen = (at < end)[:, None]
             k = tl.load(slot + c[None, :], mask=seen & (c < LATENT)[None, :], other=0.0)  # (BLOCK_T, LATENT_PAD)
             kp = tl.load(slot + LATENT + r[None, :], mask=seen & (r < ROPE)[None, :], other=0.0)  # (BLOCK_T, ROPE_PAD)
-            scores = product(q, tl.trans(k), tl.zeros((BLOCK_H, BLOCK_T), tl.float32))  # (BLOCK_H, BLOCK_T)
-            scores = product(qp, tl.trans(kp), scores)
-            scores = tl.where((at < end)[None, :], scores * scale, float("-inf"))
-            better = tl.maximum(best, tl.max(scores, axis=1))
-            p = tl.exp2(scores - better[:, None])
-            shrink = tl.exp2(best - better)
-            total = total * shrink + tl.sum(p, axis=1)
-            mean = product(p.to(k.dtype), k, mean * shrink[:, None])
-            best = better
+            across, across_pe = tl.trans(k), tl.trans(kp)  # out here, or one buffer more is made for kp
+            if (not APART) | (first < capacity):
+                if (not APART) | (first < end):
+                    scores = product(qp, across_pe, tl.zeros((BLOCK_H, BLOCK_T), tl.float32))
+                    scores = product(q, across, scores)  # (BLOCK_H, BLOCK_T)
+                    scores = tl.where((at < end)[None, :], scores * scale, float("-inf"))
+                    better = tl.maximum(best, tl.max(scores, axis=1))
+                    p = tl.exp2(scores - better[:, None])
+                    shrink = tl.exp2(best - better)
+                    total = total * shrink + tl.sum(p, axis=1)
+                    share = p.to(k.dtype)
+                    best = better
+                mean = product(share, k, mean * shrink[:, None])
         mean /= total[:, None]
         tl.store(part + place[:, None] * LATENT + c[None, :], mean.to(part.dtype.element_ty), mask=real & (c < LATENT)[None, :])
         tl.store(weight + place, best + tl.log2(total), mask=head < HEADS)

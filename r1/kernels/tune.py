@@ -80,11 +80,13 @@ def _kept() -> dict[str, dict[str, dict[str, int]]]:
         found: dict[str, dict[str, dict[str, int]]] = json.loads(text)
         for launches in found.values():
             for key, values in launches.items():
-                KINDS[key.split()[0]](**values)
+                kind = KINDS[key.split()[0]]
+                kind(**values)
+                flags = [each.name for each in dataclasses.fields(kind) if each.type == "bool"]
                 for name, value in values.items():
                     # Tiles are powers of two; pipelines have a few stages.
-                    sound = type(value) is int and (
-                        1 <= value <= 8 if name.endswith("stages") else value.bit_count() == 1 <= value
+                    sound = type(value) is (bool if name in flags else int) and (
+                        1 <= value <= 8 if name.endswith("stages") else name in flags or value.bit_count() == 1 <= value
                     )
                     if not sound:
                         raise ValueError(f"{key} has {name}={value!r}")
