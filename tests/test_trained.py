@@ -44,9 +44,9 @@ def ask(engine: Engine, examples: Sequence[Example], think: bool = True) -> list
     ("expression", "split"),
     [
         (Operation(47, "*", 86), "train"),  # everyone's first question; the others were never trained on
-        (Operation(49, "*", 66), "test"),
-        (Operation(8319, "-", 1654), "test"),
-        (Operation(Operation(23, "+", Operation(5, "*", 99)), "-", 22), "test"),
+        (Operation(43, "*", 57), "test"),
+        (Operation(4096, "-", 578), "test"),
+        (Operation(Operation(69, "-", 19), "-", Operation(7, "*", 9)), "test"),
     ],
 )
 def test_derivation(expression: Operation, split: str, engine: Engine) -> None:
