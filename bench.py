@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ablate", action="store_true", help="every switch this machine can run: ladder, alone, all but one, pairs")
     p.add_argument(
         "--only", type=kinds, metavar="KIND,..",
-        help=f"kinds of arms beside the baseline: {', '.join(arms.KINDS)} (default {','.join(arms.USUAL)}; all for --ablate)",
+        help=f"kinds of arms beside the baseline: {', '.join(arms.KINDS)}, or {arms.ALL_BUT}SWITCH for one of all-but-one "
+        f"(default {','.join(arms.USUAL)}; all for --ablate)",
     )  # fmt: skip
     p.add_argument(
         "--routing", choices=("model", "uniform"), default="model",
@@ -102,11 +103,14 @@ def prices(text: str) -> list[float]:
 
 
 def kinds(text: str) -> tuple[str, ...]:
-    """A comma list of kinds of arms."""
-    chosen = tuple(text.split(","))
-    if not set(chosen) <= set(arms.KINDS):
-        raise ValueError(text)
-    return chosen
+    """A comma list of kinds of arms; the switch in one is written as its flag is."""
+    chosen = []
+    for kind in text.split(","):
+        switch = kind.removeprefix(arms.ALL_BUT).replace("-", "_")
+        if kind not in arms.KINDS and (not kind.startswith(arms.ALL_BUT) or switch not in vars(Backend())):
+            raise ValueError(text)
+        chosen.append(kind if kind in arms.KINDS else arms.ALL_BUT + switch)
+    return tuple(chosen)
 
 
 def numbers(text: str) -> list[int]:
@@ -176,6 +180,9 @@ def run(arguments: argparse.Namespace) -> int:
                     compared = arms.ablation(given, machine, workload.batch, arguments.only or arms.KINDS)
                 else:
                     compared = arms.from_switches(given, arguments.only or arms.USUAL)
+                for kind in arguments.only or ():
+                    if not any(each.is_of([kind]) for each in compared[1:]):
+                        raise InputError(f"--only {kind}: with these switches no arm is of this kind")
                 try:
                     measure(compared, workload, config, arguments, questions, result)
                 except InputError as error:

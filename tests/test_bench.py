@@ -70,6 +70,21 @@ def test_given_switches_all_but_one() -> None:
     ]  # fmt: skip
     switches = [(a.backend.cuda_graphs, a.backend.kernels, a.backend.tune) for a in found[1:]]
     assert switches == [(True, "triton", True), (False, "triton", True), (True, "torch", False), (True, "triton", False)]
+    assert [a.name for a in arms.from_switches(given, ("all-but-kernels",))] == ["baseline", "all but kernels=triton"]
+    assert [a.name for a in arms.ablation({}, CPU, 1, ("all-but-moe",))] == ["baseline", "all but moe=gather"]
+
+
+@pytest.mark.parametrize("kind", ["all-but-compile", "together"])
+def test_a_kind_without_an_arm_is_refused(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--amp", "bf16", "--only", kind]) == 2
+    assert capsys.readouterr().err.strip() == f"bench: --only {kind}: with these switches no arm is of this kind"
+
+
+def test_kinds_are_named_as_flags_are() -> None:
+    assert bench.kinds("together,all-but-one,all-but-cuda-graphs") == ("together", "all-but-one", "all-but-cuda_graphs")
+    for wrong in ("all-but-nothing", "cuda-graphs", "all-but-", ""):
+        with pytest.raises(ValueError, match=f"^{wrong}$"):
+            bench.kinds(wrong)
 
 
 @pytest.mark.parametrize(("machine", "batch"), [(CPU, 1), (H100, 1), (H100, 32), (MI300, 1), (T4, 1)])

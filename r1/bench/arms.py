@@ -17,6 +17,8 @@ KINDS = ("alone", "together", "ladder", "all-but-one", "pairs")
 """What stands beside the baseline."""
 USUAL = ("alone", "together")
 """Of these, where nobody says which, and the switches are given."""
+ALL_BUT = "all-but-"
+"""Before a switch's name: of the kind "all-but-one" the arm that leaves this one out."""
 
 TEXTBOOK: Settings = {"attention": "naive", "prefill_attention": "naive", "moe": "loop", "prefill_moe": "loop"}
 """The model as one would write it down: full keys and values, one expert after the other."""
@@ -33,10 +35,16 @@ class Arm:
     kind: str
     """baseline, or one of KINDS; of pairs only parity is asked."""
     backend: Backend
+    without: Settings = dataclasses.field(default_factory=dict)
+    """What "all-but-one" leaves out."""
 
     @property
     def timed(self) -> bool:
         return self.kind != "pairs"
+
+    def is_of(self, kinds: Sequence[str]) -> bool:
+        """Whether it is of one of `kinds`, or leaves out the one switch that a kind names. The baseline always is."""
+        return self.kind in ("baseline", *kinds) or any(f"{ALL_BUT}{name}" in kinds for name in self.without)
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,8 @@ def from_switches(given: Settings, kinds: Sequence[str] = USUAL) -> list[Arm]:
             left = {"tune": True} if "tune" in left else left
             settings = {name: value for s in kept for name, value in s.items()}
             if settings:
-                arms.append(Arm(f"all but {label(left)}", "all-but-one", dataclasses.replace(base, **settings)))
-    return [each for each in arms if each.kind in ("baseline", *kinds)]
+                arms.append(Arm(f"all but {label(left)}", "all-but-one", dataclasses.replace(base, **settings), left))
+    return [each for each in arms if each.is_of(kinds)]
 
 
 def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings]:
@@ -168,11 +176,11 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
     arms += [with_needs("alone", [step], label(step)) for step in steps]
     for step in steps:
         others = [s for s in steps if s is not step and not (step is kernels and "tune" in s)]
-        arms.append(arm("all-but-one", others, f"all but {label(step)}"))
+        arms.append(dataclasses.replace(arm("all-but-one", others, f"all but {label(step)}"), without=step))
     arms += [with_needs("pairs", list(pair), " & ".join(map(label, pair))) for pair in itertools.combinations(steps, 2)]
     unique: dict[tuple[Backend, bool], Arm] = {}
     for each in arms:
-        if each.kind in ("baseline", *kinds):
+        if each.is_of(kinds):
             unique.setdefault((each.backend, each.timed), each)
     return list(unique.values())
 
