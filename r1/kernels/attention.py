@@ -56,18 +56,21 @@ class AttentionLaunch:
         fill = max(1, chip.processors // (tokens * ceil_div(heads, block)))  # splits that give each processor one program
         least = 16 if tokens == 1 else 64 if tokens <= 16 else 128  # keys that are worth a split: its sum costs, too
         splits = 1 << (max(1, min(64, fill, capacity // least)).bit_length() - 1)
-        wanted = 64 if block > 16 else max(16, min(64, power_of_two(ceil_div(capacity, 4 * splits))))
+        tiles = 1 if tokens == 1 else 4  # of a split: where one program has a processor, no pipeline is worth its start
+        wanted = 64 if block > 16 else max(16, min(64, power_of_two(ceil_div(capacity, tiles * splits))))
         keys = next(k for k in (64, 32, 16) if k == 16 or (k <= wanted and (block + 2 * k) * key <= room))
         buffers = (room - block * key) // (keys * key)
         stages = max(1, min(3, buffers if block > 16 else 1 + buffers))  # tiles of 16 heads pass through registers
         few, tall = splits <= 16, block > 16
-        rows, values, sum_stages = max(64 if tall else 16, splits), 64 if few or tall else 32, 3 if tall else 2
+        rows, sum_stages = max(64 if tall else 16, splits), 3 if tall else 2
+        wide, most = 512 if few and not tall else 128, 32 if not (few or tall) else 64 if tokens == 1 else 128
 
-        def fits(columns: int) -> bool:
+        def fits(values: int, columns: int) -> bool:
             """Whether the sum's tiles do: all of W_UV's columns at once, or a pipeline of them."""
             return (rows + values) * columns * itemsize * (1 if columns >= latent else sum_stages) <= room
 
-        latents = next(c for c in (512, 128, 64, 32) if c == 32 or (c <= (512 if few and not tall else 128) and fits(c)))
+        values = next(v for v in (128, 64, 32) if v == 32 or (v <= most and fits(v, wide)))
+        latents = next(c for c in (512, 128, 64, 32) if c == 32 or (c <= wide and fits(values, c)))
         return AttentionLaunch(
             block, keys, splits, 8 if block * keys > 512 else 4, stages, chip.dependent_launch and block >= 64, rows, values,
             min(latents, power_of_two(latent, 16)), sum_stages=sum_stages,
