@@ -3,8 +3,8 @@
     python tools/make_tables.py
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, and comes from tools/results/h100/NAME.json: a result of
-bench.py, compare_peers.py or bench_kernels.py. Above it stands the command that made it. `tiny-r1` is the accuracy on its
-model card.
+bench.py, compare_peers.py or bench_kernels.py; or from the folder NAME, where several runs of bench.py make one table. Above it
+stands the command that made it. `tiny-r1` is the accuracy on its model card.
 """
 
 from __future__ import annotations
@@ -28,22 +28,49 @@ RESULTS = Path(__file__).parent / "results" / "h100"
 README = Path(__file__).parents[1] / "README.md"
 COLUMNS = ["arm", "batch", "TTFT ms", "TPOT ms (p90)", "tok/s", "speed-up", "MBU", "floor ms", "MoE layer µs (floor)"]
 COLUMNS += ["start s (warm)", "KL (bound)"]
+PREFILL = ["arm", "batch", "TTFT ms", "prefill MFU", "start s (warm)", "KL (bound)"]
+"""Of runs with a prompt of a thousand tokens and more, which are about nothing else."""
+
+Found = dict[str, Any]
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def read(path: Path) -> Found:
+    found: Found = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def lines(found: Found) -> list[str]:
     """A result as Markdown: the command, the machine, the table."""
     if "figures" in found:
         return [f"`{peers_command(found['arguments'])}` ({found['machine']})", "", *compare_peers.table(found)[2:]]
+    if isinstance(found["machine"], str):
+        about = f"{found['machine']}, torch {found['torch']}; copy {found['copy_gb_s']:.0f} GB/s"
+        return [f"`{without_output(found['command'])}` ({about})", "", *bench_kernels.table(found)]
+    return together([found])
+
+
+def together(results: list[Found]) -> list[str]:
+    """bench.py's results, of which each is about a batch size of its own, as one table."""
+    results = sorted(results, key=lambda found: found["rows"][0]["batch"])
+    rows = [row for found in results for row in found["rows"]]
+    how = [line for found in results for line in (conditions(found), "")]
+    drafts = [line for row in rows if row.get("acceptance") is not None for line in ("", f"{row['arm']}: {report.drafts(row)}")]
+    notes = [line for note in dict.fromkeys(note for found in results for note in found["notes"]) for line in ("", note)]
+    columns = PREFILL if min(row["prompt"] for row in rows) >= 1000 else COLUMNS
+    return [*how, *report.table(rows, columns), *drafts, *notes]
+
+
+def conditions(found: Found) -> str:
+    """The command and what it ran on."""
     m = found["machine"]
-    if isinstance(m, str):
-        how = f"`{found['command']}` ({m}, torch {found['torch']}; copy {found['copy_gb_s']:.0f} GB/s)"
-        return [how, "", *bench_kernels.table(found)]
     products = ", ".join(f"{rate:.0f} TFLOP/s in {dtype}" for dtype, rate in m["matmul_tflop_s"].items())
     machine = f"{m['name']}, torch {m['torch']}; copy {m['copy_gb_s']:.0f} GB/s, matrix products {products}"
-    command = found["command"].removesuffix(" -o json")
-    how = f"`{command}` ({machine}; medians of {found['repetitions']} repetitions)"
-    notes = [line for note in dict.fromkeys(found["notes"]) for line in ("", note)]
-    return [how, "", *report.table(found["rows"], COLUMNS), *notes]
+    return f"`{without_output(found['command'])}` ({machine}; medians of {found['repetitions']} repetitions)"
+
+
+def without_output(command: str) -> str:
+    """Where the result went is nobody's business."""
+    return re.sub(r" -o \S+", "", command)
 
 
 def peers_command(how: dict[str, Any]) -> str:
@@ -56,7 +83,8 @@ def peers_command(how: dict[str, Any]) -> str:
 
 def tables() -> dict[str, list[str]]:
     """All of them by name."""
-    found = {path.stem: lines(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))}
+    found = {path.stem: lines(read(path)) for path in sorted(RESULTS.glob("*.json"))}
+    found |= {path.name: together([read(run) for run in path.glob("*.json")]) for path in RESULTS.iterdir() if path.is_dir()}
     record, evaluations, _ = card.shipped()
     return found | {"tiny-r1": card.accuracies(record["figures"], evaluations)}
 

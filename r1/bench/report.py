@@ -238,6 +238,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "arm": lambda r: r["arm"],
     **{name: partial(lambda r, name: str(r[name]), name=name) for name in SIZES},
     "TTFT ms": lambda r: f"{r['ttft_ms']:.1f}",
+    "prefill MFU": lambda r: f"{r['mfu_prefill']:.0%}" if r["mfu_prefill"] else "",
     "TPOT ms (p90)": lambda r: f"{r['tpot_ms']:.2f} ({r['tpot_p90_ms']:.2f})" if r["tpot_p90_ms"] else "",
     "tok/s": lambda r: f"{r['decode_tok_s']:.1f}" if r["decode_tok_s"] else "",
     "speed-up": lambda r: _speedup_cell(r),
@@ -311,7 +312,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", result["workload"], ""]
     lines += table(result["rows"])
     lines += [f"\n{r['arm']}: {'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused']}" for r in result["rows"] if r["refused"]]
-    lines += [f"\n{r['arm']}: {_drafts(r)}" for r in result["rows"] if r.get("acceptance") is not None]
+    lines += [f"\n{r['arm']}: {drafts(r)}" for r in result["rows"] if r.get("acceptance") is not None]
     noise = [r["arm"] for r in result["rows"] if r.get("within_noise")]
     if noise:
         lines += [f"\nNo difference from the baseline beyond the noise: {', '.join(noise)}."]
@@ -328,7 +329,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _drafts(r: dict[str, Any]) -> str:
+def drafts(r: Row) -> str:
     """What speculation did in a row, and what its bytes say of it."""
     assumed = r["assumed"] is not None
     how = f"ASSUMED, by a coin of {r['assumed']:g}: its text means nothing" if assumed else "by the model"
