@@ -142,7 +142,7 @@ def _entries(directory: Path) -> dict[str, _Entry]:
             for key, entry in _header(directory / name).items():
                 if weight_map.get(key) != name:
                     told = f"in {weight_map[key]}" if key in weight_map else "nowhere"
-                    raise InputError(f"{directory / name} holds {key}, but {INDEX} has it {told}: download both again")
+                    raise InputError(f"{directory / name} holds {key!r}, but {INDEX} has it {told}: download both again")
                 found[key] = entry
         lost = [key for key in weight_map if key not in found]
         if lost:

@@ -44,7 +44,7 @@ from r1.runner import Runner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHIP = Chip.of(DEVICE)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS = (1, 3, 8, 33)
 both = pytest.mark.parametrize("dtype", DTYPES)
 GUARD = 64
@@ -456,7 +456,7 @@ def test_wrong_norm_is_seen(dtype: str) -> None:
 def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
     """Every case of the benchmark beside its twin, on this machine."""
     with torch.device(DEVICE), torch.inference_mode():
-        found = list(bench_kernels.cases(bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], []))
+        found = [make() for make in bench_kernels.makers(bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], [])]
         assert len(found) == (11 if config.q_lora_rank else 10)
         for case in found:
             assert bench_kernels.off(case, None) < 0.02, case.name
@@ -467,7 +467,8 @@ def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
 def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     config = MODELS["v3"]
     with torch.device(DEVICE), torch.inference_mode():
-        (case,) = bench_kernels.cases(bench_kernels.Place(CHIP, 1), config, 1, [20], ["qkv_a"])
+        (make,) = bench_kernels.makers(bench_kernels.Place(CHIP, 1), config, 1, [20], ["qkv_a"])
+        case = make()
         monkeypatch.setattr(LinearLaunch, "choices", {"outputs": (1, 2, 4, 8), "warps": (4, 8, 3)})
         right = case.run
 
@@ -491,8 +492,12 @@ def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.Monk
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "torch sees none"), (["--batch", "0"], "whole numbers"), (["--shape", "r2"], "there is no shape")],
-)
+    [
+        ([], "torch sees none"), (["--batch", "0"], "whole numbers"), (["--shape", "r2"], "there is no shape"),
+        (["--only", "latent,attend"], "--only attend: choose of qkv_a"), (["-o", "/nowhere/found.json"], "no file can be written"),
+        (["-o", "/"], "no file can be written"),
+    ],
+)  # fmt: skip
 def test_bench_kernels_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_kernels.main(arguments) == 2
     out, err = capsys.readouterr()

@@ -53,6 +53,10 @@ TOLERANCES = {
         0.016, 1.0,
         "the same, where twins round in between to 8 bits (half a step is 2^-9) once or twice more than the kernels do",
     ),
+    "kernels fp16": Tolerance(
+        0.002, 1.0,
+        "the same with 11 bits (half a step is 2^-12)",
+    ),
     "fp8 e4m3": Tolerance(
         0.0626, 1.0,
         "3 bits of mantissa: half a step is 2^-4 of a value, relative to its block's largest; plus the scale's own rounding",

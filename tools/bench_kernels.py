@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ REPETITIONS = 21
 COLD = 3
 """How many times what the second-level cache holds a graph's weights take."""
 MOST_COPIES = 128
+KERNELS = ("qkv_a", "q_b", "latent", "attention", "o_proj", "dense_up", "dense_down", "route", "lm_head", "experts")
+"""q_b is of models that compress their queries."""
 
 
 @dataclass
@@ -48,12 +51,12 @@ class Case:
     flops: int
     copies: list[Any]
     """Of the weights, or what else must be cold."""
-    run: Callable[[Any, Any], Tensor]
+    run: Callable[[Any, Any], Any]
     """The kernel, on one of the copies, with launch parameters or None for the default."""
-    twin: Callable[[Any], Tensor]
+    twin: Callable[[Any], Any]
     default: Any
-    ordered: bool = True
-    """Whether the numbers of a row stand in an order; a router's choices don't."""
+    outputs: Callable[[Any], Sequence[Tensor]] = lambda found: [found]
+    """All that the kernel makes, of what it returns: comparable tensors."""
 
 
 def randn(*size: int, scale: float = 1.0) -> Tensor:
@@ -104,18 +107,23 @@ def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     positions = torch.full((tokens, 1), context - 1)
     cache = randn(tokens, context, c.latent_dim)
 
-    def run(weight: Tensor, use: LatentLaunch | None) -> Tensor:
-        return latent(place.chip, q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache, use)[0]
+    def run(weight: Tensor, use: LatentLaunch | None) -> tuple[Tensor, Tensor]:
+        return latent(place.chip, q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache, use)
 
-    def twin(weight: Tensor) -> Tensor:
-        return latent_torch(q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache)[0]
+    def twin(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return latent_torch(q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache)
+
+    def outputs(queries: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """The cache's entries too, which are forgotten here: the next one to be compared has to write them."""
+        written = cache[:, context - 1].clone()
+        cache[:, context - 1] = 0
+        return [*queries, written]
 
     nbytes = 2 * heads * nope * rank
     weights = [randn(heads, nope + c.v_head_dim, rank, scale=0.02) for _ in range(place.copies(nbytes))]
     moved = nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.latent_dim)
-    return Case(
-        "latent", moved, nbytes * tokens, weights, run, twin, LatentLaunch.default((tokens, heads, nope, rank, 2), place.chip)
-    )
+    default = LatentLaunch.default((tokens, heads, nope, rank, 2), place.chip)
+    return Case("latent", moved, nbytes * tokens, weights, run, twin, default, outputs)
 
 
 def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:
@@ -145,11 +153,16 @@ def route_case(place: Place, c: Config, tokens: int) -> Case:
 
     x, gain = randn(tokens, c.hidden_size), randn(c.hidden_size)
 
-    def run(gate: Router, use: RouterLaunch | None) -> Tensor:
-        return route(place.chip, gate, x, gain, 1e-6, use)[2]
+    def run(gate: Router, use: RouterLaunch | None) -> tuple[Tensor, Tensor, Tensor]:
+        return route(place.chip, gate, x, gain, 1e-6, use)
 
-    def twin(gate: Router) -> Tensor:
-        return route_torch(gate, x, gain, 1e-6)[2]
+    def twin(gate: Router) -> tuple[Tensor, Tensor, Tensor]:
+        return route_torch(gate, x, gain, 1e-6)
+
+    def outputs(found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        """The choices as weights of all experts, 0 for most: the order of a token's choices is free."""
+        h, indices, weights = found
+        return [h, torch.zeros(tokens, c.n_routed_experts).scatter(1, indices, weights)]
 
     nbytes = 4 * c.n_routed_experts * c.hidden_size
     gates = [Router(c).requires_grad_(False) for _ in range(place.copies(nbytes))]
@@ -157,7 +170,7 @@ def route_case(place: Place, c: Config, tokens: int) -> Case:
         gate.weight.normal_(0.0, 0.02)
     flops = 2 * tokens * c.n_routed_experts * c.hidden_size
     default = RouterLaunch.default((tokens, c.n_routed_experts, c.hidden_size), place.chip)
-    return Case("route", nbytes + 4 * x.numel(), flops, gates, run, twin, default, ordered=False)
+    return Case("route", nbytes + 4 * x.numel(), flops, gates, run, twin, default, outputs)
 
 
 def experts_case(place: Place, c: Config, tokens: int) -> Case:
@@ -188,10 +201,13 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     return Case(f"experts, {hit:.1f} hit", moved, flops, cold, run, twin, default)
 
 
-def cases(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: Sequence[str]) -> Iterator[Case]:
-    """Made one after the other: their weights take gigabytes."""
+Maker = Callable[[], Case]
+
+
+def makers(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: Sequence[str]) -> list[Maker]:
+    """What makes the cases, of all kernels that the model runs or `only` those: one after the other, for they take gigabytes."""
     q, dim, o = c.num_attention_heads * c.qk_head_dim, c.hidden_size, c.num_attention_heads * c.v_head_dim
-    makers: list[tuple[str, Callable[[], Case]]] = [
+    found: list[tuple[str, Maker]] = [
         ("qkv_a", lambda: linear_case("qkv_a", place, tokens, dim, (c.q_lora_rank or q) + c.latent_dim, norm=True)),
         ("latent", lambda: latent_case(place, c, tokens, contexts[0])),
         *(("attention", partial(attention_case, place, c, tokens, n)) for n in contexts),
@@ -204,10 +220,8 @@ def cases(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: S
     ]
     if c.q_lora_rank is not None:
         rank = c.q_lora_rank
-        makers.insert(1, ("q_b", lambda: linear_case("q_b", place, tokens, rank, q, norm=True)))
-    for name, make in makers:
-        if not only or name in only:
-            yield make()
+        found.insert(1, ("q_b", lambda: linear_case("q_b", place, tokens, rank, q, norm=True)))
+    return [make for name, make in found if not only or name in only]
 
 
 def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
@@ -227,11 +241,10 @@ def ours(case: Case, use: Any) -> list[Callable[[], Tensor]]:
 
 
 def off(case: Case, use: Any) -> float:
-    """The largest difference from the twin, relative to the twin's largest value."""
-    got, twin = case.run(case.copies[0], use).float(), case.twin(case.copies[0]).float()
-    if not case.ordered:
-        got, twin = got.sort().values, twin.sort().values
-    return float((got - twin).abs().max() / twin.abs().max())
+    """The largest difference from the twin, relative to the twin's largest value: the worst output's."""
+    found = case.outputs(case.run(case.copies[0], use)), case.outputs(case.twin(case.copies[0]))
+    pairs = [(got.float(), twin.float()) for got, twin in zip(*found, strict=True)]
+    return max(float((got - twin).abs().max() / twin.abs().max()) for got, twin in pairs)
 
 
 def figures(case: Case, times: list[float], copy_gb_s: float) -> dict[str, float]:
@@ -286,8 +299,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shape", default="moonlight-16b", help="comma list of " + ", ".join(SHAPES))
     made.add_argument("--batch", default="1,8,32", help="comma list of rows in a decode step")
     made.add_argument("--context", default="256,4096", help="comma list of tokens in the cache")
-    kernels = "qkv_a, q_b, latent, attention, o_proj, dense_up, dense_down, route, lm_head, experts"
-    made.add_argument("--only", default="", help=f"comma list of {kernels}")
+    made.add_argument("--only", default="", help=f"comma list of {', '.join(KERNELS)}")
     made.add_argument("--sweep", type=float, default=0.0, metavar="SECONDS", help="search launch parameters, so long in all")
     made.add_argument("-o", "--output", type=Path, help="write JSON there")
     return made
@@ -305,6 +317,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         batches, contexts = numbers("--batch", arguments.batch), numbers("--context", arguments.context)
         shapes = {name: shape(name) for name in arguments.shape.split(",")}
+        only = [name for name in arguments.only.split(",") if name]
+        if unknown := [name for name in only if name not in KERNELS]:
+            raise InputError(f"--only {unknown[0]}: choose of {', '.join(KERNELS)}")
+        if arguments.output and (arguments.output.is_dir() or not os.access(arguments.output.parent, os.W_OK)):
+            raise InputError(f"-o {arguments.output}: no file can be written there")
         if not torch.cuda.is_available():
             raise InputError("the kernels are timed on a GPU, and torch sees none: use tools/compile_kernels.py to compile them")
     except InputError as error:
@@ -315,41 +332,44 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_default_device("cuda")
     place = Place(Chip.of(torch.device("cuda")), COLD * torch.cuda.get_device_properties(0).L2_cache_size)
     copy = roofline.copy_rate(torch.device("cuda")) / 1e9
-    only = [name for name in arguments.only.split(",") if name]
     rows: list[dict[str, Any]] = []
     bad = 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.0f} GB/s")
-    count = sum(len(contexts) + 9 for _ in shapes for _ in batches) if not only else len(shapes) * len(batches) * len(only)
+    plan = [
+        (name, batch, make)
+        for name, config in shapes.items()
+        for batch in batches
+        for make in makers(place, config, batch, contexts, only)
+    ]
     with torch.inference_mode():
-        for name, config in shapes.items():
-            for batch in batches:
-                for case in cases(place, config, batch, contexts, only):
-                    row: dict[str, Any] = {"shape": name, "batch": batch, "kernel": case.name, "mb": case.nbytes / 1e6}
-                    row["off"] = off(case, None)
-                    row["triton"] = figures(case, timed(ours(case, None)), copy)
-                    row["torch"] = figures(case, timed([partial(case.twin, cold) for cold in case.copies]), copy)
-                    row["launch"] = dataclasses.asdict(case.default)
-                    fast, twin = row["triton"], row["torch"]
-                    verdict = "" if row["off"] < 0.05 else f"  OFF BY {row['off']:.2g}"
-                    bad += bool(verdict)
-                    print(
-                        f"{name:14} batch {batch:<3} {case.name:24} {row['mb']:8.1f} MB {fast['us']:8.1f} us "
-                        f"({fast['us_min']:.1f}-{fast['us_max']:.1f}) {fast['gb_s']:6.0f} GB/s {fast['of_copy_rate']:4.0%} "
-                        f"{fast['tflop_s']:6.1f} TFLOP/s | torch {twin['us']:8.1f} us{verdict}",
-                        flush=True,
-                    )
-                    if arguments.sweep:
-                        best, tried = sweep(case, time.monotonic() + arguments.sweep / count)
-                        us = min((t["us"] for t in tried if t["us"]), default=None)
-                        row["sweep"] = {"best": dataclasses.asdict(best), "us": us, "tried": tried}
-                        print(f"    best of {len(tried)}: {us} us with {best}", flush=True)
-                    rows.append(row)
-                    if arguments.output:  # after each, so that a limit on time loses one row
-                        found = {
-                            "command": shlex.join(["python", *sys.argv]), "machine": torch.cuda.get_device_name(),
-                            "torch": torch.__version__, "copy_gb_s": copy, "rows": rows,
-                        }  # fmt: skip
-                        arguments.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        for name, batch, make in plan:
+            case = make()
+            row: dict[str, Any] = {"shape": name, "batch": batch, "kernel": case.name, "mb": case.nbytes / 1e6}
+            row["off"] = off(case, None)
+            row["triton"] = figures(case, timed(ours(case, None)), copy)
+            row["torch"] = figures(case, timed([partial(case.twin, cold) for cold in case.copies]), copy)
+            row["launch"] = dataclasses.asdict(case.default)
+            fast, twin = row["triton"], row["torch"]
+            verdict = "" if row["off"] < 0.05 else f"  OFF BY {row['off']:.2g}"
+            bad += bool(verdict)
+            print(
+                f"{name:14} batch {batch:<3} {case.name:24} {row['mb']:8.1f} MB {fast['us']:8.1f} us "
+                f"({fast['us_min']:.1f}-{fast['us_max']:.1f}) {fast['gb_s']:6.0f} GB/s {fast['of_copy_rate']:4.0%} "
+                f"{fast['tflop_s']:6.1f} TFLOP/s | torch {twin['us']:8.1f} us{verdict}",
+                flush=True,
+            )
+            if arguments.sweep:
+                best, tried = sweep(case, time.monotonic() + arguments.sweep / len(plan))
+                us = min((t["us"] for t in tried if t["us"]), default=None)
+                row["sweep"] = {"best": dataclasses.asdict(best), "us": us, "tried": tried}
+                print(f"    best of {len(tried)}: {us} us with {best}", flush=True)
+            rows.append(row)
+            if arguments.output:  # after each, so that a limit on time loses one row
+                found = {
+                    "command": shlex.join(["python", *sys.argv]), "machine": torch.cuda.get_device_name(),
+                    "torch": torch.__version__, "copy_gb_s": copy, "rows": rows,
+                }  # fmt: skip
+                arguments.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 1 if bad else 0
 
 
