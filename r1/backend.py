@@ -38,6 +38,8 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "prefill_moe": ("triton",),
     "quant": ("fp8", "int8", "int4"),
 }
+PARALLEL = ("tp", "ep", "pp")
+"""Likewise, where they are more than 1."""
 GROUPED_ALIGNMENT = 16
 """torch's grouped_mm wants rows of a multiple of so many bytes."""
 
@@ -118,7 +120,7 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
     for name, values in NOT_YET.items():
         if getattr(backend, name) in values:
             raise InputError(f"{name}={getattr(backend, name)} is not built yet: leave {name} at its default")
-    for name in ("tp", "ep", "pp"):
+    for name in PARALLEL:
         if getattr(backend, name) > 1:
             raise InputError(f"{name}={getattr(backend, name)} is not built yet: leave {name} at 1")
 

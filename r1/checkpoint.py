@@ -194,9 +194,10 @@ def _why_skipped(key: str, model: Transformer) -> str | None:
     first = config.num_hidden_layers
     if not key.startswith("model.layers.") or head not in map(str, range(first, first + config.num_nextn_predict_layers)):
         return None
-    if rest in ("embed_tokens.weight", "shared_head.head.weight"):
-        return "the MTP layer shares the model's embedding and output head"
-    return "MTP layers are loaded only when asked for (speculate=mtp, or r1.load(..., mtp=True))" if not len(model.mtp) else None
+    if not len(model.mtp):
+        return "MTP layers are loaded only when asked for (speculate=mtp, or r1.load(..., mtp=True))"
+    shared = rest in ("embed_tokens.weight", "shared_head.head.weight")
+    return "the MTP layer shares the model's embedding and output head" if shared else None
 
 
 def _check(

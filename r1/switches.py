@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from r1.backend import CHOICES, Backend
+from r1.backend import CHOICES, NOT_YET, PARALLEL, Backend
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,11 +16,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         flag = "--" + field.name.replace("_", "-")
         if field.name in CHOICES:
             text = f"default {field.default}"
+            text += f"; not built yet: {', '.join(NOT_YET[field.name])}" if field.name in NOT_YET else ""
             group.add_argument(flag, choices=CHOICES[field.name], default=argparse.SUPPRESS, help=text)
         elif field.default is False:
             group.add_argument(flag, action="store_true", default=argparse.SUPPRESS)
         else:
-            group.add_argument(flag, type=int, metavar="N", default=argparse.SUPPRESS, help="default 1")
+            text = "default 1" + ("; not built yet" if field.name in PARALLEL else "")
+            group.add_argument(flag, type=int, metavar="N", default=argparse.SUPPRESS, help=text)
 
 
 def seed(text: str) -> int:

@@ -801,6 +801,15 @@ def test_what_is_not_built_yet_is_refused(name: str, value: Any) -> None:
         resolve(Backend(**{name: value}), V3, Machine())
 
 
+def test_the_help_says_what_is_not_built_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, values in backend.NOT_YET.items():
+        assert re.search(rf"--{name.replace('_', '-')} {{[^}}]*}} default \w+; not built yet: {', '.join(values)} ", text), name
+    assert text.count("default 1; not built yet") == len(backend.PARALLEL)
+
+
 def test_unknown_flags_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (["--device", "tpu"], ["--no-such-flag"], ["--new", "many"], ["a", "b"]):
         with pytest.raises(SystemExit) as caught:

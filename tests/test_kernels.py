@@ -494,7 +494,7 @@ def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.Monk
     ("arguments", "said"),
     [
         ([], "torch sees none"), (["--batch", "0"], "whole numbers"), (["--shape", "r2"], "there is no shape"),
-        (["--only", "latent,attend"], "--only attend: choose of qkv_a"), (["-o", "/nowhere/found.json"], "no file can be written"),
+        (["--only", "latent,attend"], "--only attend: choose of qkv_a"), (["-o", "/nowhere/x.json"], "no file can be written"),
         (["-o", "/"], "no file can be written"),
     ],
 )  # fmt: skip
