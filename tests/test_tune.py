@@ -17,6 +17,7 @@ from r1 import InputError
 from r1.backend import Backend, resolve
 from r1.config import shape
 from r1.kernels import Chip, tune
+from r1.kernels.attention import AttentionLaunch
 from r1.kernels.chip import Launch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
@@ -124,6 +125,9 @@ def test_what_was_found_is_kept_by_gpu(cache: Path) -> None:
         "[]",
         '{"NVIDIA H100 80GB HBM3": {"Other 1": {}}}',
         '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"x": 1}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": true}}}',
+        '{"NVIDIA H100 80GB HBM3": {"AttentionLaunch 1": '
+        '{"heads": 16, "keys": 16, "splits": 1, "warps": 4, "stages": 1, "apart": 1}}}',
     ],
 )
 def test_a_file_that_is_not_ours_is_told(cache: Path, text: str) -> None:
@@ -146,7 +150,7 @@ def test_a_folder_that_cant_be_written_is_told(tmp_path: Path, monkeypatch: pyte
 
 def test_every_kind_survives_the_file() -> None:
     sizes = {
-        "AttentionLaunch": (8, 16, 512, 64, 4096, 2), "ExpertsLaunch": (8, 6, 64, 2048, 1408, 2),
+        "AttentionLaunch": (8, 128, 512, 64, 4096, 2), "ExpertsLaunch": (8, 6, 64, 2048, 1408, 2),
         "LatentLaunch": (8, 16, 128, 512, 2),
         "LinearLaunch": (8, 2048, 2048, 2), "RouterLaunch": (8, 64, 2048),
     }  # fmt: skip
@@ -155,6 +159,8 @@ def test_every_kind_survives_the_file() -> None:
     }
     tune.keep(GPU, found)
     assert tune.load(GPU) == found
+    (attention,) = (launch for launch in found.values() if isinstance(launch, AttentionLaunch))
+    assert attention.heads == 64 and attention.apart, "Hopper's warp groups are kept busy"
     assert all(launch.choices.keys() <= vars(launch).keys() for launch in found.values())
     assert json.loads(tune.path().read_text())[GPU].keys() == found.keys()
 
