@@ -19,7 +19,7 @@ import torch
 import bench
 from r1 import attend
 from r1.backend import Backend, resolve
-from r1.bench import arms, parity, report, worker
+from r1.bench import arms, parity, report, timeline, worker
 from r1.bench.arms import SIZES, TEXTBOOK, Arm, Workload
 from r1.bench.process import Found, Process
 from r1.bench.routing import make_uniform
@@ -284,7 +284,7 @@ def findings(tpot: float, *, passes: bool = True, beside: float | None = 0.04) -
     backend = resolve(Backend(device="cpu", compile=True), shape("tiny"), CPU)
     return {
         "build": {"load_seconds": 1.0, "backend": vars(backend)}, "warm": {"start_seconds": 2.0}, "cold": 10.0, "parity": kl,
-        "kernels": {"count": None, "busy": None},
+        "kernels": {"count": None, "parts": None},
         "moe_layer": {"seconds": 5e-4}, "memory": {"allocated": None, "reserved": None, "host": 10**9},
         "measure": [repetition] * 3,
         "beside": [{"ttft": 0.1, "total": 0.1 + 3 * beside, "gaps": [beside] * 3, "tokens": 4}] * 3 if beside else [],
@@ -411,6 +411,34 @@ def test_a_kept_result_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixt
     kept.write_text(report.render(result, "json"))
     assert bench.main(["--show", str(kept)]) == 2
     assert "row 1: it has no mean_kl" in capsys.readouterr().err
+
+
+def test_what_each_kernel_adds() -> None:
+    """Kernels overlap; what each adds makes up the step. The same function on another grid is another line."""
+
+    def event(name: str, start: float, end: float, grid: list[int] | None = None, cat: str = "kernel") -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": end - start, "args": {"grid": grid} if grid else {}}
+
+    trace = {
+        "traceEvents": [
+            event("launch", 0, 900, cat="cuda_runtime"), {"ph": "M", "name": "process_name"},
+            event("vector_kernel", 100, 110, [8, 1, 1]), event("vector_kernel", 105, 119, [2, 1, 2]),
+            event("void at::native::(anonymous namespace)::copy<int, f(long)>(int)", 108, 121, [2, 1, 1]),
+            event("vector_kernel", 120, 120.5, [8, 1, 1]), event("Memcpy DtoD (Device -> Device)", 130, 131, cat="gpu_memcpy"),
+        ]
+    }  # fmt: skip
+    parts = timeline.parts(trace)
+    assert [(part["kernel"], part["calls"], part["us"]) for part in parts] == [
+        ("vector_kernel, 8 programs", 2, 11.5),  # 10 before anybody else, and what it ends behind the other grid
+        ("Memcpy DtoD (Device -> Device)", 1, 10.0),  # the gap ahead of it counts
+        ("vector_kernel, 4 programs", 1, 9.0),
+        ("copy, 2 programs", 1, 0.5),
+    ]
+    _head, _rule, first, others, whole = timeline.table(parts, most=1)
+    assert "vector_kernel, 8 programs" in first and "5.8" in first and "37.1%" in first
+    assert "3 others" in others and "19.5" in others
+    assert "the step" in whole and "31.0" in whole and " 5 " in whole
+    assert timeline.parts({"traceEvents": []}) == []
 
 
 def test_a_row_of_speculation(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ FIELDS: dict[str, str] = {
     "moe_layer_floor_us": "the least time that the measured rates allow for it",
     "experts_hit": "different experts that a MoE layer uses in a step of one token a row, average, as the reference routed",
     "kernels": "kernels of one decode step; null on a CPU",
+    "kernel_times": "what each of them adds to the step, in microseconds (timeline.py), as profiled; null on a CPU",
     "allocated_gb": "peak of the GPU's allocator; null on a CPU",
     "reserved_gb": "peak of what it took from the GPU; null on a CPU",
     "host_gb": "peak of the process's resident memory, this arm's whole life",
@@ -77,7 +78,7 @@ FIELDS: dict[str, str] = {
     "backend": "every switch as it was resolved",
     "repetitions": "raw: TTFT and total seconds of each repetition",
 }
-NESTED = ("backend", "repetitions")
+NESTED = ("kernel_times", "backend", "repetitions")
 ALWAYS = (
     "ttft_ms",
     "tpot_ms",
@@ -122,6 +123,7 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
         "prefill_tok_s": workload.batch * workload.prompt / ttft,
         **_speculation(workload, backend, config, repetitions),
         **_roofline(workload, backend, config, reference, found["kernels"]["count"], repetitions),
+        "kernel_times": found["kernels"]["parts"],
         "moe_layer_us": found["moe_layer"]["seconds"] and 1e6 * found["moe_layer"]["seconds"],
         "allocated_gb": memory["allocated"] and memory["allocated"] / 1e9,
         "reserved_gb": memory["reserved"] and memory["reserved"] / 1e9,

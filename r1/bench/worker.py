@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 import r1
 from r1 import build, graphs, roofline, speculate
 from r1.backend import Backend, resolve, torch_device
-from r1.bench import exam, parity
+from r1.bench import exam, parity, timeline
 from r1.bench.arms import Workload
 from r1.bench.exam import Question
 from r1.bench.parity import Bound, Parity
@@ -239,11 +239,13 @@ class Bench:
         return parity.compare(ours[: len(reference)], reference, allowed)
 
     def kernels(self) -> dict[str, Any]:
-        """How many kernels one decode step runs, and how long they are busy; None on a CPU."""
+        """What one decode step runs on the GPU (timeline.py), and how many kernels that is; None on a CPU."""
         if self.engine.runner.device.type == "cpu":
-            return {"count": None, "busy": None}
-        events = [e for e in self._profile().events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        return {"count": len(events), "busy": sum(e.device_time for e in events) / 1e6}
+            return {"count": None, "parts": None}
+        path = self.folder / "kernels.json"
+        self._profile().export_chrome_trace(str(path))
+        found = timeline.parts(json.loads(path.read_text(encoding="utf-8")))
+        return {"count": sum(part["calls"] for part in found), "parts": found}
 
     def moe_layer(self) -> dict[str, Any]:
         """Seconds of one MoE layer in a decode step: all of the model's in a row, called (or captured) as this arm does it."""
@@ -279,8 +281,14 @@ class Bench:
         found = self._profile()
         path = self.folder / "trace.json"
         found.export_chrome_trace(str(path))
-        order = "self_cpu_time_total" if self.engine.runner.device.type == "cpu" else "self_device_time_total"
-        return {"path": str(path), "table": found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)}
+        if self.engine.runner.device.type == "cpu":
+            averages = found.key_averages()
+            return {
+                "path": str(path),
+                "table": averages.table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60),
+            }
+        parts = timeline.parts(json.loads(path.read_text(encoding="utf-8")))
+        return {"path": str(path), "table": "\n".join(timeline.table(parts))}
 
     def _profile(self) -> profile:
         self.fill()

@@ -1,0 +1,60 @@
+"""Where a decode step's time goes, kernel by kernel, from the profiler's trace.
+
+A kernel that may start before the one ahead has ended waits for it, so durations count that waiting and add up to more than
+the step. What a kernel adds is the time from the end of all that ended before to its own end: these add up to the step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from r1.bench.report import aligned
+
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+"""The trace's categories of what a GPU does."""
+
+
+def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """A Chrome trace as `{"kernel", "calls", "us"}`, the costliest first: `us` is what all its calls add to the step.
+
+    A kernel that is launched with several grids is told apart by the number of its programs.
+    """
+    events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("cat") in ON_GPU]
+    found: dict[str, list[float]] = defaultdict(list)
+    over = min((e["ts"] for e in events), default=0.0)
+    for event in sorted(events, key=lambda e: float(e["ts"] + e["dur"])):
+        end = event["ts"] + event["dur"]
+        found[_label(event)].append(end - over)
+        over = end
+    rows = [{"kernel": kernel, "calls": len(added), "us": sum(added)} for kernel, added in found.items()]
+    return sorted(rows, key=lambda row: -float(row["us"]))
+
+
+def _label(event: dict[str, Any]) -> str:
+    """`vector_kernel, 1824 programs`: the function's name without its namespaces and template arguments."""
+    name = re.sub(r"\(anonymous namespace\)::", "", event["name"])
+    name = re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1].strip()
+    grid = event.get("args", {}).get("grid")
+    return f"{name or event['name']}, {prod(grid)} programs" if grid else event["name"]
+
+
+def table(rows: Sequence[dict[str, Any]], most: int = 16) -> list[str]:
+    """`parts` as lines of Markdown; what is beyond the costliest stands together in the last."""
+    whole = sum(row["us"] for row in rows)
+    shown, rest = list(rows[:most]), rows[most:]
+    if rest:
+        shown.append({"kernel": f"{len(rest)} others", "calls": sum(r["calls"] for r in rest), "us": sum(r["us"] for r in rest)})
+    shown.append({"kernel": "the step", "calls": sum(r["calls"] for r in rows), "us": whole})
+    return aligned(
+        {
+            "kernel": [row["kernel"] for row in shown],
+            "calls": [str(row["calls"]) for row in shown],
+            "µs each": [f"{row['us'] / row['calls']:.1f}" for row in shown[:-1]] + [""],
+            "µs": [f"{row['us']:.1f}" for row in shown],
+            "share": [f"{row['us'] / whole:.1%}" for row in shown],
+        }
+    )
