@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ from r1.config import shape
 from r1.generate import Engine
 from r1.kernels import Chip, DecodeBlock
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
+from r1.kernels.begin import begin, begin_torch
 from r1.kernels.experts import ExpertsLaunch, Matrices, experts, experts_torch, sort_by_expert, sort_by_expert_torch
 from r1.kernels.latent import LatentLaunch, latent, latent_torch
 from r1.kernels.linear import LinearLaunch, linear, linear_torch
@@ -97,6 +99,27 @@ def test_linear(how: str, tokens: int, dtype: str) -> None:
     launch = LinearLaunch(1, 8, 32, 4) if tokens == 1 else LinearLaunch(16, 16, 32, 4)
     for each in (None, launch):
         close(linear(CHIP, x, weight, **options, launch=each), linear_torch(x, weight, **options), dtype)
+
+
+@both
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_logits_are_not_rounded(tokens: int, dtype: str) -> None:
+    """The output head's sums are fp32, whatever the weights are, so they are nearer to an fp32 product than rounded ones."""
+    x, weight = draw(tokens, 75, dtype=dtype), draw(37, 75, dtype=dtype, scale=75**-0.5)
+    found, exact = linear(CHIP, x, weight, dtype=torch.float32), linear_torch(x.float(), weight.float())
+    close(found, exact, "fp32")
+    assert linear_torch(x, weight, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_begin(new: int) -> None:
+    """Also far out, where an angle is many turns: position times frequency is one rounded number in both."""
+    lengths = torch.tensor([0, 7, 4095, 163_000], device=DEVICE)
+    frequency = 10_000.0 ** -(torch.arange(0, 6, 2, device=DEVICE) / 6)
+    made, twin = (f(lengths, new, frequency, 1.3) for f in (partial(begin, CHIP), begin_torch))
+    assert torch.equal(made[0], twin[0]) and made[0].dtype == torch.int64
+    for ours, theirs in zip(made[1:], twin[1:], strict=True):
+        close(ours, theirs, "fp32")
 
 
 def latent_inputs(rows: int, new: int, dtype: str, capacity: int = 40) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from r1.cache import LayerCache
@@ -74,5 +75,5 @@ class DecodeBlock:
 
 
 def head(lm_head: nn.Linear, chip: Chip, x: Tensor) -> Tensor:
-    """The output head of a decode step: normed hidden states (B, S, D) -> logits (B, S, W)."""
-    return linear(chip, x.flatten(0, 1), lm_head.weight).view(*x.shape[:-1], -1)
+    """The output head of a decode step: normed hidden states (B, S, D) -> fp32 logits (B, S, W)."""
+    return linear(chip, x.flatten(0, 1), lm_head.weight, dtype=torch.float32).view(*x.shape[:-1], -1)

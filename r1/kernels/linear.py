@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,14 +52,14 @@ class LinearLaunch:
 
 def linear(
     chip: Chip, x: Tensor, weight: Tensor, *, norm: Tensor | None = None, eps: float = 0.0, swiglu: bool = False,
-    residual: Tensor | None = None, launch: LinearLaunch | None = None,
+    residual: Tensor | None = None, dtype: torch.dtype | None = None, launch: LinearLaunch | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (N, I), or with `swiglu` (N, 2I) whose first half is the gate; W (O, I) -> (N, O) in x's dtype.
+    """x (N, I), or with `swiglu` (N, 2I) whose first half is the gate; W (O, I) -> (N, O) in `dtype`, or x's.
 
     `norm` (I,): x is RMS-normed with this gain. `residual` (N, O) is added. Sums are in fp32.
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
-    y = x.new_empty(tokens, outputs)
+    y = x.new_empty(tokens, outputs, dtype=dtype)
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize)
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     block = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs, "warps": use.warps, "stages": use.stages}
@@ -86,12 +87,13 @@ def linear_torch(
     eps: float = 0.0,
     swiglu: bool = False,
     residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The twin."""
+    """The twin. A `dtype` other than x's comes too late to be more exact."""
     if norm is not None:
         x = norm * F.rms_norm(x, norm.shape, eps=eps)
     y = F.linear(swiglu_torch(x) if swiglu else x, weight)
-    return y if residual is None else residual + y
+    return (y if residual is None else residual + y).to(dtype or x.dtype)
 
 
 LINEAR = {"torch": linear_torch, "triton": linear}
