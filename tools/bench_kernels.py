@@ -108,7 +108,7 @@ def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     cache = randn(tokens, context, c.latent_dim)
 
     def run(weight: Tensor, use: LatentLaunch | None) -> tuple[Tensor, Tensor]:
-        return latent(place.chip, q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache, use)
+        return latent(place.chip, q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache, launch=use)
 
     def twin(weight: Tensor) -> tuple[Tensor, Tensor]:
         return latent_torch(q, kv, weight[:, :nope], gain, 1e-6, angle, angle, positions, cache)

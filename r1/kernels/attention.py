@@ -20,6 +20,7 @@ from torch import Tensor
 
 from r1.attend import by_head, probabilities
 from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, product, wait_for_previous
+from r1.kernels.prefetch import prefetch
 
 if TYPE_CHECKING:
     from r1.cache import LayerCache
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class AttentionLaunch:
     """Each program takes `heads` heads of one token through one of `splits` (a power of two) parts, `keys` at a time.
-    `apart`: Triton is kept from scheduling its two products together; see `split_kernel`.
+    `apart`: Triton is kept from scheduling its two products together; see `split_kernel`. `early`: keys are asked for while
+    the kernel ahead still runs.
 
     The sum's: `values` rows of one head's W_UV for as many tokens as make `sum_rows` splits, `latents` columns at a time.
     """
@@ -41,6 +43,7 @@ class AttentionLaunch:
     warps: int
     stages: int
     apart: bool = False
+    early: bool = False
     sum_rows: int = 16
     values: int = 32
     latents: int = 128
@@ -54,16 +57,15 @@ class AttentionLaunch:
         room = chip.shared - 2**13  # some is for probabilities and the compiler
         block = next(b for b in (64, 32, 16) if b == 16 or (b <= heads and (b + 2 * 32) * key <= room))
         fill = max(1, chip.processors // (tokens * ceil_div(heads, block)))  # splits that give each processor one program
-        least = 16 if tokens == 1 else 64 if tokens <= 16 else 128  # keys that are worth a split: its sum costs, too
+        least = 16 if tokens == 1 else 32 if tokens <= 16 else 128  # keys that are worth a split: its sum costs, too
         splits = 1 << (max(1, min(64, fill, capacity // least)).bit_length() - 1)
-        tiles = 1 if tokens == 1 else 4  # of a split: where one program has a processor, no pipeline is worth its start
-        wanted = 64 if block > 16 else max(16, min(64, power_of_two(ceil_div(capacity, tiles * splits))))
+        wanted = 64 if block > 16 else max(16, min(64, power_of_two(ceil_div(capacity, splits))))
         keys = next(k for k in (64, 32, 16) if k == 16 or (k <= wanted and (block + 2 * k) * key <= room))
         buffers = (room - block * key) // (keys * key)
         stages = max(1, min(3, buffers if block > 16 else 1 + buffers))  # tiles of 16 heads pass through registers
         few, tall = splits <= 16, block > 16
         rows, sum_stages = max(64 if tall else 16, splits), 3 if tall else 2
-        wide, most = 512 if few and not tall else 128, 32 if not (few or tall) else 64 if tokens == 1 else 128
+        wide, most = 128 if tall else 512, 32 if not (few or tall) else 64 if tokens == 1 else 128
 
         def fits(values: int, columns: int) -> bool:
             """Whether the sum's tiles do: all of W_UV's columns at once, or a pipeline of them."""
@@ -71,17 +73,19 @@ class AttentionLaunch:
 
         values = next(v for v in (128, 64, 32) if v == 32 or (v <= most and fits(v, wide)))
         latents = next(c for c in (512, 128, 64, 32) if c == 32 or (c <= wide and fits(values, c)))
+        warps = 8 if block > 16 or (tokens == 1 and keys == 64) else 4
+        sum_warps = 8 if not tall and rows * values > 1024 else 4
         return AttentionLaunch(
-            block, keys, splits, 8 if block * keys > 512 else 4, stages, chip.dependent_launch and block >= 64, rows, values,
-            min(latents, power_of_two(latent, 16)), sum_stages=sum_stages,
+            block, keys, splits, warps, stages, chip.dependent_launch and block >= 64, tokens == 1, rows, values,
+            min(latents, power_of_two(latent, 16)), sum_warps, sum_stages,
         )  # fmt: skip
 
     @property
     def choices(self) -> Choices:
         return {
             "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64), "heads": (16, 32, 64), "warps": (4, 8),
-            "stages": (1, 2, 3, 4), "apart": (False, True), "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64),
-            "latents": (64, 128, 256, 512), "sum_warps": (4, 8), "sum_stages": (1, 2, 3),
+            "stages": (1, 2, 3, 4), "apart": (False, True), "early": (False, True), "values": (16, 32, 64, 128),
+            "sum_rows": (16, 32, 64), "latents": (64, 128, 256, 512), "sum_warps": (4, 8), "sum_stages": (1, 2, 3),
         }  # fmt: skip
 
 
@@ -102,7 +106,7 @@ def attention(
         split_kernel, (ceil_div(heads, use.heads), use.splits, tokens), q_c, q_pe, cache, cache.stride(0), cache.stride(1),
         cache.shape[1], positions, new, part, weight, scale * LOG2_E, HEADS=heads, LATENT=latent, ROPE=rope,
         LATENT_PAD=power_of_two(latent, 16), ROPE_PAD=power_of_two(rope, 16), BLOCK_H=use.heads, BLOCK_T=use.keys,
-        SPLITS=use.splits, STAGES=use.stages, APART=use.apart, warps=use.warps, stages=use.stages,
+        SPLITS=use.splits, STAGES=use.stages, APART=use.apart, EARLY=use.early, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     o = q_c.new_empty(tokens, heads, value)
     group = max(1, use.sum_rows // use.splits)
@@ -137,7 +141,7 @@ def split_kernel(
     q_c, q_pe, cache, cache_row, cache_slot, capacity, positions, new, part, weight, scale,
     HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, LATENT_PAD: tl.constexpr, ROPE_PAD: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; -inf of an empty split.
 
@@ -146,8 +150,6 @@ def split_kernel(
     same 64 rows; behind the inner `if` the compiler doesn't see that it is taken up. And what stands in an `if` comes behind
     the next tile's loads, which else are issued when nothing is left to do meanwhile.
     """
-    wait_for_previous(PDL)
-    let_next_start(PDL)
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     split = tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
@@ -156,13 +158,19 @@ def split_kernel(
     each = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
     start = split * each
     end = tl.minimum(start + each, length)
+    cache += (token // new) * cache_row
+    if EARLY:
+        size: tl.constexpr = cache.dtype.element_ty.primitive_bitwidth // 8
+        keys = tl.maximum(tl.minimum(end - start, STAGES * BLOCK_T), 0)
+        prefetch(cache + start.to(tl.int64) * cache_slot, keys.to(tl.int64) * cache_slot * size, PDL)
+    wait_for_previous(PDL)
+    let_next_start(PDL)
     place = (token * HEADS + head) * SPLITS + split
+    row = (token * HEADS + head)[:, None]
+    real = (head < HEADS)[:, None]
+    q = tl.load(q_c + row * LATENT + c[None, :], mask=real & (c < LATENT)[None, :], other=0.0)  # (BLOCK_H, LATENT_PAD)
+    qp = tl.load(q_pe + row * ROPE + r[None, :], mask=real & (r < ROPE)[None, :], other=0.0)  # (BLOCK_H, ROPE_PAD)
     if start < end:
-        row = (token * HEADS + head)[:, None]
-        real = (head < HEADS)[:, None]
-        q = tl.load(q_c + row * LATENT + c[None, :], mask=real & (c < LATENT)[None, :], other=0.0)  # (BLOCK_H, LATENT_PAD)
-        qp = tl.load(q_pe + row * ROPE + r[None, :], mask=real & (r < ROPE)[None, :], other=0.0)  # (BLOCK_H, ROPE_PAD)
-        cache += (token // new) * cache_row
         best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         mean = tl.zeros((BLOCK_H, LATENT_PAD), tl.float32)
@@ -191,6 +199,8 @@ def split_kernel(
         tl.store(part + place[:, None] * LATENT + c[None, :], mean.to(part.dtype.element_ty), mask=real & (c < LATENT)[None, :])
         tl.store(weight + place, best + tl.log2(total), mask=head < HEADS)
     else:
+        nothing = tl.zeros((BLOCK_H, LATENT_PAD), part.dtype.element_ty)  # for the sum, which reads all at once
+        tl.store(part + place[:, None] * LATENT + c[None, :], nothing, mask=real & (c < LATENT)[None, :])
         tl.store(weight + place, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=head < HEADS)
 
 
@@ -200,10 +210,7 @@ def sum_kernel(
     HEADS: tl.constexpr, LATENT: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The splits' means weighted, times W_UV, and only then added up: so the splits are the product's rows.
-
-    An empty split's mean was never written, and its weight of 0 keeps it from being read.
-    """
+    """The splits' means weighted, times W_UV, and only then added up: so the splits are the product's rows."""
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1)
     rows: tl.constexpr = GROUP * SPLITS
@@ -212,20 +219,23 @@ def sum_kernel(
     place = (token.to(tl.int64) * HEADS + head) * SPLITS + row % SPLITS
     column = w_uv + head.to(tl.int64) * w_uv_head + v[None, :] * LATENT + c[:, None]  # (BLOCK_C, BLOCK_V)
     real = (v < VALUE)[None, :]
+    part += place[:, None] * LATENT + c[None, :]  # (rows, BLOCK_C)
+    known = (token < tokens)[:, None]
     if BLOCK_C >= LATENT:
         w = tl.load(column, mask=(c < LATENT)[:, None] & real, other=0.0)  # before the wait: weights
     wait_for_previous(PDL)
     let_next_start(PDL)
-    logs = tl.reshape(tl.load(weight + place, mask=token < tokens, other=0.0), (GROUP, SPLITS))
+    logs = tl.load(weight + place, mask=token < tokens, other=0.0)
+    if BLOCK_C >= LATENT:
+        mean = tl.load(part, mask=known & (c < LATENT)[None, :], other=0.0)
+    logs = tl.reshape(logs, (GROUP, SPLITS))
     share = tl.exp2(logs - tl.max(logs, axis=1)[:, None])
     share = tl.reshape(share / tl.sum(share, axis=1)[:, None], (rows,))
-    read = (share > 0) & (token < tokens)
     sums = tl.zeros((rows, BLOCK_V), tl.float32)
     for start in range(0, LATENT, BLOCK_C):
-        at = start + c
-        mean = tl.load(part + place[:, None] * LATENT + at[None, :], mask=read[:, None] & (at < LATENT)[None, :], other=0.0)
         if BLOCK_C < LATENT:
-            w = tl.load(column + start, mask=(at < LATENT)[:, None] & real, other=0.0)
+            mean = tl.load(part + start, mask=known & (start + c < LATENT)[None, :], other=0.0)
+            w = tl.load(column + start, mask=(start + c < LATENT)[:, None] & real, other=0.0)
         sums = product((mean.to(tl.float32) * share[:, None]).to(w.dtype), w, sums)
     y = tl.sum(tl.reshape(sums, (GROUP, SPLITS, BLOCK_V)), axis=1)  # (GROUP, BLOCK_V)
     n = tl.program_id(2) * GROUP + tl.arange(0, GROUP)

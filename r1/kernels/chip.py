@@ -88,7 +88,8 @@ def let_next_start(PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Behind this, all that earlier kernels wrote can be seen. Before it only weights may be read, and nothing written.
+    """Behind this, all that earlier kernels wrote can be seen. Before it nothing may be written, and only be read what is older
+    than the step's first kernel: weights, and positions.
 
     Each kernel must come here in every program: that is what makes the wait reach back further than one kernel.
     """

@@ -28,11 +28,12 @@ class LatentLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LatentLaunch:
         tokens, _heads, _nope, latent, _itemsize = sizes
-        return LatentLaunch(min(64, power_of_two(tokens, 16)), min(128, power_of_two(latent, 16)))
+        rows = min(64, power_of_two(ceil_div(tokens, 2), 16))  # twice the programs are worth reading W_UK twice
+        return LatentLaunch(rows, min(128, power_of_two(latent, 16)))
 
     @property
     def choices(self) -> Choices:
-        return {"columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)}
+        return {"rows": (16, 32, 64), "columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)}
 
 
 def latent(
@@ -92,13 +93,11 @@ def latent_kernel(
             HEADS, NOPE, ROPE, LATENT, NOPE_PAD, ROPE_PAD, ROWS, BLOCK_C, PDL,
         )  # fmt: skip
     else:
-        wait_for_previous(PDL)
         token = (program - absorbing).to(tl.int64)
-        at = tl.load(positions + token)
-        if at < capacity:
-            slot = cache + (token // new) * cache_row + at * cache_slot
-            remember(kv + token * kv_stride, gain, eps, cos + token * ROPE, sin + token * ROPE, slot,
-                     ROPE, LATENT, ROPE_PAD, LATENT_PAD)  # fmt: skip
+        remember(
+            kv + token * kv_stride, gain, eps, cos + token * ROPE, sin + token * ROPE, positions + token,
+            cache + (token // new) * cache_row, cache_slot, capacity, ROPE, LATENT, ROPE_PAD, LATENT_PAD, PDL,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -118,9 +117,6 @@ def absorb(
     real = (row < tokens)[:, None]
     q += row[:, None] * q_stride + head * (NOPE + ROPE)  # (ROWS, 1)
     q_nope = tl.load(q + p[None, :], mask=real & (p < NOPE)[None, :], other=0.0)
-    absorbed = product(q_nope, w, tl.zeros((ROWS, BLOCK_C), tl.float32))  # (ROWS, BLOCK_C)
-    place = q_c + (row[:, None] * HEADS + head) * LATENT + c[None, :]
-    tl.store(place, absorbed.to(q_c.dtype.element_ty), mask=real & (c < LATENT)[None, :])
     if block == 0:
         angle = row[:, None] * ROPE + r[None, :]
         mask = real & (r < ROPE)[None, :]
@@ -128,19 +124,27 @@ def absorb(
         swapped = tl.load(q + NOPE + (r ^ 1)[None, :], mask=mask, other=0.0).to(tl.float32)
         turned = pair * tl.load(cos + angle, mask=mask, other=0.0) + swapped * tl.load(sin + angle, mask=mask, other=0.0)
         tl.store(q_pe + (row[:, None] * HEADS + head) * ROPE + r[None, :], turned.to(q_pe.dtype.element_ty), mask=mask)
+    absorbed = product(q_nope, w, tl.zeros((ROWS, BLOCK_C), tl.float32))  # (ROWS, BLOCK_C)
+    place = q_c + (row[:, None] * HEADS + head) * LATENT + c[None, :]
+    tl.store(place, absorbed.to(q_c.dtype.element_ty), mask=real & (c < LATENT)[None, :])
 
 
 @triton.jit
 def remember(
-    kv, gain, eps, cos, sin, slot, ROPE: tl.constexpr, LATENT: tl.constexpr, ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr
-):
-    """One token's normed latent and rotated key, into its slot of the cache."""
+    kv, gain, eps, cos, sin, position, row, cache_slot, capacity,
+    ROPE: tl.constexpr, LATENT: tl.constexpr, ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token's normed latent and rotated key, into its slot of the cache's row. All is read first: one latency, not five."""
     c, r = tl.arange(0, LATENT_PAD), tl.arange(0, ROPE_PAD)
+    gains = tl.load(gain + c, mask=c < LATENT, other=0.0).to(tl.float32)  # before the wait: weights
+    wait_for_previous(PDL)
+    at = tl.load(position)
     x = tl.load(kv + c, mask=c < LATENT, other=0.0).to(tl.float32)
-    normed = (x * tl.rsqrt(tl.sum(x * x, axis=0) / LATENT + eps)).to(kv.dtype.element_ty)  # rounded, as layers.py does
-    gains = tl.load(gain + c, mask=c < LATENT, other=0.0).to(tl.float32)
-    tl.store(slot + c, (normed.to(tl.float32) * gains).to(slot.dtype.element_ty), mask=c < LATENT)
     pair = tl.load(kv + LATENT + r, mask=r < ROPE, other=0.0).to(tl.float32)
     swapped = tl.load(kv + LATENT + (r ^ 1), mask=r < ROPE, other=0.0).to(tl.float32)
     turned = pair * tl.load(cos + r, mask=r < ROPE, other=0.0) + swapped * tl.load(sin + r, mask=r < ROPE, other=0.0)
-    tl.store(slot + LATENT + r, turned.to(slot.dtype.element_ty), mask=r < ROPE)
+    normed = (x * tl.rsqrt(tl.sum(x * x, axis=0) / LATENT + eps)).to(kv.dtype.element_ty)  # rounded, as layers.py does
+    if at < capacity:
+        slot = row + at * cache_slot
+        tl.store(slot + c, (normed.to(tl.float32) * gains).to(row.dtype.element_ty), mask=c < LATENT)
+        tl.store(slot + LATENT + r, turned.to(row.dtype.element_ty), mask=r < ROPE)

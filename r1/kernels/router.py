@@ -111,11 +111,14 @@ def choice_kernel(
     KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token's choice. Of equals the first wins. `draws`, where there are any, choose in the scores' place."""
-    wait_for_previous(PDL)
-    let_next_start(PDL)  # so late, because up_vector_kernel reads the normed x before its own wait
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, PAD)
     real = expert < EXPERTS
+    offset = tl.zeros((PAD,), tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + expert, mask=real, other=0.0)  # before the wait: weights
+    wait_for_previous(PDL)
+    let_next_start(PDL)  # so late, because up_vector_kernel reads the normed x before its own wait
     logit = tl.load(logits + token * EXPERTS + expert, mask=real, other=float("-inf"))
     if SIGMOID:
         scores = tl.sigmoid(logit)
@@ -125,8 +128,7 @@ def choice_kernel(
     choice = scores
     if draws is not None:
         choice = tl.load(draws + (token % drawn) * EXPERTS + expert, mask=real, other=0.0)
-    if bias is not None:
-        choice += tl.load(bias + expert, mask=real, other=0.0)
+    choice += offset
     choice = tl.where(choice == choice, choice, -1e30)  # of NaN too an expert there is; its weight stays NaN
     choice = tl.where(real, choice, float("-inf"))
     if GROUPS > 1:
@@ -144,13 +146,12 @@ def choice_kernel(
             open_ = open_ | (group == winner)
         choice = tl.where(open_, choice, float("-inf"))
     k = tl.arange(0, CHOSEN_PAD)
-    index = tl.zeros((CHOSEN_PAD,), tl.int32)
-    weight = tl.zeros((CHOSEN_PAD,), tl.float32)
+    index = tl.full((CHOSEN_PAD,), -1, tl.int32)
     for i in tl.static_range(CHOSEN):
         best = tl.argmax(choice, axis=0)
         index = tl.where(k == i, best, index)
-        weight = tl.where(k == i, tl.sum(tl.where(expert == best, scores, 0.0), axis=0), weight)
         choice = tl.where(expert == best, float("-inf"), choice)
+    weight = tl.sum(tl.where(index[:, None] == expert[None, :], scores[None, :], 0.0), axis=1)  # (CHOSEN_PAD,)
     if NORMED:
         weight /= tl.sum(weight, axis=0) + 1e-20
     tl.store(indices + token * CHOSEN + k, index.to(tl.int64), mask=k < CHOSEN)
