@@ -53,8 +53,8 @@ class ExpertsLaunch:
         rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))  # few experts get twice their share
         columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
         up = 64 if chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize else 32
-        stages = max(1, min(3, chip.shared // ((2 * up + rows) * columns * itemsize)))
-        return ExpertsLaunch(rows, up, columns, 32, columns, 4, stages)
+        stages = max(1, min(4, chip.shared // ((2 * up + rows) * columns * itemsize)))
+        return ExpertsLaunch(rows, up, columns, 64, columns, 4, stages)
 
     @property
     def choices(self) -> Choices:
@@ -101,7 +101,7 @@ def experts(
     y = x.new_empty(tokens, slots, dim, dtype=torch.float32)
     tiles = (down_blocks, count + more)
     chip.run(down_tile_kernel, tiles, h, order, ends, weights, *downs, y, tokens, count, ROWS=use.rows, **down)
-    chip.run(add_kernel, (ceil_div(dim, 1024), tokens), y, residual, out, DIM=dim, SLOTS=slots, BLOCK=1024, warps=4)
+    chip.run(add_kernel, (ceil_div(dim, 256), tokens), y, residual, out, DIM=dim, SLOTS=slots, BLOCK=256, warps=1)
     return out
 
 
