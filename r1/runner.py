@@ -70,17 +70,17 @@ class Runner:
             for phase in self.drafter:
                 self.drafter[phase] = compile_block(model.mtp[0], phase, self.device)
         self.chip: Chip | None = None
-        self.begin: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self.begin_step: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         """Where a decode step's tokens stand, and the rotation there, in one kernel; None: model.py's own operators."""
         if backend.kernels == "triton":
-            from r1.kernels import Chip, DecodeBlock, begin, head  # Triton is optional: only who asks for it imports it
+            from r1.kernels import Chip, DecodeBlock, begin_step, head  # Triton is optional: only who asks for it imports it
 
             self.chip = Chip.of(self.device)
             if backend.tune:
                 from r1.kernels import tune
 
                 self.chip = replace(self.chip, tuned=tune.load(torch.cuda.get_device_name(self.device)), asked={})
-            self.begin = partial(begin, self.chip)
+            self.begin_step = partial(begin_step, self.chip)
             self.lm_head = partial(head, model.lm_head, self.chip)
             self.blocks["decode"] = [DecodeBlock(block, self.chip) for block in model.layers]
             if self.drafter:
@@ -191,8 +191,9 @@ class Runner:
 
     def behind(self, cache: Cache, tokens: int) -> Step:
         """A decode step for so many tokens of each row, which come to stand behind those that the cache holds."""
-        if self.begin:
-            positions, cos, sin = self.begin(cache.lengths, tokens, self.model.frequency, self.model.table_factor)
+        if self.begin_step:
+            positions, cos, sin = self.begin_step(cache.lengths, tokens, self.model.frequency, self.model.table_factor)
+            # Fused blocks know their rows. But behind an ordinary kernel they may read positions before they wait.
             rows = torch.arange(cache.rows, device=self.device)[:, None]
             return Step("decode", positions, cos, sin, None, None, rows)
         positions = cache.lengths[:, None] + torch.arange(tokens, device=self.device)  # (B, S)

@@ -118,16 +118,18 @@ def test_what_was_found_is_kept_by_gpu(cache: Path) -> None:
     "text",
     [
         "[" * 10**5,
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 0}}}',
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": "a"}}}',
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 48}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 0, "warps": 4}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": "a", "warps": 4}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 48, "warps": 4}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 64}}}',
         "{",
         "[]",
         '{"NVIDIA H100 80GB HBM3": {"Other 1": {}}}',
         '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"x": 1}}}',
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": true}}}',
+        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": true, "warps": 4}}}',
         '{"NVIDIA H100 80GB HBM3": {"AttentionLaunch 1": '
-        '{"heads": 16, "keys": 16, "splits": 1, "warps": 4, "stages": 1, "apart": 1}}}',
+        '{"heads": 16, "keys": 16, "splits": 1, "warps": 4, "stages": 1, "apart": 1, "early": false, "sum_rows": 16, '
+        '"values": 32, "latents": 128, "sum_warps": 4, "sum_stages": 2}}}',
     ],
 )
 def test_a_file_that_is_not_ours_is_told(cache: Path, text: str) -> None:

@@ -37,7 +37,7 @@ REPETITIONS = 21
 COLD = 3
 """How many times what the second-level cache holds a graph's weights take."""
 MOST_COPIES = 128
-KERNELS = ("qkv_a", "q_b", "latent", "attention", "o_proj", "dense_up", "dense_down", "route", "lm_head", "experts")
+KERNELS = ("step", "qkv_a", "q_b", "latent", "attention", "o_proj", "dense_up", "dense_down", "route", "lm_head", "experts")
 """q_b is of models that compress their queries."""
 
 
@@ -75,14 +75,38 @@ class Place:
         return max(2, min(MOST_COPIES, -(-self.cold // nbytes)))
 
 
+def step_case(place: Place, c: Config, tokens: int, context: int) -> Case:
+    from r1.kernels.step import begin_step, begin_step_torch
+
+    frequency = torch.rand(c.qk_rope_head_dim // 2)
+
+    def run(lengths: Tensor, _use: None) -> tuple[Tensor, Tensor, Tensor]:
+        return begin_step(place.chip, lengths, 1, frequency, 1.0)
+
+    def twin(lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return begin_step_torch(lengths, 1, frequency, 1.0)
+
+    nbytes = tokens * (2 * 8 + 2 * 4 * c.qk_rope_head_dim)  # no launch parameters to choose, and nothing that must be cold
+    return Case(
+        "step",
+        nbytes,
+        4 * tokens * c.qk_rope_head_dim,
+        [torch.full((tokens,), context - 1) for _ in range(8)],
+        run,
+        twin,
+        None,
+        list,
+    )
+
+
 def linear_case(
     name: str, place: Place, tokens: int, inputs: int, outputs: int, *, norm: bool = False, swiglu: bool = False,
-    residual: bool = False,
+    residual: bool = False, dtype: torch.dtype = torch.bfloat16,
 ) -> Case:  # fmt: skip
     from r1.kernels.linear import LinearLaunch, linear, linear_torch
 
     x = randn(tokens, inputs * (2 if swiglu else 1))
-    given: dict[str, Any] = {"swiglu": swiglu, "norm": randn(inputs) if norm else None, "eps": 1e-6}
+    given: dict[str, Any] = {"swiglu": swiglu, "norm": randn(inputs) if norm else None, "eps": 1e-6, "dtype": dtype}
     given["residual"] = randn(tokens, outputs) if residual else None
 
     def run(weight: Tensor, use: LinearLaunch | None) -> Tensor:
@@ -94,7 +118,7 @@ def linear_case(
     nbytes, weights = 2 * outputs * inputs, [randn(outputs, inputs, scale=inputs**-0.5)]
     weights += [weights[0].clone() for _ in range(place.copies(nbytes) - 1)]
     default = LinearLaunch.default((tokens, inputs, outputs, 2), place.chip)
-    nbytes += 2 * (x.numel() + tokens * outputs)
+    nbytes += 2 * x.numel() + dtype.itemsize * tokens * outputs
     return Case(name, nbytes, 2 * tokens * outputs * inputs, weights, run, twin, default)
 
 
@@ -208,6 +232,7 @@ def makers(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: 
     """What makes the cases, of all kernels that the model runs or `only` those: one after the other, for they take gigabytes."""
     q, dim, o = c.num_attention_heads * c.qk_head_dim, c.hidden_size, c.num_attention_heads * c.v_head_dim
     found: list[tuple[str, Maker]] = [
+        ("step", lambda: step_case(place, c, tokens, contexts[0])),
         ("qkv_a", lambda: linear_case("qkv_a", place, tokens, dim, (c.q_lora_rank or q) + c.latent_dim, norm=True)),
         ("latent", lambda: latent_case(place, c, tokens, contexts[0])),
         *(("attention", partial(attention_case, place, c, tokens, n)) for n in contexts),
@@ -215,12 +240,12 @@ def makers(place: Place, c: Config, tokens: int, contexts: Sequence[int], only: 
         ("dense_up", lambda: linear_case("dense_up", place, tokens, dim, 2 * c.intermediate_size, norm=True)),
         ("dense_down", lambda: linear_case("dense_down", place, tokens, c.intermediate_size, dim, swiglu=True, residual=True)),
         ("route", lambda: route_case(place, c, tokens)),
-        ("lm_head", lambda: linear_case("lm_head", place, tokens, dim, c.vocab_size, norm=True)),
+        ("lm_head", lambda: linear_case("lm_head", place, tokens, dim, c.vocab_size, dtype=torch.float32)),
         ("experts", lambda: experts_case(place, c, tokens)),
     ]
     if c.q_lora_rank is not None:
         rank = c.q_lora_rank
-        found.insert(1, ("q_b", lambda: linear_case("q_b", place, tokens, rank, q, norm=True)))
+        found.insert(2, ("q_b", lambda: linear_case("q_b", place, tokens, rank, q, norm=True)))
     return [make for name, make in found if not only or name in only]
 
 
@@ -348,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
             row["off"] = off(case, None)
             row["triton"] = figures(case, timed(ours(case, None)), copy)
             row["torch"] = figures(case, timed([partial(case.twin, cold) for cold in case.copies]), copy)
-            row["launch"] = dataclasses.asdict(case.default)
+            row["launch"] = case.default and dataclasses.asdict(case.default)
             fast, twin = row["triton"], row["torch"]
             verdict = "" if row["off"] < 0.05 else f"  OFF BY {row['off']:.2g}"
             bad += bool(verdict)
@@ -358,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{fast['tflop_s']:6.1f} TFLOP/s | torch {twin['us']:8.1f} us{verdict}",
                 flush=True,
             )
-            if arguments.sweep:
+            if arguments.sweep and case.default:
                 best, tried = sweep(case, time.monotonic() + arguments.sweep / len(plan))
                 us = min((t["us"] for t in tried if t["us"]), default=None)
                 row["sweep"] = {"best": dataclasses.asdict(best), "us": us, "tried": tried}

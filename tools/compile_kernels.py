@@ -108,14 +108,15 @@ def is_aligned(value: Any) -> bool:
 
 
 def launches(config: Config, batch: int, target: Target) -> list[Launch]:
-    """What one decode step of `batch` tokens launches, in bf16: for a dense layer, then for a sparse one."""
-    from r1.kernels import DecodeBlock
+    """What one decode step of `batch` tokens launches, in bf16, with a dense layer and then a sparse one."""
+    from r1.kernels import DecodeBlock, begin_step, head
     from r1.model import Block, Step
 
     recorder = Recorder(target.processors, target.shared, target.dependent_launch)
-    positions = torch.empty(batch, 1, dtype=torch.int64, device="meta")
-    angle = torch.empty(batch, 1, 1, config.qk_rope_head_dim, device="meta")
-    step = Step("decode", positions, angle, angle, None, None, positions)
+    lengths = torch.empty(batch, dtype=torch.int64, device="meta")
+    frequency = torch.empty(config.qk_rope_head_dim // 2, device="meta")
+    positions, cos, sin = begin_step(recorder, lengths, 1, frequency, 1.0)  # type: ignore[arg-type]
+    step = Step("decode", positions, cos, sin, None, None, positions)
     cache = torch.empty(batch, CONTEXT, config.latent_dim, dtype=torch.bfloat16, device="meta")
     x = torch.empty(batch, 1, config.hidden_size, dtype=torch.bfloat16, device="meta")
     default = torch.get_default_dtype()
@@ -123,10 +124,12 @@ def launches(config: Config, batch: int, target: Target) -> list[Launch]:
     try:
         with torch.device("meta"):
             blocks = [Block(config, layer) for layer in (0, config.num_hidden_layers - 1)]
+            lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     finally:
         torch.set_default_dtype(default)
     for block in blocks:
         DecodeBlock(block, recorder)(x, step, (cache,))  # type: ignore[arg-type]
+    head(lm_head, recorder, x)  # type: ignore[arg-type]
     return recorder.launches
 
 

@@ -4,7 +4,7 @@
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, and comes from tools/results/h100/NAME.json: a result of
 bench.py, compare_peers.py or bench_kernels.py; or from the folder NAME, where several runs of bench.py make one table. Above it
-stands the command that made it. `tiny-r1` is the accuracy on its model card.
+stands the command that made it. `tiny-r1` is the accuracy on its model card, `step-N` the kernels of kernels/N's last arm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import bench_kernels
 import card
 import compare_peers
 
-from r1.bench import report
+from r1.bench import report, timeline
 
 RESULTS = Path(__file__).parent / "results" / "h100"
 README = Path(__file__).parents[1] / "README.md"
@@ -85,6 +85,8 @@ def tables() -> dict[str, list[str]]:
     """All of them by name."""
     found = {path.stem: lines(read(path)) for path in sorted(RESULTS.glob("*.json"))}
     found |= {path.name: together([read(run) for run in path.glob("*.json")]) for path in RESULTS.iterdir() if path.is_dir()}
+    for path in sorted((RESULTS / "kernels").glob("*.json")):
+        found[f"step-{path.stem}"] = timeline.table(read(path)["rows"][-1]["kernel_times"])
     record, evaluations, _ = card.shipped()
     return found | {"tiny-r1": card.accuracies(record["figures"], evaluations)}
 

@@ -16,7 +16,7 @@ A decode step is bound by reading weights, so the plan is a matter of bytes. One
 | down, weighted sum, residual | experts.py | 46.1 MB | 264.2 MB | 512, 1792 |
 | in all | | 166.5 MB, 55 us | 1.17 GB, 389 us | 9 kernels, 10 |
 
-(Once a step, begin.py makes positions and rotations, and linear.py's kernel is the output head.)
+(Once a step, step.py makes positions and rotations, and linear.py's kernel is the output head.)
 
 Microseconds are at 3.02 TB/s, an H100's copy rate, without the cache. A launch costs 1.2 us in a graph, or hides behind the
 kernel before it (chip.py). Several tokens make three kernels more (R1: four): they are sorted by expert, because an expert that
@@ -27,9 +27,9 @@ Every kernel takes its launch parameters as a frozen dataclass, with defaults by
 """
 
 from r1.kernels.attention import attend
-from r1.kernels.begin import begin
 from r1.kernels.block import DecodeBlock, head
 from r1.kernels.chip import Chip
 from r1.kernels.experts import dispatch
+from r1.kernels.step import begin_step
 
-__all__ = ["Chip", "DecodeBlock", "attend", "begin", "dispatch", "head"]
+__all__ = ["Chip", "DecodeBlock", "attend", "begin_step", "dispatch", "head"]

@@ -65,7 +65,7 @@ class AttentionLaunch:
         stages = max(1, min(3, buffers if block > 16 else 1 + buffers))  # tiles of 16 heads pass through registers
         few, tall = splits <= 16, block > 16
         rows, sum_stages = max(64 if tall else 16, splits), 3 if tall else 2
-        wide, most = 128 if tall else 512, 32 if not (few or tall) else 64 if tokens == 1 else 128
+        wide, most = 128 if tall or itemsize > 2 else 512, 32 if not (few or tall) else 64 if tokens == 1 else 128
 
         def fits(values: int, columns: int) -> bool:
             """Whether the sum's tiles do: all of W_UV's columns at once, or a pipeline of them."""
@@ -76,7 +76,8 @@ class AttentionLaunch:
         warps = 8 if block > 16 or (tokens == 1 and keys == 64) else 4
         sum_warps = 8 if not tall and rows * values > 1024 else 4
         return AttentionLaunch(
-            block, keys, splits, warps, stages, chip.dependent_launch and block >= 64, tokens == 1, rows, values,
+            block, keys, splits, warps, stages, chip.dependent_launch and block >= 64,
+            chip.dependent_launch and tokens == 1, rows, values,
             min(latents, power_of_two(latent, 16)), sum_warps, sum_stages,
         )  # fmt: skip
 
@@ -95,7 +96,8 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """q_c (N, H, C) absorbed, q_pe (N, H, R) rotated, cache (B, T, C + R), positions int64 (B, S), W_UV (H, V, C) -> (N, H, V).
 
-    Token n is number n % S of row n // S, and attends to slots 0 to its position.
+    Token n is number n % S of row n // S, and attends to slots 0 to its position. `positions` must be older than the kernel
+    ahead, as chip.py says: they are read while that one may run.
     """
     tokens, heads, latent = q_c.shape
     rope, value, new = q_pe.shape[-1], w_uv.shape[1], positions.shape[1]
@@ -112,8 +114,9 @@ def attention(
     group = max(1, use.sum_rows // use.splits)
     values = min(use.values, power_of_two(value, 16))
     chip.run(
-        sum_kernel, (ceil_div(value, values), heads, ceil_div(tokens, group)), part, weight, w_uv, w_uv.stride(0), o, tokens,
-        HEADS=heads, LATENT=latent, VALUE=value, SPLITS=use.splits, GROUP=group, BLOCK_V=values, BLOCK_C=use.latents,
+        sum_kernel, (ceil_div(value, values), heads, ceil_div(tokens, group)), part, weight, positions, cache.shape[1], w_uv,
+        w_uv.stride(0), o, tokens, HEADS=heads, LATENT=latent, VALUE=value, SPLITS=use.splits, BLOCK_T=use.keys, GROUP=group,
+        BLOCK_V=values, BLOCK_C=use.latents,
         warps=use.sum_warps, stages=use.sum_stages,
     )  # fmt: skip
     return o
@@ -143,7 +146,7 @@ def split_kernel(
     BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
     EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; -inf of an empty split.
+    """One split's softmax-weighted mean of latents, and the base-2 logarithm of its weight; of an empty split nothing.
 
     APART puts the work behind two conditions that always hold, for the sake of Triton's schedule on Hopper, where tiles of 64
     heads make it pay. A product that another one takes up gets all warps along its rows, so the two warp groups would make the
@@ -154,8 +157,7 @@ def split_kernel(
     split = tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
     c, r, t = tl.arange(0, LATENT_PAD), tl.arange(0, ROPE_PAD), tl.arange(0, BLOCK_T)
-    length = tl.minimum(tl.load(positions + token).to(tl.int32) + 1, capacity)
-    each = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
+    length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
     start = split * each
     end = tl.minimum(start + each, length)
     cache += (token // new) * cache_row
@@ -198,19 +200,25 @@ def split_kernel(
         mean /= total[:, None]
         tl.store(part + place[:, None] * LATENT + c[None, :], mean.to(part.dtype.element_ty), mask=real & (c < LATENT)[None, :])
         tl.store(weight + place, best + tl.log2(total), mask=head < HEADS)
-    else:
-        nothing = tl.zeros((BLOCK_H, LATENT_PAD), part.dtype.element_ty)  # for the sum, which reads all at once
-        tl.store(part + place[:, None] * LATENT + c[None, :], nothing, mask=real & (c < LATENT)[None, :])
-        tl.store(weight + place, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=head < HEADS)
+
+
+@triton.jit
+def lengths_of(position, capacity, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """How many keys tokens at these places (pointers) see, and how many of them a split has, in whole tiles."""
+    length = tl.minimum(tl.load(position).to(tl.int32) + 1, capacity)
+    return length, tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_T) * BLOCK_T
 
 
 @triton.jit
 def sum_kernel(
-    part, weight, w_uv, w_uv_head, o, tokens,
-    HEADS: tl.constexpr, LATENT: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    part, weight, positions, capacity, w_uv, w_uv_head, o, tokens,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The splits' means weighted, times W_UV, and only then added up: so the splits are the product's rows."""
+    """The splits' means weighted, times W_UV, and only then added up: so the splits are the product's rows.
+
+    Which splits are empty follows from the length, so nothing has to be read to know what needn't be.
+    """
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1)
     rows: tl.constexpr = GROUP * SPLITS
@@ -220,21 +228,22 @@ def sum_kernel(
     column = w_uv + head.to(tl.int64) * w_uv_head + v[None, :] * LATENT + c[:, None]  # (BLOCK_C, BLOCK_V)
     real = (v < VALUE)[None, :]
     part += place[:, None] * LATENT + c[None, :]  # (rows, BLOCK_C)
-    known = (token < tokens)[:, None]
+    length, each = lengths_of(positions + tl.minimum(token, tokens - 1), capacity, SPLITS, BLOCK_T)
+    filled = (token < tokens) & (row % SPLITS * each < length)
     if BLOCK_C >= LATENT:
         w = tl.load(column, mask=(c < LATENT)[:, None] & real, other=0.0)  # before the wait: weights
     wait_for_previous(PDL)
     let_next_start(PDL)
-    logs = tl.load(weight + place, mask=token < tokens, other=0.0)
+    logs = tl.load(weight + place, mask=filled, other=-1e30)  # not -inf: rows without a token have no other
     if BLOCK_C >= LATENT:
-        mean = tl.load(part, mask=known & (c < LATENT)[None, :], other=0.0)
+        mean = tl.load(part, mask=filled[:, None] & (c < LATENT)[None, :], other=0.0)
     logs = tl.reshape(logs, (GROUP, SPLITS))
     share = tl.exp2(logs - tl.max(logs, axis=1)[:, None])
     share = tl.reshape(share / tl.sum(share, axis=1)[:, None], (rows,))
     sums = tl.zeros((rows, BLOCK_V), tl.float32)
     for start in range(0, LATENT, BLOCK_C):
         if BLOCK_C < LATENT:
-            mean = tl.load(part + start, mask=known & (start + c < LATENT)[None, :], other=0.0)
+            mean = tl.load(part + start, mask=filled[:, None] & (start + c < LATENT)[None, :], other=0.0)
             w = tl.load(column + start, mask=(start + c < LATENT)[:, None] & real, other=0.0)
         sums = product((mean.to(tl.float32) * share[:, None]).to(w.dtype), w, sums)
     y = tl.sum(tl.reshape(sums, (GROUP, SPLITS, BLOCK_V)), axis=1)  # (GROUP, BLOCK_V)

@@ -43,7 +43,8 @@ class Chip:
     shared: int
     """Bytes of shared memory that one program may have."""
     dependent_launch: bool
-    """Whether a kernel may start before the one ahead of it has ended (NVIDIA calls it programmatic dependent launch)."""
+    """Whether a kernel may start before the one ahead of it has ended (NVIDIA calls it programmatic dependent launch), and ask
+    for bytes that nobody waits for (prefetch.py): Hopper, and what came later."""
     tuned: dict[str, Launch] = field(default_factory=dict, compare=False)
     """By `key`: parameters that tune.py found here. What isn't in it has its default."""
     asked: dict[str, tuple[type[Launch], Sizes]] = field(default_factory=dict, compare=False)
@@ -88,8 +89,9 @@ def let_next_start(PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Behind this, all that earlier kernels wrote can be seen. Before it nothing may be written, and only be read what is older
-    than the step's first kernel: weights, and positions.
+    """Behind this, all that earlier kernels wrote can be seen. Before it nothing may be written, and only be read what was
+    written ahead of an ordinary kernel, such as torch's (weights; positions, see runner.py), or ahead of one whose programs all
+    let the next start behind their own wait.
 
     Each kernel must come here in every program: that is what makes the wait reach back further than one kernel.
     """

@@ -33,7 +33,7 @@ class LatentLaunch:
 
     @property
     def choices(self) -> Choices:
-        return {"rows": (16, 32, 64), "columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)}
+        return {"columns": (16, 32, 64, 128, 256), "warps": (2, 4, 8)}
 
 
 def latent(

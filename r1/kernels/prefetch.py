@@ -17,15 +17,13 @@ CHUNK = tl.constexpr(2048)
 
 @triton.jit
 def prefetch(start, nbytes, PDL: tl.constexpr):
-    """Ask for `nbytes` (int64) from the pointer `start` on, less what isn't aligned to 16 at their ends. Hopper's instruction."""
+    """Ask for `nbytes` (int64) from the pointer `start` on, less what isn't aligned to 16 at their ends.
+
+    The first warp does, with Hopper's instruction; where there is none (chip.py's `dependent_launch`) nobody does.
+    """
     if PDL:
-        begin = start.to(tl.int64)
-        end = (begin + nbytes) // 16 * 16
-        begin = (begin + 15) // 16 * 16
-        lane = tl.arange(0, LANES).to(tl.int64)
-        for first in range(0, nbytes, LANES * CHUNK):
-            at = begin + first + lane * CHUNK
-            size = tl.minimum(end - at, CHUNK).to(tl.int32)
+        for done in range(0, nbytes, LANES * CHUNK):
+            at, size = requests(start.to(tl.int64), nbytes, done)
             tl.inline_asm_elementwise(
                 """{
                 .reg .pred some;
@@ -38,3 +36,11 @@ def prefetch(start, nbytes, PDL: tl.constexpr):
                 }""",
                 "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
+
+
+@triton.jit
+def requests(address, nbytes, done):
+    """Where each thread's next request begins, int64, and how long it is, int32: what is not above 0 is none."""
+    end = (address + nbytes) // 16 * 16
+    at = (address + 15) // 16 * 16 + done + tl.arange(0, LANES).to(tl.int64) * CHUNK
+    return at, tl.minimum(end - at, CHUNK).to(tl.int32)

@@ -81,6 +81,8 @@ def _kept() -> dict[str, dict[str, dict[str, int]]]:
         for launches in found.values():
             for key, values in launches.items():
                 kind = KINDS[key.split()[0]]
+                if missing := {each.name for each in dataclasses.fields(kind)} - values.keys():
+                    raise ValueError(f"{key} has no {min(missing)}")
                 kind(**values)
                 flags = [each.name for each in dataclasses.fields(kind) if each.type == "bool"]
                 for name, value in values.items():

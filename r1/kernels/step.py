@@ -16,30 +16,30 @@ from r1.kernels.chip import Chip, power_of_two, wait_for_previous
 from r1.rope import angles
 
 
-def begin(chip: Chip, lengths: Tensor, new: int, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+def begin_step(chip: Chip, lengths: Tensor, new: int, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """int64 lengths (B,), fp32 frequency (R/2,) -> positions of `new` tokens behind each row, int64 (B, S); cos and signed sin,
     fp32 (B, S, 1, R)."""
     rows, rope = len(lengths), 2 * len(frequency)
     positions = lengths.new_empty(rows, new)
     cos, sin = frequency.new_empty(rows, new, 1, rope), frequency.new_empty(rows, new, 1, rope)
     chip.run(
-        begin_kernel, (rows * new,), lengths, new, frequency, factor, positions, cos, sin,
+        step_kernel, (rows * new,), lengths, new, frequency, factor, positions, cos, sin,
         ROPE=rope, PAD=power_of_two(rope), warps=1,
     )  # fmt: skip
     return positions, cos, sin
 
 
-def begin_torch(lengths: Tensor, new: int, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+def begin_step_torch(lengths: Tensor, new: int, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """The twin."""
     positions = lengths[:, None] + torch.arange(new, device=lengths.device)
     return positions, *angles(positions, frequency, factor)
 
 
 @triton.jit
-def begin_kernel(
+def step_kernel(
     lengths, new, frequency, factor, positions, cos, sin, ROPE: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """One token. Nobody starts before the end: the attention reads positions before its own wait."""
+    """One token. No kernel starts before its end, for the attention reads positions before its own wait (chip.py)."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(lengths + token // new) + token % new
