@@ -133,6 +133,21 @@ def launches(config: Config, batch: int, target: Target) -> list[Launch]:
     return recorder.launches
 
 
+def launches_of_experts(config: Config, batch: int, target: Target) -> list[Launch]:
+    """What `moe=triton` launches for `batch` tokens: the routed experts alone, in bf16. (`attention=triton` is the block's.)"""
+    from r1.kernels.experts import Matrices, experts
+    from r1.moe import Experts
+
+    recorder = Recorder(target.processors, target.shared, target.dependent_launch)
+    chosen = (batch, config.num_experts_per_tok)
+    with torch.device("meta"):
+        weights = Experts(config).bfloat16()
+        x = torch.empty(batch, config.hidden_size, dtype=torch.bfloat16)
+        indices, shares = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
+        experts(recorder, x, indices, shares, Matrices(weights.gate_up_proj, weights.down_proj))  # type: ignore[arg-type]
+    return recorder.launches
+
+
 @dataclass
 class Compiled:
     """What the compiler says of one kernel."""
@@ -200,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         wanted: dict[tuple[Any, ...], tuple[str, Launch]] = {}
         for label, config in shapes.items():
             for batch in map(int, arguments.batch.split(",")):
-                for each in launches(config, batch, target):
+                for each in launches(config, batch, target) + launches_of_experts(config, batch, target):
                     wanted.setdefault(each.key, (f"{label} batch {batch}", each))
         for where, launch in wanted.values():
             what = f"{name:8} {launch.kernel.fn.__name__:20} {where:24} {launch.warps} warps, {launch.stages} stages"

@@ -162,17 +162,20 @@ def up_vector_kernel(
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     slot = CHOSEN + SHARED - 1 - tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
+    x += token * DIM
+    h += (token * (CHOSEN + SHARED) + slot) * INNER + out
     if slot < CHOSEN:
         wait_for_previous(PDL)
         let_next_start(PDL)  # so late, because down_vector_kernel reads the choice before its own wait
         matrix = routed + tl.load(indices + token * CHOSEN + slot).to(tl.int64) * (2 * INNER * DIM)
-        inner = gated(x + token * DIM, matrix, INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
-    else:
+        inner = gated(x, matrix, INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+        tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
+    elif SHARED > 0:
         matrix = shared + (slot - CHOSEN) * (INNER * DIM)
-        inner = gated(x + token * DIM, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+        inner = gated(x, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
         wait_for_previous(PDL)
         let_next_start(PDL)
-    tl.store(h + (token * (CHOSEN + SHARED) + slot) * INNER + out, inner.to(h.dtype.element_ty), mask=out < INNER)
+        tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
 
 
 @triton.jit
