@@ -430,13 +430,14 @@ def test_what_each_kernel_adds() -> None:
     parts = timeline.parts(trace)
     assert [(part["kernel"], part["calls"], part["us"]) for part in parts] == [
         ("vector_kernel, 8 programs", 2, 11.5),  # 10 before anybody else, and what it ends behind the other grid
-        ("Memcpy DtoD (Device -> Device)", 1, 10.0),  # the gap ahead of it counts
         ("vector_kernel, 4 programs", 1, 9.0),
-        ("copy, 2 programs", 1, 0.5),
+        (timeline.IDLE, 0, 9.0),
+        ("Memcpy DtoD (Device -> Device)", 1, 1.0),
+        ("copy, 2 programs", 1, 0.5),  # from the end of the last but one, beside which it ran
     ]
     _head, _rule, first, others, whole = timeline.table(parts, most=1)
     assert "vector_kernel, 8 programs" in first and "5.8" in first and "37.1%" in first
-    assert "3 others" in others and "19.5" in others
+    assert "4 others" in others and "19.5" in others
     assert "the step" in whole and "31.0" in whole and " 5 " in whole
     assert timeline.parts({"traceEvents": []}) == []
 

@@ -1,7 +1,8 @@
 """Where a decode step's time goes, kernel by kernel, from the profiler's trace.
 
 A kernel that may start before the one ahead has ended waits for it, so durations count that waiting and add up to more than
-the step. What a kernel adds is the time from the end of all that ended before to its own end: these add up to the step.
+the step. What a kernel adds is the time from the end of all that ended before to its own end, but for when nothing ran, which
+is a line of its own. These add up to the step.
 """
 
 from __future__ import annotations
@@ -16,22 +17,39 @@ from r1.bench.report import aligned
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 """The trace's categories of what a GPU does."""
+IDLE = "(nothing runs)"
+"""Between two kernels; also what the host takes to launch, of which the profiler makes more."""
 
 
 def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
     """A Chrome trace as `{"kernel", "calls", "us"}`, the costliest first: `us` is what all its calls add to the step.
 
-    A kernel that is launched with several grids is told apart by the number of its programs.
+    A kernel that is launched with several grids is told apart by the number of its programs; IDLE has no calls.
     """
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("cat") in ON_GPU]
     found: dict[str, list[float]] = defaultdict(list)
+    gaps = _gaps([(e["ts"], e["ts"] + e["dur"]) for e in events])
     over = min((e["ts"] for e in events), default=0.0)
     for event in sorted(events, key=lambda e: float(e["ts"] + e["dur"])):
         end = event["ts"] + event["dur"]
-        found[_label(event)].append(end - over)
+        idle = sum(length for start, length in gaps if over <= start < end)
+        found[_label(event)].append(end - over - idle)
+        if idle:
+            found[IDLE].append(idle)
         over = end
-    rows = [{"kernel": kernel, "calls": len(added), "us": sum(added)} for kernel, added in found.items()]
+    rows = [{"kernel": name, "calls": 0 if name == IDLE else len(added), "us": sum(added)} for name, added in found.items()]
     return sorted(rows, key=lambda row: -float(row["us"]))
+
+
+def _gaps(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """When none of these spans (start, end) runs, between the first and the last: (start, length)."""
+    gaps: list[tuple[float, float]] = []
+    over = float("inf")
+    for start, end in sorted(spans):
+        if start > over:
+            gaps.append((over, start - over))
+        over = end if over == float("inf") else max(over, end)
+    return gaps
 
 
 def _label(event: dict[str, Any]) -> str:
@@ -52,8 +70,8 @@ def table(rows: Sequence[dict[str, Any]], most: int = 16) -> list[str]:
     return aligned(
         {
             "kernel": [row["kernel"] for row in shown],
-            "calls": [str(row["calls"]) for row in shown],
-            "µs each": [f"{row['us'] / row['calls']:.1f}" for row in shown[:-1]] + [""],
+            "calls": [str(row["calls"] or "") for row in shown],
+            "µs each": [f"{row['us'] / row['calls']:.1f}" if row["calls"] else "" for row in shown[:-1]] + [""],
             "µs": [f"{row['us']:.1f}" for row in shown],
             "share": [f"{row['us'] / whole:.1%}" for row in shown],
         }
