@@ -268,8 +268,8 @@ def measure(
             if room > 1:
                 first.finish(arguments, asked)
         finally:
-            if first.found["measure"] and not first.found.keys() & {"moe_layer", "refused"}:
-                first.finish(arguments, [])  # interrupted: what the baseline has is kept
+            if first.found["measure"]:  # where that was interrupted: what the baseline has is kept, and nobody waits for more
+                first.found.setdefault("moe_layer", {"seconds": None})
             first.process.quit()
             if first.found["measure"]:
                 result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
@@ -325,8 +325,8 @@ class Session:
         return [self.once() for _ in range(times)]
 
     def finish(self, arguments: argparse.Namespace, questions: list[Question]) -> None:
-        """Peak memory, a MoE layer's time, a trace where one is wanted, right answers; the process is not needed afterwards."""
-        self.ask("memory", "moe_layer")
+        """A MoE layer's time, a trace where one is wanted, right answers; the process is not needed afterwards."""
+        self.ask("moe_layer")
         if arguments.profile and self.ask("trace"):
             stem = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")

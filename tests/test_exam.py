@@ -137,12 +137,12 @@ def test_an_arm_is_asked_when_all_that_is_timed_is_done() -> None:
         return answers.asked, made.found
 
     asked, found = finished(SHORT)
-    assert asked == ["memory", "moe_layer", "accuracy", "quit"] and found["accuracy"] == {"seconds": 1.0}
-    assert finished([])[0] == ["memory", "moe_layer", "quit"]
+    assert asked == ["moe_layer", "accuracy", "quit"] and found["accuracy"] == {"seconds": 1.0}
+    assert finished([])[0] == ["moe_layer", "quit"]
     asked, found = finished(SHORT, refuses="moe_layer")
-    assert asked == ["memory", "moe_layer", "quit"] and found["refused"] == "why"
+    assert asked == ["moe_layer", "quit"] and found["refused"] == "why"
     found = finished(SHORT, refuses="accuracy")[1]
-    assert found.keys() == {"memory", "moe_layer"}, "what was measured stands"
+    assert found.keys() == {"moe_layer"}, "what was measured stands"
 
 
 @pytest.mark.parametrize(

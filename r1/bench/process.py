@@ -63,7 +63,7 @@ class Process:
                 os.kill(self.process.pid or 0, signal.SIGUSR1)
             else:
                 self.pipe.send("quit")
-            self.process.join(timeout=5 if self.busy else 30)
+            self.process.join(timeout=2 if self.busy else 30)
         self.process.kill()
         self.process.join()
 

@@ -58,7 +58,7 @@ FIELDS: dict[str, str] = {
     "kernel_times": "what each of them adds to the step, in microseconds (timeline.py), as profiled; null on a CPU",
     "allocated_gb": "peak of the GPU's allocator; null on a CPU",
     "reserved_gb": "peak of what it took from the GPU; null on a CPU",
-    "host_gb": "peak of the process's resident memory, this arm's whole life",
+    "host_gb": "peak of the process's resident memory, from its start to the last repetition",
     "start_cold_s": "first call - second, nothing cached (but what a CPU can do): compilation and capture; null without either",
     "start_warm_s": "the same in a new process that finds the first one's compiled code; null without --warm-start",
     "break_even_tokens": "decode steps after which the cold start has paid for itself; null where it never does",
@@ -103,7 +103,7 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
     tpots = [_tpot(r) for r in repetitions]
     tpot, ttft = statistics.median(tpots), statistics.median(r["ttft"] for r in repetitions)
     gaps = sorted(gap for r in repetitions for gap in r["gaps"])
-    parity, memory = found["parity"], found["memory"]
+    parity, memory = found["parity"], found["measure"][-1]["memory"]
     backend = Backend(**found["build"]["backend"])
     started = backend.compile or backend.cuda_graphs
     twice = found["cold"] is not None

@@ -46,7 +46,7 @@ COMPILER_CHECKS = "compiler-checks"
 """Folder of what Inductor finds out of a CPU's vector instructions, by compiling: once for all arms, as on any machine."""
 COMMANDS = (
     "build", "build_reference", "reference", "rates", "warm", "measure", "parity", "kernels", "moe_layer",
-    "memory", "trace", "accuracy",
+    "trace", "accuracy",
 )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ class Bench:
         return {"start_seconds": sum(max(0.0, first[k] - second[k]) for k in ("ttft", "second_token"))}
 
     def measure(self) -> dict[str, Any]:
-        """One repetition: seconds to the first token, to the last, and of each step between; how the drafts fared."""
+        """One repetition: seconds to the first token, to the last, and of each step between; drafts that fared well; memory."""
         w = self.workload
         self.fill()
         if self.engine.runner.device.type != "cpu":
@@ -152,6 +152,7 @@ class Bench:
             "total": arrivals[-1],
             "gaps": gaps,
             "second_token": gaps[0] if gaps else 0.0,
+            "memory": self.memory(),
         } | clocks_and_power()
 
     def build_reference(self) -> dict[str, Any]:
@@ -315,7 +316,7 @@ class Bench:
         return {"share": share, "problems": len(questions)}
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory in bytes: the allocator's and what it reserved during the last repetition, and the process's own."""
+        """Peak memory in bytes: the allocator's and what it reserved during this repetition, and the process's own so far."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.engine.runner.device.type == "cpu":
             return {"allocated": None, "reserved": None, "host": host}
