@@ -97,7 +97,8 @@ def grouped(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Te
     order, token, ends = by_expert(indices, experts.gate_up_proj.shape[0])
     h = swiglu(grouped_mm(x.index_select(0, token), experts.gate_up_proj, ends))  # (N K, I)
     y = grouped_mm(h, experts.down_proj, ends)  # (N K, D)
-    y = torch.empty_like(y).index_copy_(0, order, y).unflatten(0, indices.shape)  # (N, K, D): back in the tokens' order
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))  # order's inverse
+    y = y.index_select(0, place).unflatten(0, indices.shape)  # (N, K, D): back in the tokens' order
     return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32: the weights are
 
 
@@ -110,8 +111,8 @@ def by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns `order` (N K), a sorted choice's place among the unsorted; `token` (N K), the token it came from; and `ends`,
     int32 (E,): expert e owns the sorted choices from ends[e - 1] to ends[e].
     """
-    sorted_experts, order = indices.flatten().sort(stable=True)
-    ids = torch.arange(experts, device=indices.device)
+    sorted_experts, order = indices.flatten().to(torch.int16).sort(stable=True)  # a GPU sorts byte by byte
+    ids = torch.arange(experts, dtype=torch.int16, device=indices.device)
     ends = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
     return order, order // indices.shape[1], ends
 
