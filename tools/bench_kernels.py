@@ -208,7 +208,7 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     x, weights, residual = randn(tokens, dim), torch.rand(tokens, chosen), randn(tokens, dim)
 
     def run(cold: tuple[Tensor, Matrices], use: ExpertsLaunch | None) -> Tensor:
-        return experts(place.chip, x, cold[0], weights, routed, cold[1], residual, use)
+        return experts(place.chip, x, cold[0], weights, routed, cold[1], residual, launch=use)
 
     def twin(cold: tuple[Tensor, Matrices]) -> Tensor:
         if tokens == 1:

@@ -1,7 +1,9 @@
-"""A decoder layer's decode step, fused: the same function as model.py's Block, in 9 to 12 kernels.
+"""A decoder layer's decode step, fused: the same function as model.py's Block, in 8 kernels for one token (R1: 9).
 
 Read it beside `Block.forward`, `MLA.forward` and `MoE.forward`: the weights are theirs, and a line here is what the kernels'
 borders make of theirs. Norms stand in front of the product that follows, residuals behind the one before.
+
+The cache of a layer is a tuple of one tensor here, the latents (B, T, C + R): kernels have no use for full keys and values.
 
 Shapes: B batch, S sequence (new tokens of a row), N = B S, D hidden_size, H heads, C latent, R rope, V value dim.
 """
@@ -71,7 +73,7 @@ class DecodeBlock:
         h, indices, weights = self.route(moe.gate, x, norm.weight, norm.eps)
         routed = Matrices(moe.experts.gate_up_proj, moe.experts.down_proj)
         always = Matrices(shared.gate_up_proj.weight, shared.down_proj.weight) if shared else None
-        return self.experts(h, indices, weights, routed, always, residual=x)
+        return self.experts(h, indices, weights, routed, always, residual=x, norm=norm.weight, eps=norm.eps)
 
 
 def head(lm_head: nn.Linear, chip: Chip, x: Tensor) -> Tensor:

@@ -71,11 +71,12 @@ class ExpertsLaunch:
 
 def experts(
     chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, routed: Matrices, shared: Matrices | None = None,
-    residual: Tensor | None = None, launch: ExpertsLaunch | None = None,
+    residual: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0, launch: ExpertsLaunch | None = None,
 ) -> Tensor:  # fmt: skip
     """x (N, D), indices int64 (N, K), weights fp32 (N, K) -> the weighted sum of the experts' outputs, (N, D).
 
-    The outputs of `shared` and the `residual` (N, D) are added to it, all in fp32.
+    The outputs of `shared` and the `residual` (N, D) are added to it, all in fp32. `norm` (D,) says that x is the residual,
+    RMS-normed with this gain by the kernel ahead, and that the residual is older: then shared experts needn't wait for x.
     """
     (tokens, dim), chosen = x.shape, indices.shape[1]
     count, inner = routed.down_proj.shape[0], routed.down_proj.shape[2]
@@ -90,7 +91,7 @@ def experts(
     down = {**sizes, "BLOCK_OUT": use.down_outputs, "BLOCK_IN": use.down_inputs, "warps": use.warps, "stages": use.stages}
     up_blocks, down_blocks = ceil_div(inner, use.up_outputs), ceil_div(dim, use.down_outputs)
     if use.rows == 1:
-        chip.run(up_vector_kernel, (up_blocks, slots, tokens), x, indices, *ups, h, **up)
+        chip.run(up_vector_kernel, (up_blocks, slots, tokens), x, indices, *ups, residual, norm, eps, h, **up)
         chip.run(
             down_vector_kernel, (down_blocks, tokens), h, indices, weights, *downs, residual, out,
             CHOSEN_PAD=power_of_two(chosen), **down,
@@ -106,9 +107,10 @@ def experts(
 
 
 def experts_torch(
-    x: Tensor, indices: Tensor, weights: Tensor, routed: Matrices, shared: Matrices | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """The twin."""
+    x: Tensor, indices: Tensor, weights: Tensor, routed: Matrices, shared: Matrices | None = None,
+    residual: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The twin. It waits for x anyway, and needs no `norm`."""
     y = gather(cast(Experts, routed), x, indices, weights)
     if shared:
         y = y + F.linear(swiglu(F.linear(x, shared.gate_up_proj)), shared.down_proj)
@@ -150,14 +152,14 @@ def sort_kernel(indices, order, ends, choices, BLOCK: tl.constexpr, PDL: tl.cons
 # ---------------------------------------------------------------------------------------- one token
 @triton.jit
 def up_vector_kernel(
-    x, indices, routed, shared, h,
+    x, indices, routed, shared, residual, norm, eps, h,
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT of the inner values of one slot's expert: silu(gate) * up.
 
-    The shared experts come first: which they are hangs on nobody's choice, so they are read while it is being made. (x is of
-    the kernel before that.)
+    The shared experts come first: which they are hangs on nobody's choice, and where x is the residual's norm they make it
+    themselves, so they are read while the router runs.
     """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     slot = CHOSEN + SHARED - 1 - tl.program_id(1)
@@ -168,32 +170,48 @@ def up_vector_kernel(
         wait_for_previous(PDL)
         let_next_start(PDL)  # so late, because down_vector_kernel reads the choice before its own wait
         matrix = routed + tl.load(indices + token * CHOSEN + slot).to(tl.int64) * (2 * INNER * DIM)
-        inner = gated(x, matrix, INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+        inner = gated(x, None, eps, matrix, INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
         tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
     elif SHARED > 0:
         matrix = shared + (slot - CHOSEN) * (INNER * DIM)
-        inner = gated(x, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
-        wait_for_previous(PDL)
+        if norm is not None:
+            inner = gated(residual + token * DIM, norm, eps, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+            wait_for_previous(PDL)
+        else:
+            wait_for_previous(PDL)
+            inner = gated(x, None, eps, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
         let_next_start(PDL)
         tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
 
 
 @triton.jit
 def gated(
-    x, matrix, to_up, out, DIM: tl.constexpr, INNER: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
+    x, norm, eps, matrix, to_up, out,
+    DIM: tl.constexpr, INNER: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate x) * (up x) for the rows `out` of an expert's gate; its up stands `to_up` numbers behind. fp32 (BLOCK_OUT,)."""
+    """silu(gate x) * (up x) for the rows `out` of an expert's gate; its up stands `to_up` numbers behind. fp32 (BLOCK_OUT,).
+
+    With `norm` x is RMS-normed with this gain, as linear.py's kernel does it: in the same pass.
+    """
     d = tl.arange(0, BLOCK_IN)
     place = matrix + out[:, None] * DIM + d[None, :]
     gate = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     up = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    squares = tl.zeros((BLOCK_IN,), tl.float32)
     for start in range(0, DIM, BLOCK_IN):
-        mask = (out < INNER)[:, None] & (start + d < DIM)[None, :]
-        v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)[None, :]
-        gate += tl.load(place + start, mask=mask, other=0.0).to(tl.float32) * v
-        up += tl.load(place + to_up + start, mask=mask, other=0.0).to(tl.float32) * v
-    gates = tl.sum(gate, axis=1)  # (BLOCK_OUT,)
-    return gates * tl.sigmoid(gates) * tl.sum(up, axis=1)
+        at = start + d
+        mask = (out < INNER)[:, None] & (at < DIM)[None, :]
+        v = tl.load(x + at, mask=at < DIM, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += v * v
+            v *= tl.load(norm + at, mask=at < DIM, other=0.0).to(tl.float32)
+        gate += tl.load(place + start, mask=mask, other=0.0).to(tl.float32) * v[None, :]
+        up += tl.load(place + to_up + start, mask=mask, other=0.0).to(tl.float32) * v[None, :]
+    gates, ups = tl.sum(gate, axis=1), tl.sum(up, axis=1)  # (BLOCK_OUT,)
+    if norm is not None:
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
+        gates, ups = gates * factor, ups * factor
+    return gates * tl.sigmoid(gates) * ups
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""The router in two kernels: the norm and the fp32 logits, spread over the chip; then each token's choice, by every rule of
-r1/router.py.
+"""The router in one kernel: the norm and the fp32 logits, spread over the chip; then each token's choice, by every rule of
+r1/router.py, made by the program that finishes last.
 
 Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token.
 """
@@ -7,6 +7,7 @@ Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -22,9 +23,9 @@ from r1.router import Router
 class RouterLaunch:
     """Each program makes the logits of `experts` experts for one token, `columns` of the hidden state at a time."""
 
-    experts: int = 2
+    experts: int = 1
     columns: int = 2048
-    warps: int = 4
+    warps: int = 1
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> RouterLaunch:
@@ -44,18 +45,15 @@ def route(
     experts, chosen = c.n_routed_experts, c.num_experts_per_tok
     use = launch or chip.launch(RouterLaunch, tokens, experts, dim)
     h, logits = torch.empty_like(x), x.new_empty(tokens, experts, dtype=torch.float32)
-    chip.run(
-        logits_kernel, (ceil_div(experts, use.experts), tokens), x, gain, eps, gate.weight, h, logits, experts,
-        DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, warps=use.warps,
-    )  # fmt: skip
     indices, weights = x.new_empty(tokens, chosen, dtype=torch.int64), x.new_empty(tokens, chosen, dtype=torch.float32)
     biased, draws = c.topk_method == "noaux_tc", getattr(gate, "draws", None)  # r1/bench/routing.py's routers have draws
     chip.run(
-        choice_kernel, (tokens,), logits, gate.e_score_correction_bias if biased else None, draws,
-        0 if draws is None else draws.shape[0], indices, weights, c.routed_scaling_factor,
-        EXPERTS=experts, PAD=power_of_two(experts), CHOSEN=chosen, CHOSEN_PAD=power_of_two(chosen),
-        GROUPS=c.n_group if c.topk_method != "greedy" else 1, KEPT=c.topk_group, BEST=2 if biased else 1,
-        SIGMOID=c.scoring_func == "sigmoid", NORMED=c.norm_topk_prob, warps=1,
+        route_kernel, (ceil_div(experts, use.experts), tokens), x, gain, eps, gate.weight,
+        gate.e_score_correction_bias if biased else None, draws, 0 if draws is None else draws.shape[0], h, logits,
+        tickets(x.device, power_of_two(tokens, 64)), indices, weights, c.routed_scaling_factor,
+        DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, EXPERTS=experts, PAD=power_of_two(experts), CHOSEN=chosen,
+        CHOSEN_PAD=power_of_two(chosen), GROUPS=c.n_group if c.topk_method != "greedy" else 1, KEPT=c.topk_group,
+        BEST=2 if biased else 1, SIGMOID=c.scoring_func == "sigmoid", NORMED=c.norm_topk_prob, EARLY=tokens > 1, warps=use.warps,
     )  # fmt: skip
     return h, indices, weights
 
@@ -69,57 +67,73 @@ def route_torch(gate: Router, x: Tensor, gain: Tensor, eps: float) -> tuple[Tens
 ROUTE = {"torch": route_torch, "triton": route}
 
 
-@triton.jit
-def logits_kernel(
-    x, gain, eps, weight, h, logits, experts,
-    DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_E experts' logits of one token; the first program of a token also writes the normed x.
+@cache
+def tickets(device: torch.device, tokens: int) -> Tensor:
+    """Zeros, int32 (tokens,): how many programs have finished a token's logits. The last one sets it back, so one tensor serves
+    all launches, which on one device follow one another."""
+    return torch.zeros(tokens, dtype=torch.int32, device=device)
 
-    The norm comes first and is rounded, as layers.py does: the choice between near-tied experts hangs on such bits.
+
+@triton.jit
+def route_kernel(
+    x, gain, eps, weight, bias, draws, drawn, h, logits, tickets, indices, weights, factor,
+    DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, EXPERTS: tl.constexpr, PAD: tl.constexpr,
+    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_E experts' logits of one token; the first program of a token also writes the normed x, the last one chooses.
+
+    The norm comes first and is rounded, as layers.py does: the choice between near-tied experts hangs on such bits. EARLY lets
+    the next kernel start early. One token's shouldn't: up_vector_kernel reads megabytes before its own wait, and would crowd
+    the few bytes that the choice waits for.
     """
-    let_next_start(PDL)
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x += token * DIM
     place = weight + expert[:, None] * DIM + d[None, :]
-    w = tl.load(place, mask=(expert < experts)[:, None] & (d < DIM)[None, :], other=0.0)  # before the wait: weights
+    w = tl.load(place, mask=(expert < EXPERTS)[:, None] & (d < DIM)[None, :], other=0.0)  # before the wait: weights
     wait_for_previous(PDL)
+    if EARLY:
+        let_next_start(PDL)
     squares = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)
         squares += v * v
-    factor = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
+    scale = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
     sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         at = start + d
         v = tl.load(x + at, mask=at < DIM, other=0.0)
-        normed = (v.to(tl.float32) * factor).to(v.dtype).to(tl.float32)
+        normed = (v.to(tl.float32) * scale).to(v.dtype).to(tl.float32)
         v = (normed * tl.load(gain + at, mask=at < DIM, other=0.0).to(tl.float32)).to(v.dtype)
         if tl.program_id(0) == 0:
             tl.store(h + token * DIM + at, v, mask=at < DIM)
         sums += w * v.to(tl.float32)[None, :]
-        w = tl.load(place + start + BLOCK_D, mask=(expert < experts)[:, None] & (at + BLOCK_D < DIM)[None, :], other=0.0)
-    tl.store(logits + token * experts + expert, tl.sum(sums, axis=1), mask=expert < experts)
+        w = tl.load(place + start + BLOCK_D, mask=(expert < EXPERTS)[:, None] & (at + BLOCK_D < DIM)[None, :], other=0.0)
+    logits += token * EXPERTS
+    tl.store(logits + expert, tl.sum(sums, axis=1), mask=expert < EXPERTS)
+    tl.debug_barrier()  # all threads' logits stand before the ticket that says so
+    if tl.atomic_add(tickets + token, 1) == tl.num_programs(0) - 1:
+        tl.store(tickets + token, 0)
+        if draws is not None:
+            draws += (token % drawn) * EXPERTS
+        choose(
+            logits, bias, draws, indices + token * CHOSEN, weights + token * CHOSEN, factor,
+            EXPERTS, PAD, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
+        )  # fmt: skip
 
 
 @triton.jit
-def choice_kernel(
-    logits, bias, draws, drawn, indices, weights, factor,
+def choose(
+    logits, bias, draws, indices, weights, factor,
     EXPERTS: tl.constexpr, PAD: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr,
-    KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """One token's choice. Of equals the first wins. `draws`, where there are any, choose in the scores' place."""
-    token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, PAD)
     real = expert < EXPERTS
-    offset = tl.zeros((PAD,), tl.float32)
-    if bias is not None:
-        offset = tl.load(bias + expert, mask=real, other=0.0)  # before the wait: weights
-    wait_for_previous(PDL)
-    let_next_start(PDL)  # so late, because up_vector_kernel reads the normed x before its own wait
-    logit = tl.load(logits + token * EXPERTS + expert, mask=real, other=float("-inf"))
+    logit = tl.load(logits + expert, mask=real, other=float("-inf"))
     if SIGMOID:
         scores = tl.sigmoid(logit)
     else:
@@ -127,8 +141,9 @@ def choice_kernel(
         scores = powers / tl.sum(powers, axis=0)
     choice = scores
     if draws is not None:
-        choice = tl.load(draws + (token % drawn) * EXPERTS + expert, mask=real, other=0.0)
-    choice += offset
+        choice = tl.load(draws + expert, mask=real, other=0.0)
+    if bias is not None:
+        choice += tl.load(bias + expert, mask=real, other=0.0)
     choice = tl.where(choice == choice, choice, -1e30)  # of NaN too an expert there is; its weight stays NaN
     choice = tl.where(real, choice, float("-inf"))
     if GROUPS > 1:
@@ -154,5 +169,5 @@ def choice_kernel(
     weight = tl.sum(tl.where(index[:, None] == expert[None, :], scores[None, :], 0.0), axis=1)  # (CHOSEN_PAD,)
     if NORMED:
         weight /= tl.sum(weight, axis=0) + 1e-20
-    tl.store(indices + token * CHOSEN + k, index.to(tl.int64), mask=k < CHOSEN)
-    tl.store(weights + token * CHOSEN + k, weight * factor, mask=k < CHOSEN)
+    tl.store(indices + k, index.to(tl.int64), mask=k < CHOSEN)
+    tl.store(weights + k, weight * factor, mask=k < CHOSEN)
