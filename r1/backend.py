@@ -35,7 +35,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Slots that other parts of the project fill; until then they are refused, not ignored.
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "prefill_attention": ("triton",),
-    "prefill_moe": ("triton",),
     "quant": ("fp8", "int8", "int4"),
 }
 PARALLEL = ("tp", "ep", "pp")
@@ -166,7 +165,7 @@ def _triton(backend: Backend, machine: Machine) -> Backend:
     """The kernels read weights as they are stored; fused blocks hold the fused attention and experts."""
     if backend.tune and backend.kernels != "triton":
         raise InputError("tune searches the launch parameters of kernels=triton: add kernels=triton, or leave tune out")
-    asked = [name for name in ("kernels", "attention", "moe") if getattr(backend, name) == "triton"]
+    asked = [name for name in ("kernels", "attention", "moe", "prefill_moe") if getattr(backend, name) == "triton"]
     if not asked:
         return backend
     if why := machine.why_not("triton"):

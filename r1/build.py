@@ -89,7 +89,7 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
     """Derive what isn't stored, and fill the slots with the strategies that `backend` names."""
     model.derive()
     attention, experts = dict(attend.STRATEGIES), dict(moe.STRATEGIES)
-    if "triton" in (backend.attention, backend.moe):
+    if "triton" in (backend.attention, backend.moe, backend.prefill_moe):
         from r1 import kernels  # Triton is optional: only who asks for it imports it
 
         attention["triton"], experts["triton"] = kernels.attend, kernels.dispatch

@@ -113,7 +113,7 @@ def _memory(m: Machine) -> str | None:
 def _triton(m: Machine) -> str | None:
     if m.cuda and m.compiler:
         return None
-    return "Triton's kernels need a GPU and the triton package: leave attention, moe and kernels at their defaults"
+    return "Triton's kernels need a GPU and the triton package: leave attention, moe, prefill_moe and kernels at their defaults"
 
 
 FEATURES: dict[str, Callable[[Machine], str | None]] = {

@@ -6,7 +6,8 @@
 | `gather` | copies the chosen experts' weights beside each token: N K of them | decode with few tokens |
 | `grouped` | sorts tokens by expert, then torch's grouped matrix product reads each expert once | prefill, large batches |
 
-A fourth, `triton`, reads each expert that was hit once, without a copy, for any number of tokens: r1/kernels/experts.py.
+A fourth, `triton`, reads experts in place, for any number of tokens, and has SwiGLU and the weights in its two products:
+r1/kernels/experts.py.
 
 Shapes: N tokens, K experts per token, E experts, D hidden_size, I moe_intermediate_size.
 """

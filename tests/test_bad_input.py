@@ -736,7 +736,8 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
     "tp": ({"tp": 2}, Machine(), V3, "tp=2"),
     "pp": ({"pp": 2}, Machine(), V3, "pp=2"),
     "attention=triton on a CPU": ({"attention": "triton"}, Machine(), V3, "^attention=triton: Triton's kernels need a GPU"),
-    "kernels=triton on a CPU": ({"device": "cpu", "kernels": "triton"}, H100, V3, "^kernels=triton: .*leave attention, moe"),
+    "kernels=triton on a CPU": ({"device": "cpu", "kernels": "triton"}, H100, V3, "^kernels=triton: .*leave attention, moe, "),
+    "prefill_moe=triton under amp": ({"prefill_moe": "triton", "amp": "bf16"}, H100, V3, "^prefill_moe=triton reads weights"),
     "moe=triton without Triton": ({"moe": "triton"}, replace(H100, compiler=False), V3, "the triton package"),
     "kernels=triton under amp": ({"kernels": "triton", "amp": "bf16"}, H100, V3, "not under amp: use dtype=bf16, no amp"),
     "attention=triton under amp": ({"attention": "triton", "amp": "bf16"}, H100, V3, "^attention=triton reads weights"),
@@ -764,7 +765,7 @@ def test_switches_at_the_edge_are_fine() -> None:
         ({"attention": "absorbed", "prefill_attention": "expand"}, Machine(), V3), ({"moe": "grouped"}, Machine(), ALIGNED),
         ({"moe": "grouped"}, Machine(), replace(V3, hidden_size=36)), ({"moe": "loop"}, Machine(), V3), ({}, BARE, ODD),
         ({"attention": "triton"}, H100, V3), ({"moe": "triton", "compile": True}, H100, ODD),
-        ({"moe": "triton", "cuda_graphs": True}, MI300, V3),
+        ({"moe": "triton", "cuda_graphs": True}, MI300, V3), ({"prefill_moe": "triton", "compile": True}, MI300, ODD),
         ({"kernels": "triton", "compile": True, "cuda_graphs": True}, H100, V3),
     ):  # fmt: skip
         resolved = resolve(Backend(**switches), shape, machine)

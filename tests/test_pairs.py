@@ -23,7 +23,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"memory": "empty-cache"}, {"attention": "naive", "prefill_attention": "naive"}, {"attention": "expand"},
     {"attention": "absorbed"}, {"prefill_attention": "absorbed"}, {"moe": "loop"}, {"moe": "gather"}, {"moe": "grouped"},
     {"prefill_moe": "loop"}, {"prefill_moe": "gather"}, {"prefill_moe": "grouped"}, {"speculate": "mtp"},
-    {"attention": "triton"}, {"moe": "triton"}, {"kernels": "triton"},
+    {"prefill_moe": "triton"}, {"attention": "triton"}, {"moe": "triton"}, {"kernels": "triton"},
     *([{"compile": True}] if GPU else []),
 ]  # fmt: skip
 PAIRS = [(a, b) for a, b in itertools.combinations(SWITCHES, 2) if not (a.keys() & b.keys())]

@@ -27,7 +27,7 @@ from r1 import Config, InputError
 from r1.config import SHAPES, shape
 
 CONTEXT = 4096
-"""Tokens of the cache that the attention is launched for."""
+"""Tokens of the cache that the attention is launched for, and of a prompt."""
 KB = 1024
 
 
@@ -135,7 +135,10 @@ def launches(config: Config, batch: int, target: Target) -> list[Launch]:
 
 
 def launches_of_experts(config: Config, batch: int, target: Target) -> list[Launch]:
-    """What `moe=triton` launches for `batch` tokens: the routed experts alone, in bf16. (`attention=triton` is the block's.)"""
+    """What `moe=triton`, or `prefill_moe=triton`, launches for `batch` tokens: the routed experts alone, in bf16.
+
+    (`attention=triton` is the block's.)
+    """
     from r1.kernels.experts import Matrices, experts
     from r1.moe import Experts
 
@@ -215,6 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         target = TARGETS[name]
         wanted: dict[tuple[Any, ...], tuple[str, Launch]] = {}
         for label, config in shapes.items():
+            for each in launches_of_experts(config, CONTEXT, target):
+                wanted.setdefault(each.key, (f"{label} prompt", each))
             for batch in map(int, arguments.batch.split(",")):
                 for each in launches(config, batch, target) + launches_of_experts(config, batch, target):
                     wanted.setdefault(each.key, (f"{label} batch {batch}", each))

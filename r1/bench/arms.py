@@ -141,7 +141,7 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
     if gpu and not amp and not machine.why_not("triton"):  # the kernels read weights as they are stored, not under amp
         attention = {"attention": "triton", "prefill_attention": "expand"}
         experts = {"moe": "triton", "prefill_moe": "grouped"}
-        steps += [attention, experts, {"kernels": "triton", **attention, **experts}, {"tune": True}]
+        steps += [attention, experts, {"kernels": "triton", **attention, **experts}, {"prefill_moe": "triton"}, {"tune": True}]
     steps += [{"amp": "bf16"}] if amp else []
     return steps
 

@@ -1,11 +1,12 @@
-"""The experts of a decode step: only those hit are read, each once, and the shared experts are more of them, with weight 1.
+"""The experts of a step: only those hit are read, in decode each once, and the shared experts are more of them, with weight 1.
 
 A shared MLP of width n I is n experts of width I: their gates, ups and downs stand in its matrices, one behind the other. A
 token's outputs are kept apart by *slot* (its K choices, then the n shared experts) and added up in the slots' order.
 
 One token: each program multiplies rows of one expert with a vector, and the down projection's programs run over the token's
 slots, so that they add up at once. Several tokens: their choices are sorted by expert, and a program streams its rows of an
-expert's weights past a tile of that expert's tokens.
+expert's weights past a tile of that expert's tokens. A prompt: the same, but each tile of tokens has programs of its own, since
+arithmetic is what bounds it then and no longer the reading of weights.
 
 Shapes: N tokens, K choices per token, E experts, D hidden_size, I moe_intermediate_size, L slots (K + n).
 """
@@ -35,7 +36,10 @@ class Matrices(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertsLaunch:
-    """Each program makes `outputs` of an expert's outputs (`up`: of its inner ones) for `rows` tokens; one row: no tl.dot."""
+    """Each program makes `outputs` of an expert's outputs (`up`: of its inner ones) for `rows` tokens at a time, `inputs` columns
+    of its weights at a time. One row: no tl.dot. `apart`: each tile of rows has programs of its own, so that an expert's are
+    spread over the chip; otherwise one program takes all of its expert's tokens, so that weights are read once.
+    """
 
     rows: int
     up_outputs: int
@@ -44,12 +48,18 @@ class ExpertsLaunch:
     down_inputs: int
     warps: int = 4
     stages: int = 1
+    apart: bool = False
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize = sizes
         if tokens == 1:
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, min(512, power_of_two(inner)))
+        if tokens * chosen >= 32 * experts:  # a prompt: bound by arithmetic, so tiles are as square as they can be
+            columns = 128 // itemsize
+            up = 128 if chip.shared >= 3 * 3 * 128 * columns * itemsize else 64
+            stages = max(1, min(4, chip.shared // ((2 * up + 128) * columns * itemsize)))
+            return ExpertsLaunch(128, up, columns, up, columns, 8, stages, apart=True)
         rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))  # few experts get twice their share
         columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
         up = 64 if chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize else 32
@@ -64,8 +74,9 @@ class ExpertsLaunch:
                 "down_inputs": (64, 128, 256, 512), "warps": (2, 4, 8),
             }  # fmt: skip
         return {
-            "rows": (16, 32, 64), "up_outputs": (16, 32, 64), "up_inputs": (64, 128, 256), "down_outputs": (16, 32, 64, 128),
-            "down_inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
+            "rows": (16, 32, 64, 128), "up_outputs": (16, 32, 64, 128), "up_inputs": (32, 64, 128, 256),
+            "down_outputs": (16, 32, 64, 128, 256), "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
+            "apart": (False, True),
         }  # fmt: skip
 
 
@@ -98,10 +109,15 @@ def experts(
         )  # fmt: skip
         return out
     order, ends = sort_by_expert(chip, indices, count)
-    chip.run(up_tile_kernel, (up_blocks, count + more), x, order, ends, *ups, h, tokens, count, ROWS=use.rows, **up)
-    y = x.new_empty(tokens, slots, dim, dtype=torch.float32)
-    tiles = (down_blocks, count + more)
-    chip.run(down_tile_kernel, tiles, h, order, ends, weights, *downs, y, tokens, count, ROWS=use.rows, **down)
+    places, work = count + more, None
+    if use.apart:
+        # Only an expert's last tile isn't full, so there are no more tiles than these.
+        places = min(tokens * chosen, tokens * chosen // use.rows + count) + more * ceil_div(tokens, use.rows)
+        work = divide(chip, ends, places, use.rows, tokens, more)
+    how = {"ROWS": use.rows, "APART": use.apart}
+    chip.run(up_tile_kernel, (up_blocks, places), x, order, ends, work, *ups, h, tokens, count, **how, **up)
+    y = x.new_empty(tokens, slots, dim, dtype=x.dtype if use.apart else torch.float32)
+    chip.run(down_tile_kernel, (down_blocks, places), h, order, ends, work, weights, *downs, y, tokens, count, **how, **down)
     chip.run(add_kernel, (ceil_div(dim, 256), tokens), y, residual, out, DIM=dim, SLOTS=slots, BLOCK=256, warps=1)
     return out
 
@@ -118,11 +134,18 @@ def experts_torch(
 
 
 EXPERTS = {"torch": experts_torch, "triton": experts}
+MOST_CHOICES = 4096
+"""What one program of `sort_kernel` looks through."""
 
 
 def sort_by_expert(chip: Chip, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`order` and `ends` of r1/moe.py's `by_expert`, int32 both, in one kernel: each program counts for one expert."""
+    """`order` and `ends` of r1/moe.py's `by_expert`, int32 both, in one kernel: each program counts for one expert.
+
+    A prompt's many choices are torch's to sort.
+    """
     choices = indices.numel()
+    if choices > MOST_CHOICES:
+        return sort_by_expert_torch(indices, count)
     order, ends = indices.new_empty(choices, dtype=torch.int32), indices.new_empty(count, dtype=torch.int32)
     chip.run(sort_kernel, (count,), indices, order, ends, choices, BLOCK=power_of_two(choices), warps=4)
     return order, ends
@@ -132,6 +155,49 @@ def sort_by_expert_torch(indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The twin."""
     order, _, ends = by_expert(indices, count)
     return order.int(), ends
+
+
+def divide(chip: Chip, ends: Tensor, tiles: int, rows: int, tokens: int, shared: int) -> Tensor:
+    """Tiles of `rows` sorted choices, none of two experts: each one's expert, first choice and end, int32 (tiles, 3).
+
+    Behind the experts of `ends` come `shared` ones, which have all tokens. Tiles that aren't needed are empty.
+    """
+    count = len(ends)
+    work = ends.new_empty(tiles, 3)
+    chip.run(divide_kernel, (tiles,), ends, work, tokens, count, shared, ROWS=rows, PAD=power_of_two(count + shared), warps=1)
+    return work
+
+
+def divide_torch(ends: Tensor, tiles: int, rows: int, tokens: int, shared: int) -> Tensor:
+    """The twin."""
+    start, stop = torch.cat((ends.new_zeros(1), ends[:-1])), ends
+    start, stop = torch.cat((start, ends.new_zeros(shared))), torch.cat((stop, ends.new_full((shared,), tokens)))
+    each = (stop - start + rows - 1) // rows
+    tile = torch.arange(tiles, device=ends.device)
+    expert = torch.searchsorted(each.cumsum(0), tile, right=True).clamp(max=len(each) - 1)
+    first = start[expert] + (tile - each.cumsum(0)[expert] + each[expert]) * rows
+    work = torch.stack((expert, first, torch.minimum(first + rows, stop[expert])), dim=1).int()
+    return work.masked_fill((tile >= each.sum())[:, None], 0)
+
+
+@triton.jit
+def divide_kernel(ends, work, tokens, count, shared, ROWS: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr):
+    """One tile: it is of the expert behind those whose tiles all have smaller numbers."""
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    tile = tl.program_id(0)
+    e = tl.arange(0, PAD)
+    start = tl.load(ends + e - 1, mask=(e > 0) & (e < count), other=0)
+    stop = tl.load(ends + e, mask=e < count, other=0)
+    stop = tl.where((e >= count) & (e < count + shared), tokens, stop)
+    each = tl.cdiv(stop - start, ROWS)
+    through = tl.cumsum(each, axis=0)
+    mine = (through > tile) & (through - each <= tile)  # nobody's, behind the last
+    first = tl.sum(tl.where(mine, start + (tile - through + each) * ROWS, 0), axis=0)
+    end = tl.sum(tl.where(mine, tl.minimum(stop, start + (tile - through + each + 1) * ROWS), 0), axis=0)
+    tl.store(work + 3 * tile, tl.sum(tl.where(mine, e, 0), axis=0))
+    tl.store(work + 3 * tile + 1, first)
+    tl.store(work + 3 * tile + 2, end)
 
 
 @triton.jit
@@ -273,25 +339,27 @@ def tile_of(program, first, end, order, count, CHOSEN: tl.constexpr, SHARED: tl.
 
 
 @triton.jit
-def rows_of(program, ends, tokens, count):
-    """From where to where an expert's tokens stand in the order; all tokens, for a shared one."""
-    start = tl.load(ends + program - 1, mask=(program > 0) & (program < count), other=0)
-    return start, tl.load(ends + program, mask=program < count, other=tokens)
+def work_of(work, ends, tokens, count, APART: tl.constexpr):
+    """A program's expert, and from where to where its tokens stand in the order (a shared expert has all tokens)."""
+    program = tl.program_id(1)
+    if APART:
+        return tl.load(work + 3 * program), tl.load(work + 3 * program + 1), tl.load(work + 3 * program + 2)
+    first = tl.load(ends + program - 1, mask=(program > 0) & (program < count), other=0)
+    return program, first, tl.load(ends + program, mask=program < count, other=tokens)
 
 
 @triton.jit
 def up_tile_kernel(
-    x, order, ends, routed, shared, h, tokens, count,
+    x, order, ends, work, routed, shared, h, tokens, count,
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    APART: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT inner values of one expert, for all of its tokens, ROWS at a time; an expert that nobody chose has none."""
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    expert = tl.program_id(1)
     d = tl.arange(0, BLOCK_IN)
     wait_for_previous(PDL)
     let_next_start(PDL)
-    start, end = rows_of(expert, ends, tokens, count)
+    expert, start, end = work_of(work, ends, tokens, count, APART)
     matrix = routed
     if expert < count:
         matrix += expert.to(tl.int64) * (2 * INNER * DIM)
@@ -316,17 +384,16 @@ def up_tile_kernel(
 
 @triton.jit
 def down_tile_kernel(
-    h, order, ends, weights, routed, shared, y, tokens, count,
+    h, order, ends, work, weights, routed, shared, y, tokens, count,
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    APART: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT outputs of one expert, weighted, for all of its tokens: into each one's own slot of y, fp32 (N, L, D)."""
+    """BLOCK_OUT outputs of one expert, weighted, for all of its tokens: into each one's own slot of y, (N, L, D)."""
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    expert = tl.program_id(1)
     i = tl.arange(0, BLOCK_IN)
     wait_for_previous(PDL)
     let_next_start(PDL)
-    start, end = rows_of(expert, ends, tokens, count)
+    expert, start, end = work_of(work, ends, tokens, count, APART)
     matrix = routed
     if expert < count:
         matrix += expert.to(tl.int64) * (DIM * INNER)
@@ -344,7 +411,7 @@ def down_tile_kernel(
             sums = product(w, v, sums)
         weight = tl.where(expert < count, tl.load(weights + choice, mask=real, other=0.0), 1.0)
         mask = (out < DIM)[:, None] & real[None, :]
-        tl.store(y + slot[None, :] * DIM + out[:, None], sums * weight[None, :], mask=mask)
+        tl.store(y + slot[None, :] * DIM + out[:, None], (sums * weight[None, :]).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -356,7 +423,7 @@ def add_kernel(y, residual, out, DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK: 
     let_next_start(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(SLOTS):
-        total += tl.load(y + (token * SLOTS + slot) * DIM + d, mask=d < DIM, other=0.0)
+        total += tl.load(y + (token * SLOTS + slot) * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
     if residual is not None:
         total += tl.load(residual + token * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
     tl.store(out + token * DIM + d, total.to(out.dtype.element_ty), mask=d < DIM)
