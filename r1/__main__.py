@@ -10,7 +10,7 @@ from typing import Any
 import r1
 from r1 import switches
 from r1.errors import hung_up
-from r1.generate import TEMPERATURE, TOP_P
+from r1.sampler import TEMPERATURE, TOP_P, Sampler
 
 EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny-r1"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -45,14 +45,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raises InputError for what no model could use: loading one only to refuse can take minutes."""
+    Sampler(arguments.temperature, arguments.top_p, arguments.seed)
+    if arguments.new < 1:
+        raise r1.InputError(f"--new {arguments.new}: give a whole number of at least 1")
+    if arguments.question is not None and not arguments.question.strip():
+        raise r1.InputError("the question is empty: ask something, or give no question at all to chat")
+
+
 def talk(arguments: argparse.Namespace) -> int:
+    check(arguments)
     engine = r1.load(arguments.model, r1.Backend(**switches.given(arguments)))
     for note in engine.notes:
         print(f"r1: {note}", file=sys.stderr)
     messages: list[dict[str, Any]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.question is not None:
-        if not arguments.question.strip():
-            raise r1.InputError("the question is empty: ask something, or give no question at all to chat")
         answer(engine, [*messages, {"role": "user", "content": arguments.question}], arguments)
         return 0
     print("Ask something; Ctrl-D ends.", file=sys.stderr)

@@ -670,9 +670,6 @@ def test_prompts_at_the_edge_are_fine(engine: Engine) -> None:
     ("flags", "said"),
     [
         (["word " * 40], "more than the context of 64"),
-        (["--new", "0", "hi"], "max_new_tokens=0"),
-        (["--temperature", "-1", "hi"], "temperature=-1"),
-        (["--top-p", "2", "hi"], "top_p=2"),
         (["--attention", "naive", "--prefill-attention", "expand", "hi"], "can't share a cache"),
     ],
 )
@@ -682,6 +679,25 @@ def test_command_refuses(flags: list[str], said: str, made: Path, capsys: pytest
     last = err.splitlines()[-1]
     assert out == "" and last.startswith("r1: ") and said in last and "Traceback" not in err
     check_sentence(last)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--new", "0", "hi"], "--new 0: give"),
+        (["--temperature", "-1", "hi"], "temperature=-1.0: give"),
+        (["--temperature", "nan", "hi"], "temperature=nan: give"),
+        (["--top-p", "3"], "top_p=3.0: give"),
+        ([""], "the question is empty"),
+        (["  "], "the question is empty"),
+    ],
+)
+def test_command_refuses_before_it_loads(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What no model could use is told before the model's folder is so much as looked at; loading R1 takes minutes."""
+    assert main(["--model", "/nowhere", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"r1: {said}") and err.count("\n") == 1
+    check_sentence(err.rstrip("\n"))
 
 
 def test_chat_without_a_tokenizer(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
