@@ -26,7 +26,7 @@ from r1 import InputError, switches
 from r1.__main__ import EMBEDDED
 from r1.backend import DTYPES, Backend, resolve, torch_device
 from r1.bench import arms, exam, merge, plot, report, worker
-from r1.bench.arms import TEXTBOOK, Arm, Workload
+from r1.bench.arms import TEXTBOOK, Arm, Settings, Workload
 from r1.bench.exam import Question
 from r1.bench.process import Found, Process, interrupt_once, signals
 from r1.build import HEADROOM, count_parameters
@@ -154,6 +154,9 @@ def run(arguments: argparse.Namespace) -> int:
     source = (model, arguments.shape, arguments.layers)
     workloads = [Workload(*source, *sizes, arguments.seed, arguments.routing, arguments.assume_acceptance) for sizes in lists]
     config = workloads[0].config()
+    plans = [(workload, arms_of(given, machine, workload, arguments)) for workload in workloads]
+    if not arguments.ablate:  # which takes only what can run here
+        check_possible(plans, config, machine)
     result: Found = {
         "schema": report.SCHEMA,
         "machine": {
@@ -175,14 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
     status = 0
     try:
         with signals(interrupt_once):  # a time limit keeps what is finished, as Ctrl-C does
-            for workload in workloads:
-                if arguments.ablate:
-                    compared = arms.ablation(given, machine, workload.batch, arguments.only or arms.KINDS)
-                else:
-                    compared = arms.from_switches(given, arguments.only or arms.USUAL)
-                for kind in arguments.only or ():
-                    if not any(each.is_of([kind]) for each in compared[1:]):
-                        raise InputError(f"--only {kind}: with these switches no arm is of this kind")
+            for workload, compared in plans:
                 try:
                     measure(compared, workload, config, arguments, questions, result)
                 except InputError as error:
@@ -196,6 +192,36 @@ def run(arguments: argparse.Namespace) -> int:
     present(result, arguments)
     failed = any(row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"])
     return status or int(failed)
+
+
+def arms_of(given: Settings, machine: Machine, workload: Workload, arguments: argparse.Namespace) -> list[Arm]:
+    """What is compared on this workload. Raises InputError where --only names a kind of which there is no arm."""
+    if arguments.ablate:
+        compared = arms.ablation(given, machine, workload.batch, arguments.only or arms.KINDS)
+    else:
+        compared = arms.from_switches(given, arguments.only or arms.USUAL)
+    for kind in arguments.only or ():
+        if not any(each.is_of([kind]) for each in compared[1:]):
+            raise InputError(f"--only {kind}: with these switches no arm is of this kind")
+    return compared
+
+
+def check_possible(plans: list[tuple[Workload, list[Arm]]], config: Config, machine: Machine) -> None:
+    """Raises InputError where the baseline can't run here, or arms are asked for beside it and none of them can.
+
+    Where some can, those that can't have a row that says why not.
+    """
+    reasons = []
+    for workload, (base, *asked) in plans:
+        resolve(base.backend, config, machine, batch=workload.batch)
+        for arm in asked:
+            try:
+                resolve(arm.backend, config, machine, batch=workload.batch)
+                return
+            except InputError as error:
+                reasons.append(str(error))
+    if reasons:
+        raise InputError(f"nothing beside the baseline can run here: {'; '.join(dict.fromkeys(reasons))}")
 
 
 def questions_of(model: str | None, count: int | None) -> list[Question]:

@@ -326,15 +326,22 @@ def test_no_speedup_without_parity_or_beyond_the_noise() -> None:
 def test_every_form_of_output() -> None:
     rows, sizes = [made_row(), made_row(passes=False)], dict.fromkeys(SIZES, 1)
     rows.append(report.row(Arm("cuda_graphs", "alone", Backend()), WORK, {"refused": "no GPU here"}, REFERENCE, shape("tiny")))
+    for name in ("moe=triton", "+ moe=triton"):
+        rows.append(
+            report.row(Arm(name, "alone", Backend()), WORK, {"refused": "moe=triton: none here"}, REFERENCE, shape("tiny"))
+        )
     result = {
         "machine": {"name": "M", "torch": "2", "python": "3"}, "repetitions": 3, "workload": "w", "rows": rows, "notes": ["said"],
         "pairs": [{"pair": "a & b", **sizes, "refused": None, "parity": True, "mean_kl": 1e-9}],
     }  # fmt: skip
     text = report.render(result, "md")
+    assert (
+        "\nmoe=triton: n/a: none here\n" in text and "\n+ moe=triton: n/a: none here\n" in text
+    )  # what is named is not named again
     assert "cuda_graphs: n/a: no GPU here" in text and "PARITY FAILS" in text and "a & b: passes" in text and "said" in text
     assert json.loads(report.render(result, "json"))["rows"][0]["speedup"] == pytest.approx(2)
     lines = [json.loads(line) for line in report.render(result, "jsonl").splitlines()]
-    assert len(lines) == 3 and all(line["machine"] == "M" for line in lines)
+    assert len(lines) == 5 and all(line["machine"] == "M" for line in lines)
     table = list(csv.DictReader(io.StringIO(report.render(result, "csv"))))
     assert table[2]["refused"] == "no GPU here" and float(table[0]["tpot_ms"]) == pytest.approx(20)
 
@@ -497,6 +504,37 @@ def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixtur
     assert bench.main([*arguments, "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
     assert not out and said in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kernels", "triton"], "kernels=triton: Triton's kernels need a GPU"),
+        (["--cuda-graphs", "--batch", "1,8"], "cuda_graphs capture launches on a GPU"),
+        (["--cuda-graphs", "--kernels", "triton"], "which has none: use compile; kernels=triton: Triton's kernels"),
+        (["--moe", "grouped", "--cuda-graphs", "--only", "together"], "cuda_graphs capture launches on a GPU"),
+        (["--draft-tokens", "2"], "draft_tokens=2 is of no use without drafts"),
+    ],
+)
+def test_what_can_not_run_here_is_refused_before_anything_is_measured(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(bench, "measure")
+    assert bench.main([*arguments, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("bench: nothing beside the baseline can run here: ") and said in err
+    assert err.count(said) == 1 and err.count("\n") == 1
+
+
+def test_what_can_run_here_is_measured_beside_what_can_not() -> None:
+    def plans(given: dict[str, Any], *batches: int) -> list[tuple[Workload, list[Arm]]]:
+        return [(dataclasses.replace(WORK, batch=batch), arms.from_switches(given)) for batch in batches]
+
+    bench.check_possible(plans({"cuda_graphs": True, "moe": "grouped"}, 1, 8), shape("tiny"), CPU)
+    bench.check_possible(plans({"cuda_graphs": True}, 1, 8), shape("tiny"), H100)
+    bench.check_possible(plans({}, 1), shape("tiny"), CPU)  # the baseline alone
+    with pytest.raises(InputError, match="^device=cuda: torch .* sees no such GPU here"):  # that the baseline can't be had
+        bench.check_possible(plans({"device": "cuda", "cuda_graphs": True}, 1), shape("tiny"), CPU)
 
 
 def test_strategies_are_what_the_flags_offer() -> None:

@@ -313,7 +313,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"]
     lines += ["", result["workload"], ""]
     lines += table(result["rows"])
-    lines += [f"\n{r['arm']}: {'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused']}" for r in result["rows"] if r["refused"]]
+    lines += [f"\n{r['arm']}: {refusal(r)}" for r in result["rows"] if r["refused"]]
     lines += [f"\n{r['arm']}: {drafts(r)}" for r in result["rows"] if r.get("acceptance") is not None]
     noise = [r["arm"] for r in result["rows"] if r.get("within_noise")]
     if noise:
@@ -329,6 +329,12 @@ def markdown(result: dict[str, Any]) -> str:
         ]
     lines += [f"\n{note}" for note in result["notes"]]
     return "\n".join(lines)
+
+
+def refusal(r: Row) -> str:
+    """Why there is nothing else in a row; what stands before it names the arm, so the reason need not."""
+    name = r["arm"].removeprefix("+ ")  # a ladder's
+    return f"{'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused'].removeprefix(f'{name}: ')}"
 
 
 def drafts(r: Row) -> str:
