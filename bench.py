@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=numbers, default=[1], metavar="N,..", help="rows decoded together (default 1)")
     p.add_argument("--prompt", type=numbers, default=[128], metavar="N,..", help="tokens of each prompt (default 128)")
     p.add_argument("--new", type=numbers, default=[128], metavar="N,..", help="new tokens of each row (default 128)")
-    p.add_argument("--depth", type=numbers, default=[0], metavar="N,..", help="tokens in the cache before (default 0)")
+    p.add_argument(
+        "--depth", type=partial(numbers, least=0), default=[0], metavar="N,..", help="tokens in the cache before (default 0)"
+    )
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each arm (default 5)")
     p.add_argument("--seed", type=switches.seed, default=0, help="of random weights and prompts")
     p.add_argument(
@@ -99,7 +102,10 @@ def parser() -> argparse.ArgumentParser:
 
 def prices(text: str) -> list[float]:
     """A comma list of amounts of money."""
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give amounts of money, with commas between") from None
 
 
 def kinds(text: str) -> tuple[str, ...]:
@@ -108,16 +114,22 @@ def kinds(text: str) -> tuple[str, ...]:
     for kind in text.split(","):
         switch = kind.removeprefix(arms.ALL_BUT).replace("-", "_")
         if kind not in arms.KINDS and (not kind.startswith(arms.ALL_BUT) or switch not in vars(Backend())):
-            raise ValueError(text)
+            raise argparse.ArgumentTypeError(
+                f"{kind!r}: give {', '.join(arms.KINDS)} or {arms.ALL_BUT}SWITCH (as in {arms.ALL_BUT}moe), with commas between"
+            )
         chosen.append(kind if kind in arms.KINDS else arms.ALL_BUT + switch)
     return tuple(chosen)
 
 
-def numbers(text: str) -> list[int]:
-    """A comma list of whole numbers, 0 or more."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 0:
-        raise ValueError(text)
+def numbers(text: str, least: int = 1) -> list[int]:
+    """A comma list of whole numbers of at least `least`, 0 or 1."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if min(values) < least:
+        allowed = "above 0" if least else "of 0 or more"
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers {allowed}, with commas between")
     return values
 
 
@@ -136,8 +148,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.show:
         present(merge.load(arguments.show, complete=True), arguments)
         return 0
-    if arguments.repetitions < 1 or min(*arguments.batch, *arguments.prompt, *arguments.new, 1) < 1:
-        raise InputError("--batch, --prompt, --new and -r take 1 or more")
+    if arguments.repetitions < 1:
+        raise InputError(f"-r {arguments.repetitions}: give a whole number above 0")
     if arguments.layers is not None and arguments.shape is None:
         raise InputError("--layers cuts a --shape, and none is given: a checkpoint is run whole")
     given = switches.given(arguments)

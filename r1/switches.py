@@ -27,9 +27,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def seed(text: str) -> int:
     """A seed as torch's generators take it."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
     if not 0 <= value < 2**63:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 0 to 2^63 - 1")
     return value
 
 

@@ -82,9 +82,25 @@ def test_a_kind_without_an_arm_is_refused(kind: str, capsys: pytest.CaptureFixtu
 
 def test_kinds_are_named_as_flags_are() -> None:
     assert bench.kinds("together,all-but-one,all-but-cuda-graphs") == ("together", "all-but-one", "all-but-cuda_graphs")
-    for wrong in ("all-but-nothing", "cuda-graphs", "all-but-", ""):
-        with pytest.raises(ValueError, match=f"^{wrong}$"):
-            bench.kinds(wrong)
+
+
+@pytest.mark.parametrize(
+    ("flag", "wrong", "said"),
+    [
+        *(("--only", kind, "give alone, together, ladder, all-but-one, pairs or all-but-SWITCH (as in all-but-moe), with commas")
+          for kind in ("foo", "all-but-nothing", "cuda-graphs", "all-but-", "")),
+        *((flag, value, "give whole numbers above 0, with commas between")
+          for flag in ("--batch", "--prompt", "--new") for value in ("x", "1,", "0", "8,-1", "1.5")),
+        *(("--depth", value, "give whole numbers of 0 or more, with commas between") for value in ("x", "-1", "")),
+        *(("--price", value, "give amounts of money, with commas between") for value in ("cheap", "2,")),
+        *(("--seed", value, "give a whole number from 0 to 2^63 - 1") for value in ("x", "-1", str(2**63))),
+    ],
+)  # fmt: skip
+def test_a_flag_says_what_it_takes(flag: str, wrong: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main([flag, wrong])
+    assert caught.value.code == 2
+    assert f"error: argument {flag}: {wrong!r}: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("machine", "batch"), [(CPU, 1), (H100, 1), (H100, 32), (MI300, 1), (T4, 1)])
@@ -487,7 +503,7 @@ def test_a_row_of_speculation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--new", "0"], "take 1 or more"),
+        (["-r", "0"], "give a whole number above 0"),
         (["--layers", "2"], "--layers cuts a --shape"),
         (["--shape", "tiny", "--layers", "9"], "take 1 to that many"),
         (["--model", "/nonexistent"], "there is no folder"),
