@@ -498,6 +498,21 @@ def test_a_row_of_speculation(tmp_path: Path) -> None:
     text = report.markdown(result)
     assert "100% of drafts accepted (ASSUMED, by a coin of 1: its text means nothing), 2.00 tokens a step; by bytes" in text
     assert text.count("of drafts accepted") == 2 and "(by the model)" in text
+    assert text.count("greedy text") == 1 and "Its greedy text is the fp32 reference's to the end." in text
+
+
+def test_how_far_a_text_with_drafts_is_the_references() -> None:
+    """It is no share of right tokens: one that differs ends it, and where the baseline parts as early, drafts did nothing."""
+    drafted = dict(acceptance=0.5, assumed=None, tokens_per_step=1.5, predicted_speedup=1.1, pays_from=0.4, same_text=0.25)
+    row, base = made_row() | drafted, made_row() | {"kind": "baseline", "same_text": 0.5}
+    parts = "the fp32 reference's up to the first token that differs, 25.0% into the tokens compared"
+    assert report.drafts(row, [base | {"prompt": 9}, row]).endswith(f" {parts}.")  # that baseline did other work
+    assert report.drafts(row, [base | {"prompt": 9}, base, row]).endswith(f" {parts} (the baseline's, without drafts: 50.0%).")
+    assert report.drafts(row | {"batch": 2}, [base, row]).endswith(f" {parts} on average.")
+    assert report.drafts(row | {"same_text": 1.0}, [base]).endswith(
+        "reference's to the end (the baseline's, without drafts: 50.0%)."
+    )
+    assert "greedy" not in report.drafts(row | {"same_text": None}, [base])
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def together(results: list[Found]) -> list[str]:
     results = sorted(results, key=lambda found: found["rows"][0]["batch"])
     rows = [row for found in results for row in found["rows"]]
     how = [line for found in results for line in (conditions(found), "")]
-    drafts = [line for row in rows if row.get("acceptance") is not None for line in ("", f"{row['arm']}: {report.drafts(row)}")]
+    drafting = [row for row in rows if row.get("acceptance") is not None]
+    drafts = [line for row in drafting for line in ("", f"{row['arm']}: {report.drafts(row, rows)}")]
     notes = [line for note in dict.fromkeys(note for found in results for note in found["notes"]) for line in ("", note)]
     columns = PREFILL if min(row["prompt"] for row in rows) >= 1000 else COLUMNS
     return [*how, *report.table(rows, columns), *drafts, *notes]

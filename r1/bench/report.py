@@ -314,7 +314,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", result["workload"], ""]
     lines += table(result["rows"])
     lines += [f"\n{r['arm']}: {refusal(r)}" for r in result["rows"] if r["refused"]]
-    lines += [f"\n{r['arm']}: {drafts(r)}" for r in result["rows"] if r.get("acceptance") is not None]
+    lines += [f"\n{r['arm']}: {drafts(r, result['rows'])}" for r in result["rows"] if r.get("acceptance") is not None]
     noise = [r["arm"] for r in result["rows"] if r.get("within_noise")]
     if noise:
         lines += [f"\nNo difference from the baseline beyond the noise: {', '.join(noise)}."]
@@ -337,15 +337,19 @@ def refusal(r: Row) -> str:
     return f"{'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused'].removeprefix(f'{name}: ')}"
 
 
-def drafts(r: Row) -> str:
-    """What speculation did in a row, and what its bytes say of it."""
+def drafts(r: Row, rows: Sequence[Row]) -> str:
+    """What speculation did in a row, and what its bytes say of it; `rows` has the baseline of the same sizes."""
     assumed = r["assumed"] is not None
     how = f"ASSUMED, by a coin of {r['assumed']:g}: its text means nothing" if assumed else "by the model"
     pays = "it never pays" if r["pays_from"] is None else f"it pays from {r['pays_from']:.0%}"
     said = f"{r['acceptance']:.0%} of drafts accepted ({how}), {r['tokens_per_step']:.2f} tokens a step; "
     said += f"by bytes alone worth {r['predicted_speedup']:.2f}x steps of one token, and {pays}."
     if r["same_text"] is not None:
-        said += f" Its greedy text is the fp32 reference's for {r['same_text']:.1%} of the tokens compared."
+        base = next((b for b in rows if b["kind"] == "baseline" and all(b[name] == r[name] for name in SIZES)), {})
+        average = " on average" if r["batch"] > 1 else ""
+        parts = f"up to the first token that differs, {r['same_text']:.1%} into the tokens compared{average}"
+        said += f" Its greedy text is the fp32 reference's {'to the end' if r['same_text'] == 1 else parts}"
+        said += "." if base.get("same_text") is None else f" (the baseline's, without drafts: {base['same_text']:.1%})."
     return said
 
 
