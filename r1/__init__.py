@@ -41,10 +41,10 @@ def load(
         tokenizer.check(config.vocab_size)
         stop_ids |= tokenizer.stop_ids
     model, report = build.from_checkpoint(directory, config, backend, mtp=mtp, quiet=quiet)
-    notes = report.sentences()
+    cautions = []
     if "fp16" in (backend.dtype, backend.amp):
-        notes.append("fp16 ends at 65504, which this family's activations can pass: prefer bf16 where the machine has it")
-    return Engine(model, backend, tokenizer, stop_ids, notes)
+        cautions.append("fp16 ends at 65504, which this family's activations can pass: prefer bf16 where the machine has it")
+    return Engine(model, backend, tokenizer, stop_ids, report.sentences(), cautions)
 
 
 def _generation_stops(directory: Path) -> frozenset[int]:

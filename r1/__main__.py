@@ -57,8 +57,8 @@ def check(arguments: argparse.Namespace) -> None:
 def talk(arguments: argparse.Namespace) -> int:
     check(arguments)
     engine = r1.load(arguments.model, r1.Backend(**switches.given(arguments)))
-    for note in engine.notes:
-        print(f"r1: {note}", file=sys.stderr)
+    for caution in engine.cautions:
+        print(f"r1: {caution}", file=sys.stderr)
     messages: list[dict[str, Any]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.question is not None:
         answer(engine, [*messages, {"role": "user", "content": arguments.question}], arguments)

@@ -2,7 +2,7 @@
 
 Reading maps a shard into memory and copies each tensor to its place in the model, on its device and in its dtype, so
 there is never a second copy; the per-expert matrices of a checkpoint land in the stacked ones. FP8 blocks become the
-model's dtype on the way. Every key of the files is used, skipped knowingly (and said), or an error.
+model's dtype on the way. Every key of the files is used, skipped knowingly (`Report` says), or an error.
 """
 
 from __future__ import annotations

@@ -73,10 +73,12 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         stop_ids: frozenset[int] = frozenset(),
         notes: Sequence[str] = (),
+        cautions: Sequence[str] = (),
     ) -> None:
+        """`notes`: what loading left out, by design, for who asks. `cautions`: what whoever runs it should know."""
         self.model, self.backend, self.config = model, backend, model.config
         self.runner = Runner(model, backend)
-        self.tokenizer, self.stop_ids, self.notes = tokenizer, stop_ids, list(notes)
+        self.tokenizer, self.stop_ids, self.notes, self.cautions = tokenizer, stop_ids, list(notes), list(cautions)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """int64 (B, S) -> fp32 (B, S, W): what each position says of the next token; causal, without a cache."""

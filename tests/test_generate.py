@@ -333,6 +333,18 @@ def test_a_chat_on_stdin() -> None:
     assert len(TIMING.findall(result.stderr)) == 2 and "Ctrl-D" in result.stderr
 
 
+def test_what_the_user_should_know_is_said(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    """fp16's range is; that a model without speculation has no use for its MTP layer is not, nor is it lost."""
+    from r1.__main__ import main
+
+    said = {}
+    for dtype in ("fp32", "fp16"):
+        assert main(["2+2?", "--new", "2", "--device", "cpu", "--dtype", dtype]) == 0
+        said[dtype] = [line for line in capsys.readouterr().err.splitlines() if not TIMING.match(line)]
+    assert said["fp32"] == [] and len(said["fp16"]) == 1 and said["fp16"][0].startswith("r1: fp16 ends at 65504")
+    assert any("MTP layers are loaded only when asked for" in note for note in engine.notes)
+
+
 def test_bad_input_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     from r1.__main__ import main
 
@@ -340,5 +352,5 @@ def test_bad_input_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> No
                       "--prefill-attention", "expand"]):  # fmt: skip
         assert main(arguments) == 2
         out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if line.startswith("r1: ") and "not loaded" not in line]
+        lines = [line for line in err.splitlines() if line.startswith("r1: ")]
         assert not out and len(lines) == 1 and "Traceback" not in err, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import card
 import make_tables
-from test_generate import command
+from test_generate import TIMING, command
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,9 +37,13 @@ def test_the_card_comes_from_the_committed_files() -> None:
 
 
 def test_the_example_is_what_is_printed() -> None:
-    (question, shown) = re.findall(r'python -m r1 "(What is 47.*?)"\n```\n\n```\n(.*?)```', TEXT, re.DOTALL)[0]
-    result = command(question, "--temperature", "0", "--device", "cpu")
-    assert result.returncode == 0 and result.stdout == shown
+    """All of it: the answer on stdout, and on stderr nothing but the line of timings, which is another on each machine."""
+    found = re.search(r'python -m r1 ("What is 47.*?)\n```\n\n```\n(.*?\n)(\[.*\])\n```', TEXT, re.DOTALL)
+    assert found
+    result = command(*shlex.split(found[1]), "--device", "cpu")
+    assert result.returncode == 0 and result.stdout == found[2]
+    shown, printed = TIMING.fullmatch(found[3]), TIMING.fullmatch(result.stderr.rstrip())
+    assert shown and printed and shown[1] == printed[1]
 
 
 def test_links_lead_somewhere() -> None:
