@@ -89,7 +89,9 @@ def test_greedy_is_what_logits_say(engine: Engine) -> None:
 
 def test_a_seed_makes_it_again(engine: Engine) -> None:
     def sampled(seed: int | None) -> list[list[int]]:
-        return [c.tokens for c in engine.generate(PROMPTS, max_new_tokens=12, seed=seed, ignore_stop=True)]
+        # Hot: at 0.6 the trained weights leave so little open that two draws in a hundred are the same.
+        found = engine.generate(PROMPTS, max_new_tokens=12, temperature=2.0, top_p=1.0, seed=seed, ignore_stop=True)
+        return [c.tokens for c in found]
 
     assert sampled(1) == sampled(1) != sampled(2)
     assert sampled(None) != sampled(None)
