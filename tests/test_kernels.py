@@ -296,7 +296,7 @@ def check_route(gate: Router, dtype: str, tokens: int, told: Router | None = Non
     """`told` is what the kernel sees in the gate's place."""
     x, gain = draw(tokens, 75, dtype=dtype), draw(75, dtype=dtype)
     twin_h, twin_indices, twin_weights = route_torch(gate, x, gain, 1e-2)
-    for launch in (None, RouterLaunch(4, 32)):
+    for launch in (None, RouterLaunch(4, 32, 4)):
         h, indices, weights = route(CHIP, told or gate, x, gain, 1e-2, launch)
         close(h, twin_h, dtype)
         (a, order), (b, twin_order) = indices.sort(dim=1), twin_indices.sort(dim=1)

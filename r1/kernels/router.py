@@ -23,14 +23,16 @@ from r1.router import Router
 class RouterLaunch:
     """Each program makes the logits of `experts` experts for one token, `columns` of the hidden state at a time."""
 
-    experts: int = 1
-    columns: int = 2048
-    warps: int = 1
+    experts: int
+    columns: int
+    warps: int
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> RouterLaunch:
-        _tokens, _experts, dim = sizes
-        return RouterLaunch(columns=min(2048, power_of_two(dim)))
+        tokens, experts, dim = sizes
+        columns = min(2048, power_of_two(dim))
+        # Each program reads its token twice to norm it: where that is much, few programs.
+        return RouterLaunch(4, columns, 4) if tokens * experts * dim > 2**23 else RouterLaunch(1, columns, 1)
 
     @property
     def choices(self) -> Choices:
