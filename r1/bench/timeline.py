@@ -2,13 +2,14 @@
 
 A kernel that may start before the one ahead has ended waits for it, so durations count that waiting and add up to more than
 the step. What a kernel adds is the time from the end of all that ended before to its own end, but for when nothing ran, which
-is a line of its own. These add up to the step.
+is a line of its own. These add up to the step: of a kernel that ran from 0 to 10, one from 4 to 13 and one from 15 to 20, the
+first adds 10, the second 3, the third 5, and for 2 nothing ran.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -32,7 +33,9 @@ def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
     over = min((e["ts"] for e in events), default=0.0)
     for event in sorted(events, key=lambda e: float(e["ts"] + e["dur"])):
         end = event["ts"] + event["dur"]
-        idle = sum(length for start, length in gaps if over <= start < end)
+        idle = 0.0
+        while gaps and gaps[0][0] < end:
+            idle += gaps.popleft()[1]
         found[_label(event)].append(end - over - idle)
         if idle:
             found[IDLE].append(idle)
@@ -41,14 +44,15 @@ def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -float(row["us"]))
 
 
-def _gaps(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """When none of these spans (start, end) runs, between the first and the last: (start, length)."""
-    gaps: list[tuple[float, float]] = []
-    over = float("inf")
-    for start, end in sorted(spans):
+def _gaps(spans: list[tuple[float, float]]) -> deque[tuple[float, float]]:
+    """When none of these spans (start, end) runs, between the first and the last: (start, length), in time's order."""
+    gaps: deque[tuple[float, float]] = deque()
+    spans = sorted(spans)
+    over = spans[0][1] if spans else 0.0
+    for start, end in spans[1:]:
         if start > over:
             gaps.append((over, start - over))
-        over = end if over == float("inf") else max(over, end)
+        over = max(over, end)
     return gaps
 
 

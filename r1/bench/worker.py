@@ -124,7 +124,7 @@ class Bench:
         return {"start_seconds": sum(max(0.0, first[k] - second[k]) for k in ("ttft", "second_token"))}
 
     def measure(self) -> dict[str, Any]:
-        """One repetition: seconds to the first token, to the last, and of each step between; drafts that fared well; memory."""
+        """One repetition: seconds to the first token, to the last, and of each step between; accepted drafts; memory."""
         w = self.workload
         self.fill()
         if self.engine.runner.device.type != "cpu":
@@ -243,10 +243,8 @@ class Bench:
         """What one decode step runs on the GPU (timeline.py), and how many kernels that is; None on a CPU."""
         if self.engine.runner.device.type == "cpu":
             return {"count": None, "parts": None}
-        path = self.folder / "kernels.json"
-        self._profile().export_chrome_trace(str(path))
-        found = timeline.parts(json.loads(path.read_text(encoding="utf-8")))
-        return {"count": sum(part["calls"] for part in found), "parts": found}
+        _, parts = self._parts(self._profile())
+        return {"count": sum(part["calls"] for part in parts), "parts": parts}
 
     def moe_layer(self) -> dict[str, Any]:
         """Seconds of one MoE layer in a decode step: all of the model's in a row, called (or captured) as this arm does it."""
@@ -280,16 +278,18 @@ class Bench:
     def trace(self) -> dict[str, Any]:
         """A Chrome trace of one decode step, and its costliest kernels (on a CPU: operators)."""
         found = self._profile()
+        path, parts = self._parts(found)
+        if self.engine.runner.device.type == "cpu":
+            table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
+        else:
+            table = "\n".join(timeline.table(parts))
+        return {"path": str(path), "table": table}
+
+    def _parts(self, found: profile) -> tuple[Path, list[dict[str, Any]]]:
+        """The Chrome trace of a profile, in `folder`, and what it says of the GPU's time (timeline.py)."""
         path = self.folder / "trace.json"
         found.export_chrome_trace(str(path))
-        if self.engine.runner.device.type == "cpu":
-            averages = found.key_averages()
-            return {
-                "path": str(path),
-                "table": averages.table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60),
-            }
-        parts = timeline.parts(json.loads(path.read_text(encoding="utf-8")))
-        return {"path": str(path), "table": "\n".join(timeline.table(parts))}
+        return path, timeline.parts(json.loads(path.read_text(encoding="utf-8")))
 
     def _profile(self) -> profile:
         self.fill()

@@ -1,8 +1,9 @@
 """A projection with what stands before and behind it: y = residual + act(x) W^T, where act is a norm, SwiGLU, or nothing.
 
-The norm costs no pass of its own: its factor is one number per row, so it is multiplied in at the end, when the same loop that
-streams the weights has also added up the squares. One token is a matrix-vector product (each program a few rows of W, all its
-threads along the columns); several are `tl.dot` on tiles whose rows are padded to 16.
+One token is a matrix-vector product: each program has a few rows of W, and all its threads stand along the columns. The norm
+costs no pass of its own then: its factor is one number, so it is multiplied in at the end, when the same loop that streams the
+weights has also added up the squares. Several tokens are `tl.dot` on tiles whose rows are padded to 16, behind a small kernel
+that norms them.
 
 Shapes: N tokens, I inputs, O outputs.
 """

@@ -1,7 +1,7 @@
-"""A request that bytes be brought into the second-level cache, where the chip takes one.
+"""A request that bytes be brought from memory into the second-level cache, where the chip takes such requests.
 
-No result depends on it and nobody waits for it, so it may stand before a kernel's wait for the one ahead, whatever it is for:
-a program that waits anyway has its first bytes under way meanwhile, in one piece each, which memory likes best.
+No result depends on it and nobody waits for it. So a kernel may ask before it waits for the one ahead (chip.py), even for bytes
+that the one ahead may still change: when they are read, after the wait, they are as they should be, and near by then.
 """
 
 from __future__ import annotations

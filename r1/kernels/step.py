@@ -17,8 +17,8 @@ from r1.rope import angles
 
 
 def begin_step(chip: Chip, lengths: Tensor, new: int, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 lengths (B,), fp32 frequency (R/2,) -> positions of `new` tokens behind each row, int64 (B, S); cos and signed sin,
-    fp32 (B, S, 1, R)."""
+    """int64 lengths (B,), fp32 frequency (R/2,) -> positions of `new` tokens behind each row, int64 (B, S); cos and sin, fp32
+    (B, S, 1, R), sin negative at even places: as r1/rope.py's `angles` has them, for a rotation of pairs."""
     rows, rope = len(lengths), 2 * len(frequency)
     positions = lengths.new_empty(rows, new)
     cos, sin = frequency.new_empty(rows, new, 1, rope), frequency.new_empty(rows, new, 1, rope)
@@ -39,7 +39,8 @@ def begin_step_torch(lengths: Tensor, new: int, frequency: Tensor, factor: float
 def step_kernel(
     lengths, new, frequency, factor, positions, cos, sin, ROPE: tl.constexpr, PAD: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """One token. No kernel starts before its end, for the attention reads positions before its own wait (chip.py)."""
+    """One token. It never lets the next kernel start early: the attention reads positions before its own wait, so they have to be
+    older than any kernel that may still be running then (chip.py)."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(lengths + token // new) + token % new
