@@ -57,7 +57,7 @@ class ExpertsLaunch:
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, min(512, power_of_two(inner)))
         if tokens * chosen >= 32 * experts:  # a prompt: bound by arithmetic, so tiles are as square as they can be
             columns = 128 // itemsize
-            up = 128 if chip.shared >= 3 * 3 * 128 * columns * itemsize else 64
+            up = 128 if itemsize == 2 and chip.shared >= 3 * 3 * 128 * columns * itemsize else 64  # fp32 would spill
             stages = max(1, min(4, chip.shared // ((2 * up + 128) * columns * itemsize)))
             return ExpertsLaunch(128, up, columns, up, columns, 8, stages, apart=True)
         rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))  # few experts get twice their share
