@@ -56,7 +56,7 @@ from r1.kernels.router import RouterLaunch, route, route_torch
 from r1.kernels.step import begin_step, begin_step_torch, step_kernel
 from r1.model import Transformer
 from r1.router import Router
-from r1.runner import Runner
+from r1.runner import MOST_TOKENS, Runner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHIP = Chip.of(DEVICE)
@@ -381,6 +381,24 @@ def test_sort_by_expert(tokens: int, chosen: int, count: int) -> None:
     indices = torch.randint(count, (tokens, chosen), device=DEVICE)
     for ours, twin in zip(sort_by_expert(CHIP, indices, count), sort_by_expert_torch(indices, count), strict=True):
         assert torch.equal(ours, twin)
+
+
+def test_a_grid_holds_the_longest_prompt() -> None:
+    """CUDA's limit, of all dimensions but the first."""
+    grids: list[tuple[int, ...]] = []
+
+    class Grids(compile_tool.Recorder):
+        def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+            grids.append(grid)
+
+    config, chip = shape("r1"), Grids(132, 227 * 1024, dependent_launch=True)
+    with torch.device("meta"):
+        x = torch.empty(MOST_TOKENS, config.hidden_size, dtype=torch.bfloat16)
+        chosen = torch.empty(MOST_TOKENS, config.num_experts_per_tok)
+        up = torch.empty(config.n_routed_experts, 2 * config.moe_intermediate_size, config.hidden_size, dtype=torch.bfloat16)
+        routed = Matrices(up, torch.empty(up.shape[0], up.shape[2], up.shape[1] // 2, dtype=torch.bfloat16))
+        experts(chip, x, chosen.long(), chosen, routed)  # type: ignore[arg-type]
+    assert len(grids) == 4 and all(max(grid[1:], default=0) < 2**16 for grid in grids)
 
 
 @pytest.mark.parametrize(("counts", "rows", "shared"), [([0, 40, 16, 0, 17, 1], 16, 0), ([3, 0, 0], 32, 2), ([0, 0, 65], 64, 1)])

@@ -118,7 +118,7 @@ def experts(
     chip.run(up_tile_kernel, (up_blocks, places), x, order, ends, work, *ups, h, tokens, count, **how, **up)
     y = x.new_empty(tokens, slots, dim, dtype=x.dtype if use.apart else torch.float32)
     chip.run(down_tile_kernel, (down_blocks, places), h, order, ends, work, weights, *downs, y, tokens, count, **how, **down)
-    chip.run(add_kernel, (ceil_div(dim, 256), tokens), y, residual, out, DIM=dim, SLOTS=slots, BLOCK=256, warps=1)
+    chip.run(add_kernel, (tokens * ceil_div(dim, 256),), y, residual, out, DIM=dim, SLOTS=slots, BLOCK=256, warps=1)
     return out
 
 
@@ -416,9 +416,10 @@ def down_tile_kernel(
 
 @triton.jit
 def add_kernel(y, residual, out, DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """A token's slots added up in their order, and the residual."""
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(1).to(tl.int64)
+    """A token's slots added up in their order, and the residual. (One dimension, for others have 65,535 programs at most.)"""
+    blocks: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
+    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
     wait_for_previous(PDL)
     let_next_start(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
