@@ -112,8 +112,9 @@ def by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns `order` (N K), a sorted choice's place among the unsorted; `token` (N K), the token it came from; and `ends`,
     int32 (E,): expert e owns the sorted choices from ends[e - 1] to ends[e].
     """
-    sorted_experts, order = indices.flatten().to(torch.int16).sort(stable=True)  # a GPU sorts byte by byte
-    ids = torch.arange(experts, dtype=torch.int16, device=indices.device)
+    narrow = torch.int16 if experts <= 2**15 else torch.int64  # a GPU sorts byte by byte
+    sorted_experts, order = indices.flatten().to(narrow).sort(stable=True)
+    ids = torch.arange(experts, dtype=narrow, device=indices.device)
     ends = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
     return order, order // indices.shape[1], ends
 

@@ -789,6 +789,10 @@ def test_switches_at_the_edge_are_fine() -> None:
         assert "auto" not in vars(resolved).values()
 
 
+def test_fused_kernels_are_of_decode() -> None:
+    assert resolve(Backend(kernels="triton"), ALIGNED, H100).prefill_moe == "grouped"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_here(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not a made-up machine but this one."""

@@ -310,7 +310,7 @@ def test_route(name: str, dtype: str) -> None:
     check_route(router(name), dtype, 8)
 
 
-@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("tokens", [1, 33, 70])
 def test_route_of_so_many(tokens: int) -> None:
     check_route(router("r1"), "fp32", tokens)
 
@@ -369,18 +369,24 @@ def test_shared_experts_norm_the_residual(shared: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [200, 333])
-def test_experts_of_a_prompt(tokens: int) -> None:
+def test_experts_of_a_prompt(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the other tests have: tiles by default, and torch sorts."""
+    monkeypatch.setattr("r1.kernels.experts.MOST_CHOICES", 100)
+    monkeypatch.setattr("r1.kernels.experts.sort_kernel", None)
     given = expert_inputs(tokens, "fp32", 1)
     assert ExpertsLaunch.default((tokens, 2, 9, 27, 21, 4), CHIP).apart
     close(experts(CHIP, **given), experts_torch(**given), "fp32")
 
 
-@pytest.mark.parametrize(("tokens", "chosen", "count"), [(3000, 2, 5), (1, 1, 1), (3, 2, 5), (33, 4, 7), (100, 3, 300)])
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "count"), [(3000, 2, 5), (3000, 2, 40000), (1, 1, 1), (3, 2, 5), (33, 4, 7), (100, 3, 300)]
+)
 def test_sort_by_expert(tokens: int, chosen: int, count: int) -> None:
     indices = torch.randint(count, (tokens, chosen), device=DEVICE)
     for ours, twin in zip(sort_by_expert(CHIP, indices, count), sort_by_expert_torch(indices, count), strict=True):
         assert torch.equal(ours, twin)
+    order, ends = sort_by_expert(CHIP, indices, count)
+    assert torch.equal(indices.flatten()[order.long()], indices.flatten().sort().values) and ends[-1] == tokens * chosen
 
 
 def test_a_grid_holds_the_longest_prompt() -> None:

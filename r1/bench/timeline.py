@@ -8,10 +8,12 @@ first adds 10, the second 3, the third 5, and for 2 nothing ran.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from r1.bench.report import aligned
@@ -42,6 +44,11 @@ def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
         over = end
     rows = [{"kernel": name, "calls": 0 if name == IDLE else len(added), "us": sum(added)} for name, added in found.items()]
     return sorted(rows, key=lambda row: -float(row["us"]))
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """`parts` of a trace that the profiler wrote."""
+    return parts(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _gaps(spans: list[tuple[float, float]]) -> deque[tuple[float, float]]:

@@ -243,7 +243,7 @@ class Bench:
         """What one decode step runs on the GPU (timeline.py), and how many kernels that is; None on a CPU."""
         if self.engine.runner.device.type == "cpu":
             return {"count": None, "parts": None}
-        _, parts = self._parts(self._profile())
+        parts = timeline.load(self._export(self._profile()))
         return {"count": sum(part["calls"] for part in parts), "parts": parts}
 
     def moe_layer(self) -> dict[str, Any]:
@@ -278,18 +278,18 @@ class Bench:
     def trace(self) -> dict[str, Any]:
         """A Chrome trace of one decode step, and its costliest kernels (on a CPU: operators)."""
         found = self._profile()
-        path, parts = self._parts(found)
+        path = self._export(found)
         if self.engine.runner.device.type == "cpu":
             table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
         else:
-            table = "\n".join(timeline.table(parts))
+            table = "\n".join(timeline.table(timeline.load(path)))
         return {"path": str(path), "table": table}
 
-    def _parts(self, found: profile) -> tuple[Path, list[dict[str, Any]]]:
-        """The Chrome trace of a profile, in `folder`, and what it says of the GPU's time (timeline.py)."""
+    def _export(self, found: profile) -> Path:
+        """Where the Chrome trace of a profile is written to."""
         path = self.folder / "trace.json"
         found.export_chrome_trace(str(path))
-        return path, timeline.parts(json.loads(path.read_text(encoding="utf-8")))
+        return path
 
     def _profile(self) -> profile:
         self.fill()

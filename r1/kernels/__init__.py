@@ -1,4 +1,5 @@
-"""Triton kernels for decode, each beside its torch twin: what `attention=triton`, `moe=triton` and `kernels=triton` run.
+"""Triton kernels for decode and for a prompt's experts, each beside its torch twin: what `attention`, `moe`, `prefill_moe` and
+`kernels` run where they are `triton`.
 
 A decode step is bound by reading weights, so the plan is a matter of bytes. One sparse layer, bf16, one token:
 

@@ -1,12 +1,12 @@
-"""The experts of a step: only those hit are read, in decode each once, and the shared experts are more of them, with weight 1.
+"""The experts of a step: only those hit are read, by few tokens each once; the shared experts are more of them, of weight 1.
 
 A shared MLP of width n I is n experts of width I: their gates, ups and downs stand in its matrices, one behind the other. A
 token's outputs are kept apart by *slot* (its K choices, then the n shared experts) and added up in the slots' order.
 
 One token: each program multiplies rows of one expert with a vector, and the down projection's programs run over the token's
 slots, so that they add up at once. Several tokens: their choices are sorted by expert, and a program streams its rows of an
-expert's weights past a tile of that expert's tokens. A prompt: the same, but each tile of tokens has programs of its own, since
-arithmetic is what bounds it then and no longer the reading of weights.
+expert's weights past a tile of that expert's tokens. Many, as a prompt's: the same, but each tile of tokens has programs of its
+own, since arithmetic is what bounds it then and no longer the reading of weights.
 
 Shapes: N tokens, K choices per token, E experts, D hidden_size, I moe_intermediate_size, L slots (K + n).
 """
@@ -55,9 +55,9 @@ class ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize = sizes
         if tokens == 1:
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, min(512, power_of_two(inner)))
-        if tokens * chosen >= 32 * experts:  # a prompt: bound by arithmetic, so tiles are as square as they can be
+        if tokens * chosen >= 32 * experts:  # as a prompt's: bound by arithmetic, so tiles are as square as they can be
             columns = 128 // itemsize
-            up = 128 if itemsize == 2 and chip.shared >= 3 * 3 * 128 * columns * itemsize else 64  # fp32 would spill
+            up = 128 if itemsize == 2 and chip.shared >= 3 * 3 * 128 * columns * itemsize else 64  # fp32 would spill more
             stages = max(1, min(4, chip.shared // ((2 * up + 128) * columns * itemsize)))
             return ExpertsLaunch(128, up, columns, up, columns, 8, stages, apart=True)
         rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))  # few experts get twice their share
@@ -86,7 +86,8 @@ def experts(
 ) -> Tensor:  # fmt: skip
     """x (N, D), indices int64 (N, K), weights fp32 (N, K) -> the weighted sum of the experts' outputs, (N, D).
 
-    The outputs of `shared` and the `residual` (N, D) are added to it, all in fp32. `norm` (D,) says that x is the residual,
+    The outputs of `shared` and the `residual` (N, D) are added to it, in fp32; where tiles are `apart`, each output is rounded
+    to x's dtype before. `norm` (D,) says that x is the residual,
     RMS-normed with this gain by the kernel ahead, and that the residual is older: then shared experts needn't wait for x.
     """
     (tokens, dim), chosen = x.shape, indices.shape[1]
@@ -225,7 +226,7 @@ def up_vector_kernel(
     """BLOCK_OUT of the inner values of one slot's expert: silu(gate) * up.
 
     The shared experts come first: which they are hangs on nobody's choice, and where x is the residual's norm they make it
-    themselves, so they are read while the router runs.
+    themselves, so they needn't wait until what the router wrote can be seen.
     """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     slot = CHOSEN + SHARED - 1 - tl.program_id(1)
@@ -241,11 +242,11 @@ def up_vector_kernel(
     elif SHARED > 0:
         matrix = shared + (slot - CHOSEN) * (INNER * DIM)
         if norm is not None:
-            inner = gated(residual + token * DIM, norm, eps, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
-            wait_for_previous(PDL)
+            x = residual + token * DIM
         else:
             wait_for_previous(PDL)
-            inner = gated(x, None, eps, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+        inner = gated(x, norm, eps, matrix, SHARED * INNER * DIM, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+        wait_for_previous(PDL)
         let_next_start(PDL)
         tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
 
