@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -324,9 +325,9 @@ def test_route_of_drawn_experts() -> None:
     check_route(gate, "fp32", 9)
 
 
-def expert_inputs(tokens: int, dtype: str, shared: int) -> dict[str, Any]:
+def expert_inputs(tokens: int, dtype: str, shared: int, dim: int = 27) -> dict[str, Any]:
     """Odd sizes: hidden 27, inner 21, 9 experts, of which only 0, 4 and 8 are ever chosen; the others' weights are poison."""
-    dim, inner, count, chosen = 27, 21, 9, 2
+    inner, count, chosen = 21, 9, 2
     up, down = draw(count, 2 * inner, dim, dtype=dtype, scale=dim**-0.5), draw(count, dim, inner, dtype=dtype, scale=inner**-0.5)
     for never in (1, 2, 3, 5, 6, 7):
         up[never], down[never] = float("nan"), float("nan")
@@ -352,6 +353,13 @@ def test_experts(tokens: int, shared: int, dtype: str) -> None:
         launches.append(ExpertsLaunch(16, 16, 16, 16, 32, apart=True))
     for launch in launches:
         close(experts(CHIP, **given, launch=launch), twin, dtype)
+
+
+@pytest.mark.parametrize("launch", [None, ExpertsLaunch(16, 32, 128, 64, 32, apart=True)])
+def test_experts_of_a_wide_model(launch: ExpertsLaunch | None) -> None:
+    """Wider than a program that adds up."""
+    given = expert_inputs(3, "fp32", 1, dim=600)
+    close(experts(CHIP, **given, launch=launch), experts_torch(**given), "fp32")
 
 
 @both
@@ -606,6 +614,39 @@ def test_wrong_norm_is_seen(dtype: str) -> None:
         close(linear(CHIP, x, weight, norm=gain, eps=0.2), linear_torch(x, weight, norm=gain, eps=0.0), dtype)
 
 
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_the_fused_block_tells_of_its_norms(eps: float) -> None:
+    """One token's shared experts norm the residual themselves: by the block's gain and its eps."""
+    config = dataclasses.replace(MODELS["v3"], rms_norm_eps=eps)
+    block: Any = model(config, "fp32").layers[-1]
+    block.post_attention_layernorm.weight.data.uniform_(0.5, 1.5)
+    fused, x = DecodeBlock(block, CHIP), draw(1, config.hidden_size, dtype="fp32")
+    close(fused.mixture(x, block.mlp), x + block.mlp(block.post_attention_layernorm(x)[None], "decode")[0], "fp32")
+
+
+H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
+
+
+@pytest.mark.parametrize(
+    ("launch", "sizes", "wanted"),
+    [
+        (LinearLaunch, (1, 7168, 2112, 2), LinearLaunch(1, 2, 1024, 4)),
+        (LinearLaunch, (32, 2048, 2048, 2), LinearLaunch(32, 16, 128, 4, 5)),
+        (LinearLaunch, (32, 2048, 3648, 2), LinearLaunch(32, 32, 128, 4, 5)),
+        (LinearLaunch, (8, 2048, 163840, 2), LinearLaunch(16, 64, 128, 4, 5)),
+        (LinearLaunch, (32, 16384, 7168, 2), LinearLaunch(32, 64, 128, 4, 4)),
+        (LinearLaunch, (8, 7168, 2112, 2), LinearLaunch(16, 64, 128, 4, 5)),
+        (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
+        (RouterLaunch, (8, 256, 7168), RouterLaunch(8, 512, 4)),
+        (ExpertsLaunch, (4096, 6, 64, 2048, 1408, 2), ExpertsLaunch(128, 128, 64, 128, 64, 8, 4, apart=True)),
+        (ExpertsLaunch, (4096, 6, 64, 2048, 1408, 4), ExpertsLaunch(128, 64, 32, 64, 32, 8, 4, apart=True)),
+    ],
+)
+def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
+    """tools/bench_kernels.py --sweep on an H100, and compile_kernels.py where something else spilled."""
+    assert launch.default(sizes, H100) == wanted
+
+
 # ------------------------------------------------------------------------------------------------ tools/bench_kernels.py
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("config", [MODELS["v3"], MODELS["moonlight"]], ids=["v3", "moonlight"])
@@ -688,6 +729,23 @@ def test_kernels_compile_for(target: str) -> None:
     assert done.out.endswith("all kernels fit\n") and "step_kernel" in done.out
     for batch in batches:
         assert done.out.count("up_vector_kernel" if batch == 1 else "up_tile_kernel") == (2 if batch == 1 else 3), done.out
+    found = {tuple(re.findall(r"(\w+_kernel) +(r1 \w+(?: \d+)?).*\((.*)\)", line)) for line in done.out.splitlines()[:-1]}
+    orders = {(name, where == "r1 batch 1", order) for lines in found for name, where, order in lines}
+    assert orders == (ORDERS if target == "sm_90" else set())
+
+
+ORDERS = {
+    # What is small lets the next start at once; what needs a processor's room, or reads ahead what is older, behind its wait.
+    *(("vector_kernel", True, "let wait write"), ("latent_kernel", True, "let wait write wait write")),
+    *(("latent_kernel", False, "let wait write wait write"), ("sort_kernel", False, "let wait write")),
+    *((f"{name}_kernel", True, "wait let write") for name in ("split", "sum", "down_vector")),
+    *((f"{name}_kernel", False, "wait let write") for name in ("prepare", "tile", "split", "sum", "route")),
+    *((f"{name}_kernel", False, "wait let write") for name in ("divide", "up_tile", "down_tile", "add")),
+    *(("up_vector_kernel", True, order) for order in ("wait let write wait let write", "wait let write")),
+    # These let nobody start: what comes behind reads before its own wait what they write.
+    *(("step_kernel", True, "wait write"), ("route_kernel", True, "wait write")),
+}
+"""A kernel, whether it is for one token, and in which order it waits for the one ahead, lets the next start, and writes."""
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
     python tools/compile_kernels.py --shape moonlight-16b,r1 --batch 1,32 --target sm_90,gfx942
 
 The launches are not listed anywhere: the fused block runs on tensors without storage, with a chip that writes launches down
-instead of making them. Fails where a program wants more shared memory than the target has; says what was spilled.
+instead of making them. Fails where a program wants more shared memory than the target has; says what was spilled. Where kernels
+may start before the one ahead has ended (chip.py), it says in which order a program waits for that one, lets the next start and
+writes, and fails where one writes before it waits.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -160,6 +163,8 @@ class Compiled:
     registers: int
     spilled: int
     """NVIDIA: bytes of stack per thread; AMD: registers."""
+    order: tuple[str, ...] = ()
+    """Where the launch is dependent: "wait", "let" and "write" as the code has them, branch after branch."""
 
 
 def compile_one(launch: Launch, target: Target) -> Compiled:
@@ -184,7 +189,14 @@ def compile_one(launch: Launch, target: Target) -> Compiled:
         file.flush()
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.findall(rf"{name}:(\d+)", said)[-1]) for name in ("REG", "STACK"))
-    return Compiled(found.metadata.shared, registers, stack)
+    return Compiled(found.metadata.shared, registers, stack, order_of(found.asm["ptx"]) if target.dependent_launch else ())
+
+
+def order_of(ptx: str) -> tuple[str, ...]:
+    """What Compiled calls order."""
+    words = {"griddepcontrol.wait": "wait", "griddepcontrol.launch_dependents": "let"}
+    found = re.findall(r"griddepcontrol\.\w+|\b(?:st|red|atom)\.(?:\w+\.)*global", ptx)
+    return tuple(word for word, _repeated in itertools.groupby(words.get(each, "write") for each in found))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -231,12 +243,14 @@ def main(argv: list[str] | None = None) -> int:
                 failures += 1
                 print(f"{what}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}", flush=True)
                 continue
-            over = found.shared > target.shared
-            failures += over
+            over, early = found.shared > target.shared, found.order[:1] == ("write",) or found.order[:2] == ("let", "write")
+            failures += over or early
             unit = "B" if target.backend == "cuda" else "registers"
             spills = f", SPILLS {found.spilled} {unit}" if found.spilled else ""
+            order = f" ({' '.join(found.order)})" if found.order else ""
             verdict = f", TOO MUCH: {target.shared / KB:.0f} KB there are" if over else ""
-            print(f"{what}: {found.shared / KB:.1f} KB shared, {found.registers} registers{spills}{verdict}", flush=True)
+            verdict += ", WRITES BEFORE IT WAITS" if early else ""
+            print(f"{what}: {found.shared / KB:.1f} KB shared, {found.registers} registers{spills}{order}{verdict}", flush=True)
     print(f"{failures} of the kernels failed" if failures else "all kernels fit")
     return 1 if failures else 0
 

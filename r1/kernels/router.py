@@ -32,7 +32,7 @@ class RouterLaunch:
         tokens, experts, dim = sizes
         columns = min(2048, power_of_two(dim))
         # Each program reads its token twice to norm it: where that is much, few programs.
-        return RouterLaunch(4, columns, 4) if tokens * experts * dim > 2**23 else RouterLaunch(1, columns, 1)
+        return RouterLaunch(8, min(512, columns), 4) if tokens * experts * dim > 2**23 else RouterLaunch(1, columns, 1)
 
     @property
     def choices(self) -> Choices:
