@@ -160,8 +160,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--assume-acceptance {arguments.assume_acceptance}: give a probability, 0 to 1")
     model = None if arguments.shape else str(arguments.model or EMBEDDED)
     questions = questions_of(model, arguments.problems)
-    if arguments.profile:
-        arguments.profile.mkdir(parents=True, exist_ok=True)
     lists = itertools.product(arguments.batch, arguments.prompt, arguments.new, arguments.depth)
     source = (model, arguments.shape, arguments.layers)
     workloads = [Workload(*source, *sizes, arguments.seed, arguments.routing, arguments.assume_acceptance) for sizes in lists]
@@ -169,6 +167,8 @@ def run(arguments: argparse.Namespace) -> int:
     plans = [(workload, arms_of(given, machine, workload, arguments)) for workload in workloads]
     if not arguments.ablate:  # which takes only what can run here
         check_possible(plans, config, machine)
+    if arguments.profile:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
     result: Found = {
         "schema": report.SCHEMA,
         "machine": {
@@ -233,7 +233,7 @@ def check_possible(plans: list[tuple[Workload, list[Arm]]], config: Config, mach
             except InputError as error:
                 reasons.append(str(error))
     if reasons:
-        raise InputError(f"nothing beside the baseline can run here: {'; '.join(dict.fromkeys(reasons))}")
+        raise InputError(f"nothing beside the baseline can be run: {'; '.join(dict.fromkeys(reasons))}")
 
 
 def questions_of(model: str | None, count: int | None) -> list[Question]:

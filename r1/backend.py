@@ -57,6 +57,8 @@ class Backend:
     """torch.compile, one block at a time; of prompts only, where kernels=triton has fused a decode step's by hand."""
     cuda_graphs: bool = False
     """Capture of the decode step."""
+    prefill_graphs: bool = False
+    """Capture of prompts, too: one graph for each length, rounded up to a few, and for each number of them (runner.py)."""
     attention: str = "auto"
     """How a decode step attends; auto: absorbed, or triton with kernels=triton."""
     prefill_attention: str = "auto"
@@ -86,7 +88,7 @@ class Backend:
             value = getattr(self, name)
             if value not in choices:
                 raise InputError(f"{name}={value!r}: choose {', '.join(choices)}")
-        for name in ("compile", "cuda_graphs", "tune"):
+        for name in ("compile", "cuda_graphs", "prefill_graphs", "tune"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r}: choose True or False")
         for name in ("draft_tokens", "tp", "ep", "pp"):
@@ -134,6 +136,8 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
     for feature, asked in wanted.items():
         if asked and (why := machine.why_not(feature)):
             raise InputError(why)
+    if backend.prefill_graphs and (why := machine.why_not("cuda_graphs")):
+        raise InputError(f"prefill_graphs: {why}")
     if backend.amp != "off" and dtype != "fp32":
         raise InputError(f"amp={backend.amp} casts fp32 weights as it goes, but dtype={dtype}: use dtype=fp32, or amp=off")
     backend = _triton(backend, machine)
@@ -212,12 +216,14 @@ def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *
     chosen = {}
     for name in ("moe", "prefill_moe"):
         value = getattr(backend, name)
-        # gather copies the experts of every token; grouped has to sort, but reads each expert that was hit once.
+        # gather copies the experts of every token (of a prompt that is too much to choose it unasked); grouped has to sort, but
+        # reads each expert that was hit once.
         few = name == "moe" and (tokens == 1 or 4 * tokens * config.num_experts_per_tok <= config.n_routed_experts)
-        captured = backend.cuda_graphs and name == "moe"
+        capture = "cuda_graphs" if name == "moe" else "prefill_graphs"
+        captured = getattr(backend, capture)
         if value == "auto" and few:
             value = "gather"
-        elif value == "auto" and not unaligned and not (captured and "grouped" in synced):
+        elif value == "auto" and not unaligned and not (captured and name == "moe" and "grouped" in synced):
             value = "grouped"
         elif value == "auto":
             value = "gather" if backend.compile or captured else "loop"
@@ -226,7 +232,7 @@ def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *
         if value == "loop" and backend.compile:
             raise InputError(f"{name}=loop {synced['loop']}, which compile can't hold: use gather or grouped")
         if value in synced and captured:
-            raise InputError(f"{name}={value} {synced[value]}, which no graph can hold: use gather, or leave cuda_graphs off")
+            raise InputError(f"{name}={value} {synced[value]}, which no graph can hold: use gather, or leave {capture} off")
         chosen[name] = value
     return chosen["moe"], chosen["prefill_moe"]
 

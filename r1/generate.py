@@ -79,6 +79,7 @@ class Engine:
         self.model, self.backend, self.config = model, backend, model.config
         self.runner = Runner(model, backend)
         self.tokenizer, self.stop_ids, self.notes, self.cautions = tokenizer, stop_ids, list(notes), list(cautions)
+        self._kept: Cache | None = None
 
     def logits(self, tokens: Tensor) -> Tensor:
         """int64 (B, S) -> fp32 (B, S, W): what each position says of the next token; causal, without a cache."""
@@ -121,7 +122,8 @@ class Engine:
         completions = [Completion([], "length", len(row), ttft=0.0, seconds=0.0) for row in rows]
         live = set(range(len(rows)))
         limit = min(max_new_tokens, room)
-        for step in self.steps(rows, limit, sampler, self.runner.cache(len(rows), max(map(len, rows)) + limit)):
+        cache = self._cache(len(rows), max(map(len, rows)) + limit)
+        for step in self.steps(rows, limit, sampler, cache):
             now = time.perf_counter() - start
             for row in live:
                 self._count(completions[row], len(step[row]), now)
@@ -141,6 +143,8 @@ class Engine:
                     on_tokens(arrived)
             if not live:
                 break
+        if self.backend.cuda_graphs or self.backend.prefill_graphs:
+            self._kept = cache
         for completion in completions:
             completion.text = self.tokenizer.decode(self._words(completion.tokens)) if self.tokenizer else ""
         return completions
@@ -207,6 +211,15 @@ class Engine:
         for _ in range(limit - 1):
             tokens = sampler(self.runner.decode(tokens, cache))
             yield tokens
+
+    def _cache(self, rows: int, tokens: int) -> Cache:
+        """A call's cache. Where steps are captured it is kept, and its graphs with it, for the next call of its size."""
+        kept, self._kept = self._kept, None
+        if kept and (kept.rows, kept.capacity) == self.runner.cache_size(rows, tokens):
+            kept.reset()
+            return kept
+        del kept  # before there is another
+        return self.runner.cache(rows, tokens)
 
     def _count(self, completion: Completion, new: int, now: float) -> None:
         """Put a step that brought `new` tokens down to a completion; its first is the prompt's."""

@@ -1,4 +1,4 @@
-"""CUDA graphs of our own: one decode step recorded once, then replayed with a single launch.
+"""CUDA graphs of our own: a decode step or a prompt recorded once, then replayed with a single launch.
 
 A graph repeats the same kernels on the same addresses, so everything that changes from step to step must change *in*
 memory that the graph knows: its inputs are copied into buffers of its own, positions and lengths are tensors of the cache.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,11 @@ class Captured:
         return self.outputs
 
 
-def capture(step: Call, inputs: tuple[Tensor, ...], cache: Cache) -> Captured:
+Pool = Any
+"""torch's handle of the memory that a graph computes in: several may share one, if they never run at the same time."""
+
+
+def capture(step: Call, inputs: tuple[Tensor, ...], cache: Cache, pool: Pool | None = None) -> Captured:
     """Record `step(*inputs, cache)`. The cache's lengths are as before afterwards; slots behind them may be written."""
     static, lengths = tuple(tensor.clone() for tensor in inputs), cache.lengths.clone()
     outputs: list[tuple[Tensor, ...]] = []
@@ -48,7 +53,7 @@ def capture(step: Call, inputs: tuple[Tensor, ...], cache: Cache) -> Captured:
     def once() -> None:
         outputs[:] = [step(*static, cache)]
 
-    graph = record(once, lambda: cache.lengths.copy_(lengths))
+    graph = record(once, lambda: cache.lengths.copy_(lengths), pool)
     return Captured(graph, static, outputs[0])
 
 
@@ -65,7 +70,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, repetitions: int) -> list[float]
     return times
 
 
-def record(call: Callable[[], None], undo: Callable[[], object] = lambda: None) -> torch.cuda.CUDAGraph:
+def record(call: Callable[[], None], undo: Callable[[], object] = lambda: None, pool: Pool | None = None) -> torch.cuda.CUDAGraph:
     """Run `call` some times on a stream beside, then record it; `undo` follows each of these, and is not recorded."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -75,7 +80,7 @@ def record(call: Callable[[], None], undo: Callable[[], object] = lambda: None) 
             undo()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         call()
     undo()
     return graph

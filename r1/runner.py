@@ -87,13 +87,16 @@ class Runner:
                 mtp = cast(MTPLayer, model.mtp[0])
                 self.drafter["decode"] = partial(mtp, block=DecodeBlock(mtp.block, self.chip))
 
+    def cache_size(self, rows: int, tokens: int) -> tuple[int, int]:
+        """The rows and the capacity of `cache`."""
+        return round_rows(rows) if self.backend.cuda_graphs else rows, round_capacity(tokens + self.drafts)
+
     def cache(self, rows: int, tokens: int) -> Cache:
         """A cache for `rows` rows of at least `tokens` tokens, and what a last step may draft beyond them.
 
         Under `speculate` it has one layer more, the drafter's. Raises InputError where it would not fit the memory.
         """
-        rows = round_rows(rows) if self.backend.cuda_graphs else rows
-        capacity = round_capacity(tokens + self.drafts)
+        rows, capacity = self.cache_size(rows, tokens)
         layers = self.config.num_hidden_layers + (self.drafts > 0)
         dtype = self.cache_dtype
         needed = rows * capacity * bytes_per_token(self.config, dtype, self.full_cache, layers)
@@ -130,34 +133,33 @@ class Runner:
 
         Every row of the cache holds `depth` tokens before, and its own prompt's behind them afterwards.
         """
+        hidden = self.read(prompts, cache, depth)
         with self.context():
-            return self.model.lm_head(self.read(prompts, cache, depth)).float()
+            return self.model.lm_head(hidden).float()
 
     def read(self, prompts: list[list[int]], cache: Cache, depth: int = 0) -> Tensor:
         """`prefill` without the output head: each row's last hidden state (B, D).
 
         Shorter rows are padded at their end: padding sees real tokens and no real token sees it, and what it leaves in
-        the cache lies behind the row's length. Where there is a drafter it reads along: its entry i is made of the hidden
-        state at i and the token at i + 1, so each row's last one waits for a token that isn't known yet (and the one at
-        `depth` - 1 was made without knowing this prompt).
+        the cache lies behind the row's length. Under `prefill_graphs` all are, so that few graphs serve all lengths. Where
+        there is a drafter it reads along: its entry i is made of the hidden state at i and the token at i + 1, so each row's
+        last one waits for a token that isn't known yet (and the one at `depth` - 1 was made without knowing this prompt).
         """
-        with self.context():
+        with torch.inference_mode():
             longest = max(map(len, prompts))
-            padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-            tokens = torch.tensor(padded, device=self.device)  # (B, longest)
-            following = torch.nn.functional.pad(tokens[:, 1:], (0, 1))  # (B, longest)
+            width = min(round_capacity(longest), cache.capacity - depth) if self.backend.prefill_graphs else longest
+            padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
+            tokens = torch.tensor(padded, device=self.device)  # (B, width)
+            following = torch.nn.functional.pad(tokens[:, 1:], (0, 1))  # (B, width)
             lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
             row = torch.arange(len(prompts), device=self.device)
             final = None
             chunk = max(1, min(self.prefill_chunk, MOST_TOKENS // len(prompts)))
             for start in range(0, longest, chunk):
-                stop = min(longest, start + chunk)
-                positions = torch.arange(depth + start, depth + stop, device=self.device).expand(len(prompts), -1)
-                step = self.model.step("prefill", positions, depth + stop if depth + start else 0)
-                layers = cache.head(len(prompts), depth + stop)
-                hidden = self.model(tokens[:, start:stop], step, layers, self.blocks["prefill"])
-                if self.drafter:
-                    self.foresee(following[:, start:stop], hidden, step, layers)
+                stop = min(width, start + chunk)
+                piece = tokens[:, start:stop], following[:, start:stop]
+                key = ("prefill", *piece[0].shape, depth + start)
+                (hidden,) = self.call(key, partial(self._read, depth + start), piece, cache, self.backend.prefill_graphs)
                 last = hidden[row, (lengths - 1 - start).clamp(0, stop - start - 1)]  # (B, D)
                 final = last if final is None else torch.where((lengths > start)[:, None], last, final)
             cache.lengths[: len(prompts)].copy_(lengths + depth)
@@ -165,6 +167,17 @@ class Runner:
                 torch.cuda.empty_cache()
             assert final is not None  # no prompt is empty
             return final
+
+    def _read(self, at: int, tokens: Tensor, following: Tensor, cache: Cache) -> tuple[Tensor, ...]:
+        """A piece of prompts, int64 (B, S), which comes to stand at `at` in each row: its hidden states (B, S, D)."""
+        rows, stop = tokens.shape[0], at + tokens.shape[1]
+        positions = torch.arange(at, stop, device=self.device).expand(rows, -1)
+        step = self.model.step("prefill", positions, stop if at else 0)
+        layers = cache.head(rows, stop)
+        hidden = self.model(tokens, step, layers, self.blocks["prefill"])
+        if self.drafter:
+            self.foresee(following, hidden, step, layers)
+        return (hidden,)
 
     def foresee(self, following: Tensor, hidden: Tensor, step: Step, layers: list[LayerCache]) -> Tensor:
         """The drafter on int64 (B, S) tokens, each `following` one of the hidden states (B, S, D) -> hidden states (B, S, D),
@@ -180,7 +193,7 @@ class Runner:
         rows = tokens.shape[0]
         if self.backend.cuda_graphs:
             tokens = torch.nn.functional.pad(tokens, (0, 0, 0, cache.rows - rows))
-        (logits,) = self.call(("decode", *tokens.shape), self._decode, (tokens,), cache)
+        (logits,) = self.call(("decode", *tokens.shape), self._decode, (tokens,), cache, self.backend.cuda_graphs)
         return logits[:rows]
 
     def _decode(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, ...]:
@@ -203,17 +216,23 @@ class Runner:
         """A decode step for tokens at `positions` (B, S); the kernels see by positions alone, and need no mask."""
         return self.model.step("decode", positions, 0 if self.backend.attention == "triton" else cache.capacity)
 
-    def call(self, key: tuple[Any, ...], step: Call, inputs: tuple[Tensor, ...], cache: Cache) -> tuple[Tensor, ...]:
-        """`step(*inputs, cache)`; under `cuda_graphs` captured the first time that the cache meets `key`, then replayed."""
+    def call(
+        self, key: tuple[Any, ...], step: Call, inputs: tuple[Tensor, ...], cache: Cache, captured: bool
+    ) -> tuple[Tensor, ...]:
+        """`step(*inputs, cache)`; if `captured` recorded the first time that the cache meets `key`, and replayed from then on.
+
+        `key` begins with what is done. Graphs of one kind share the memory of what they compute on the way.
+        """
 
         def within(*arguments: Any) -> tuple[Tensor, ...]:
             with self.context():
                 return step(*arguments)
 
-        if not self.backend.cuda_graphs:
+        if not captured:
             return within(*inputs, cache)
         with torch.inference_mode():
             if key not in cache.graphs:
-                cache.graphs[key] = capture(within, inputs, cache)
+                pool = next((made.graph.pool() for other, made in cache.graphs.items() if other[0] == key[0]), None)
+                cache.graphs[key] = capture(within, inputs, cache, pool)
             outputs: tuple[Tensor, ...] = cache.graphs[key].replay(*inputs)
             return outputs

@@ -68,7 +68,7 @@ def launch(
     tokens, q = turn.begin(hidden, token, cache)
     while True:
         inputs = (tokens, q, *turn.chance(cache))
-        following, accepted, tokens, q = runner.call(turn.key, turn, inputs, cache)
+        following, accepted, tokens, q = runner.call(turn.key, turn, inputs, cache, runner.backend.cuda_graphs)
         yield torch.cat((following, accepted[:, None]), dim=1)[:rows]
 
 

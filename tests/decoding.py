@@ -1,15 +1,18 @@
-"""A small model with sharp logits, and how it reads a text step by step: what test_gpu.py and test_pairs.py share."""
+"""A small model with sharp logits, how it reads a text step by step, and captures without a GPU: what tests share."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from r1.backend import Backend, resolve
 from r1.build import from_shape
+from r1.cache import Cache
 from r1.config import shape
+from r1.graphs import Call
 from r1.runner import Runner
 
 CONFIG = shape("tiny")
@@ -44,3 +47,40 @@ def read(run: Runner, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
     for tokens in text.split(run.backend.step_tokens):
         logits += run.decode(tokens.T.contiguous(), cache).clone().unbind(1)
     return text, torch.stack(logits)
+
+
+class Recorded:
+    """What graphs.capture makes, without a GPU: inputs and outputs keep their addresses, warm-ups run before."""
+
+    def __init__(self, step: Call, inputs: tuple[Tensor, ...], cache: Cache, pool: Any) -> None:
+        lengths = cache.lengths.clone()
+        self.step, self.cache, self.shared = step, cache, pool
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
+        for _ in range(3):
+            self.outputs = step(*self.inputs, cache)
+            cache.lengths.copy_(lengths)
+
+    def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        for static, given in zip((*self.inputs, *self.outputs), (*inputs, *self.step(*inputs, self.cache)), strict=True):
+            assert static.shape == given.shape and static.dtype == given.dtype
+            static.copy_(given)
+        return self.outputs
+
+    @property
+    def graph(self) -> Recorded:
+        return self
+
+    def pool(self) -> Recorded:
+        return self.shared or self
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """Let runners capture such records, of which this list will tell."""
+    made: list[Recorded] = []
+
+    def capture(*arguments: Any) -> Recorded:
+        made.append(Recorded(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("r1.runner.capture", capture)
+    return made

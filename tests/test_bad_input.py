@@ -749,6 +749,14 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
         {"cuda_graphs": True, "moe": "grouped", "dtype": "fp32"}, H100, ALIGNED, "kernel for bf16 only, not for fp32",
     ),
     "graphs of grouped on AMD": ({"cuda_graphs": True, "moe": "grouped"}, MI300, ALIGNED, "which no graph can hold: use gather"),
+    "captured prompts on a CPU": ({"prefill_graphs": True}, Machine(), V3, "^prefill_graphs: cuda_graphs capture .*use compile"),
+    "captured prompts of a loop": (
+        {"prefill_graphs": True, "prefill_moe": "loop"}, H100, V3, "^prefill_moe=loop .*, or leave prefill_graphs off",
+    ),
+    "captured prompts in fp32": (
+        {"prefill_graphs": True, "dtype": "fp32"}, H100, ALIGNED, "^prefill_moe=grouped reads .*, or leave prefill_graphs off",
+    ),
+    "captured prompts on AMD": ({"prefill_graphs": True}, MI300, ALIGNED, "^prefill_moe=grouped .*, or leave prefill_graphs off"),
     "tp": ({"tp": 2}, Machine(), V3, "tp=2"),
     "pp": ({"pp": 2}, Machine(), V3, "pp=2"),
     "attention=triton on a CPU": ({"attention": "triton"}, Machine(), V3, "^attention=triton: Triton's kernels need a GPU"),
@@ -782,7 +790,9 @@ def test_switches_at_the_edge_are_fine() -> None:
         ({"moe": "grouped"}, Machine(), replace(V3, hidden_size=36)), ({"moe": "loop"}, Machine(), V3), ({}, BARE, ODD),
         ({"attention": "triton"}, H100, V3), ({"moe": "triton", "compile": True}, H100, ODD),
         ({"moe": "triton", "cuda_graphs": True}, MI300, V3), ({"prefill_moe": "triton", "compile": True}, MI300, ODD),
-        ({"kernels": "triton", "compile": True, "cuda_graphs": True}, H100, V3),
+        ({"kernels": "triton", "compile": True, "cuda_graphs": True}, H100, V3), ({"prefill_graphs": True}, H100, V3),
+        ({"prefill_graphs": True, "prefill_moe": "triton", "dtype": "fp32"}, MI300, V3),
+        ({"prefill_graphs": True, "moe": "loop"}, H100, V3), ({"cuda_graphs": True, "prefill_moe": "loop"}, H100, V3),
     ):  # fmt: skip
         resolved = resolve(Backend(**switches), shape, machine)
         assert all(getattr(resolved, name) == value for name, value in switches.items())
@@ -805,7 +815,7 @@ def test_a_gpu_that_is_not_here(made: Path, capsys: pytest.CaptureFixture[str]) 
 
 NO_VALUES: dict[str, list[Any]] = {
     **{name: ["nonsense", "", None, ["loop"]] for name in backend.CHOICES},
-    **{name: ["yes", 1, None] for name in ("compile", "cuda_graphs")},
+    **{name: ["yes", 1, None] for name in ("compile", "cuda_graphs", "prefill_graphs")},
     **{name: [0, -1, 2.0, "2", True] for name in ("draft_tokens", "tp", "ep", "pp")},
 }
 

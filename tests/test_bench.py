@@ -62,6 +62,14 @@ def test_given_switches_alone_and_together() -> None:
     assert len(arms.from_switches({"compile": True})) == 2 and len(arms.from_switches({})) == 1
 
 
+def test_arms_of_the_same_switches_have_names_of_their_own() -> None:
+    """Each switch given is named, also where another one is of the same kind."""
+    given = {"attention": "naive", "prefill_attention": "naive", "moe": "triton", "prefill_moe": "triton", "kernels": "triton"}
+    names = [arm.name for arm in arms.from_switches(given, ("alone", "together", "all-but-one"))]
+    assert len(names) == len(set(names)) == 12
+    assert "attention=naive + prefill_attention=naive + moe=triton + prefill_moe=triton + kernels=triton" in names
+
+
 def test_given_switches_all_but_one() -> None:
     given = {"cuda_graphs": True, "kernels": "triton", "tune": True}
     found = arms.from_switches(given, ("together", "all-but-one"))
@@ -103,7 +111,7 @@ def test_a_flag_says_what_it_takes(flag: str, wrong: str, said: str, capsys: pyt
     assert f"error: argument {flag}: {wrong!r}: {said}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("machine", "batch"), [(CPU, 1), (H100, 1), (H100, 32), (MI300, 1), (T4, 1)])
+@pytest.mark.parametrize(("machine", "batch"), [(CPU, 1), (H100, 1), (H100, 32), (MI300, 1), (MI300, 32), (T4, 1)])
 def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch: int) -> None:
     found = arms.ablation({}, machine, batch)
     steps = arms.ladder_steps({}, machine, batch)
@@ -118,15 +126,26 @@ def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch
         others = [s for s in steps if s is not step and not ("kernels" in step and "tune" in s)]
         off = dataclasses.replace(found[0].backend, **{k: v for s in others for k, v in s.items()})
         assert off in backends, f"all but {step} is lacking"
-    for arm in found:  # what can't be had is refused by resolve, in a sentence; at least the ladder can be had here
-        if arm.kind == "ladder" and machine is not T4:
+    for arm in found:  # what can't be had is refused by resolve, in a sentence; all that a GPU's ladder is made of can
+        if machine.cuda or arm.kind == "ladder":
             resolve(arm.backend, shape("moonlight-16b"), machine, batch=batch)
+    names = [a.name for a in found]
+    assert len(set(names)) == len(names)
 
 
 def test_gpu_only_steps_stay_away_from_a_cpu() -> None:
     assert not any(step.keys() & {"cuda_graphs", "memory"} for step in arms.ladder_steps({}, CPU, 1))
     assert not any("cuda_graphs" in step for step in arms.ladder_steps({"device": "cpu"}, H100, 1))
     assert {"cuda_graphs": True} in arms.ladder_steps({}, H100, 1)
+
+
+@pytest.mark.parametrize("machine", [H100, MI300, T4])
+def test_the_ladder_has_prompts_of_our_kernels_and_captured(machine: Machine) -> None:
+    steps = arms.ladder_steps({}, machine, 1)
+    assert {"prefill_moe": "triton"} in steps and any("prefill_graphs" in step for step in steps)
+    for where, given in ((CPU, {}), (machine, {"device": "cpu"}), (machine, {"amp": "bf16"}), (machine, {"dtype": "fp32"})):
+        steps = arms.ladder_steps(given, where, 1)
+        assert not any("prefill_graphs" in step or step.get("prefill_moe") == "triton" for step in steps)
 
 
 # ------------------------------------------------------------------------------------------------ parity
@@ -553,7 +572,7 @@ def test_what_can_not_run_here_is_refused_before_anything_is_measured(
     monkeypatch.delattr(bench, "measure")
     assert bench.main([*arguments, "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
-    assert not out and err.startswith("bench: nothing beside the baseline can run here: ") and said in err
+    assert not out and err.startswith("bench: nothing beside the baseline can be run: ") and said in err
     assert err.count(said) == 1 and err.count("\n") == 1
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,37 @@ def test_a_graph_repeats_what_eager_does(kernels: str) -> None:
     text, logits = read(eager)
     _, again = read(captured, text)
     assert parity.compare(list(again), logits, parity.Bound(1e-4, 1e-4)).passes
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"compile": True}, {"prefill_moe": "triton"}, {"prefill_attention": "absorbed"}, {"attention": "naive"},
+            {"speculate": "mtp"}, {"cuda_graphs": True, "kernels": "triton"}, {"dtype": "fp32", "prefill_moe": "gather"}],
+    ids=str,
+)  # fmt: skip
+def test_captured_prompts_are_read_as_others_are(how: dict[str, Any]) -> None:
+    """One cache, prompts of several lengths: two graphs, which share their memory, in turn."""
+    eager, captured = (runner(**{"dtype": "bf16", **how}, prefill_graphs=on) for on in (False, True))
+    caches = [run.cache(3, 300) for run in (eager, captured)]
+    long = [[(7 * i + row) % 300 for i in range(200 - row)] for row in range(3)]
+    for prompts in (PROMPTS, long, [prompt[:50] for prompt in long], long, PROMPTS):
+        wanted, found = (run.prefill(prompts, cache) for run, cache in zip((eager, captured), caches, strict=True))
+        assert parity.compare([found], wanted[None], parity.Bound(1e-4, 1e-4)).passes
+        token = wanted.argmax(dim=-1)[:, None]
+        wanted, found = (run.decode(token, cache).clone() for run, cache in zip((eager, captured), caches, strict=True))
+        assert parity.compare([*found.unbind(1)], wanted.transpose(0, 1), parity.Bound(1e-4, 1e-4)).passes
+    graphs = [made.graph for key, made in caches[1].graphs.items() if key[0] == "prefill"]
+    assert len(graphs) == 2 and graphs[0].pool() == graphs[1].pool()
+
+
+def test_a_kept_cache_is_captured_once() -> None:
+    run, alone = (runner(dtype="fp32", moe="gather", cuda_graphs=on) for on in (True, False))
+    engine, plain = (Engine(r.model, r.backend) for r in (run, alone))
+    wanted = [[c.tokens for c in plain.generate(prompts, 12, 0.0)] for prompts in (PROMPTS, PROMPTS[::-1])]
+    assert [c.tokens for c in engine.generate(PROMPTS, 12, 0.0)] == wanted[0]
+    assert engine._kept is not None
+    graphs = dict(engine._kept.graphs)
+    assert [c.tokens for c in engine.generate(PROMPTS[::-1], 12, 0.0)] == wanted[1]
+    assert engine._kept.graphs == graphs
 
 
 def test_a_graph_refuses_another_shape() -> None:

@@ -19,7 +19,8 @@ from r1.errors import InputError
 
 GPU = torch.cuda.is_available()
 SWITCHES: list[dict[str, Any]] = [
-    {"dtype": "bf16"}, {"amp": "bf16", "dtype": "fp32"}, {"cuda_graphs": True}, {"memory": "expandable"},
+    {"dtype": "bf16"}, {"amp": "bf16", "dtype": "fp32"}, {"cuda_graphs": True}, {"prefill_graphs": True},
+    {"memory": "expandable"},
     {"memory": "empty-cache"}, {"attention": "naive", "prefill_attention": "naive"}, {"attention": "expand"},
     {"attention": "absorbed"}, {"prefill_attention": "absorbed"}, {"moe": "loop"}, {"moe": "gather"}, {"moe": "grouped"},
     {"prefill_moe": "loop"}, {"prefill_moe": "gather"}, {"prefill_moe": "grouped"}, {"speculate": "mtp"},

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import ROOT
 from conftest import CountingBackend
+from decoding import recorded
 from test_generate import TIMING, command
 from tiny import V3, model
 from tolerances import atol
@@ -229,7 +230,7 @@ def cache_errors(k: int, turns: int = 9) -> tuple[float, Counter[int]]:
     tokens, q = turn.begin(hidden, token, cache)
     error, counts = 0.0, Counter[int]()
     for _ in range(turns):
-        following, accepted, tokens, q = run.call((), turn, (tokens, q, *turn.chance(cache)), cache)
+        following, accepted, tokens, q = run.call((), turn, (tokens, q, *turn.chance(cache)), cache, False)
         for row, new, count in zip(rows, following.tolist(), accepted.tolist(), strict=True):
             row += new[: count + 1]
             counts[count] += 1
@@ -381,7 +382,7 @@ def test_a_turn_asks_for_no_value() -> None:
             turn = Turn(run, Sampler(temperature, seed=0))
             tokens, q = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2, 48)
             coins, races = torch.zeros(2, 2), torch.ones(2, 3, 48)
-            following, accepted, _, _ = run.call((), turn, (tokens, q, coins, races), cache)
+            following, accepted, _, _ = run.call((), turn, (tokens, q, coins, races), cache, False)
             assert following.shape == (2, 3) and accepted.shape == (2,)
 
 
@@ -399,34 +400,10 @@ def test_a_turn_is_compiled_once(compiler: CountingBackend) -> None:
     assert compiler.graphs - before == 4
 
 
-class Recorded:
-    """What graphs.capture makes, without a GPU: inputs and outputs keep their addresses, warm-ups run before."""
-
-    def __init__(self, step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], cache: Cache) -> None:
-        lengths = cache.lengths.clone()
-        self.step, self.cache = step, cache
-        self.inputs = tuple(tensor.clone() for tensor in inputs)
-        for _ in range(3):
-            self.outputs = step(*self.inputs, cache)
-            cache.lengths.copy_(lengths)
-
-    def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for static, given in zip((*self.inputs, *self.outputs), (*inputs, *self.step(*inputs, self.cache)), strict=True):
-            assert static.shape == given.shape and static.dtype == given.dtype
-            static.copy_(given)
-        return self.outputs
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_turn_repeated_at_its_addresses(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a CUDA graph does: what was yielded isn't overwritten by later turns, and chance isn't frozen into the capture."""
-    made: list[Recorded] = []
-
-    def capture(*arguments: Any) -> Recorded:
-        made.append(Recorded(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr("r1.runner.capture", capture)
+    made = recorded(monkeypatch)
     plain = engine(ROOMY, 1, 2).runner
     captured = Runner(plain.model, dataclasses.replace(plain.backend, cuda_graphs=True))
     found = []

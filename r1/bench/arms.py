@@ -131,17 +131,20 @@ def from_switches(given: Settings, kinds: Sequence[str] = USUAL) -> list[Arm]:
 def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings]:
     """The optimizations that this machine can run, in the order in which one would add them to the textbook's model."""
     gpu = machine.cuda and given.get("device") != "cpu"
+    storage = common_settings(given).get("dtype", "auto")
+    amp = storage == "fp32" or (storage == "auto" and not gpu)
+    # Under graphs grouped experts' counts must not be looked at, and only torch's own kernel does without.
+    captured = storage in ("auto", "bf16") and not machine.why_not("grouped_mm")
     steps: list[Settings] = [{"attention": "absorbed", "prefill_attention": "expand"}]
-    steps += [{"moe": "gather" if batch == 1 else "grouped", "prefill_moe": "grouped"}]
+    steps += [{"moe": "grouped" if batch > 1 and (captured or not gpu) else "gather", "prefill_moe": "grouped"}]
     steps += [{"cuda_graphs": True}] if gpu else []
     steps += [{"compile": True}] if not machine.why_not("compile") else []
     steps += [{"memory": "expandable"}] if gpu else []
-    storage = common_settings(given).get("dtype", "auto")
-    amp = storage == "fp32" or (storage == "auto" and not gpu)
     if gpu and not amp and not machine.why_not("triton"):  # the kernels read weights as they are stored, not under amp
         attention = {"attention": "triton", "prefill_attention": "expand"}
         experts = {"moe": "triton", "prefill_moe": "grouped"}
-        steps += [attention, experts, {"kernels": "triton", **attention, **experts}, {"prefill_moe": "triton"}, {"tune": True}]
+        steps += [attention, experts, {"kernels": "triton", **attention, **experts}, {"prefill_moe": "triton"}]
+        steps += [{"prefill_graphs": True} if captured else {"prefill_graphs": True, "prefill_moe": "triton"}, {"tune": True}]
     steps += [{"amp": "bf16"}] if amp else []
     return steps
 
@@ -150,7 +153,7 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
     """The textbook's model (full keys and values, one expert after the other, eager) as baseline; then each step alone, the
     cumulative ladder, everything but one step, and every pair of steps, for correctness only.
 
-    A loop over experts can be neither compiled nor captured: alone or in pairs, those two bring the experts' step along, and
+    A loop over experts can be neither compiled nor captured: alone or in pairs, those steps bring the experts' along, and
     tune brings the kernels that it tunes.
     Only arms of `kinds` are returned, and the baseline. Two of the same switches are timed once: the ladder's first rung is
     also a step alone, its last but one is also all but one.
@@ -163,21 +166,23 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
     def arm(kind: str, parts: list[Settings], name: str) -> Arm:
         return Arm(name, kind, dataclasses.replace(base, **{k: v for part in parts for k, v in part.items()}))
 
-    def with_needs(kind: str, parts: list[Settings], name: str) -> Arm:
-        switched_on = {name for part in parts for name in part}
-        if "tune" in switched_on and "kernels" not in switched_on:
-            return with_needs(kind, [kernels, *parts], f"{name} (with {label(kernels)})")
-        if "moe" in switched_on or not switched_on & {"compile", "cuda_graphs"}:
-            return arm(kind, parts, name)
-        return arm(kind, [experts, *parts], f"{name} (with {label(experts)})")
+    def with_needs(kind: str, *parts: Settings) -> Arm:
+        """The parts, and what they can't do without; a later step may set again what an earlier one did."""
+        name, switched_on = " & ".join(map(step_label, parts)), {name for part in parts for name in part}
+        needed = kernels if "tune" in switched_on and "kernels" not in switched_on else {}
+        if not needed and "moe" not in switched_on and switched_on & {"compile", "cuda_graphs", "prefill_graphs"}:
+            needed = experts
+        if needed:
+            name = f"{name} (with {step_label(needed)})"
+        return arm(kind, [step for step in steps if step in (*parts, needed)], name)
 
     arms = [Arm("baseline", "baseline", base)]
-    arms += [arm("ladder", steps[: i + 1], f"+ {label(step)}") for i, step in enumerate(steps)]
-    arms += [with_needs("alone", [step], label(step)) for step in steps]
+    arms += [arm("ladder", steps[: i + 1], f"+ {step_label(step)}") for i, step in enumerate(steps)]
+    arms += [with_needs("alone", step) for step in steps]
     for step in steps:
         others = [s for s in steps if s is not step and not (step is kernels and "tune" in s)]
-        arms.append(dataclasses.replace(arm("all-but-one", others, f"all but {label(step)}"), without=step))
-    arms += [with_needs("pairs", list(pair), " & ".join(map(label, pair))) for pair in itertools.combinations(steps, 2)]
+        arms.append(dataclasses.replace(arm("all-but-one", others, f"all but {step_label(step)}"), without=step))
+    arms += [with_needs("pairs", *pair) for pair in itertools.combinations(steps, 2)]
     unique: dict[tuple[Backend, bool], Arm] = {}
     for each in arms:
         if each.is_of(kinds):
@@ -186,8 +191,11 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
 
 
 def label(settings: Settings) -> str:
-    """Switches as a row names them; a phase of its own is not repeated, nor what fused kernels are made of."""
-    implied = {"attention", "moe"} if "kernels" in settings else set()
-    implied |= {name for name in settings if name.startswith("prefill_") and name.removeprefix("prefill_") in settings}
-    shown = {k: v for k, v in settings.items() if k not in implied}
-    return " + ".join(name if value is True else f"{name}={value}" for name, value in shown.items())
+    """Switches as a row names them."""
+    return " + ".join(name if value is True else f"{name}={value}" for name, value in settings.items())
+
+
+def step_label(step: Settings) -> str:
+    """The same, for a step of the ladder: by the first thing it does, whatever comes with that."""
+    name, value = next(iter(step.items()))
+    return label({name: value})

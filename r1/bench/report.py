@@ -105,7 +105,7 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
     gaps = sorted(gap for r in repetitions for gap in r["gaps"])
     parity, memory = found["parity"], found["measure"][-1]["memory"]
     backend = Backend(**found["build"]["backend"])
-    started = backend.compile or backend.cuda_graphs
+    started = backend.compile or backend.cuda_graphs or backend.prefill_graphs
     twice = found["cold"] is not None
     cold = found["cold"] if twice else found["warm"]["start_seconds"] if started else None
     assumed = workload.assumed if backend.speculate != "off" else None

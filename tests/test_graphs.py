@@ -1,0 +1,70 @@
+"""What is captured when, and for whom: the records of decoding.py stand in for CUDA graphs (test_gpu.py has real ones)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from decoding import PROMPTS, recorded, runner
+from tolerances import atol
+
+from r1.generate import Engine
+from r1.runner import Runner
+
+LONG = [[(7 * i + row) % 300 for i in range(140 + row)] for row in range(3)]
+
+
+def with_graphs(plain: Runner, chunk: int | None = None, **switches: Any) -> Runner:
+    """The same model with graphs, which `resolve` would refuse on a CPU."""
+    return Runner(plain.model, dataclasses.replace(plain.backend, **switches), chunk)
+
+
+@pytest.mark.parametrize("switches", [{}, {"attention": "naive"}, {"prefill_attention": "absorbed"}, {"speculate": "mtp"}])
+def test_captured_prompts(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of any lengths are read by a few graphs, as they would be without: logits, lengths, and what is decoded."""
+    made = recorded(monkeypatch)
+    plain = runner(moe="gather", **switches)
+    run = with_graphs(plain, prefill_graphs=True)
+    caches = run.cache(3, 200), plain.cache(3, 200)
+    sizes = []
+    for prompts in (PROMPTS, LONG, [prompt[:3] for prompt in LONG], PROMPTS[:2], LONG):
+        found, wanted = (r.prefill(prompts, cache) for r, cache in zip((run, plain), caches, strict=True))
+        torch.testing.assert_close(found, wanted, atol=atol("algebra fp32"), rtol=0)
+        assert caches[0].lengths[: len(prompts)].tolist() == list(map(len, prompts))
+        sizes.append(len(made))
+    assert sizes == [1, 2, 2, 3, 3]  # 128 and 256 tokens of three rows, 128 of two
+    assert [record.shared for record in made] == [None, made[0], made[0]]  # one memory for all
+    tokens = torch.tensor([[1], [2], [3]])
+    found, wanted = (r.decode(tokens, cache) for r, cache in zip((run, plain), caches, strict=True))
+    torch.testing.assert_close(found, wanted, atol=atol("algebra fp32"), rtol=0)
+    assert len(made) == 3  # decode steps have a switch of their own
+
+
+def test_captured_prompts_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is a graph of its own, and none is read that holds padding alone; so is a prompt behind others."""
+    made = recorded(monkeypatch)
+    plain = runner(moe="gather")
+    run = with_graphs(plain, 64, prefill_graphs=True)
+    caches = run.cache(3, 400), plain.cache(3, 400)
+    for prompts, depth, graphs in ((LONG, 0, 3), (PROMPTS, 140, 4), (PROMPTS, 140, 4), (LONG, 140, 6)):
+        found, wanted = (r.prefill(prompts, cache, depth) for r, cache in zip((run, plain), caches, strict=True))
+        torch.testing.assert_close(found, wanted, atol=atol("algebra fp32"), rtol=0)
+        assert len(made) == graphs
+    assert caches[0].lengths.tolist() == [140 + len(prompt) for prompt in LONG]
+
+
+@pytest.mark.parametrize("switches", [{"cuda_graphs": True}, {"prefill_graphs": True}, {"cuda_graphs": True, "speculate": "mtp"}])
+def test_a_cache_is_kept_for_its_graphs(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second call of the size captures nothing, and reads nothing that the first one left."""
+    made = recorded(monkeypatch)
+    plain = runner(moe="gather", speculate=switches.get("speculate", "off"))
+    run, alone = (Engine(r.model, r.backend) for r in (with_graphs(plain, **switches), plain))
+    assert run.runner.model is alone.runner.model
+    for prompts, new, captures in ((PROMPTS, 9, 1), (PROMPTS[::-1], 12, 1), (PROMPTS[:1], 9, 2), (PROMPTS[1:2], 9, 2)):
+        for layer in run._kept.layers if run._kept else []:
+            layer[0].fill_(float("nan"))  # what an overflow would leave
+        assert [c.tokens for c in run.generate(prompts, new, 0.0)] == [c.tokens for c in alone.generate(prompts, new, 0.0)]
+        assert len(made) == captures
+    assert run._kept and alone._kept is None
