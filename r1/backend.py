@@ -58,7 +58,7 @@ class Backend:
     cuda_graphs: bool = False
     """Capture of the decode step."""
     prefill_graphs: bool = False
-    """Capture of prompts, too: one graph for each length, rounded up to a few, and for each number of them (runner.py)."""
+    """Capture of prompts: one graph for each length, rounded up to a few, and for each number of them (runner.py)."""
     attention: str = "auto"
     """How a decode step attends; auto: absorbed, or triton with kernels=triton."""
     prefill_attention: str = "auto"
@@ -66,7 +66,7 @@ class Backend:
     moe: str = "auto"
     """How a decode step runs its experts; auto: gather for a few tokens, grouped for more, or triton with kernels=triton."""
     prefill_moe: str = "auto"
-    """How a prompt runs its experts; auto: grouped."""
+    """How a prompt runs its experts; auto: grouped, or triton where prefill_graphs can't have that."""
     memory: str = "default"
     """The GPU allocator's policy; expandable: segments that grow (less is lost to fragments); empty-cache: what a prompt
     took is given back before decoding."""
@@ -138,6 +138,8 @@ def resolve(backend: Backend, config: Config, machine: Machine | None = None, *,
             raise InputError(why)
     if backend.prefill_graphs and (why := machine.why_not("cuda_graphs")):
         raise InputError(f"prefill_graphs: {why}")
+    if backend.prefill_graphs and backend.memory == "empty-cache":
+        raise InputError("memory=empty-cache gives back what a prompt took, and prefill_graphs keeps it: leave one of them out")
     if backend.amp != "off" and dtype != "fp32":
         raise InputError(f"amp={backend.amp} casts fp32 weights as it goes, but dtype={dtype}: use dtype=fp32, or amp=off")
     backend = _triton(backend, machine)
@@ -216,15 +218,16 @@ def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *
     chosen = {}
     for name in ("moe", "prefill_moe"):
         value = getattr(backend, name)
-        # gather copies the experts of every token (of a prompt that is too much to choose it unasked); grouped has to sort, but
-        # reads each expert that was hit once.
+        # gather copies the experts of every token; grouped has to sort, but reads each expert that was hit once.
         few = name == "moe" and (tokens == 1 or 4 * tokens * config.num_experts_per_tok <= config.n_routed_experts)
         capture = "cuda_graphs" if name == "moe" else "prefill_graphs"
         captured = getattr(backend, capture)
         if value == "auto" and few:
             value = "gather"
-        elif value == "auto" and not unaligned and not (captured and name == "moe" and "grouped" in synced):
+        elif value == "auto" and not unaligned and not (captured and "grouped" in synced):
             value = "grouped"
+        elif value == "auto" and captured and name == "prefill_moe" and backend.amp == "off" and not machine.why_not("triton"):
+            value = "triton"
         elif value == "auto":
             value = "gather" if backend.compile or captured else "loop"
         if value == "grouped" and unaligned:
@@ -232,7 +235,9 @@ def _experts(backend: Backend, config: Config, machine: Machine, compute: str, *
         if value == "loop" and backend.compile:
             raise InputError(f"{name}=loop {synced['loop']}, which compile can't hold: use gather or grouped")
         if value in synced and captured:
-            raise InputError(f"{name}={value} {synced[value]}, which no graph can hold: use gather, or leave {capture} off")
+            raise InputError(
+                f"{name}={value} {synced[value]}, which no graph can hold: use gather or triton, or leave {capture} off"
+            )
         chosen[name] = value
     return chosen["moe"], chosen["prefill_moe"]
 

@@ -213,12 +213,14 @@ class Engine:
             yield tokens
 
     def _cache(self, rows: int, tokens: int) -> Cache:
-        """A call's cache. Where steps are captured it is kept, and its graphs with it, for the next call of its size."""
+        """A call's cache. Where steps are captured the last call's is kept, with its graphs, for another of its size."""
         kept, self._kept = self._kept, None
         if kept and (kept.rows, kept.capacity) == self.runner.cache_size(rows, tokens):
             kept.reset()
             return kept
-        del kept  # before there is another
+        if kept:
+            del kept
+            torch.cuda.empty_cache()  # so that there is room for another
         return self.runner.cache(rows, tokens)
 
     def _count(self, completion: Completion, new: int, now: float) -> None:

@@ -147,29 +147,29 @@ class Runner:
         """
         with torch.inference_mode():
             longest = max(map(len, prompts))
+            if depth + longest > cache.capacity:
+                raise InputError(f"{depth + longest} tokens are more than the cache's {cache.capacity}: make a larger one")
             width = min(round_capacity(longest), cache.capacity - depth) if self.backend.prefill_graphs else longest
             padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
             tokens = torch.tensor(padded, device=self.device)  # (B, width)
             following = torch.nn.functional.pad(tokens[:, 1:], (0, 1))  # (B, width)
             lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-            row = torch.arange(len(prompts), device=self.device)
             final = None
             chunk = max(1, min(self.prefill_chunk, MOST_TOKENS // len(prompts)))
             for start in range(0, longest, chunk):
                 stop = min(width, start + chunk)
-                piece = tokens[:, start:stop], following[:, start:stop]
+                piece = tokens[:, start:stop], following[:, start:stop], (lengths - 1 - start).clamp(0, stop - start - 1)
                 key = ("prefill", *piece[0].shape, depth + start)
-                (hidden,) = self.call(key, partial(self._read, depth + start), piece, cache, self.backend.prefill_graphs)
-                last = hidden[row, (lengths - 1 - start).clamp(0, stop - start - 1)]  # (B, D)
-                final = last if final is None else torch.where((lengths > start)[:, None], last, final)
+                (last,) = self.call(key, partial(self._read, depth + start), piece, cache, self.backend.prefill_graphs)
+                final = last.clone() if final is None else torch.where((lengths > start)[:, None], last, final)
             cache.lengths[: len(prompts)].copy_(lengths + depth)
             if self.backend.memory == "empty-cache":
                 torch.cuda.empty_cache()
             assert final is not None  # no prompt is empty
             return final
 
-    def _read(self, at: int, tokens: Tensor, following: Tensor, cache: Cache) -> tuple[Tensor, ...]:
-        """A piece of prompts, int64 (B, S), which comes to stand at `at` in each row: its hidden states (B, S, D)."""
+    def _read(self, at: int, tokens: Tensor, following: Tensor, last: Tensor, cache: Cache) -> tuple[Tensor, ...]:
+        """A piece of prompts, int64 (B, S), which comes to stand at `at` in each row: the hidden states (B, D) at `last` (B,)."""
         rows, stop = tokens.shape[0], at + tokens.shape[1]
         positions = torch.arange(at, stop, device=self.device).expand(rows, -1)
         step = self.model.step("prefill", positions, stop if at else 0)
@@ -177,7 +177,7 @@ class Runner:
         hidden = self.model(tokens, step, layers, self.blocks["prefill"])
         if self.drafter:
             self.foresee(following, hidden, step, layers)
-        return (hidden,)
+        return (hidden[torch.arange(rows, device=self.device), last],)
 
     def foresee(self, following: Tensor, hidden: Tensor, step: Step, layers: list[LayerCache]) -> Tensor:
         """The drafter on int64 (B, S) tokens, each `following` one of the hidden states (B, S, D) -> hidden states (B, S, D),

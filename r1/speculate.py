@@ -66,6 +66,8 @@ def launch(
         token = sampler(runner.model.lm_head(hidden).float())  # (prompts,)
     yield F.pad(token[:, None], (0, runner.drafts + 1))
     tokens, q = turn.begin(hidden, token, cache)
+    for other in [key for key in cache.graphs if key[0] == "turn" and key != turn.key]:
+        del cache.graphs[other]  # of another distribution: there may be as many as there are questions
     while True:
         inputs = (tokens, q, *turn.chance(cache))
         following, accepted, tokens, q = runner.call(turn.key, turn, inputs, cache, runner.backend.cuda_graphs)

@@ -753,10 +753,14 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
     "captured prompts of a loop": (
         {"prefill_graphs": True, "prefill_moe": "loop"}, H100, V3, "^prefill_moe=loop .*, or leave prefill_graphs off",
     ),
-    "captured prompts in fp32": (
-        {"prefill_graphs": True, "dtype": "fp32"}, H100, ALIGNED, "^prefill_moe=grouped reads .*, or leave prefill_graphs off",
+    "captured prompts of grouped fp32": (
+        {"prefill_graphs": True, "prefill_moe": "grouped", "dtype": "fp32"}, H100, ALIGNED,
+        "^prefill_moe=grouped reads .*: use gather or triton, or leave prefill_graphs off",
     ),
-    "captured prompts on AMD": ({"prefill_graphs": True}, MI300, ALIGNED, "^prefill_moe=grouped .*, or leave prefill_graphs off"),
+    "captured prompts of grouped on AMD": (
+        {"prefill_graphs": True, "prefill_moe": "grouped"}, MI300, ALIGNED, "^prefill_moe=grouped .* leave prefill_graphs off",
+    ),
+    "captured prompts given back": ({"prefill_graphs": True, "memory": "empty-cache"}, H100, V3, "leave one of them out"),
     "tp": ({"tp": 2}, Machine(), V3, "tp=2"),
     "pp": ({"pp": 2}, Machine(), V3, "pp=2"),
     "attention=triton on a CPU": ({"attention": "triton"}, Machine(), V3, "^attention=triton: Triton's kernels need a GPU"),
@@ -797,6 +801,15 @@ def test_switches_at_the_edge_are_fine() -> None:
         resolved = resolve(Backend(**switches), shape, machine)
         assert all(getattr(resolved, name) == value for name, value in switches.items())
         assert "auto" not in vars(resolved).values()
+
+
+@pytest.mark.parametrize(
+    ("switches", "machine", "chosen"),
+    [({}, H100, "grouped"), ({}, MI300, "triton"), ({"dtype": "fp32"}, H100, "triton"), ({"dtype": "fp16"}, T4, "triton"),
+     ({"amp": "bf16"}, H100, "grouped"), ({"amp": "fp16"}, H100, "gather"), ({}, replace(MI300, compiler=False), "gather")],
+)  # fmt: skip
+def test_captured_prompts_have_experts_that_a_graph_can_hold(switches: dict[str, Any], machine: Machine, chosen: str) -> None:
+    assert resolve(Backend(prefill_graphs=True, **switches), ALIGNED, machine).prefill_moe == chosen
 
 
 def test_fused_kernels_are_of_decode() -> None:

@@ -387,7 +387,8 @@ def test_experts_of_a_prompt(tokens: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("tokens", "chosen", "count"), [(3000, 2, 5), (3000, 2, 40000), (1, 1, 1), (3, 2, 5), (33, 4, 7), (100, 3, 300)]
+    ("tokens", "chosen", "count"),
+    [(5000, 3, 8), (40000, 2, 40000), (40000, 2, 5), (1, 1, 1), (3, 2, 5), (33, 4, 7), (100, 3, 300)],
 )
 def test_sort_by_expert(tokens: int, chosen: int, count: int) -> None:
     indices = torch.randint(count, (tokens, chosen), device=DEVICE)
@@ -638,8 +639,8 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
         (LinearLaunch, (8, 7168, 2112, 2), LinearLaunch(16, 64, 128, 4, 5)),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 256, 7168), RouterLaunch(8, 512, 4)),
-        (ExpertsLaunch, (4096, 6, 64, 2048, 1408, 2), ExpertsLaunch(128, 128, 64, 128, 64, 8, 4, apart=True)),
-        (ExpertsLaunch, (4096, 6, 64, 2048, 1408, 4), ExpertsLaunch(128, 64, 32, 64, 32, 8, 4, apart=True)),
+        (ExpertsLaunch, (4096, 6, 64, 2048, 1408, 2), ExpertsLaunch(128, 128, 64, 256, 64, 8, 4, apart=True)),
+        (ExpertsLaunch, (4096, 6, 64, 2048, 1408, 4), ExpertsLaunch(128, 64, 32, 128, 32, 8, 4, apart=True)),
     ],
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:

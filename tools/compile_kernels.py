@@ -5,7 +5,7 @@
 The launches are not listed anywhere: the fused block runs on tensors without storage, with a chip that writes launches down
 instead of making them. Fails where a program wants more shared memory than the target has; says what was spilled. Where kernels
 may start before the one ahead has ended (chip.py), it says in which order a program waits for that one, lets the next start and
-writes, and fails where one writes before it waits.
+writes, branch after branch, and fails where the first thing it does is write.
 """
 
 from __future__ import annotations

@@ -133,10 +133,9 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
     gpu = machine.cuda and given.get("device") != "cpu"
     storage = common_settings(given).get("dtype", "auto")
     amp = storage == "fp32" or (storage == "auto" and not gpu)
-    # Under graphs grouped experts' counts must not be looked at, and only torch's own kernel does without.
-    captured = storage in ("auto", "bf16") and not machine.why_not("grouped_mm")
+    grouped = batch > 1 and (not gpu or _captures_grouped(given, machine))
     steps: list[Settings] = [{"attention": "absorbed", "prefill_attention": "expand"}]
-    steps += [{"moe": "grouped" if batch > 1 and (captured or not gpu) else "gather", "prefill_moe": "grouped"}]
+    steps += [{"moe": "grouped" if grouped else "gather", "prefill_moe": "grouped"}]
     steps += [{"cuda_graphs": True}] if gpu else []
     steps += [{"compile": True}] if not machine.why_not("compile") else []
     steps += [{"memory": "expandable"}] if gpu else []
@@ -144,17 +143,22 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
         attention = {"attention": "triton", "prefill_attention": "expand"}
         experts = {"moe": "triton", "prefill_moe": "grouped"}
         steps += [attention, experts, {"kernels": "triton", **attention, **experts}, {"prefill_moe": "triton"}]
-        steps += [{"prefill_graphs": True} if captured else {"prefill_graphs": True, "prefill_moe": "triton"}, {"tune": True}]
+        steps += [{"prefill_graphs": True}, {"tune": True}]
     steps += [{"amp": "bf16"}] if amp else []
     return steps
+
+
+def _captures_grouped(given: Settings, machine: Machine) -> bool:
+    """Whether graphs can hold grouped experts: their counts must not be looked at, and only torch's own kernel does without."""
+    return common_settings(given).get("dtype", "auto") in ("auto", "bf16") and not machine.why_not("grouped_mm")
 
 
 def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str] = KINDS) -> list[Arm]:
     """The textbook's model (full keys and values, one expert after the other, eager) as baseline; then each step alone, the
     cumulative ladder, everything but one step, and every pair of steps, for correctness only.
 
-    A loop over experts can be neither compiled nor captured: alone or in pairs, those steps bring the experts' along, and
-    tune brings the kernels that it tunes.
+    A loop over experts can be neither compiled nor captured: alone or in pairs, those steps bring along the experts' that can
+    be, and tune brings the kernels that it tunes. A step that a later one sets anew can't be left out.
     Only arms of `kinds` are returned, and the baseline. Two of the same switches are timed once: the ladder's first rung is
     also a step alone, its last but one is also all but one.
     """
@@ -162,6 +166,8 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
     base = Backend(**common_settings(given), **TEXTBOOK)
     experts = next(step for step in steps if "moe" in step)
     kernels = next((step for step in steps if "kernels" in step), {})
+    prompts = experts if _captures_grouped(given, machine) else {"prefill_moe": "triton"}
+    """Of a prompt's experts, what a graph can hold."""
 
     def arm(kind: str, parts: list[Settings], name: str) -> Arm:
         return Arm(name, kind, dataclasses.replace(base, **{k: v for part in parts for k, v in part.items()}))
@@ -169,19 +175,22 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
     def with_needs(kind: str, *parts: Settings) -> Arm:
         """The parts, and what they can't do without; a later step may set again what an earlier one did."""
         name, switched_on = " & ".join(map(step_label, parts)), {name for part in parts for name in part}
-        needed = kernels if "tune" in switched_on and "kernels" not in switched_on else {}
-        if not needed and "moe" not in switched_on and switched_on & {"compile", "cuda_graphs", "prefill_graphs"}:
-            needed = experts
-        if needed:
-            name = f"{name} (with {step_label(needed)})"
-        return arm(kind, [step for step in steps if step in (*parts, needed)], name)
+        needed = [kernels] if "tune" in switched_on and "kernels" not in switched_on else []
+        if not needed and "moe" not in switched_on and switched_on & {"compile", "cuda_graphs"}:
+            needed = [experts]
+        if "prefill_graphs" in switched_on and prompts not in parts and (prompts != experts or "prefill_moe" not in switched_on):
+            needed += [prompts]
+        taken = [step for step in steps if step in (*parts, *needed)]
+        more = " and ".join(step_label(step) for step in taken if step not in parts)
+        return arm(kind, taken, f"{name} (with {more})" if more else name)
 
     arms = [Arm("baseline", "baseline", base)]
     arms += [arm("ladder", steps[: i + 1], f"+ {step_label(step)}") for i, step in enumerate(steps)]
     arms += [with_needs("alone", step) for step in steps]
     for step in steps:
         others = [s for s in steps if s is not step and not (step is kernels and "tune" in s)]
-        arms.append(dataclasses.replace(arm("all-but-one", others, f"all but {step_label(step)}"), without=step))
+        left = dataclasses.replace(arm("all-but-one", others, f"all but {step_label(step)}"), without=step)
+        arms += [left] * (left.backend != arm("ladder", steps, "").backend)
     arms += [with_needs("pairs", *pair) for pair in itertools.combinations(steps, 2)]
     unique: dict[tuple[Backend, bool], Arm] = {}
     for each in arms:
@@ -196,6 +205,6 @@ def label(settings: Settings) -> str:
 
 
 def step_label(step: Settings) -> str:
-    """The same, for a step of the ladder: by the first thing it does, whatever comes with that."""
+    """The same, for a step of the ladder: by the first thing it sets, with which the others come."""
     name, value = next(iter(step.items()))
     return label({name: value})

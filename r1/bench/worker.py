@@ -40,6 +40,7 @@ from r1.errors import InputError
 from r1.generate import Engine
 from r1.machine import available_bytes, clocks_and_power, synchronize
 from r1.router import Router
+from r1.runner import round_capacity
 from r1.sampler import Sampler
 
 COMPILER_CHECKS = "compiler-checks"
@@ -109,6 +110,12 @@ class Bench:
         context = config.max_position_embeddings
         if w.tokens > context:
             raise InputError(f"depth + prompt + new is {w.tokens}, more than the context of {context}")
+        padded = [n for n in (w.prompt, w.depth) if n and round_capacity(n) != n]
+        if w.routing == "uniform" and self.engine.backend.prefill_graphs and w.batch > 1 and padded:
+            raise InputError(
+                f"--routing uniform draws experts by a token's place among all, which padding moves: under prefill_graphs give "
+                f"prompts of {round_capacity(padded[0])} tokens, not {padded[0]}, or one row"
+            )
         self.cache = self.engine.runner.cache(w.batch, w.tokens)
 
     def fill(self) -> None:
@@ -316,8 +323,14 @@ class Bench:
         return {"share": share, "problems": len(questions)}
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory in bytes: the allocator's and what it reserved during this repetition, and the process's own so far."""
+        """Peak memory in bytes: the allocator's and what it reserved during this repetition, and the process's own so far.
+
+        What a graph computes in isn't allocated when it runs, but its own all the time.
+        """
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.engine.runner.device.type == "cpu":
             return {"allocated": None, "reserved": None, "host": host}
-        return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(), "host": host}
+        pools = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)]
+        graphs = sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
+        allocated = torch.cuda.max_memory_allocated() + graphs
+        return {"allocated": allocated, "reserved": torch.cuda.max_memory_reserved(), "host": host}

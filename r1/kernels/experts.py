@@ -59,7 +59,7 @@ class ExpertsLaunch:
             columns = 128 // itemsize
             up = 128 if itemsize == 2 and chip.shared >= 3 * 3 * 128 * columns * itemsize else 64  # fp32 would spill more
             stages = max(1, min(4, chip.shared // ((2 * up + 128) * columns * itemsize)))
-            return ExpertsLaunch(128, up, columns, up, columns, 8, stages, apart=True)
+            return ExpertsLaunch(128, up, columns, 2 * up, columns, 8, stages, apart=True)
         rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))  # few experts get twice their share
         columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
         up = 64 if chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize else 32
@@ -119,7 +119,11 @@ def experts(
     chip.run(up_tile_kernel, (up_blocks, places), x, order, ends, work, *ups, h, tokens, count, **how, **up)
     y = x.new_empty(tokens, slots, dim, dtype=x.dtype if use.apart else torch.float32)
     chip.run(down_tile_kernel, (down_blocks, places), h, order, ends, work, weights, *downs, y, tokens, count, **how, **down)
-    chip.run(add_kernel, (tokens * ceil_div(dim, 256),), y, residual, out, DIM=dim, SLOTS=slots, BLOCK=256, warps=1)
+    block = min(1024, power_of_two(dim)) if use.apart else 256
+    chip.run(
+        add_kernel, (tokens * ceil_div(dim, block),), y, residual, out, DIM=dim, SLOTS=slots, BLOCK=block,
+        warps=max(1, block // 256),
+    )  # fmt: skip
     return out
 
 
@@ -135,20 +139,21 @@ def experts_torch(
 
 
 EXPERTS = {"torch": experts_torch, "triton": experts}
-MOST_CHOICES = 4096
-"""What one program of `sort_kernel` looks through."""
+MOST_CHOICES = 2**16
+"""What a program of `sort_kernel` looks through in less time than torch's sort takes."""
 
 
 def sort_by_expert(chip: Chip, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`order` and `ends` of r1/moe.py's `by_expert`, int32 both, in one kernel: each program counts for one expert.
 
-    A prompt's many choices are torch's to sort.
+    Very many choices are torch's to sort.
     """
     choices = indices.numel()
     if choices > MOST_CHOICES:
         return sort_by_expert_torch(indices, count)
     order, ends = indices.new_empty(choices, dtype=torch.int32), indices.new_empty(count, dtype=torch.int32)
-    chip.run(sort_kernel, (count,), indices, order, ends, choices, BLOCK=power_of_two(choices), warps=4)
+    block = min(4096, power_of_two(choices))
+    chip.run(sort_kernel, (count,), indices, order, ends, choices, BLOCK=block, warps=4 if block <= 1024 else 8)
     return order, ends
 
 
@@ -208,12 +213,20 @@ def sort_kernel(indices, order, ends, choices, BLOCK: tl.constexpr, PDL: tl.cons
     wait_for_previous(PDL)
     expert = tl.program_id(0)
     choice = tl.arange(0, BLOCK)
-    index = tl.load(indices + choice, mask=choice < choices, other=2**31 - 1).to(tl.int32)
-    start = tl.sum((index < expert).to(tl.int32), axis=0)
-    mine = index == expert
-    rank = tl.cumsum(mine.to(tl.int32), axis=0)  # from 1
-    tl.store(order + start + rank - 1, choice, mask=mine)
-    tl.store(ends + expert, start + tl.sum(mine.to(tl.int32), axis=0))
+    first = tl.load(indices + choice, mask=choice < choices, other=2**31 - 1).to(tl.int32)  # a decode step has no more
+    before = (first < expert).to(tl.int32)
+    for block in range(BLOCK, choices, BLOCK):
+        index = tl.load(indices + block + choice, mask=block + choice < choices, other=2**31 - 1).to(tl.int32)
+        before += (index < expert).to(tl.int32)
+    end = tl.sum(before, axis=0)
+    for block in range(0, choices, BLOCK):
+        mine = (first == expert).to(tl.int32)
+        rank = tl.cumsum(mine, axis=0)  # from 1
+        tl.store(order + end + rank - 1, block + choice, mask=mine > 0)
+        end += tl.sum(mine, axis=0)
+        behind = block + BLOCK + choice
+        first = tl.load(indices + behind, mask=behind < choices, other=2**31 - 1).to(tl.int32)
+    tl.store(ends + expert, end)
 
 
 # ---------------------------------------------------------------------------------------- one token
@@ -326,17 +339,19 @@ def down_vector_kernel(
 
 # ---------------------------------------------------------------------------------------- several tokens
 @triton.jit
-def tile_of(program, first, end, order, count, CHOSEN: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr):
-    """The next ROWS tokens of an expert: their numbers, choices and slots (N L), and which of them are real.
+def tile_of(program, first, end, order, tokens, count, CHOSEN: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr):
+    """The next ROWS tokens of an expert: their numbers, choices, places in h and slots in y (N L), and which are real.
 
-    A shared expert (from number `count` on) has all tokens, in order.
+    A shared expert (from number `count` on) has all tokens, in order. h has experts one after the other, each one's tokens side
+    by side.
     """
     i = first + tl.arange(0, ROWS)
     routed = program < count
     choice = tl.load(order + i, mask=i < tl.where(routed, end, 0), other=0)
     token = tl.where(routed, choice // CHOSEN, i).to(tl.int64)
     slot = token * (CHOSEN + SHARED) + tl.where(routed, choice % CHOSEN, CHOSEN + program - count)
-    return token, choice, slot, i < end
+    place = i + tl.where(routed, 0, tokens * (CHOSEN + program - count)).to(tl.int64)
+    return token, choice, place, slot, i < end
 
 
 @triton.jit
@@ -369,7 +384,7 @@ def up_tile_kernel(
     to_up = tl.where(expert < count, INNER * DIM, SHARED * INNER * DIM)
     place = matrix + out[:, None] * DIM + d[None, :]
     for first in range(start, end, ROWS):
-        token, _choice, slot, real = tile_of(expert, first, end, order, count, CHOSEN, SHARED, ROWS)
+        token, _choice, row, _slot, real = tile_of(expert, first, end, order, tokens, count, CHOSEN, SHARED, ROWS)
         gate = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
         up = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
         for column in range(0, DIM, BLOCK_IN):
@@ -380,7 +395,7 @@ def up_tile_kernel(
             up = product(tl.load(place + to_up + column, mask=mask, other=0.0), v, up)
         inner = gate * tl.sigmoid(gate) * up
         mask = (out < INNER)[:, None] & real[None, :]
-        tl.store(h + slot[None, :] * INNER + out[:, None], inner.to(h.dtype.element_ty), mask=mask)
+        tl.store(h + row[None, :] * INNER + out[:, None], inner.to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -389,7 +404,11 @@ def down_tile_kernel(
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
     APART: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT outputs of one expert, weighted, for all of its tokens: into each one's own slot of y, (N, L, D)."""
+    """BLOCK_OUT outputs of one expert, weighted, for all of its tokens: into each one's own slot of y, (N, L, D).
+
+    Few tokens are the product's short side. A prompt's are its rows, and outputs, twice as many, its columns: that is how
+    Hopper's widest product has them, and the tokens' inner values are read half as often.
+    """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i = tl.arange(0, BLOCK_IN)
     wait_for_previous(PDL)
@@ -403,13 +422,14 @@ def down_tile_kernel(
     width = tl.where(expert < count, INNER, SHARED * INNER)
     place = matrix + out[:, None] * width + i[None, :]
     for first in range(start, end, ROWS):
-        _token, choice, slot, real = tile_of(expert, first, end, order, count, CHOSEN, SHARED, ROWS)
-        sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
+        _token, choice, row, slot, real = tile_of(expert, first, end, order, tokens, count, CHOSEN, SHARED, ROWS)
+        sums = tl.zeros((ROWS, BLOCK_OUT) if APART else (BLOCK_OUT, ROWS), tl.float32)
         for column in range(0, INNER, BLOCK_IN):
             inside = column + i < INNER
-            v = tl.load(h + slot[None, :] * INNER + column + i[:, None], mask=inside[:, None] & real[None, :], other=0.0)
+            v = tl.load(h + row[None, :] * INNER + column + i[:, None], mask=inside[:, None] & real[None, :], other=0.0)
             w = tl.load(place + column, mask=(out < DIM)[:, None] & inside[None, :], other=0.0)
-            sums = product(w, v, sums)
+            sums = product(tl.trans(v), tl.trans(w), sums) if APART else product(w, v, sums)
+        sums = tl.trans(sums) if APART else sums
         weight = tl.where(expert < count, tl.load(weights + choice, mask=real, other=0.0), 1.0)
         mask = (out < DIM)[:, None] & real[None, :]
         tl.store(y + slot[None, :] * DIM + out[:, None], (sums * weight[None, :]).to(y.dtype.element_ty), mask=mask)

@@ -38,8 +38,9 @@ class LinearLaunch:
         if tokens == 1:
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
-        # Large tiles read x less often, which pays where x is long; else there must first of all be work for every processor.
-        wide = inputs >= 4096 or outputs >= 128 * chip.processors
+        # Large tiles read x less often, which pays where x is long, as long as a fifth of the processors has work; else there
+        # must first of all be work for every one.
+        wide = outputs >= (12 if inputs >= 4096 else 128) * chip.processors
         block = 64 if wide else 16 if outputs <= 16 * chip.processors else 32
         columns = min(256 // itemsize, power_of_two(inputs, 16))
         stages = max(1, min(5, chip.shared // 2 // ((block + rows) * columns * itemsize)))
