@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import itertools
 import multiprocessing
+import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -145,6 +147,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--price goes with --compare")
     if arguments.plot:
         plot.check(arguments.plot)
+    if arguments.profile:
+        above = next(folder for folder in (arguments.profile, *arguments.profile.absolute().parents) if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"--profile {arguments.profile}: no folder can be made there, or written to: name another")
     if arguments.show:
         present(merge.load(arguments.show, complete=True), arguments)
         return 0
@@ -167,8 +173,6 @@ def run(arguments: argparse.Namespace) -> int:
     plans = [(workload, arms_of(given, machine, workload, arguments)) for workload in workloads]
     if not arguments.ablate:  # which takes only what can run here
         check_possible(plans, config, machine)
-    if arguments.profile:
-        arguments.profile.mkdir(parents=True, exist_ok=True)
     result: Found = {
         "schema": report.SCHEMA,
         "machine": {
@@ -366,7 +370,9 @@ class Session:
         """A MoE layer's time, a trace where one is wanted, right answers; the process is not needed afterwards."""
         self.ask("moe_layer")
         if arguments.profile and self.ask("trace"):
-            stem = "".join(c if c.isalnum() else "-" for c in self.arm.name).strip("-")
+            name = " ".join((self.arm.kind, self.arm.name, *(f"{size} {n}" for size, n in self.workload.sizes.items())))
+            stem = "-".join(re.findall(r"\w+", name))
+            arguments.profile.mkdir(parents=True, exist_ok=True)
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
             (arguments.profile / f"{stem}.txt").write_text(self.found["trace"]["table"])
         if questions and "refused" not in self.found:

@@ -578,6 +578,19 @@ def test_what_can_not_run_here_is_refused_before_anything_is_measured(
     assert err.count(said) == 1 and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("where", ["a file", "a file/in it"])
+def test_a_profile_that_can_not_be_written_is_refused(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a file").write_text("")
+    assert bench.main(["--profile", str(tmp_path / where)]) == 2
+    err = capsys.readouterr().err
+    assert "no folder can be made there" in err and err.count("\n") == 1
+
+
+def test_a_refused_command_leaves_no_profile_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--device", "cpu", "--prompt", "100000", "--profile", str(tmp_path / "traces")]) == 2
+    assert "more than the context" in capsys.readouterr().err and not (tmp_path / "traces").exists()
+
+
 def test_what_can_run_here_is_measured_beside_what_can_not() -> None:
     def plans(given: dict[str, Any], *batches: int) -> list[tuple[Workload, list[Arm]]]:
         return [(dataclasses.replace(WORK, batch=batch), arms.from_switches(given)) for batch in batches]
