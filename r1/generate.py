@@ -143,7 +143,7 @@ class Engine:
                     on_tokens(arrived)
             if not live:
                 break
-        if self.backend.cuda_graphs or self.backend.prefill_graphs:
+        if cache.graphs:
             self._kept = cache
         for completion in completions:
             completion.text = self.tokenizer.decode(self._words(completion.tokens)) if self.tokenizer else ""

@@ -186,11 +186,13 @@ def ablation(given: Settings, machine: Machine, batch: int, kinds: Sequence[str]
 
     arms = [Arm("baseline", "baseline", base)]
     arms += [arm("ladder", steps[: i + 1], f"+ {step_label(step)}") for i, step in enumerate(steps)]
+    full = arms[-1].backend
     arms += [with_needs("alone", step) for step in steps]
     for step in steps:
         others = [s for s in steps if s is not step and not (step is kernels and "tune" in s)]
         left = dataclasses.replace(arm("all-but-one", others, f"all but {step_label(step)}"), without=step)
-        arms += [left] * (left.backend != arm("ladder", steps, "").backend)
+        if left.backend != full:
+            arms.append(left)
     arms += [with_needs("pairs", *pair) for pair in itertools.combinations(steps, 2)]
     unique: dict[tuple[Backend, bool], Arm] = {}
     for each in arms:
