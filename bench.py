@@ -1,10 +1,11 @@
-"""What each optimization buys on this machine: `python bench.py --compile --amp bf16`, or all of them: `--ablate`.
+"""What each optimization buys on this machine: `python bench.py --compile --amp bf16`, or all of
+them: `--ablate`.
 
-Prints the machine, then one row per arm: baseline (all switches off), each given switch alone, all given together. Every
-arm runs in a process of its own, all warmed up alike; repetitions are taken in turn with the baseline's, so that a drifting
-clock hits both; and each arm's logits are held against an fp32 eager reference on the same tokens. A checkpoint that brings
-problems is asked some of them by each arm.
-"""
+Prints the machine, then one row per arm: baseline (all switches off), each given switch alone, all
+given together. Every arm runs in a process of its own, all warmed up alike; repetitions are taken
+in turn with the baseline's, so that a drifting clock hits both; and each arm's logits are held
+against an fp32 eager reference on the same tokens. A checkpoint that brings problems is asked some
+of them by each arm."""
 
 from __future__ import annotations
 
@@ -25,17 +26,19 @@ from pathlib import Path
 
 import torch
 
-from r1 import InputError, switches
+from r1 import InputError
 from r1.__main__ import EMBEDDED
-from r1.backend import DTYPES, Backend, resolve, torch_device
 from r1.bench import arms, exam, merge, plot, report, worker
 from r1.bench.arms import TEXTBOOK, Arm, Settings, Workload
 from r1.bench.exam import Question
 from r1.bench.process import Found, Process, interrupt_once, signals
 from r1.build import HEADROOM, count_parameters
-from r1.config import SHAPES, Config
+from r1.device import DTYPES, available_bytes, torch_device
 from r1.errors import hung_up
-from r1.machine import Machine, available_bytes, explain
+from r1.model.config import SHAPES, Config
+from r1.switches import flags
+from r1.switches.backend import Backend, resolve
+from r1.switches.machine import Machine, explain
 
 REFERENCE = "fp32 reference"
 PROBLEMS = 16
@@ -43,7 +46,8 @@ PROBLEMS = 16
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where an arm fails parity or breaks down; 2 for bad input; 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 where an arm fails parity or breaks down; 2 for bad input; 130
+    after Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         return run(arguments)
@@ -56,24 +60,66 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="bench.py", description="Measure what each optimization buys on this machine.")
-    model = p.add_mutually_exclusive_group()
-    model.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder (default: the embedded tiny-r1)")
-    model.add_argument("--shape", choices=SHAPES, help="random weights of a published shape, made on the device")
-    p.add_argument("--layers", type=int, metavar="N", help="only the first N layers of --shape")
-    p.add_argument("--batch", type=numbers, default=[1], metavar="N,..", help="rows decoded together (default 1)")
-    p.add_argument("--prompt", type=numbers, default=[128], metavar="N,..", help="tokens of each prompt (default 128)")
-    p.add_argument("--new", type=numbers, default=[128], metavar="N,..", help="new tokens of each row (default 128)")
-    p.add_argument(
-        "--depth", type=partial(numbers, least=0), default=[0], metavar="N,..", help="tokens in the cache before (default 0)"
+    p = argparse.ArgumentParser(
+        prog="bench.py", description="Measure what each optimization buys on this machine."
     )
-    p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions of each arm (default 5)")
-    p.add_argument("--seed", type=switches.seed, default=0, help="of random weights and prompts")
+    model = p.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint's folder (default: the embedded tiny-r1)",
+    )
+    model.add_argument(
+        "--shape", choices=SHAPES, help="random weights of a published shape, made on the device"
+    )
+    p.add_argument("--layers", type=int, metavar="N", help="only the first N layers of --shape")
+    p.add_argument(
+        "--batch",
+        type=numbers,
+        default=[1],
+        metavar="N,..",
+        help="rows decoded together (default 1)",
+    )
+    p.add_argument(
+        "--prompt",
+        type=numbers,
+        default=[128],
+        metavar="N,..",
+        help="tokens of each prompt (default 128)",
+    )
+    p.add_argument(
+        "--new",
+        type=numbers,
+        default=[128],
+        metavar="N,..",
+        help="new tokens of each row (default 128)",
+    )
+    p.add_argument(
+        "--depth",
+        type=partial(numbers, least=0),
+        default=[0],
+        metavar="N,..",
+        help="tokens in the cache before (default 0)",
+    )
+    p.add_argument(
+        "-r",
+        "--repetitions",
+        type=int,
+        default=5,
+        metavar="N",
+        help="repetitions of each arm (default 5)",
+    )
+    p.add_argument("--seed", type=flags.seed, default=0, help="of random weights and prompts")
     p.add_argument(
         "--problems", type=int, metavar="N",
         help=f"how many problems of the checkpoint's {exam.FILE}, if it has one, each arm is asked (default {PROBLEMS}; 0: none)",
     )  # fmt: skip
-    p.add_argument("--ablate", action="store_true", help="every switch this machine can run: ladder, alone, all but one, pairs")
+    p.add_argument(
+        "--ablate",
+        action="store_true",
+        help="every switch this machine can run: ladder, alone, all but one, pairs",
+    )
     p.add_argument(
         "--only", type=kinds, metavar="KIND,..",
         help=f"kinds of arms beside the baseline: {', '.join(arms.KINDS)}, or {arms.ALL_BUT}SWITCH for one of all-but-one "
@@ -88,17 +134,55 @@ def parser() -> argparse.ArgumentParser:
         help="with --speculate mtp: accept each draft with this probability whatever the model says (random weights draft badly; "
         "a shape without an MTP layer gets one): tells a speed, and writes no meaningful text",
     )  # fmt: skip
-    p.add_argument("--warm-start", action="store_true", help="start compiled arms a second time too, with a warm cache")
-    p.add_argument("--profile", type=Path, metavar="DIR", help="a Chrome trace of each arm's decode step, and its top kernels")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="draw the result: FILE.png, and the same as FILE.svg")
-    p.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="merge results of several machines, and end")
     p.add_argument(
-        "--price", type=prices, metavar="P,..", help="--compare: what each machine costs an hour (one for all, or each)"
+        "--warm-start",
+        action="store_true",
+        help="start compiled arms a second time too, with a warm cache",
     )
-    p.add_argument("--show", type=Path, metavar="JSON", help="print, and with --plot draw, a result kept by -o json, and end")
-    p.add_argument("--explain", action="store_true", help="print what this machine can do, and why not, and end")
-    p.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="what is printed (default md)")
-    switches.add_flags(p)
+    p.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="a Chrome trace of each arm's decode step, and its top kernels",
+    )
+    p.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the result: FILE.png, and the same as FILE.svg",
+    )
+    p.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="merge results of several machines, and end",
+    )
+    p.add_argument(
+        "--price",
+        type=prices,
+        metavar="P,..",
+        help="--compare: what each machine costs an hour (one for all, or each)",
+    )
+    p.add_argument(
+        "--show",
+        type=Path,
+        metavar="JSON",
+        help="print, and with --plot draw, a result kept by -o json, and end",
+    )
+    p.add_argument(
+        "--explain",
+        action="store_true",
+        help="print what this machine can do, and why not, and end",
+    )
+    p.add_argument(
+        "-o",
+        "--output",
+        choices=("md", "json", "jsonl", "csv"),
+        default="md",
+        help="what is printed (default md)",
+    )
+    flags.add_flags(p)
     return p
 
 
@@ -107,7 +191,9 @@ def prices(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give amounts of money, with commas between") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give amounts of money, with commas between"
+        ) from None
 
 
 def kinds(text: str) -> tuple[str, ...]:
@@ -115,7 +201,9 @@ def kinds(text: str) -> tuple[str, ...]:
     chosen = []
     for kind in text.split(","):
         switch = kind.removeprefix(arms.ALL_BUT).replace("-", "_")
-        if kind not in arms.KINDS and (not kind.startswith(arms.ALL_BUT) or switch not in vars(Backend())):
+        if kind not in arms.KINDS and (
+            not kind.startswith(arms.ALL_BUT) or switch not in vars(Backend())
+        ):
             raise argparse.ArgumentTypeError(
                 f"{kind!r}: give {', '.join(arms.KINDS)} or {arms.ALL_BUT}SWITCH (as in {arms.ALL_BUT}moe), with commas between"
             )
@@ -131,7 +219,9 @@ def numbers(text: str, least: int = 1) -> list[int]:
         values = [-1]
     if min(values) < least:
         allowed = "above 0" if least else "of 0 or more"
-        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers {allowed}, with commas between")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give whole numbers {allowed}, with commas between"
+        )
     return values
 
 
@@ -148,9 +238,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         plot.check(arguments.plot)
     if arguments.profile:
-        above = next(folder for folder in (arguments.profile, *arguments.profile.absolute().parents) if folder.exists())
+        above = next(
+            folder
+            for folder in (arguments.profile, *arguments.profile.absolute().parents)
+            if folder.exists()
+        )
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise InputError(f"--profile {arguments.profile}: no folder can be made there, or written to: name another")
+            raise InputError(
+                f"--profile {arguments.profile}: no folder can be made there, or written to: name another"
+            )
     if arguments.show:
         present(merge.load(arguments.show, complete=True), arguments)
         return 0
@@ -158,17 +254,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"-r {arguments.repetitions}: give a whole number above 0")
     if arguments.layers is not None and arguments.shape is None:
         raise InputError("--layers cuts a --shape, and none is given: a checkpoint is run whole")
-    given = switches.given(arguments)
+    given = flags.given(arguments)
     if arguments.assume_acceptance is not None:
         if given.get("speculate") != "mtp":
-            raise InputError("--assume-acceptance is about drafts, and nothing drafts: add --speculate mtp")
+            raise InputError(
+                "--assume-acceptance is about drafts, and nothing drafts: add --speculate mtp"
+            )
         if not 0 <= arguments.assume_acceptance <= 1:
-            raise InputError(f"--assume-acceptance {arguments.assume_acceptance}: give a probability, 0 to 1")
+            raise InputError(
+                f"--assume-acceptance {arguments.assume_acceptance}: give a probability, 0 to 1"
+            )
     model = None if arguments.shape else str(arguments.model or EMBEDDED)
     questions = questions_of(model, arguments.problems)
     lists = itertools.product(arguments.batch, arguments.prompt, arguments.new, arguments.depth)
     source = (model, arguments.shape, arguments.layers)
-    workloads = [Workload(*source, *sizes, arguments.seed, arguments.routing, arguments.assume_acceptance) for sizes in lists]
+    workloads = [
+        Workload(*source, *sizes, arguments.seed, arguments.routing, arguments.assume_acceptance)
+        for sizes in lists
+    ]
     config = workloads[0].config()
     plans = [(workload, arms_of(given, machine, workload, arguments)) for workload in workloads]
     if not arguments.ablate:  # which takes only what can run here
@@ -200,18 +303,25 @@ def run(arguments: argparse.Namespace) -> int:
                 except InputError as error:
                     if len(workloads) == 1:
                         raise
-                    result["notes"].append(f"{workload.describe()}: n/a: {error}")  # the other workloads' rows are kept
+                    result["notes"].append(
+                        f"{workload.describe()}: n/a: {error}"
+                    )  # the other workloads' rows are kept
     except KeyboardInterrupt:
         result["notes"].append("Interrupted: only what was finished is shown.")
         status = 130
     say("")
     present(result, arguments)
-    failed = any(row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"])
+    failed = any(
+        row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"]
+    )
     return status or int(failed)
 
 
-def arms_of(given: Settings, machine: Machine, workload: Workload, arguments: argparse.Namespace) -> list[Arm]:
-    """What is compared on this workload. Raises InputError where --only names a kind of which there is no arm."""
+def arms_of(
+    given: Settings, machine: Machine, workload: Workload, arguments: argparse.Namespace
+) -> list[Arm]:
+    """What is compared on this workload. Raises InputError where --only names a kind of which there
+    is no arm."""
     if arguments.ablate:
         compared = arms.ablation(given, machine, workload.batch, arguments.only or arms.KINDS)
     else:
@@ -222,8 +332,11 @@ def arms_of(given: Settings, machine: Machine, workload: Workload, arguments: ar
     return compared
 
 
-def check_possible(plans: list[tuple[Workload, list[Arm]]], config: Config, machine: Machine) -> None:
-    """Raises InputError where the baseline can't run here, or arms are asked for beside it and none of them can.
+def check_possible(
+    plans: list[tuple[Workload, list[Arm]]], config: Config, machine: Machine
+) -> None:
+    """Raises InputError where the baseline can't run here, or arms are asked for beside it and none
+    of them can.
 
     Where some can, those that can't have a row that says why not.
     """
@@ -237,16 +350,21 @@ def check_possible(plans: list[tuple[Workload, list[Arm]]], config: Config, mach
             except InputError as error:
                 reasons.append(str(error))
     if reasons:
-        raise InputError(f"nothing beside the baseline can be run: {'; '.join(dict.fromkeys(reasons))}")
+        raise InputError(
+            f"nothing beside the baseline can be run: {'; '.join(dict.fromkeys(reasons))}"
+        )
 
 
 def questions_of(model: str | None, count: int | None) -> list[Question]:
-    """What the arms may be asked, of which each workload takes the first `count` that fit. Raises InputError."""
+    """What the arms may be asked, of which each workload takes the first `count` that fit. Raises
+    InputError."""
     if count is not None and count < 0:
         raise InputError(f"--problems {count}: give 0 or more")
     found = exam.load(model) if model is not None and count != 0 else []
     if count and not found:
-        raise InputError(f"--problems {count}: {model or 'a shape of random weights'} has no {exam.FILE}: leave it out")
+        raise InputError(
+            f"--problems {count}: {model or 'a shape of random weights'} has no {exam.FILE}: leave it out"
+        )
     return found
 
 
@@ -266,9 +384,16 @@ def measure(
     result: Found,
 ) -> None:
     """All arms on one workload; rows are added to `result` as they are finished."""
-    with tempfile.TemporaryDirectory(prefix="r1-bench-") as name, CompilerChecks(compared, config, Path(name)) as checks:
+    with (
+        tempfile.TemporaryDirectory(prefix="r1-bench-") as name,
+        CompilerChecks(compared, config, Path(name)) as checks,
+    ):
         folder, base, position = Path(name), compared[0], len(result["rows"])
-        asked = exam.fitting(questions, workload.tokens, PROBLEMS if arguments.problems is None else arguments.problems)
+        asked = exam.fitting(
+            questions,
+            workload.tokens,
+            PROBLEMS if arguments.problems is None else arguments.problems,
+        )
         if questions and not asked:
             result["notes"].append(
                 f"No problem of {exam.FILE} fits {workload.tokens} tokens, so there is no accuracy: take more --new, or --prompt."
@@ -299,7 +424,9 @@ def measure(
                     if session.start(arguments.warm_start):
                         for number in range(arguments.repetitions):
                             say(f"{arm.name}: repetition {number + 1} of {arguments.repetitions}")
-                            session.found["beside"].append(baseline_alone[number] if room == 1 else first.once())
+                            session.found["beside"].append(
+                                baseline_alone[number] if room == 1 else first.once()
+                            )
                             session.once()
                         session.finish(arguments, asked)
                 finally:
@@ -310,11 +437,16 @@ def measure(
             if room > 1:
                 first.finish(arguments, asked)
         finally:
-            if first.found["measure"]:  # where that was interrupted: what the baseline has is kept, and nobody waits for more
+            if first.found[
+                "measure"
+                # where that was interrupted: what the baseline has is kept, and nobody waits for more
+            ]:
                 first.found.setdefault("moe_layer", {"seconds": None})
             first.process.quit()
             if first.found["measure"]:
-                result["rows"].insert(position, report.row(base, workload, first.found, reference, config))
+                result["rows"].insert(
+                    position, report.row(base, workload, first.found, reference, config)
+                )
         for arm in compared:
             if not arm.timed:
                 session = Session(arm, workload, folder, result["notes"])
@@ -344,8 +476,8 @@ class Session:
         return all(keep(self.found, self.process, name + how, command) for command in commands)
 
     def start(self, twice: bool) -> bool:
-        """Build, warm up, check parity. With `twice` a compiled arm is started in a second process, which finds the cache of
-        compiled code that the first one left, and is the one measured."""
+        """Build, warm up, check parity. With `twice` a compiled arm is started in a second process,
+        which finds the cache of compiled code that the first one left, and is the one measured."""
         if self.arm.backend.compile and twice:
             fine = self.ask("build", "warm", how=", cold cache")
             self.process.quit()
@@ -367,10 +499,17 @@ class Session:
         return [self.once() for _ in range(times)]
 
     def finish(self, arguments: argparse.Namespace, questions: list[Question]) -> None:
-        """A MoE layer's time, a trace where one is wanted, right answers; the process is not needed afterwards."""
+        """A MoE layer's time, a trace where one is wanted, right answers; the process is not needed
+        afterwards."""
         self.ask("moe_layer")
         if arguments.profile and self.ask("trace"):
-            name = " ".join((self.arm.kind, self.arm.name, *(f"{size} {n}" for size, n in self.workload.sizes.items())))
+            name = " ".join(
+                (
+                    self.arm.kind,
+                    self.arm.name,
+                    *(f"{size} {n}" for size, n in self.workload.sizes.items()),
+                )
+            )
             stem = "-".join(re.findall(r"\w+", name))
             arguments.profile.mkdir(parents=True, exist_ok=True)
             shutil.move(self.found["trace"]["path"], arguments.profile / f"{stem}.json")
@@ -379,19 +518,26 @@ class Session:
             say(f"{self.arm.name}, {len(questions)} problems: accuracy")
             answer = self.process.ask("accuracy", questions)
             if "refused" in answer:  # what was measured stands all the same
-                self.notes.append(f"{self.arm.name} could not be asked problems: {answer['refused']}")
+                self.notes.append(
+                    f"{self.arm.name} could not be asked problems: {answer['refused']}"
+                )
             else:
                 self.found["accuracy"] = answer
         self.process.quit()
 
 
-def make_reference(compared: list[Arm], workload: Workload, config: Config, folder: Path, checks: CompilerChecks) -> Found:
-    """The text and logits that every arm is held against, the experts it hits, and the machine's rates in the arms' dtypes."""
+def make_reference(
+    compared: list[Arm], workload: Workload, config: Config, folder: Path, checks: CompilerChecks
+) -> Found:
+    """The text and logits that every arm is held against, the experts it hits, and the machine's
+    rates in the arms' dtypes."""
     plain = Backend(device=compared[0].backend.device, dtype="fp32", **TEXTBOOK)
     dtypes = sorted(dtypes_of(compared, workload, config))
     found: Found = {}
     with Process(worker.serve, plain, workload, folder, "inductor-reference") as process:
-        if keep(found, process, REFERENCE, "build_reference") and keep(found, process, REFERENCE, "rates", dtypes):
+        if keep(found, process, REFERENCE, "build_reference") and keep(
+            found, process, REFERENCE, "rates", dtypes
+        ):
             checks.start()
             keep(found, process, REFERENCE, "reference", dtypes)
     if "refused" in found:
@@ -400,7 +546,8 @@ def make_reference(compared: list[Arm], workload: Workload, config: Config, fold
 
 
 def keep(found: Found, process: Process, name: str, command: str, *arguments: object) -> bool:
-    """Put a command's answer into `found` under its name; where it is refused, the refusal, and False."""
+    """Put a command's answer into `found` under its name; where it is refused, the refusal, and
+    False."""
     say(f"{name}: {command}")
     answer = process.ask(command, *arguments)
     if "refused" in answer:
@@ -411,13 +558,20 @@ def keep(found: Found, process: Process, name: str, command: str, *arguments: ob
 
 
 class CompilerChecks:
-    """What Inductor finds out of a CPU by compiling: in a process beside the reference and the baseline's warm-up, which nobody
-    times, and done before the first arm that compiles."""
+    """What Inductor finds out of a CPU by compiling: in a process beside the reference and the
+    baseline's warm-up, which nobody times, and done before the first arm that compiles."""
 
     def __init__(self, compared: list[Arm], config: Config, folder: Path) -> None:
-        needed = any(arm.backend.compile for arm in compared) and torch_device(resolve(compared[0].backend, config)).type == "cpu"
+        needed = (
+            any(arm.backend.compile for arm in compared)
+            and torch_device(resolve(compared[0].backend, config).device).type == "cpu"
+        )
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=worker.check_compiler, args=(folder,), daemon=True) if needed else None
+        self.process = (
+            context.Process(target=worker.check_compiler, args=(folder,), daemon=True)
+            if needed
+            else None
+        )
 
     def start(self) -> None:
         if self.process:
@@ -432,7 +586,9 @@ class CompilerChecks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process and self.process.pid is not None:  # started, and not joined where an interrupt or an error came before
+        if (
+            self.process and self.process.pid is not None
+        ):  # started, and not joined where an interrupt or an error came before
             self.process.kill()
             self.process.join()  # the folder it writes to is deleted next
 
@@ -451,7 +607,7 @@ def how_many_fit(compared: list[Arm], workload: Workload, config: Config) -> int
     resolved = resolve(compared[0].backend, config, batch=workload.batch)
     mtp = any(arm.backend.speculate == "mtp" for arm in compared)
     need = count_parameters(config, mtp=mtp) * DTYPES[resolved.dtype].itemsize + 4 * HEADROOM
-    return max(1, int(available_bytes(torch_device(resolved)) // need))
+    return max(1, int(available_bytes(torch_device(resolved.device)) // need))
 
 
 def say(text: str) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import r1
-from r1 import switches
 from r1.errors import hung_up
-from r1.sampler import TEMPERATURE, TOP_P, Sampler
+from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
+from r1.switches import flags
 
 EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny-r1"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -32,34 +32,60 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m r1", description="Ask the model a question, or chat with it if none is given.")
-    p.add_argument("question", nargs="?", help="what to ask; without it, a chat (end it with Ctrl-D)")
-    p.add_argument("--model", type=Path, default=EMBEDDED, metavar="DIR", help="a checkpoint's folder (default: tiny-r1)")
+    p = argparse.ArgumentParser(
+        prog="python -m r1",
+        description="Ask the model a question, or chat with it if none is given.",
+    )
+    p.add_argument(
+        "question", nargs="?", help="what to ask; without it, a chat (end it with Ctrl-D)"
+    )
+    p.add_argument(
+        "--model",
+        type=Path,
+        default=EMBEDDED,
+        metavar="DIR",
+        help="a checkpoint's folder (default: tiny-r1)",
+    )
     p.add_argument("--system", metavar="TEXT", help="a system prompt")
-    p.add_argument("--new", type=int, default=1024, metavar="N", help="new tokens at most (default 1024)")
-    p.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=f"default {TEMPERATURE}; 0 is greedy")
+    p.add_argument(
+        "--new", type=int, default=1024, metavar="N", help="new tokens at most (default 1024)"
+    )
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=TEMPERATURE,
+        metavar="T",
+        help=f"default {TEMPERATURE}; 0 is greedy",
+    )
     p.add_argument("--top-p", type=float, default=TOP_P, metavar="P", help=f"default {TOP_P}")
-    p.add_argument("--seed", type=switches.seed, metavar="N", help="makes the same choices again")
-    p.add_argument("--no-think", dest="think", action="store_false", help="answer without reasoning first")
-    switches.add_flags(p)
+    p.add_argument("--seed", type=flags.seed, metavar="N", help="makes the same choices again")
+    p.add_argument(
+        "--no-think", dest="think", action="store_false", help="answer without reasoning first"
+    )
+    flags.add_flags(p)
     return p
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises InputError for what no model could use: loading one only to refuse can take minutes."""
+    """Raises InputError for what no model could use: loading one only to refuse can take
+    minutes."""
     Sampler(arguments.temperature, arguments.top_p, arguments.seed)
     if arguments.new < 1:
         raise r1.InputError(f"--new {arguments.new}: give a whole number of at least 1")
     if arguments.question is not None and not arguments.question.strip():
-        raise r1.InputError("the question is empty: ask something, or give no question at all to chat")
+        raise r1.InputError(
+            "the question is empty: ask something, or give no question at all to chat"
+        )
 
 
 def talk(arguments: argparse.Namespace) -> int:
     check(arguments)
-    engine = r1.load(arguments.model, r1.Backend(**switches.given(arguments)))
+    engine = r1.load(arguments.model, r1.Backend(**flags.given(arguments)))
     for caution in engine.cautions:
         print(f"r1: {caution}", file=sys.stderr)
-    messages: list[dict[str, Any]] = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages: list[dict[str, Any]] = (
+        [{"role": "system", "content": arguments.system}] if arguments.system else []
+    )
     if arguments.question is not None:
         answer(engine, [*messages, {"role": "user", "content": arguments.question}], arguments)
         return 0
@@ -73,13 +99,17 @@ def talk(arguments: argparse.Namespace) -> int:
         if question.strip():
             asked = [*messages, {"role": "user", "content": question}]
             try:
-                messages = [*asked, {"role": "assistant", "content": answer(engine, asked, arguments)}]
+                messages = [
+                    *asked,
+                    {"role": "assistant", "content": answer(engine, asked, arguments)},
+                ]
             except r1.InputError as error:  # the conversation goes on without this turn
                 print(f"r1: {error}", file=sys.stderr)
 
 
 def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
-    """Stream one answer, its reasoning dimmed, and a line of timings on stderr; returns the answer without reasoning."""
+    """Stream one answer, its reasoning dimmed, and a line of timings on stderr; returns the answer
+    without reasoning."""
     color = sys.stdout.isatty()
     thinking = False
 
@@ -92,10 +122,20 @@ def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argpars
             print(text, end="", flush=True)
 
     completion = engine.chat(
-        messages, arguments.new, arguments.temperature, arguments.top_p, arguments.seed, arguments.think, on_text=show
+        messages,
+        arguments.new,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.seed,
+        arguments.think,
+        on_text=show,
     )
     print(PLAIN if thinking else "")
-    rate = f", then {1 / completion.tpot:.1f} tokens/s ({completion.tpot * 1e3:.2f} ms each)" if completion.tpot else ""
+    rate = (
+        f", then {1 / completion.tpot:.1f} tokens/s ({completion.tpot * 1e3:.2f} ms each)"
+        if completion.tpot
+        else ""
+    )
     if completion.drafted:
         rate += f", {completion.acceptance:.0%} of drafts accepted: {completion.tokens_per_step:.2f} tokens a step"
     stopped = "" if completion.finish == "stop" else "; cut off at --new or the context's end"

@@ -1,4 +1,5 @@
-"""meta -> memory check -> allocate -> load -> derive -> fill the slots: the only reader of the switches."""
+"""meta -> memory check -> allocate -> load -> derive -> fill the slots: the only reader of the
+switches."""
 
 from __future__ import annotations
 
@@ -9,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from r1 import attend, checkpoint, moe
-from r1.backend import DTYPES, Backend, torch_device
-from r1.config import Config
+from r1.device import DTYPES, available_bytes, torch_device
 from r1.errors import InputError
-from r1.machine import available_bytes
-from r1.mla import MLA
-from r1.model import Transformer
-from r1.moe import MoE
-from r1.mtp import MTPLayer
+from r1.files import checkpoint
+from r1.model import attend, moe
+from r1.model.config import Config
+from r1.model.mla import MLA
+from r1.model.moe import MoE
+from r1.model.mtp import MTPLayer
+from r1.model.transformer import Transformer
+from r1.switches.backend import Backend
 
 HEADROOM = 256 * 2**20
 """Bytes beside the weights without which no step runs: activations, the cache of a short prompt."""
@@ -27,21 +29,31 @@ DRAW_ELEMENTS = 2**24
 
 
 def from_checkpoint(
-    directory: str | Path, config: Config, backend: Backend, *, mtp: bool = False, quiet: bool = False
+    directory: str | Path,
+    config: Config,
+    backend: Backend,
+    *,
+    mtp: bool = False,
+    quiet: bool = False,
 ) -> tuple[Transformer, checkpoint.Report]:
-    """The model of `directory`, loaded, with the resolved `backend`'s strategies. Raises InputError.
+    """The model of `directory`, loaded, with the resolved `backend`'s strategies. Raises
+    InputError.
 
     `mtp` loads the MTP layers too; `speculate` in the backend does so in any case.
     """
     mtp = mtp or backend.speculate == "mtp"
     if mtp and not config.num_nextn_predict_layers:
-        raise InputError(f"{directory}: config.json has num_nextn_predict_layers = 0, so there is no MTP layer to load")
+        raise InputError(
+            f"{directory}: config.json has num_nextn_predict_layers = 0, so there is no MTP layer to load"
+        )
     model = allocate(config, backend, mtp=mtp)
     report = checkpoint.load(model, directory, quiet=quiet)
     return finish(model, backend), report
 
 
-def from_shape(config: Config, backend: Backend, *, seed: int = 0, mtp: bool = False) -> Transformer:
+def from_shape(
+    config: Config, backend: Backend, *, seed: int = 0, mtp: bool = False
+) -> Transformer:
     """A model of random weights, made on the device: N(0, 0.02), norms of 1, no gate bias."""
     model = allocate(config, backend, mtp=mtp or backend.speculate == "mtp")
     randomize(model, seed)
@@ -49,12 +61,15 @@ def from_shape(config: Config, backend: Backend, *, seed: int = 0, mtp: bool = F
 
 
 def allocate(config: Config, backend: Backend, *, mtp: bool) -> Transformer:
-    """The model's parameters on the device, not yet set. Raises InputError where they would not fit, before they are made."""
-    device, dtype = torch_device(backend), DTYPES[backend.dtype]
+    """The model's parameters on the device, not yet set. Raises InputError where they would not
+    fit, before they are made."""
+    device, dtype = torch_device(backend.device), DTYPES[backend.dtype]
     with torch.device("meta"), _default_dtype(dtype):
         model = Transformer(config)
         if mtp:
-            model.mtp.extend(MTPLayer(config, depth) for depth in range(config.num_nextn_predict_layers))
+            model.mtp.extend(
+                MTPLayer(config, depth) for depth in range(config.num_nextn_predict_layers)
+            )
     needed = sum(p.nbytes for p in model.parameters()) + HEADROOM
     available = available_bytes(device)
     if needed > available:
@@ -69,7 +84,8 @@ def allocate(config: Config, backend: Backend, *, mtp: bool) -> Transformer:
 
 
 def randomize(model: Transformer, seed: int) -> None:
-    """Set every parameter from `seed`, in place on its device; the same numbers (bf16 ones) in every dtype."""
+    """Set every parameter from `seed`, in place on its device; the same numbers (bf16 ones) in
+    every dtype."""
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
@@ -95,9 +111,15 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
         attention["triton"], experts["triton"] = kernels.attend, kernels.dispatch
     for module in model.modules():
         if isinstance(module, MLA):
-            module.attend = {"prefill": attention[backend.prefill_attention], "decode": attention[backend.attention]}
+            module.attend = {
+                "prefill": attention[backend.prefill_attention],
+                "decode": attention[backend.attention],
+            }
         elif isinstance(module, MoE):
-            module.dispatch = {"prefill": experts[backend.prefill_moe], "decode": experts[backend.moe]}
+            module.dispatch = {
+                "prefill": experts[backend.prefill_moe],
+                "decode": experts[backend.moe],
+            }
     return model.eval().requires_grad_(False)
 
 
@@ -117,7 +139,11 @@ def parameters(module: nn.Module) -> int:
 
 
 def count_parameters(config: Config, *, mtp: bool = False) -> int:
-    """How many numbers a model of this config has, with its MTP layers or without; nothing is allocated."""
+    """How many numbers a model of this config has, with its MTP layers or without; nothing is
+    allocated."""
     with torch.device("meta"):
-        extra = [MTPLayer(config, depth) for depth in range(config.num_nextn_predict_layers if mtp else 0)]
+        extra = [
+            MTPLayer(config, depth)
+            for depth in range(config.num_nextn_predict_layers if mtp else 0)
+        ]
         return sum(map(parameters, [Transformer(config), *extra]))

@@ -1,8 +1,10 @@
-"""What the hardware allows: bytes that must move and FLOPs that must be done in one step, and the rates measured here.
+"""What the hardware allows: bytes that must move and FLOPs that must be done in one step, and the
+rates measured here.
 
-Counted from the config, each input read once: weights of what is active (of the routed experts only those really hit), the
-cache that attention reads, one row written. Activations stay out: at the sizes where a step is bound by memory they are
-nothing beside the weights. So the time that comes out is a floor.
+Counted from the config, each input read once: weights of what is active (of the routed experts only
+those really hit), the cache that attention reads, one row written. Activations stay out: at the
+sizes where a step is bound by memory they are nothing beside the weights. So the time that comes
+out is a floor.
 
 Shapes: B rows of a step, S tokens of a row in it, T tokens in the cache, E experts.
 """
@@ -16,10 +18,10 @@ from functools import partial
 
 import torch
 
-from r1.backend import DTYPES, Backend
-from r1.cache import bytes_per_token
-from r1.config import Config
-from r1.machine import synchronize
+from r1.device import DTYPES, synchronize
+from r1.model.cache import bytes_per_token
+from r1.model.config import Config
+from r1.switches.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,18 @@ class Work:
         return self.weight_bytes + self.cache_bytes
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.weight_bytes + other.weight_bytes, self.cache_bytes + other.cache_bytes, self.flops + other.flops)
+        return Work(
+            self.weight_bytes + other.weight_bytes,
+            self.cache_bytes + other.cache_bytes,
+            self.flops + other.flops,
+        )
 
     def __sub__(self, other: Work) -> Work:
-        return Work(self.weight_bytes - other.weight_bytes, self.cache_bytes - other.cache_bytes, self.flops - other.flops)
+        return Work(
+            self.weight_bytes - other.weight_bytes,
+            self.cache_bytes - other.cache_bytes,
+            self.flops - other.flops,
+        )
 
 
 def attention_weights(config: Config) -> int:
@@ -46,7 +56,9 @@ def attention_weights(config: Config) -> int:
     c = config
     q = c.num_attention_heads * c.qk_head_dim
     query = c.hidden_size * q if c.q_lora_rank is None else (c.hidden_size + q) * c.q_lora_rank
-    key_value = c.hidden_size * c.latent_dim + c.kv_lora_rank * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    key_value = c.hidden_size * c.latent_dim + c.kv_lora_rank * c.num_attention_heads * (
+        c.qk_nope_head_dim + c.v_head_dim
+    )
     return query + key_value + c.num_attention_heads * c.v_head_dim * c.hidden_size
 
 
@@ -56,13 +68,21 @@ def expert_weights(config: Config) -> int:
 
 
 def step_work(
-    config: Config, backend: Backend, rows: int, tokens: int, context: float, experts_hit: float, *, verify: bool = False
+    config: Config,
+    backend: Backend,
+    rows: int,
+    tokens: int,
+    context: float,
+    experts_hit: float,
+    *,
+    verify: bool = False,
 ) -> Work:
-    """The work of one step: `rows` rows of `tokens` tokens each, behind `context` cached ones; only the last gets logits.
+    """The work of one step: `rows` rows of `tokens` tokens each, behind `context` cached ones; only
+    the last gets logits.
 
-    `experts_hit` is how many different experts a MoE layer uses in the step, on average. `backend` is resolved. `verify`: a
-    decode step over drafts (speculate.py), in which every token gets logits.
-    """
+    `experts_hit` is how many different experts a MoE layer uses in the step, on average. `backend`
+    is resolved. `verify`: a decode step over drafts (speculate.py), in which every token gets
+    logits."""
     c, storage = config, DTYPES[backend.dtype]
     dense = sum(not c.is_moe(layer) for layer in range(c.num_hidden_layers))
     sparse = c.num_hidden_layers - dense
@@ -73,7 +93,9 @@ def step_work(
     gate = sparse * c.n_routed_experts * c.hidden_size  # fp32, whatever the rest is
     head = c.vocab_size * c.hidden_size
     every_token = attention + feed_forward + shared
-    weight_bytes = (every_token + head + sparse * experts_hit * expert_weights(c)) * storage.itemsize + gate * 4
+    weight_bytes = (
+        every_token + head + sparse * experts_hit * expert_weights(c)
+    ) * storage.itemsize + gate * 4
     weight_bytes += n * c.hidden_size * storage.itemsize  # rows of the embedding
     per_token = bytes_per_token(c, storage, full=backend.attention == "naive")
     flops = 2.0 * n * (every_token + gate + sparse * c.num_experts_per_tok * expert_weights(c))
@@ -82,7 +104,9 @@ def step_work(
         n
         * (context + (tokens + 1) / 2)
         * c.num_hidden_layers
-        * attention_flops(c, absorbed=(tokens == 1 or verify) and backend.attention in ("absorbed", "triton"))
+        * attention_flops(
+            c, absorbed=(tokens == 1 or verify) and backend.attention in ("absorbed", "triton")
+        )
     )
     return Work(weight_bytes, (rows * context + n) * per_token, flops)
 
@@ -102,7 +126,8 @@ def expected_experts(config: Config, rows: int) -> float:
 
 @dataclass(frozen=True)
 class Speculation:
-    """What a turn of speculate.py moves and computes, beside a step that gives each row one token."""
+    """What a turn of speculate.py moves and computes, beside a step that gives each row one
+    token."""
 
     plain: Work
     verify: Work
@@ -118,43 +143,61 @@ class Speculation:
         return tokens * self.plain.nbytes / self.turn.nbytes
 
     def pays_from(self) -> float | None:
-        """The acceptance from which turns are worth more than steps, by bytes alone; None where even 1 is not enough."""
+        """The acceptance from which turns are worth more than steps, by bytes alone; None where
+        even 1 is not enough."""
         if self.speedup(self.drafts + 1) <= 1:
             return None
         low, high = 0.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.speedup(expected_tokens(middle, self.drafts)) > 1 else (middle, high)
+            low, high = (
+                (low, middle)
+                if self.speedup(expected_tokens(middle, self.drafts)) > 1
+                else (middle, high)
+            )
         return high
 
 
 def expected_tokens(acceptance: float, drafts: int) -> float:
-    """Tokens a turn gives if each draft is accepted with this probability when those before it were: 1 + a + ... + a^k."""
+    """Tokens a turn gives if each draft is accepted with this probability when those before it
+    were: 1 + a + ... + a^k."""
     return sum(acceptance**number for number in range(drafts + 1))
 
 
 def speculation(config: Config, backend: Backend, rows: int, context: float) -> Speculation:
-    """The byte model of a resolved backend that speculates, with `context` tokens cached in each row.
+    """The byte model of a resolved backend that speculates, with `context` tokens cached in each
+    row.
 
-    Tokens are taken to choose experts uniformly and each for itself. In truth neighbours share some, and the verification
-    reads less.
-    """
+    Tokens are taken to choose experts uniformly and each for itself. In truth neighbours share
+    some, and the verification reads less."""
     drafts = backend.draft_tokens
     tokens = drafts + 1
     return Speculation(
         step_work(config, backend, rows, 1, context, expected_experts(config, rows)),
-        step_work(config, backend, rows, tokens, context, expected_experts(config, rows * tokens), verify=True),
+        step_work(
+            config,
+            backend,
+            rows,
+            tokens,
+            context,
+            expected_experts(config, rows * tokens),
+            verify=True,
+        ),
         draft_work(config, backend, rows, context),
         drafts,
     )
 
 
 def draft_work(config: Config, backend: Backend, rows: int, context: float) -> Work:
-    """A turn's drafts: one pass of the MTP layer over the k + 1 tokens that were judged, k - 1 over a single one more, and
-    each with the output head."""
+    """A turn's drafts: one pass of the MTP layer over the k + 1 tokens that were judged, k - 1 over
+    a single one more, and each with the output head."""
     c, storage = config, DTYPES[backend.dtype]
     sparse = c.is_moe(c.num_hidden_layers)
-    dense_ffn = c.n_shared_experts * expert_weights(c) if sparse else 3 * c.hidden_size * c.intermediate_size
+    dense_ffn = (
+        c.n_shared_experts * expert_weights(c)
+        if sparse
+        else 3 * c.hidden_size * c.intermediate_size
+    )
     every_token = 2 * c.hidden_size**2 + attention_weights(c) + dense_ffn
     gate = c.n_routed_experts * c.hidden_size if sparse else 0
     chosen = c.num_experts_per_tok * expert_weights(c) if sparse else 0
@@ -167,18 +210,24 @@ def draft_work(config: Config, backend: Backend, rows: int, context: float) -> W
         hit = expected_experts(c, n) * expert_weights(c) if sparse else 0
         weight_bytes += (every_token + hit + head + n * c.hidden_size) * storage.itemsize + gate * 4
         cache_bytes += (rows * context + n) * per_token
-        flops += 2.0 * n * (every_token + gate + chosen) + 2.0 * rows * head + n * (context + (tokens + 1) / 2) * attention
+        flops += (
+            2.0 * n * (every_token + gate + chosen)
+            + 2.0 * rows * head
+            + n * (context + (tokens + 1) / 2) * attention
+        )
     return Work(weight_bytes, cache_bytes, flops)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does, measured: bytes/s of a large copy (read + written), FLOP/s of a large matrix product."""
+    """What this machine does, measured: bytes/s of a large copy (read + written), FLOP/s of a large
+    matrix product."""
 
     copy: float
     matmul: float
     launch: float
-    """Seconds that one more tiny kernel costs in eager mode; 0 on a CPU, where nothing is launched."""
+    """Seconds that one more tiny kernel costs in eager mode; 0 on a CPU, where nothing is
+    launched."""
     replay: float
     """The same inside a CUDA graph."""
 
@@ -189,7 +238,9 @@ class Rates:
 
 def copy_rate(device: torch.device) -> float:
     """Bytes a second, read and written, of a copy of 1 GiB (a CPU: 128 MiB)."""
-    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    source = torch.zeros(
+        2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device
+    )
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 
@@ -221,8 +272,11 @@ def _launches(device: torch.device) -> tuple[float, float]:
     return _best(many, device) / 1000, _best(graph.replay, device) / 1000
 
 
-def bottleneck(work: Work, rates: Rates, kernels: int | None, captured: bool, seconds: float) -> str:
-    """What a step of `seconds` waits for: the largest of the times for memory, compute and launches (kernels x gap).
+def bottleneck(
+    work: Work, rates: Rates, kernels: int | None, captured: bool, seconds: float
+) -> str:
+    """What a step of `seconds` waits for: the largest of the times for memory, compute and launches
+    (kernels x gap).
 
     On a CPU launches are not counted, and what the other two leave unexplained is the framework's.
     """
@@ -235,7 +289,8 @@ def bottleneck(work: Work, rates: Rates, kernels: int | None, captured: bool, se
 
 
 def _best(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Seconds of the fastest of some calls: a ceiling is what the machine can do, not what it did on average."""
+    """Seconds of the fastest of some calls: a ceiling is what the machine can do, not what it did
+    on average."""
     times = []
     for _ in range(repeats):
         synchronize(device)

@@ -1,4 +1,5 @@
-"""The reference cases under tests/reference, run through our model: what test_parity.py and test_traps.py share."""
+"""The reference cases under tests/reference, run through our model: what test_parity.py and
+test_traps.py share."""
 
 from __future__ import annotations
 
@@ -12,14 +13,17 @@ from tolerances import atol
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1 import Backend, Config, build, moe
-from r1.backend import resolve
-from r1.model import Transformer
-from r1.moe import Experts, MoE
-from r1.runner import Runner
-from r1.trace import Difference, compare, first_divergence, trace
+from r1 import Backend, Config, build
+from r1.model import moe
+from r1.model.moe import Experts, MoE
+from r1.model.transformer import Transformer
+from r1.run.runner import Runner
+from r1.run.trace import Difference, compare, first_divergence, trace
+from r1.switches.backend import resolve
 
-torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings, tenfold on a busy machine
+torch.set_num_threads(
+    1
+)  # the models are tiny: a second thread costs more than it brings, tenfold on a busy machine
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "tests" / "reference"
@@ -29,7 +33,7 @@ PER_LAYER = ("attn", "mlp", "hidden")
 
 @cache
 def reference(case: str) -> dict[str, Tensor]:
-    """What transformers put out; the names are r1/trace.py's, and `tokens`."""
+    """What transformers put out; the names are r1/run/trace.py's, and `tokens`."""
     return load_file(REFERENCE / case / "reference.safetensors")
 
 
@@ -44,11 +48,15 @@ def _model(case: str) -> Transformer:
 
 
 def _resolved(case: str, switches: dict[str, Any]) -> Backend:
-    return resolve(Backend(**{"device": "cpu", "dtype": "fp32", "prefill_moe": "loop", **switches}), config(case))
+    return resolve(
+        Backend(**{"device": "cpu", "dtype": "fp32", "prefill_moe": "loop", **switches}),
+        config(case),
+    )
 
 
 def runner(case: str, **switches: Any) -> Runner:
-    """Our model of a case, fp32 on the CPU, loaded once: the strategies asked for last are those of every runner of the case.
+    """Our model of a case, fp32 on the CPU, loaded once: the strategies asked for last are those of
+    every runner of the case.
 
     What a switch can't do raises InputError.
     """
@@ -59,34 +67,46 @@ def runner(case: str, **switches: Any) -> Runner:
 def fresh(case: str, **switches: Any) -> Runner:
     """The same, built and loaded anew: to be changed, or built by wrong formulas."""
     backend = _resolved(case, switches)
-    return Runner(build.from_checkpoint(REFERENCE / case, config(case), backend, quiet=True)[0], backend)
+    return Runner(
+        build.from_checkpoint(REFERENCE / case, config(case), backend, quiet=True)[0], backend
+    )
 
 
-def differences(case: str, run: Runner | None = None, first: int | None = None, row: str = "reference fp32") -> list[Difference]:
-    """Each layer's outputs beside the reference's; `first`: only for so many tokens of each row (a causal model's)."""
+def differences(
+    case: str, run: Runner | None = None, first: int | None = None, row: str = "reference fp32"
+) -> list[Difference]:
+    """Each layer's outputs beside the reference's; `first`: only for so many tokens of each row (a
+    causal model's)."""
     run = run or runner(case)
     theirs = {name: tensor[:, :first] for name, tensor in reference(case).items()}
     tokens = theirs.pop("tokens")
     ours = trace(run, tokens)
-    assert ours.keys() == theirs.keys(), f"{case}: not everything is compared: {ours.keys() ^ theirs.keys()}"
+    assert ours.keys() == theirs.keys(), (
+        f"{case}: not everything is compared: {ours.keys() ^ theirs.keys()}"
+    )
     return compare(ours, theirs, atol(row))
 
 
 def check(case: str, run: Runner | None = None) -> None:
     """Fail with the name of the first layer that is off."""
     first = first_divergence(differences(case, run))
-    assert first is None, f"{case}: first divergence at {first.name}: off by {first.max_abs:.2e}, values to {first.scale:.2g}"
+    assert first is None, (
+        f"{case}: first divergence at {first.name}: off by {first.max_abs:.2e}, values to {first.scale:.2g}"
+    )
 
 
 def grouped_padded(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """`grouped` for odd sizes: weights and tokens widened with zeros to the next multiple of 4, which adds zeros to sums."""
+    """`grouped` for odd sizes: weights and tokens widened with zeros to the next multiple of 4,
+    which adds zeros to sums."""
     dim, inner = x.shape[-1], experts.down_proj.shape[-1]
     wide, deep = -dim % 4, -inner % 4
     padded = Experts.__new__(Experts)
     torch.nn.Module.__init__(padded)
     gate, up = (F.pad(half, (0, wide, 0, deep)) for half in experts.gate_up_proj.chunk(2, dim=1))
     padded.gate_up_proj = torch.nn.Parameter(torch.cat((gate, up), dim=1), requires_grad=False)
-    padded.down_proj = torch.nn.Parameter(F.pad(experts.down_proj, (0, deep, 0, wide)), requires_grad=False)
+    padded.down_proj = torch.nn.Parameter(
+        F.pad(experts.down_proj, (0, deep, 0, wide)), requires_grad=False
+    )
     return moe.grouped(padded, F.pad(x, (0, wide)), indices, weights)[:, :dim]
 
 

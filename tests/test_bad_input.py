@@ -1,8 +1,9 @@
-"""Bad input: one clear sentence as `r1.InputError`, exit status 2 from the command, nothing allocated, changed or half-written.
+"""Bad input: one clear sentence as `r1.InputError`, exit status 2 from the command, nothing
+allocated, changed or half-written.
 
-Each way in which a checkpoint's folder can be wrong is a row of `FOLDERS` or `CONFIGS`; each is tried through `r1.load` and
-through the command's `main`, and a few (`test_command`) through a real `python -m r1`.
-"""
+Each way in which a checkpoint's folder can be wrong is a row of `FOLDERS` or `CONFIGS`; each is
+tried through `r1.load` and through the command's `main`, and a few (`test_command`) through a real
+`python -m r1`."""
 
 from __future__ import annotations
 
@@ -33,10 +34,15 @@ from tiny import V2, V3, load, model, rewrite, tensors
 from torch import Tensor
 
 import r1
-from r1 import Backend, Config, Engine, InputError, backend, build, checkpoint, config, fp8, runner
+from r1 import Backend, Config, Engine, InputError, build
 from r1.__main__ import main
-from r1.backend import Machine, resolve
-from r1.rope import frequencies
+from r1.files import checkpoint
+from r1.model import config
+from r1.model.rope import frequencies
+from r1.run import runner
+from r1.storage import fp8
+from r1.switches import backend
+from r1.switches.backend import Machine, resolve
 
 ROOT = Path(__file__).parent.parent
 CPU = Backend(device="cpu")
@@ -49,7 +55,8 @@ Folder = Callable[[Path], Any]
 
 @contextmanager
 def refused(*said: str) -> Iterator[None]:
-    """What is inside raises InputError: one line, one sentence, in which each of `said` (regular expressions) is found."""
+    """What is inside raises InputError: one line, one sentence, in which each of `said` (regular
+    expressions) is found."""
     with pytest.raises(InputError) as caught:
         yield
     message = str(caught.value)
@@ -161,7 +168,8 @@ def index(change: Callable[[dict[str, Any]], Any]) -> Folder:
 
 
 def point_to(name: str) -> Folder:
-    """An index that has one tensor elsewhere: where a sound shard lies waiting, so that only the name can be the reason."""
+    """An index that has one tensor elsewhere: where a sound shard lies waiting, so that only the
+    name can be the reason."""
 
     def apply(folder: Path) -> None:
         target = Path(os.path.normpath(folder / name))
@@ -239,121 +247,142 @@ def header(entries: Any) -> bytes:
 NESTED = b'{"a":' * 100_000
 FOLDERS: dict[str, tuple[Folder, tuple[str, ...]]] = {
     # config.json
-    "no config": (lambda f: (f / "config.json").unlink(), ("sound has no config.json",)),
-    "config is a folder": (replace_file("config.json", Path.mkdir), ("has no config.json",)),
-    "empty config": (write("config.json", b""), (r"config\.json can't be read as JSON", "download it again")),
-    "config of half a file": (write("config.json", b'{"model_type": "deepse'), ("can't be read as JSON",)),
-    "config not UTF-8": (write("config.json", b'{"model_type": "\xff\xfe"}'), ("can't be read as JSON",)),
-    "config a list": (write("config.json", b"[1, 2]"), ("holds no JSON object",)),
-    "config without end": (write("config.json", NESTED), ("can't be read as JSON",)),
-    "another architecture": (
-        set_config(model_type="llama"), (r"config\.json: model_type is 'llama'", "deepseek_v3", "deepseek_v2", "kimi_k2"),
+    "no config": (lambda f: (f / "config.json").unlink(), ("sound has no config.json", )),
+    "config is a folder": (replace_file("config.json", Path.mkdir), ("has no config.json", )),
+    "empty config": (write("config.json", b""), (r"config\.json can't be read as JSON",
+    "download it again")), "config of half a file": (write("config.json",
+    b'{"model_type": "deepse'), ("can't be read as JSON", )),
+    "config not UTF-8": (write("config.json", b'{"model_type": "\xff\xfe"}'),
+    ("can't be read as JSON", )), "config a list": (write("config.json", b"[1, 2]"),
+    ("holds no JSON object", )), "config without end": (write("config.json", NESTED),
+    ("can't be read as JSON", )), "another architecture": (
+        set_config(model_type="llama"), (r"config\.json: model_type is 'llama'", "deepseek_v3",
+        "deepseek_v2", "kimi_k2"),
     ),
     # the files
     "no safetensors": (
         no_safetensors, (r"has no \*\.safetensors",),
-    ),
-    "empty shard": (cut(0), (r"model-00001-of-\d+\.safetensors is cut off or corrupt", "download it again")),
-    "shard of 5 bytes": (lambda f: first_shard(f).write_bytes(b"12345"), ("model-00001", "cut off or corrupt")),
-    "shard cut in its header": (cut(0.01), ("model-00001", "cut off or corrupt")),
-    "shard cut in its data": (cut(0.9), ("model-00001", "cut off or corrupt")),
-    "shard with a tail": (lambda f: first_shard(f).open("ab").write(b"more"), ("model-00001", "cut off or corrupt")),
-    "header longer than the file": (overwrite(0, struct.pack("<Q", 2**40)), ("model-00001", "cut off or corrupt")),
-    "header not JSON": (overwrite(8, b"\xff\xff\xff\xff"), ("model-00001", "cut off or corrupt")),
-    "header of a nested bomb": (
-        lambda f: first_shard(f).write_bytes(struct.pack("<Q", len(NESTED)) + NESTED), ("cut off or corrupt",),
+    ), "empty shard": (cut(0), (r"model-00001-of-\d+\.safetensors is cut off or corrupt",
+    "download it again")), "shard of 5 bytes": (lambda f: first_shard(f).write_bytes(b"12345"),
+    ("model-00001", "cut off or corrupt")), "shard cut in its header": (cut(0.01), ("model-00001",
+    "cut off or corrupt")), "shard cut in its data": (cut(0.9), ("model-00001",
+    "cut off or corrupt")),
+    "shard with a tail": (lambda f: first_shard(f).open("ab").write(b"more"), ("model-00001",
+    "cut off or corrupt")), "header longer than the file": (overwrite(0, struct.pack("<Q", 2**40)),
+    ("model-00001", "cut off or corrupt")), "header not JSON": (overwrite(8, b"\xff\xff\xff\xff"),
+    ("model-00001", "cut off or corrupt")), "header of a nested bomb": (
+        lambda f: first_shard(f).write_bytes(struct.pack("<Q", len(NESTED)) + NESTED),
+        ("cut off or corrupt", ),
     ),
     "offsets beyond the data": (
         lambda f: first_shard(f).write_bytes(
-            header({"model.norm.weight": {"dtype": "F32", "shape": [32], "data_offsets": [0, 128]}}) + bytes(64)
+            header({"model.norm.weight": {"dtype": "F32", "shape": [32], "data_offsets": [0,
+            128]}}) + bytes(64)
         ),
         ("cut off or corrupt",),
     ),
     "offsets not of the shape": (
         lambda f: first_shard(f).write_bytes(
-            header({"model.norm.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 64]}}) + bytes(64)
+            header({"model.norm.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0,
+            64]}}) + bytes(64)
         ),
         ("cut off or corrupt",),
     ),
     "shard is a folder": (replace_file("*.safetensors", Path.mkdir), ("which the folder lacks",)),
     # the index
-    "shard lacking": (lambda f: first_shard(f).unlink(), (r"index\.json names model-00001", "the folder lacks")),
-    "link to nowhere": (replace_file("*.safetensors", lambda path: path.symlink_to("gone")), ("which the folder lacks",)),
-    "index not JSON": (write(checkpoint.INDEX, b"{"), (r"index\.json can't be read", "download it again")),
-    "index without end": (write(checkpoint.INDEX, NESTED), (r"index\.json can't be read",)),
-    "index without a map": (write(checkpoint.INDEX, b"{}"), (r"index\.json can't be read", "weight_map")),
-    "index a list": (write(checkpoint.INDEX, b"[]"), (r"index\.json can't be read",)),
-    "map of numbers": (index(lambda i: i["weight_map"].update(a=3)), ("does not name a file for each tensor",)),
-    "map a list": (index(lambda i: i.update(weight_map=["a"])), ("does not name a file for each tensor",)),
-    "index empty": (index(lambda i: i.update(weight_map={})), (r"lacks model\.embed_tokens\.weight.*and \d+ more",)),
-    "index points up": (point_to("../outside.safetensors"), (r"'\.\./outside\.safetensors'", "no safetensors file in this")),
-    "index points down": (point_to("sub/below.safetensors"), ("'sub/below.safetensors'", "not opened")),
-    "index points here the long way": (point_to("./here.safetensors"), ("not opened",)),
+    "shard lacking": (lambda f: first_shard(f).unlink(), (r"index\.json names model-00001",
+    "the folder lacks")), "link to nowhere": (replace_file("*.safetensors",
+    lambda path: path.symlink_to("gone")), ("which the folder lacks", )),
+    "index not JSON": (write(checkpoint.INDEX, b"{"), (r"index\.json can't be read",
+    "download it again")), "index without end": (write(checkpoint.INDEX, NESTED),
+    (r"index\.json can't be read", )), "index without a map": (write(checkpoint.INDEX, b"{}"),
+    (r"index\.json can't be read", "weight_map")), "index a list": (write(checkpoint.INDEX, b"[]"),
+    (r"index\.json can't be read", )),
+    "map of numbers": (index(lambda i: i["weight_map"].update(a=3)),
+    ("does not name a file for each tensor", )),
+    "map a list": (index(lambda i: i.update(weight_map=["a"])),
+    ("does not name a file for each tensor", )),
+    "index empty": (index(lambda i: i.update(weight_map={})),
+    (r"lacks model\.embed_tokens\.weight.*and \d+ more", )),
+    "index points up": (point_to("../outside.safetensors"), (r"'\.\./outside\.safetensors'",
+    "no safetensors file in this")), "index points down": (point_to("sub/below.safetensors"),
+    ("'sub/below.safetensors'", "not opened")),
+    "index points here the long way": (point_to("./here.safetensors"), ("not opened", )),
     "index points to the folder": (point_to(".."), (r"'\.\.'", "not opened")),
-    "index names a pickle": (index(lambda i: i["weight_map"].update({O_PROJ: "x.bin"})), ("'x.bin'", "not opened")),
-    "index names nothing": (index(lambda i: i["weight_map"].update({O_PROJ: ""})), ("''", "not opened")),
-    "tensor not in its file": (
+    "index names a pickle": (index(lambda i: i["weight_map"].update({O_PROJ: "x.bin"})), ("'x.bin'",
+    "not opened")), "index names nothing": (index(lambda i: i["weight_map"].update({O_PROJ: ""})),
+    ("''", "not opened")), "tensor not in its file": (
         index(lambda i: i["weight_map"].update({"model.layers.9.x": i["weight_map"][O_PROJ]})),
         (r"has model\.layers\.9\.x in files that lack",),
     ),
     "tensor in another file": (
         index(lambda i: i["weight_map"].update({O_PROJ: i["weight_map"]["lm_head.weight"]})),
         (f"holds {O_PROJ!r}", "has it in model-"),
-    ),
-    "tensor in no file": (index(lambda i: i["weight_map"].pop(O_PROJ)), (f"holds {O_PROJ!r}", "has it nowhere")),
-    "shards without an index": (lambda f: (f / checkpoint.INDEX).unlink(), (r"has \d safetensors files but no model\.safet",)),
+    ), "tensor in no file": (index(lambda i: i["weight_map"].pop(O_PROJ)), (f"holds {O_PROJ!r}",
+    "has it nowhere")), "shards without an index": (lambda f: (f / checkpoint.INDEX).unlink(),
+    (r"has \d safetensors files but no model\.safet", )),
     # the tensors
-    "missing tensor": (edit(lambda t: t.pop("model.norm.weight")), (r"sound lacks model\.norm\.weight",)),
-    "missing tensors": (
+    "missing tensor": (edit(lambda t: t.pop("model.norm.weight")),
+    (r"sound lacks model\.norm\.weight", )), "missing tensors": (
         edit(lambda t: [t.pop(k) for k in list(t) if ".mlp.experts.3." in k]),
         (r"lacks model\.layers\.1\.mlp\.experts\.3\.", r", model\.layers\.1\.mlp"),
+    ), "surplus tensor": (edit(lambda t: t.update(stray=torch.zeros(1))), ("has stray, for which",
+    "no place")), "surplus expert": (
+        edit(lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.zeros(16,
+        32)})), (r"experts\.8\.up_proj", ),
     ),
-    "surplus tensor": (edit(lambda t: t.update(stray=torch.zeros(1))), ("has stray, for which", "no place")),
-    "surplus expert": (
-        edit(lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.zeros(16, 32)})), (r"experts\.8\.up_proj",),
-    ),
-    "surplus layer": (edit(lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.ones(32)})), (r"layers\.3\.inp",)),
-    "mis-shaped": (
+    "surplus layer": (edit(lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.ones(32)})),
+    (r"layers\.3\.inp", )), "mis-shaped": (
         put("lm_head.weight", lambda t: t[:, :31].contiguous()),
         (r"lm_head\.weight has shape \(300, 31\)", r"makes it \(300, 32\)"),
-    ),
-    "transposed": (put(O_PROJ, lambda t: t.T.contiguous()), (re.escape(O_PROJ), r"\(24, 32\)", r"\(32, 24\)")),
-    "a scalar": (put("model.norm.weight", lambda t: t[0]), (r"model\.norm\.weight has shape \(\)", r"\(32,\)")),
-    "no rows": (put("lm_head.weight", lambda t: t[:0]), (r"\(0, 32\)", r"\(300, 32\)")),
-    "int8 weight": (put("lm_head.weight", lambda t: t.to(torch.int8)), (r"lm_head\.weight is stored as I8", "F8_E4M3")),
-    "e5m2 weight": (put(O_PROJ, lambda t: t.to(torch.float8_e5m2)), ("is stored as F8_E5M2|has .*scale_inv",)),
-    "float64 weight": (put("model.norm.weight", lambda t: t.double()), ("stored as F64",)),
-    "complex weight": (put("model.norm.weight", lambda t: t.to(torch.complex64)), ("stored as C64",)),
+    ), "transposed": (put(O_PROJ, lambda t: t.T.contiguous()), (re.escape(O_PROJ), r"\(24, 32\)",
+    r"\(32, 24\)")), "a scalar": (put("model.norm.weight", lambda t: t[0]),
+    (r"model\.norm\.weight has shape \(\)", r"\(32,\)")), "no rows": (put("lm_head.weight",
+    lambda t: t[:0]), (r"\(0, 32\)", r"\(300, 32\)")), "int8 weight": (put("lm_head.weight",
+    lambda t: t.to(torch.int8)), (r"lm_head\.weight is stored as I8", "F8_E4M3")),
+    "e5m2 weight": (put(O_PROJ, lambda t: t.to(torch.float8_e5m2)),
+    ("is stored as F8_E5M2|has .*scale_inv", )), "float64 weight": (put("model.norm.weight",
+    lambda t: t.double()), ("stored as F64", )), "complex weight": (put("model.norm.weight",
+    lambda t: t.to(torch.complex64)), ("stored as C64", )),
     # FP8
-    "FP8 without scale": (edit(lambda t: t.pop(SCALE)), (f"{O_PROJ} is FP8, but there is no {SCALE}",)),
-    "scale without FP8": (put(O_PROJ, lambda t: t.bfloat16()), (f"has {SCALE}, for which",)),
-    "scale of nothing": (edit(lambda t: t.update({"stray_scale_inv": torch.ones(1, 1)})), ("has stray_scale_inv",)),
-    "NaN scale": (fill(float("nan")), (f"{SCALE} holds NaN or infinite scales", "sound/model.safetensors")),
-    "infinite scale": (fill(float("inf")), (f"{SCALE} holds NaN or infinite",)),
-    "minus infinity": (fill(float("-inf")), (f"{SCALE} holds NaN or infinite",)),
-    "scales too few": (put(SCALE, lambda t: t[:1]), (rf"{SCALE} has shape \(1, 2\)", r"\(16, 16\) make it \(2, 2\)")),
-    "scales too many": (put(SCALE, lambda t: torch.ones(3, 2)), (r"shape \(3, 2\)", r"make it \(2, 2\)")),
-    "one scale": (put(SCALE, lambda t: t[0, 0]), (r"shape \(\)", r"make it \(2, 2\)")),
-    "FP8 norm": (put("model.norm.weight", lambda t: t.to(fp8.E4M3)), (r"model\.norm\.weight is FP8, but only matrices come",)),
+    "FP8 without scale": (edit(lambda t: t.pop(SCALE)),
+    (f"{O_PROJ} is FP8, but there is no {SCALE}", )), "scale without FP8": (put(O_PROJ,
+    lambda t: t.bfloat16()), (f"has {SCALE}, for which", )),
+    "scale of nothing": (edit(lambda t: t.update({"stray_scale_inv": torch.ones(1, 1)})),
+    ("has stray_scale_inv", )), "NaN scale": (fill(float("nan")),
+    (f"{SCALE} holds NaN or infinite scales", "sound/model.safetensors")),
+    "infinite scale": (fill(float("inf")), (f"{SCALE} holds NaN or infinite", )),
+    "minus infinity": (fill(float("-inf")), (f"{SCALE} holds NaN or infinite", )),
+    "scales too few": (put(SCALE, lambda t: t[:1]), (rf"{SCALE} has shape \(1, 2\)",
+    r"\(16, 16\) make it \(2, 2\)")), "scales too many": (put(SCALE, lambda t: torch.ones(3, 2)),
+    (r"shape \(3, 2\)", r"make it \(2, 2\)")), "one scale": (put(SCALE, lambda t: t[0, 0]),
+    (r"shape \(\)", r"make it \(2, 2\)")), "FP8 norm": (put("model.norm.weight",
+    lambda t: t.to(fp8.E4M3)), (r"model\.norm\.weight is FP8, but only matrices come", )),
     "FP8 norm with a scale": (
         edit(lambda t: t.update({
-            "model.norm.weight": t["model.norm.weight"].to(fp8.E4M3), "model.norm.weight_scale_inv": torch.ones(2)
+            "model.norm.weight": t["model.norm.weight"].to(fp8.E4M3),
+            "model.norm.weight_scale_inv": torch.ones(2)
         })),
         ("only matrices come in blocks", r"\(32,\)"),
-    ),
-    "scales of integers": (put(SCALE, lambda t: torch.ones(2, 2, dtype=torch.int64)), (re.escape(SCALE), "I64")),
-    "FP8 that config.json does not tell of": (
-        set_config(quantization_config=None), ("is FP8, but config.json has no quantization_config",),
+    ), "scales of integers": (put(SCALE, lambda t: torch.ones(2, 2, dtype=torch.int64)),
+    (re.escape(SCALE), "I64")), "FP8 that config.json does not tell of": (
+        set_config(quantization_config=None), ("is FP8, but config.json has no quantization_config",
+        ),
     ),
     # tokenizer
-    "tokenizer too large": (set_config(vocab_size=200), ("tokenizer has 2.. tokens but config.json's vocab_size is 200",)),
-    "tokenizer not JSON": (write("tokenizer.json", b"{"), (r"tokenizer\.json",)),
-    "generation config not JSON": (write("generation_config.json", b"{"), (r"generation_config\.json can't be read",)),
-    "generation config a list": (write("generation_config.json", b"[]"), (r"generation_config\.json can't be read",)),
-    "stop that is no id": (write("generation_config.json", b'{"eos_token_id": "x"}'), ("not token ids",)),
+    "tokenizer too large": (set_config(vocab_size=200),
+    ("tokenizer has 2.. tokens but config.json's vocab_size is 200", )),
+    "tokenizer not JSON": (write("tokenizer.json", b"{"), (r"tokenizer\.json", )),
+    "generation config not JSON": (write("generation_config.json", b"{"),
+    (r"generation_config\.json can't be read", )),
+    "generation config a list": (write("generation_config.json", b"[]"),
+    (r"generation_config\.json can't be read", )),
+    "stop that is no id": (write("generation_config.json", b'{"eos_token_id": "x"}'),
+    ("not token ids", )),
     # pickles
-    "pickles only": (only_pickles, (r"only pickles \(consolidated\.00\.pth, pytorch_model\.bin\)", "run code", "safetensors")),
-    "pickle in disguise": (pickle_in_disguise, ("cut off or corrupt",)),
+    "pickles only": (only_pickles, (r"only pickles \(consolidated\.00\.pth, pytorch_model\.bin\)",
+    "run code", "safetensors")), "pickle in disguise": (pickle_in_disguise, ("cut off or corrupt",
+    )),
 }  # fmt: skip
 
 
@@ -371,7 +400,9 @@ def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     check_refused(tmp_path / "file", capsys, r"there is no folder .*file")
 
 
-def test_absolute_path_in_the_index(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_absolute_path_in_the_index(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     point_to(str(tmp_path / "outside.safetensors"))(sound)
     check_refused(sound, capsys, "outside.safetensors'", "not opened")
 
@@ -386,7 +417,8 @@ def test_a_pickle_beside_safetensors_is_ignored(sound: Path) -> None:
 
 
 def test_linked_shards_load(sound: Path, made: Path) -> None:
-    """Hugging Face's cache: every file is a link into a folder of blobs. That is the owner's doing, not the index's."""
+    """Hugging Face's cache: every file is a link into a folder of blobs. That is the owner's doing,
+    not the index's."""
     blobs = sound.parent / "blobs"
     blobs.mkdir()
     for number, path in enumerate(sorted(sound.iterdir())):
@@ -394,10 +426,14 @@ def test_linked_shards_load(sound: Path, made: Path) -> None:
         path.symlink_to(Path("..", "blobs", str(number)))
     assert first_shard(sound).is_symlink()
     ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(r1.load(sound, CPU, quiet=True).logits(ids), r1.load(made, CPU, quiet=True).logits(ids))
+    assert torch.equal(
+        r1.load(sound, CPU, quiet=True).logits(ids), r1.load(made, CPU, quiet=True).logits(ids)
+    )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(seed=st.integers(0, 2**32), length=st.integers(0, 400), keep=st.integers(0, 16))
 def test_random_bytes(seed: int, length: int, keep: int, tmp_path: Path) -> None:
     """Noise as a shard, alone or behind the first bytes of a sound one: refused, never read."""
@@ -411,10 +447,13 @@ def test_random_bytes(seed: int, length: int, keep: int, tmp_path: Path) -> None
         checkpoint.load(model(V2), tmp_path / "x", quiet=True)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(at=st.integers(0, 3000), bits=st.integers(1, 255))
 def test_a_flipped_byte_in_a_header(at: int, bits: int, made: Path, tmp_path: Path) -> None:
-    """Whatever a flipped byte in the lengths, names, shapes and offsets makes of a file: it is refused, or the values are."""
+    """Whatever a flipped byte in the lengths, names, shapes and offsets makes of a file: it is
+    refused, or the values are."""
     folder = tmp_path / "flipped"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(made, folder)
@@ -435,8 +474,8 @@ YARN = V3.to_dict()["rope_scaling"]
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     # arithmetic that the family doesn't have, or r1 doesn't
     "attention_bias": ({"attention_bias": True}, "attention_bias is True"),
-    "mlp_bias": ({"mlp_bias": True}, "mlp_bias is True"),
-    "hidden_act": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but r1 implements only 'silu'"),
+    "mlp_bias": ({"mlp_bias": True}, "mlp_bias is True"), "hidden_act": ({"hidden_act": "gelu"},
+    "hidden_act is 'gelu', but r1 implements only 'silu'"),
     "moe_layer_freq": ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
     "rope_interleave": ({"rope_interleave": False}, "rope_interleave is False"),
     "partial_rotary_factor": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
@@ -449,82 +488,107 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "layer_types": ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     "use_qk_norm": ({"use_qk_norm": True}, "use_qk_norm"),
     "num_hash_layers": ({"num_hash_layers": 3}, "num_hash_layers"),
-    "scoring_func": ({"scoring_func": "softmax"}, "scoring_func is 'softmax', but deepseek_v3 takes sigmoid"),
+    "scoring_func": ({"scoring_func": "softmax"},
+    "scoring_func is 'softmax', but deepseek_v3 takes sigmoid"),
     "topk_method": ({"topk_method": "greedy"}, "topk_method is 'greedy'"),
     # rotation
-    "rope linear": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "has type 'linear', but r1 implements only yarn"),
-    "rope dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "has type 'dynamic'"),
-    "rope of two types": ({"rope_scaling": {**YARN, "rope_type": "linear"}}, "has type 'yarn' and rope_type 'linear'"),
-    "rope a word": ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', which is no JSON object"),
-    "rope disagreeing": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling says factor = 40.0 and rope"),
-    "rope theta disagreeing": ({"rope_parameters": {"rope_theta": 5e4}}, "rope_theta is 10000.0, but rope_parameters says 50000"),
-    "rope theta 0": ({"rope_theta": 0}, "rope_theta is 0.0, but the rotation"),
-    "rope theta NaN": ({"rope_theta": float("nan")}, "rope_theta is nan"),
-    "rope with a stranger": ({"rope_scaling": {**YARN, "long_factor": [1, 2]}}, "rope_scaling has long_factor"),
-    "rope factor below 1": ({"rope_scaling": {**YARN, "factor": 0.5}}, "has factor = 0.5"),
-    "rope without factor": ({"rope_scaling": {k: v for k, v in YARN.items() if k != "factor"}}, "factor is missing"),
-    "rope without original": (
-        {"rope_scaling": {k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}}, "original_max_position_emb",
-    ),
-    "rope not truncated": ({"rope_scaling": {**YARN, "truncate": False}}, "truncate = false"),
-    "rope attention factor": ({"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor = 2.0, but its mscales"),
-    "odd rope dim": ({"qk_rope_head_dim": 7, "head_dim": None}, "qk_rope_head_dim is 7, but rotation takes pairs"),
+    "rope linear": ({"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "has type 'linear', but r1 implements only yarn"),
+    "rope dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "has type 'dynamic'"), "rope of two types": ({"rope_scaling": {**YARN, "rope_type": "linear"}},
+    "has type 'yarn' and rope_type 'linear'"), "rope a word": ({"rope_scaling": "yarn"},
+    "rope_scaling is 'yarn', which is no JSON object"),
+    "rope disagreeing": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+    "rope_scaling says factor = 40.0 and rope"),
+    "rope theta disagreeing": ({"rope_parameters": {"rope_theta": 5e4}},
+    "rope_theta is 10000.0, but rope_parameters says 50000"), "rope theta 0": ({"rope_theta": 0},
+    "rope_theta is 0.0, but the rotation"), "rope theta NaN": ({"rope_theta": float("nan")},
+    "rope_theta is nan"), "rope with a stranger": ({"rope_scaling": {**YARN, "long_factor": [1,
+    2]}}, "rope_scaling has long_factor"), "rope factor below 1": ({"rope_scaling": {**YARN,
+    "factor": 0.5}}, "has factor = 0.5"), "rope without factor": ({"rope_scaling": {k: v for k,
+    v in YARN.items() if k != "factor"}}, "factor is missing"), "rope without original": (
+        {"rope_scaling": {k: v for k,
+        v in YARN.items() if k != "original_max_position_embeddings"}}, "original_max_position_emb",
+    ), "rope not truncated": ({"rope_scaling": {**YARN, "truncate": False}}, "truncate = false"),
+    "rope attention factor": ({"rope_scaling": {**YARN, "attention_factor": 2.0}},
+    "attention_factor = 2.0, but its mscales"), "odd rope dim": ({"qk_rope_head_dim": 7,
+    "head_dim": None}, "qk_rope_head_dim is 7, but rotation takes pairs"),
     # contradictions
     "n_group": ({"n_group": 3}, "n_group is 3, which does not divide the 8 routed experts"),
     "n_group of one": ({"n_group": 8}, "n_group is 8: noaux_tc scores a group by its two best"),
     "topk_group": ({"topk_group": 5}, "topk_group is 5, more than the 4 groups"),
-    "too many per token": ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but only 4 experts can be chosen"),
+    "too many per token": ({"num_experts_per_tok": 5},
+    "num_experts_per_tok is 5, but only 4 experts can be chosen"),
     "num_key_value_heads": ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
-    "qk_head_dim": ({"qk_head_dim": 192}, "qk_head_dim is 192"),
-    "head_dim": ({"head_dim": 128}, "head_dim is 128"),
-    "num_local_experts": ({"num_local_experts": 4}, "num_local_experts is 4"),
+    "qk_head_dim": ({"qk_head_dim": 192}, "qk_head_dim is 192"), "head_dim": ({"head_dim": 128},
+    "head_dim is 128"), "num_local_experts": ({"num_local_experts": 4}, "num_local_experts is 4"),
     "bos outside": ({"bos_token_id": 300}, "bos_token_id is 300, outside the vocabulary of 300"),
     "eos outside": ({"eos_token_id": [1, 999]}, r"eos_token_id is \[1, 999\], outside"),
     "eos a word": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
     # values
     "no hidden_size": ({"hidden_size": None}, "hidden_size is missing"),
-    "hidden_size 0": ({"hidden_size": 0}, "hidden_size is 0, which is no whole number of at least 1"),
+    "hidden_size 0": ({"hidden_size": 0},
+    "hidden_size is 0, which is no whole number of at least 1"),
     "hidden_size negative": ({"hidden_size": -32}, "hidden_size is -32"),
     "hidden_size a fraction": ({"hidden_size": 32.5}, "hidden_size is 32.5"),
     "hidden_size a word": ({"hidden_size": "32"}, "hidden_size is '32'"),
     "layers true": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     "eps a word": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
     "eps infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
-    "norm_topk_prob a word": ({"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes', which is neither true nor false"),
+    "norm_topk_prob a word": ({"norm_topk_prob": "yes"},
+    "norm_topk_prob is 'yes', which is neither true nor false"),
     "model_type a list": ({"model_type": ["deepseek_v3"]}, "model_type is "),
     "hidden_act a list": ({"hidden_act": ["silu"]}, "hidden_act is "),
     # quantization
-    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quant_method = 'awq', but r1 reads only fp8"),
+    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}},
+    "quant_method = 'awq', but r1 reads only fp8"),
     "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "quant_method = 'gptq'"),
     "no method": ({"quantization_config": {"bits": 8}}, "quant_method = None"),
     "quantization a word": ({"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
-    "e5m2": ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [16, 16]}}, "fmt = 'e5m2'"),
-    "no blocks": ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, "weight_block_size = None"),
-    "block of 0": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 1]}}, r"block_size = \[0, 1\]"),
+    "e5m2": ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2",
+    "weight_block_size": [16, 16]}}, "fmt = 'e5m2'"),
+    "no blocks": ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
+    "weight_block_size = None"), "block of 0": ({"quantization_config": {"quant_method": "fp8",
+    "weight_block_size": [0, 1]}}, r"block_size = \[0, 1\]"),
     # absurd sizes
     "layers without end": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "wider than 64 bits": ({"hidden_size": 10**15}, "hidden_size"),
-    "wider than a pointer": ({"hidden_size": 10**30}, "hidden_size is 10{30}, which is larger than in any model"),
-    "wider than a double": ({"rope_theta": 10**310}, "rope_theta is 10{310}, which is no finite number"),
-    "attention factor a word": ({"rope_scaling": {**YARN, "attention_factor": "1"}}, "attention_factor"),
-    "beta of 0": ({"rope_scaling": {**YARN, "beta_slow": 0}}, "beta_slow = 0.0 and beta_fast = 32.0, but YaRN wants"),
+    "wider than a pointer": ({"hidden_size": 10**30},
+    "hidden_size is 10{30}, which is larger than in any model"),
+    "wider than a double": ({"rope_theta": 10**310},
+    "rope_theta is 10{310}, which is no finite number"),
+    "attention factor a word": ({"rope_scaling": {**YARN, "attention_factor": "1"}},
+    "attention_factor"), "beta of 0": ({"rope_scaling": {**YARN, "beta_slow": 0}},
+    "beta_slow = 0.0 and beta_fast = 32.0, but YaRN wants"),
     "betas swapped": ({"rope_scaling": {**YARN, "beta_slow": 33}}, "beta_slow = 33"),
-    "original without end": ({"rope_scaling": {**YARN, "original_max_position_embeddings": 10**12}}, "original_max_pos"),
-    "theta of 1": ({"rope_theta": 1}, "rope_theta is 1"),
+    "original without end": ({"rope_scaling": {**YARN, "original_max_position_embeddings": 10**12}},
+    "original_max_pos"), "theta of 1": ({"rope_theta": 1}, "rope_theta is 1"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_config(case: str, sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A field that would change the mathematics, and that we don't know or can't reconcile, is named."""
+    """A field that would change the mathematics, and that we don't know or can't reconcile, is
+    named."""
     fields, said = CONFIGS[case]
     set_config(**fields)(sound)
     check_refused(sound, capsys, r"config\.json: ", said)
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.integers(-2, 3) | st.floats() | st.sampled_from(["", "yarn", "fp8", "1"])
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-2, 3)
+    | st.floats()
+    | st.sampled_from(["", "yarn", "fp8", "1"])
+)
 KEYS = st.sampled_from([*YARN, "rope_type", "quant_method"])
-ANY = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=4)
+ANY = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=4,
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -546,19 +610,28 @@ def test_any_value_of_any_field(field: str, inner: str | None, value: Any) -> No
         assert str(error).startswith("config: ") and "\n" not in str(error)
 
 
-@pytest.mark.parametrize("field", ["n_routed_experts", "q_lora_rank", "vocab_size", "kv_lora_rank", "topk_group", "model_type"])
+@pytest.mark.parametrize(
+    "field",
+    ["n_routed_experts", "q_lora_rank", "vocab_size", "kv_lora_rank", "topk_group", "model_type"],
+)
 def test_config_lacks_a_field(field: str, sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = sound / "config.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
+    path.write_text(
+        json.dumps(
+            {key: value for key, value in json.loads(path.read_text()).items() if key != field}
+        )
+    )
     check_refused(sound, capsys, rf"config\.json: {field} is ")
 
 
 HARMLESS: dict[str, Any] = {
-    "transformers_version": "4.33.1", "_name_or_path": "/somewhere", "auto_map": {"AutoConfig": "x.py"}, "aux_loss_alpha": 0.001,
-    "attention_dropout": 0.0, "ep_size": 1, "seq_aux": True, "pretraining_tp": 1, "use_cache": True, "initializer_range": 0.02,
-    "router_aux_loss_coef": 0.001, "pad_token_id": 2, "license": "mit", "notes": {"made": "by hand"}, "trained_on": 14.8,
-    "index_topk": None, "sliding_window": None, "use_sliding_window_attention": False, "layer_types": [], "mlp_bias": False,
-    "qk_head_dim": 20, "head_dim": 8, "num_local_experts": 8, "partial_rotary_factor": 1.0, "rope_interleave": True,
+    "transformers_version": "4.33.1", "_name_or_path": "/somewhere",
+    "auto_map": {"AutoConfig": "x.py"}, "aux_loss_alpha": 0.001, "attention_dropout": 0.0,
+    "ep_size": 1, "seq_aux": True, "pretraining_tp": 1, "use_cache": True,
+    "initializer_range": 0.02, "router_aux_loss_coef": 0.001, "pad_token_id": 2, "license": "mit",
+    "notes": {"made": "by hand"}, "trained_on": 14.8, "index_topk": None, "sliding_window": None,
+    "use_sliding_window_attention": False, "layer_types": [], "mlp_bias": False, "qk_head_dim": 20,
+    "head_dim": 8, "num_local_experts": 8, "partial_rotary_factor": 1.0, "rope_interleave": True,
 }  # fmt: skip
 
 
@@ -583,12 +656,19 @@ def test_mtp_where_there_is_none(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------- memory
-def test_a_model_that_does_not_fit(sound: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """R1 itself, 671e9 weights: what it needs and what there is, before anything is allocated or a weight read."""
+def test_a_model_that_does_not_fit(
+    sound: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R1 itself, 671e9 weights: what it needs and what there is, before anything is allocated or a
+    weight read."""
     (sound / "config.json").write_text(json.dumps(config.R1.to_dict()))
-    monkeypatch.setattr(build.Transformer, "to_empty", lambda *_, **__: pytest.fail("memory was allocated"))
+    monkeypatch.setattr(
+        build.Transformer, "to_empty", lambda *_, **__: pytest.fail("memory was allocated")
+    )
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
-    check_refused(sound, capsys, r"the model needs 2684\.\d GB in fp32 and cpu has \d+\.\d GB free: use")
+    check_refused(
+        sound, capsys, r"the model needs 2684\.\d GB in fp32 and cpu has \d+\.\d GB free: use"
+    )
     with refused(r"needs 1342\.\d GB in bf16"):
         r1.load(sound, Backend(device="cpu", dtype="bf16"), quiet=True)
 
@@ -616,7 +696,10 @@ PROMPTS: dict[str, tuple[Any, str]] = {
     "none": ([], "there is no prompt"),
     "empty": ([[]], "prompt 0 is empty"),
     "one empty": ([[1, 2], []], "prompt 1 is empty"),
-    "too long": ([[1], [2] * (CONTEXT + 1)], f"prompt 1 has {CONTEXT + 1} tokens, more than the context of {CONTEXT}"),
+    "too long": (
+        [[1], [2] * (CONTEXT + 1)],
+        f"prompt 1 has {CONTEXT + 1} tokens, more than the context of {CONTEXT}",
+    ),
     "no room": ([[2] * CONTEXT], f"a prompt of {CONTEXT} tokens leaves no room"),
     "id too large": ([[1, 300, 2]], "prompt 0 holds token 300, outside the vocabulary of 300"),
     "id negative": ([[1], [5, -1]], "prompt 1 holds token -1, outside the vocabulary"),
@@ -627,7 +710,8 @@ PROMPTS: dict[str, tuple[Any, str]] = {
     "none in it": ([[None]], "prompt 0 holds None"),
 }
 ARGUMENTS: dict[str, list[float]] = {
-    "max_new_tokens": [0, -5], "temperature": [-0.1, float("nan"), float("inf")], "top_p": [0.0, -1.0, 1.01, float("nan")],
+    "max_new_tokens": [0, -5], "temperature": [-0.1, float("nan"), float("inf")], "top_p": [0.0,
+    -1.0, 1.01, float("nan")],
 }  # fmt: skip
 LOGITS = {
     "flat": torch.tensor([1, 2]),
@@ -648,7 +732,9 @@ def test_prompt(case: str, engine: Engine) -> None:
         engine.generate(prompts, max_new_tokens=2)
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ARGUMENTS.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in ARGUMENTS.items() for value in values]
+)
 def test_sampling_argument(name: str, value: float, engine: Engine) -> None:
     with refused(f"{name}={value}"):
         engine.generate([[1, 2]], **{name: value})  # type: ignore[arg-type]
@@ -673,7 +759,9 @@ def test_prompts_at_the_edge_are_fine(engine: Engine) -> None:
         (["--attention", "naive", "--prefill-attention", "expand", "hi"], "can't share a cache"),
     ],
 )
-def test_command_refuses(flags: list[str], said: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_refuses(
+    flags: list[str], said: str, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--model", str(made), "--device", "cpu", *flags]) == 2
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
@@ -692,8 +780,11 @@ def test_command_refuses(flags: list[str], said: str, made: Path, capsys: pytest
         (["  "], "the question is empty"),
     ],
 )
-def test_command_refuses_before_it_loads(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What no model could use is told before the model's folder is so much as looked at; loading R1 takes minutes."""
+def test_command_refuses_before_it_loads(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What no model could use is told before the model's folder is so much as looked at; loading R1
+    takes minutes."""
     assert main(["--model", "/nowhere", *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"r1: {said}") and err.count("\n") == 1
@@ -711,7 +802,10 @@ def test_chat_without_a_tokenizer(sound: Path, capsys: pytest.CaptureFixture[str
     assert "no tokenizer" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("messages", [[], [{}], [{"role": "robot", "content": "x"}], [{"role": "user", "content": 3}], ["hi"]])
+@pytest.mark.parametrize(
+    "messages",
+    [[], [{}], [{"role": "robot", "content": "x"}], [{"role": "user", "content": 3}], ["hi"]],
+)
 def test_messages(messages: Any, engine: Engine) -> None:
     with refused():
         engine.chat(messages)
@@ -725,55 +819,68 @@ T4 = Machine(cuda=True, name="Tesla T4", capability=(7, 5))
 MI300 = Machine(cuda=True, hip="6.2", name="MI300X")
 BARE = Machine(compiler=False)
 SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
-    "cuda without a GPU": ({"device": "cuda"}, Machine(), V3, "device=cuda: torch .* sees no such GPU here: use device=cpu"),
-    "rocm without a GPU": ({"device": "rocm"}, Machine(), V3, "device=rocm: torch .* sees no such GPU here"),
-    "rocm on NVIDIA": ({"device": "rocm"}, H100, V3, "drives cuda: use device=cuda"),
-    "cuda on AMD": ({"device": "cuda"}, MI300, V3, "drives rocm: use device=rocm"),
-    "bf16 on an old GPU": ({"dtype": "bf16"}, T4, V3, r"Tesla T4 has \(7, 5\): use fp16 or fp32"),
-    "amp bf16 on an old GPU": ({"amp": "bf16"}, T4, V3, "bf16 needs compute capability 8.0"),
-    "amp over bf16": ({"amp": "bf16", "dtype": "bf16"}, Machine(), V3, "dtype=bf16: use dtype=fp32, or amp=off"),
-    "amp over fp16": ({"amp": "bf16", "dtype": "fp16"}, Machine(), V3, "use dtype=fp32, or amp=off"),
-    "naive decode": ({"attention": "naive", "prefill_attention": "expand"}, Machine(), V3, "can't share a cache"),
-    "naive prefill": ({"attention": "absorbed", "prefill_attention": "naive"}, Machine(), V3, "naive for both or for neither"),
-    "grouped, odd": ({"moe": "grouped"}, Machine(), ODD, "moe=grouped: .*multiple of 16 bytes, and moe_intermediate_size is 18"),
-    "grouped prefill, odd": ({"prefill_moe": "grouped"}, Machine(), ODD, "prefill_moe=grouped: .*use gather"),
-    "grouped under amp": (
-        {"moe": "grouped", "amp": "bf16"}, Machine(), replace(V3, hidden_size=36), "hidden_size is 36 in torch.bfloat16",
-    ),
-    "loop compiled": ({"moe": "loop", "compile": True}, Machine(), V3, "moe=loop reads its counts on the host, .*use gather"),
-    "loop prefill compiled": ({"prefill_moe": "loop", "compile": True}, H100, V3, "prefill_moe=loop"),
-    "compile without g\\+\\+": ({"compile": True}, BARE, V3, "needs a C\\+\\+ compiler on a CPU.*install g\\+\\+"),
-    "graphs on a CPU": ({"cuda_graphs": True}, Machine(), V3, "cuda_graphs capture launches on a GPU.*use compile"),
-    "graphs of a loop": ({"cuda_graphs": True, "moe": "loop"}, H100, V3, "moe=loop .* no graph can hold: use gather"),
-    "graphs of grouped fp32": (
-        {"cuda_graphs": True, "moe": "grouped", "dtype": "fp32"}, H100, ALIGNED, "kernel for bf16 only, not for fp32",
-    ),
-    "graphs of grouped on AMD": ({"cuda_graphs": True, "moe": "grouped"}, MI300, ALIGNED, "which no graph can hold: use gather"),
-    "captured prompts on a CPU": ({"prefill_graphs": True}, Machine(), V3, "^prefill_graphs: cuda_graphs capture .*use compile"),
+    "cuda without a GPU": ({"device": "cuda"}, Machine(), V3,
+    "device=cuda: torch .* sees no such GPU here: use device=cpu"),
+    "rocm without a GPU": ({"device": "rocm"}, Machine(), V3,
+    "device=rocm: torch .* sees no such GPU here"), "rocm on NVIDIA": ({"device": "rocm"}, H100, V3,
+    "drives cuda: use device=cuda"), "cuda on AMD": ({"device": "cuda"}, MI300, V3,
+    "drives rocm: use device=rocm"), "bf16 on an old GPU": ({"dtype": "bf16"}, T4, V3,
+    r"Tesla T4 has \(7, 5\): use fp16 or fp32"), "amp bf16 on an old GPU": ({"amp": "bf16"}, T4, V3,
+    "bf16 needs compute capability 8.0"), "amp over bf16": ({"amp": "bf16", "dtype": "bf16"},
+    Machine(), V3, "dtype=bf16: use dtype=fp32, or amp=off"), "amp over fp16": ({"amp": "bf16",
+    "dtype": "fp16"}, Machine(), V3, "use dtype=fp32, or amp=off"),
+    "naive decode": ({"attention": "naive", "prefill_attention": "expand"}, Machine(), V3,
+    "can't share a cache"), "naive prefill": ({"attention": "absorbed",
+    "prefill_attention": "naive"}, Machine(), V3, "naive for both or for neither"),
+    "grouped, odd": ({"moe": "grouped"}, Machine(), ODD,
+    "moe=grouped: .*multiple of 16 bytes, and moe_intermediate_size is 18"),
+    "grouped prefill, odd": ({"prefill_moe": "grouped"}, Machine(), ODD,
+    "prefill_moe=grouped: .*use gather"), "grouped under amp": (
+        {"moe": "grouped", "amp": "bf16"}, Machine(), replace(V3, hidden_size=36),
+        "hidden_size is 36 in torch.bfloat16",
+    ), "loop compiled": ({"moe": "loop", "compile": True}, Machine(), V3,
+    "moe=loop reads its counts on the host, .*use gather"),
+    "loop prefill compiled": ({"prefill_moe": "loop", "compile": True}, H100, V3,
+    "prefill_moe=loop"), "compile without g\\+\\+": ({"compile": True}, BARE, V3,
+    "needs a C\\+\\+ compiler on a CPU.*install g\\+\\+"),
+    "graphs on a CPU": ({"cuda_graphs": True}, Machine(), V3,
+    "cuda_graphs capture launches on a GPU.*use compile"),
+    "graphs of a loop": ({"cuda_graphs": True, "moe": "loop"}, H100, V3,
+    "moe=loop .* no graph can hold: use gather"), "graphs of grouped fp32": (
+        {"cuda_graphs": True, "moe": "grouped", "dtype": "fp32"}, H100, ALIGNED,
+        "kernel for bf16 only, not for fp32",
+    ), "graphs of grouped on AMD": ({"cuda_graphs": True, "moe": "grouped"}, MI300, ALIGNED,
+    "which no graph can hold: use gather"), "captured prompts on a CPU": ({"prefill_graphs": True},
+    Machine(), V3, "^prefill_graphs: cuda_graphs capture .*use compile"),
     "captured prompts of a loop": (
-        {"prefill_graphs": True, "prefill_moe": "loop"}, H100, V3, "^prefill_moe=loop .*, or leave prefill_graphs off",
+        {"prefill_graphs": True, "prefill_moe": "loop"}, H100, V3,
+        "^prefill_moe=loop .*, or leave prefill_graphs off",
     ),
     "captured prompts of grouped fp32": (
         {"prefill_graphs": True, "prefill_moe": "grouped", "dtype": "fp32"}, H100, ALIGNED,
         "^prefill_moe=grouped reads .*: use gather or triton, or leave prefill_graphs off",
     ),
     "captured prompts of grouped on AMD": (
-        {"prefill_graphs": True, "prefill_moe": "grouped"}, MI300, ALIGNED, "^prefill_moe=grouped .* leave prefill_graphs off",
-    ),
-    "captured prompts given back": ({"prefill_graphs": True, "memory": "empty-cache"}, H100, V3, "leave one of them out"),
-    "tp": ({"tp": 2}, Machine(), V3, "tp=2"),
-    "pp": ({"pp": 2}, Machine(), V3, "pp=2"),
-    "attention=triton on a CPU": ({"attention": "triton"}, Machine(), V3, "^attention=triton: Triton's kernels need a GPU"),
-    "kernels=triton on a CPU": ({"device": "cpu", "kernels": "triton"}, H100, V3, "^kernels=triton: .*leave attention, moe, "),
-    "prefill_moe=triton under amp": ({"prefill_moe": "triton", "amp": "bf16"}, H100, V3, "^prefill_moe=triton reads weights"),
-    "moe=triton without Triton": ({"moe": "triton"}, replace(H100, compiler=False), V3, "the triton package"),
-    "kernels=triton under amp": ({"kernels": "triton", "amp": "bf16"}, H100, V3, "not under amp: use dtype=bf16, no amp"),
-    "attention=triton under amp": ({"attention": "triton", "amp": "bf16"}, H100, V3, "^attention=triton reads weights"),
-    "kernels=triton, gather": ({"kernels": "triton", "moe": "gather"}, H100, V3, "not moe=gather: leave moe at auto"),
-    "kernels=triton, absorbed": ({"kernels": "triton", "attention": "absorbed"}, H100, V3, "not attention=absorbed"),
-    "attention=triton, naive": ({"attention": "triton", "prefill_attention": "naive"}, H100, V3, "can't share a cache"),
-    "prefill triton": ({"prefill_attention": "triton"}, H100, V3, "not built yet"),
-    "compile without Triton": ({"compile": True}, replace(H100, compiler=False), V3, "needs Triton on a GPU.*install triton"),
+        {"prefill_graphs": True, "prefill_moe": "grouped"}, MI300, ALIGNED,
+        "^prefill_moe=grouped .* leave prefill_graphs off",
+    ), "captured prompts given back": ({"prefill_graphs": True, "memory": "empty-cache"}, H100, V3,
+    "leave one of them out"), "tp": ({"tp": 2}, Machine(), V3, "tp=2"), "pp": ({"pp": 2}, Machine(),
+    V3, "pp=2"), "attention=triton on a CPU": ({"attention": "triton"}, Machine(), V3,
+    "^attention=triton: Triton's kernels need a GPU"), "kernels=triton on a CPU": ({"device": "cpu",
+    "kernels": "triton"}, H100, V3, "^kernels=triton: .*leave attention, moe, "),
+    "prefill_moe=triton under amp": ({"prefill_moe": "triton", "amp": "bf16"}, H100, V3,
+    "^prefill_moe=triton reads weights"), "moe=triton without Triton": ({"moe": "triton"},
+    replace(H100, compiler=False), V3, "the triton package"),
+    "kernels=triton under amp": ({"kernels": "triton", "amp": "bf16"}, H100, V3,
+    "not under amp: use dtype=bf16, no amp"), "attention=triton under amp": ({"attention": "triton",
+    "amp": "bf16"}, H100, V3, "^attention=triton reads weights"),
+    "kernels=triton, gather": ({"kernels": "triton", "moe": "gather"}, H100, V3,
+    "not moe=gather: leave moe at auto"), "kernels=triton, absorbed": ({"kernels": "triton",
+    "attention": "absorbed"}, H100, V3, "not attention=absorbed"),
+    "attention=triton, naive": ({"attention": "triton", "prefill_attention": "naive"}, H100, V3,
+    "can't share a cache"), "prefill triton": ({"prefill_attention": "triton"}, H100, V3,
+    "not built yet"), "compile without Triton": ({"compile": True}, replace(H100, compiler=False),
+    V3, "needs Triton on a GPU.*install triton"),
 }  # fmt: skip
 
 
@@ -808,7 +915,9 @@ def test_switches_at_the_edge_are_fine() -> None:
     [({}, H100, "grouped"), ({}, MI300, "triton"), ({"dtype": "fp32"}, H100, "triton"), ({"dtype": "fp16"}, T4, "triton"),
      ({"amp": "bf16"}, H100, "grouped"), ({"amp": "fp16"}, H100, "gather"), ({}, replace(MI300, compiler=False), "gather")],
 )  # fmt: skip
-def test_captured_prompts_have_experts_that_a_graph_can_hold(switches: dict[str, Any], machine: Machine, chosen: str) -> None:
+def test_captured_prompts_have_experts_that_a_graph_can_hold(
+    switches: dict[str, Any], machine: Machine, chosen: str
+) -> None:
     assert resolve(Backend(prefill_graphs=True, **switches), ALIGNED, machine).prefill_moe == chosen
 
 
@@ -833,13 +942,18 @@ NO_VALUES: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NO_VALUES.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in NO_VALUES.items() for value in values]
+)
 def test_value_that_no_switch_has(name: str, value: Any) -> None:
     with refused(f"^{name}=", "choose|give"):
         Backend(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in backend.NOT_YET.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in backend.NOT_YET.items() for value in values],
+)
 def test_what_is_not_built_yet_is_refused(name: str, value: Any) -> None:
     with refused(f"{name}={value} is not built yet"):
         resolve(Backend(**{name: value}), V3, Machine())
@@ -850,7 +964,10 @@ def test_the_help_says_what_is_not_built_yet(capsys: pytest.CaptureFixture[str])
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name, values in backend.NOT_YET.items():
-        assert re.search(rf"--{name.replace('_', '-')} {{[^}}]*}} default \w+; not built yet: {', '.join(values)} ", text), name
+        assert re.search(
+            rf"--{name.replace('_', '-')} {{[^}}]*}} default \w+; not built yet: {', '.join(values)} ",
+            text,
+        ), name
     assert text.count("default 1; not built yet") == len(backend.PARALLEL)
 
 
@@ -863,7 +980,9 @@ def test_unknown_flags_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # -------------------------------------------------------------------------------------------- writing
-def test_saving_onto_a_folder_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_saving_onto_a_folder_that_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Not even onto an empty one, nor onto a file; and the tool says so with status 2."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
@@ -911,7 +1030,8 @@ def test_a_save_that_fails_leaves_nothing(
 
 
 def test_what_an_earlier_crash_left_is_no_hindrance(tmp_path: Path) -> None:
-    """A killed process can't clean up: its half folder has another name, and is not mixed into the next."""
+    """A killed process can't clean up: its half folder has another name, and is not mixed into the
+    next."""
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / "model-00009.safetensors").write_bytes(b"half")
     checkpoint.save(model(V2), tmp_path / "x")
@@ -925,12 +1045,16 @@ COMMANDS: dict[str, tuple[Folder, str]] = {
     "missing folder": (shutil.rmtree, "there is no folder"),
     "truncated": (cut(0.5), "cut off or corrupt"),
     "pickles": (only_pickles, "only pickles"),
-    "too large": (lambda f: (f / "config.json").write_text(json.dumps(config.R1.to_dict())), "the model needs 2684"),
+    "too large": (
+        lambda f: (f / "config.json").write_text(json.dumps(config.R1.to_dict())),
+        "the model needs 2684",
+    ),
 }
 
 
 def test_command(made: Path, tmp_path: Path) -> None:
-    """`python -m r1 --model DIR hi`, side by side: status 2, one line on stderr, no file left behind."""
+    """`python -m r1 --model DIR hi`, side by side: status 2, one line on stderr, no file left
+    behind."""
     started = {}
     for case, (change, _) in COMMANDS.items():
         home = tmp_path / case
@@ -940,8 +1064,9 @@ def test_command(made: Path, tmp_path: Path) -> None:
         work.mkdir()
         started[case] = subprocess.Popen(
             [sys.executable, "-m", "r1", "--model", str(folder), "--device", "cpu", "hi"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=work,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=work, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1"},
         ), snapshot(home), work  # fmt: skip
     for case, (process, before, work) in started.items():
         out, err = process.communicate(timeout=120)

@@ -16,29 +16,58 @@ from r1.bench import merge, plot
 CONFIG = {"hidden_size": 2048, "num_hidden_layers": 27}
 
 
-def row(arm: str, kind: str, tpot: float, *, base: float = 41.0, floor: float | None = 1.71, **fields: Any) -> dict[str, Any]:
+def row(
+    arm: str,
+    kind: str,
+    tpot: float,
+    *,
+    base: float = 41.0,
+    floor: float | None = 1.71,
+    **fields: Any,
+) -> dict[str, Any]:
     """A row as report.row makes it, as far as anybody here reads it."""
-    sizes = {name: fields.pop(name, default) for name, default in (("batch", 1), ("prompt", 128), ("new", 128), ("depth", 0))}
+    sizes = {
+        name: fields.pop(name, default)
+        for name, default in (("batch", 1), ("prompt", 128), ("new", 128), ("depth", 0))
+    }
     parity = fields.pop("parity", True)
     return {
-        "arm": arm, "kind": kind, **sizes, "refused": None, "tpot_ms": tpot, "decode_tok_s": sizes["batch"] / tpot * 1e3,
-        "speedup": base / tpot if parity and kind != "baseline" else None, "parity": parity, "floor_ms": floor,
-        "mbu": floor / tpot if floor else None,
+        "arm": arm, "kind": kind, **sizes, "refused": None, "tpot_ms": tpot,
+        "decode_tok_s": sizes["batch"] / tpot * 1e3,
+        "speedup": base / tpot if parity and kind != "baseline" else None, "parity": parity,
+        "floor_ms": floor, "mbu": floor / tpot if floor else None,
         "bottleneck": fields.pop("bottleneck", "launches" if tpot > 6 else "memory"),
-        "backend": {"dtype": "bf16", "amp": "off"},
-        "repetitions": [{"ttft": 0.1, "total": 0.1 + tpot * (1 + 0.01 * i) * 0.127} for i in range(5)], **fields,
+        "backend": {"dtype": "bf16", "amp": "off"}, "repetitions": [{"ttft": 0.1,
+        "total": 0.1 + tpot * (1 + 0.01 * i) * 0.127} for i in range(5)], **fields,
     }  # fmt: skip
 
 
 def refused(arm: str, kind: str, why: str, **sizes: int) -> dict[str, Any]:
-    return {"arm": arm, "kind": kind, "batch": 1, "prompt": 128, "new": 128, "depth": 0, **sizes, "refused": why}
-
-
-def result(rows: list[dict[str, Any]], name: str = "NVIDIA H100 80GB HBM3", **fields: Any) -> dict[str, Any]:
-    machine = {"name": name, "torch": "2.11.0+cu130", "python": "3.12.3", "system": "Linux", "memory_gb": 80.0}
     return {
-        "schema": 1, "machine": machine, "workload": "moonlight, 27 layers, random weights", "config": CONFIG,
-        "repetitions": 5, "rows": rows, "notes": [], **fields,
+        "arm": arm,
+        "kind": kind,
+        "batch": 1,
+        "prompt": 128,
+        "new": 128,
+        "depth": 0,
+        **sizes,
+        "refused": why,
+    }
+
+
+def result(
+    rows: list[dict[str, Any]], name: str = "NVIDIA H100 80GB HBM3", **fields: Any
+) -> dict[str, Any]:
+    machine = {
+        "name": name,
+        "torch": "2.11.0+cu130",
+        "python": "3.12.3",
+        "system": "Linux",
+        "memory_gb": 80.0,
+    }
+    return {
+        "schema": 1, "machine": machine, "workload": "moonlight, 27 layers, random weights",
+        "config": CONFIG, "repetitions": 5, "rows": rows, "notes": [], **fields,
     }  # fmt: skip
 
 
@@ -54,15 +83,27 @@ def h100() -> dict[str, Any]:
         row("+ kernels=triton", "ladder", 3.3, parity=False),
         refused("+ quant=fp8", "ladder", "--quant fp8 isn't built yet: leave it out"),
     ]
-    for batch, slow, fast, floor in ((8, 43.0, 6.1, 4.4), (32, 46.5, 11.8, 8.9), (128, 52.0, 17.0, 11.6)):
+    for batch, slow, fast, floor in (
+        (8, 43.0, 6.1, 4.4),
+        (32, 46.5, 11.8, 8.9),
+        (128, 52.0, 17.0, 11.6),
+    ):
         rows += [
             row("baseline", "baseline", slow, batch=batch, floor=floor),
-            row("compile + cuda_graphs + kernels=triton", "together", fast, batch=batch, floor=floor),
+            row(
+                "compile + cuda_graphs + kernels=triton", "together", fast, batch=batch, floor=floor
+            ),
         ]
-    for depth, slow, fast, floor in ((2048, 41.2, 3.75, 1.76), (8192, 41.9, 4.1, 1.83), (32768, 44.0, 5.6, 2.3)):
+    for depth, slow, fast, floor in (
+        (2048, 41.2, 3.75, 1.76),
+        (8192, 41.9, 4.1, 1.83),
+        (32768, 44.0, 5.6, 2.3),
+    ):
         rows += [
             row("baseline", "baseline", slow, depth=depth, floor=floor),
-            row("compile + cuda_graphs + kernels=triton", "together", fast, depth=depth, floor=floor),
+            row(
+                "compile + cuda_graphs + kernels=triton", "together", fast, depth=depth, floor=floor
+            ),
         ]
     return result(rows)
 
@@ -74,10 +115,20 @@ def cpu() -> dict[str, Any]:
         row("compile", "alone", 2.2, base=3.1, floor=None, bottleneck=None),
         row("amp=bf16", "alone", 4.4, base=3.1, floor=None, bottleneck=None),
         row("compile + amp=bf16", "together", 3.0, base=3.1, floor=None, bottleneck=None),
-        refused("cuda_graphs", "alone", "--cuda-graphs needs a GPU, and torch sees none here: leave it out"),
+        refused(
+            "cuda_graphs",
+            "alone",
+            "--cuda-graphs needs a GPU, and torch sees none here: leave it out",
+        ),
     ]
-    rows[3]["repetitions"] = [{"ttft": 0.1, "total": 0.1 + t} for t in (0.38, 0.40, 0.39, 0.37, 0.41)]
-    return result(rows, "AMD EPYC 9R14, 2 threads", workload="/home/a/r1/weights/tiny-r1: batch 1, prompt 128, new 128")
+    rows[3]["repetitions"] = [
+        {"ttft": 0.1, "total": 0.1 + t} for t in (0.38, 0.40, 0.39, 0.37, 0.41)
+    ]
+    return result(
+        rows,
+        "AMD EPYC 9R14, 2 threads",
+        workload="/home/a/r1/weights/tiny-r1: batch 1, prompt 128, new 128",
+    )
 
 
 def wide() -> dict[str, Any]:
@@ -88,10 +139,21 @@ def wide() -> dict[str, Any]:
         ("+ attention=absorbed", 11.0),
         ("+ moe=grouped + prefill_moe=grouped", 2.1),
     )
-    rows = [row("baseline", "baseline", 410.0, base=410)] + [row(name, "ladder", t, base=410) for name, t in names]
+    rows = [row("baseline", "baseline", 410.0, base=410)] + [
+        row(name, "ladder", t, base=410) for name, t in names
+    ]
     for batch in (2, 4, 8, 16, 32, 64, 128, 256):
         rows += [row("baseline", "baseline", 410.0 + batch, batch=batch, floor=1.71 + batch / 50)]
-        rows += [row("all", "together", 2.1 + batch / 40, batch=batch, floor=1.71 + batch / 50, parity=batch != 64)]
+        rows += [
+            row(
+                "all",
+                "together",
+                2.1 + batch / 40,
+                batch=batch,
+                floor=1.71 + batch / 50,
+                parity=batch != 64,
+            )
+        ]
     return result(rows)
 
 
@@ -106,13 +168,29 @@ def close() -> dict[str, Any]:
 
 
 def ugly() -> dict[str, Any]:
-    """The baseline out of memory here and wrong there, long names, a $, a measurement below its floor."""
+    """The baseline out of memory here and wrong there, long names, a $, a measurement below its
+    floor."""
     long = "compile + cuda_graphs + attention=absorbed + moe=grouped + prefill_moe=grouped + kernels=triton + quant=fp8"
-    rows = [refused("baseline", "baseline", "out of memory on cuda: use a smaller batch, dtype or model " * 3)]
+    rows = [
+        refused(
+            "baseline",
+            "baseline",
+            "out of memory on cuda: use a smaller batch, dtype or model " * 3,
+        )
+    ]
     rows += [row("amp=$x$ $", "alone", 5.0, parity=False), row(long, "together", 1.6)]
-    rows += [row("baseline", "baseline", 1234.5, batch=4, parity=False), row(long, "together", 3.0, batch=4)]
-    rows += [row("baseline", "baseline", 1300.0, depth=100_000), refused(long, "together", "out of memory", depth=100_000)]
-    return result(rows, "A machine with $1 and $2 whose name is so long that no line of any title can hold it, 128 threads")
+    rows += [
+        row("baseline", "baseline", 1234.5, batch=4, parity=False),
+        row(long, "together", 3.0, batch=4),
+    ]
+    rows += [
+        row("baseline", "baseline", 1300.0, depth=100_000),
+        refused(long, "together", "out of memory", depth=100_000),
+    ]
+    return result(
+        rows,
+        "A machine with $1 and $2 whose name is so long that no line of any title can hold it, 128 threads",
+    )
 
 
 def lone() -> dict[str, Any]:
@@ -143,7 +221,9 @@ def test_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     texts = [(t.get_text(), t.get_window_extent()) for t in _texts(figure)]
     width, height = figure.bbox.width, figure.bbox.height
     for text, box in texts:
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, f"{text!r} leaves the picture"
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, (
+            f"{text!r} leaves the picture"
+        )
     for (a, one), (b, other) in itertools.combinations(texts, 2):
         assert not one.overlaps(other), f"{a!r} covers {b!r}"
 
@@ -166,7 +246,9 @@ def _texts(figure: Any) -> list[Any]:
 
 def test_svg_is_the_same_each_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    first, second = (plot.draw(cpu(), tmp_path / name)[1].read_bytes() for name in ("a.png", "b.svg"))
+    first, second = (
+        plot.draw(cpu(), tmp_path / name)[1].read_bytes() for name in ("a.png", "b.svg")
+    )
     assert first == second
 
 
@@ -175,22 +257,44 @@ def test_no_baseline_no_saving() -> None:
     pytest.importorskip("matplotlib")
     words = [t.get_text() for t in _texts(plot.picture(ugly()))]
     assert not any("saves" in text and " ms" in text for text in words)
-    rows = [row("baseline", "baseline", 9.0, parity=False), row("a", "alone", 8.0), row("b", "alone", 4.0)]
-    assert not any("saves" in text and " ms" in text for text in [t.get_text() for t in _texts(plot.picture(result(rows)))])
+    rows = [
+        row("baseline", "baseline", 9.0, parity=False),
+        row("a", "alone", 8.0),
+        row("b", "alone", 4.0),
+    ]
+    assert not any(
+        "saves" in text and " ms" in text
+        for text in [t.get_text() for t in _texts(plot.picture(result(rows)))]
+    )
 
 
 def test_what_is_drawn() -> None:
     rows = h100()["rows"]
-    assert [r["arm"] for r in plot.steps(rows)] == ["baseline", "+ cuda_graphs", "+ compile", "+ kernels=triton", "+ quant=fp8"]
+    assert [r["arm"] for r in plot.steps(rows)] == [
+        "baseline",
+        "+ cuda_graphs",
+        "+ compile",
+        "+ kernels=triton",
+        "+ quant=fp8",
+    ]
     assert [[r["batch"] for r in line] for line in plot.over_batches(rows)] == [[1, 8, 32, 128]] * 2
-    assert [[plot.context(r) for r in line] for line in plot.over_context(rows)] == [[192, 2240, 8384, 32960]] * 2
+    assert [[plot.context(r) for r in line] for line in plot.over_context(rows)] == [
+        [192, 2240, 8384, 32960]
+    ] * 2
     rows = cpu()["rows"]
-    assert [r["arm"] for r in plot.steps(rows)] == ["baseline", "compile", "amp=bf16", "cuda_graphs", "compile + amp=bf16"]
+    assert [r["arm"] for r in plot.steps(rows)] == [
+        "baseline",
+        "compile",
+        "amp=bf16",
+        "cuda_graphs",
+        "compile + amp=bf16",
+    ]
     assert plot.over_batches(rows) == plot.over_context(rows) == []
 
 
 def test_no_win_without_parity() -> None:
-    """An arm that fails parity shows no rate and no saving, and the next step isn't measured against it."""
+    """An arm that fails parity shows no rate and no saving, and the next step isn't measured
+    against it."""
     pytest.importorskip("matplotlib")
     rows = [
         row("baseline", "baseline", 40.0, base=40),
@@ -204,7 +308,9 @@ def test_no_win_without_parity() -> None:
 
 def test_noise_is_said() -> None:
     pytest.importorskip("matplotlib")
-    assert any("no difference beyond the noise" in t.get_text() for t in _texts(plot.picture(cpu())))
+    assert any(
+        "no difference beyond the noise" in t.get_text() for t in _texts(plot.picture(cpu()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +321,9 @@ def test_noise_is_said() -> None:
         ("a.png", [refused("baseline", "baseline", "out of memory")], "nothing to draw"),
     ],
 )
-def test_plot_refuses(name: str, rows: list[dict[str, Any]] | None, says: str, tmp_path: Path) -> None:
+def test_plot_refuses(
+    name: str, rows: list[dict[str, Any]] | None, says: str, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(InputError, match=says):
         plot.draw(result(rows) if rows else h100(), tmp_path / name)
@@ -241,18 +349,40 @@ def save(path: Path, content: Any) -> Path:
 
 
 def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")][2:]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line.startswith("|")
+    ][2:]
 
 
 def test_compare(tmp_path: Path) -> None:
-    """Baseline and fastest passing arm of each machine; what only one file did is left out and named."""
-    small = [row("baseline", "baseline", 50.0), refused("+ cuda_graphs", "ladder", "no GPU"), row("+ compile", "ladder", 20.0)]
+    """Baseline and fastest passing arm of each machine; what only one file did is left out and
+    named."""
+    small = [
+        row("baseline", "baseline", 50.0),
+        refused("+ cuda_graphs", "ladder", "no GPU"),
+        row("+ compile", "ladder", 20.0),
+    ]
     small.append(row("amp=bf16", "alone", 1.0, parity=False))
-    files = [save(tmp_path / "h100.json", h100()), save(tmp_path / "l4.json", result(small, "NVIDIA L4"))]
+    files = [
+        save(tmp_path / "h100.json", h100()),
+        save(tmp_path / "l4.json", result(small, "NVIDIA L4")),
+    ]
     table = merge.compare(files, [3.6, 0.36])
     assert cells(table) == [
         ["NVIDIA H100 80GB HBM3", "80", "baseline", "bf16", "1", "41.00", "24.4", "4%", "41.00"],
-        ["NVIDIA H100 80GB HBM3", "80", "compile + cuda_graphs + kernels=triton", "bf16", "1", "3.60", "277.8", "48%", "3.60"],
+        [
+            "NVIDIA H100 80GB HBM3",
+            "80",
+            "compile + cuda_graphs + kernels=triton",
+            "bf16",
+            "1",
+            "3.60",
+            "277.8",
+            "48%",
+            "3.60",
+        ],
         ["NVIDIA L4", "80", "baseline", "bf16", "1", "50.00", "20.0", "3%", "5.00"],
         ["NVIDIA L4", "80", "cuda_graphs + compile", "bf16", "1", "20.00", "50.0", "9%", "2.00"],
     ]
@@ -264,7 +394,9 @@ def test_compare(tmp_path: Path) -> None:
 def test_compare_one_price_and_one_name(tmp_path: Path) -> None:
     files = [save(tmp_path / "old.json", cpu()), save(tmp_path / "new.json", cpu())]
     table = cells(merge.compare(files, [1.0]))
-    assert [line[0] for line in table] == ["AMD EPYC 9R14, 2 threads (old)"] * 2 + ["AMD EPYC 9R14, 2 threads (new)"] * 2
+    assert [line[0] for line in table] == ["AMD EPYC 9R14, 2 threads (old)"] * 2 + [
+        "AMD EPYC 9R14, 2 threads (new)"
+    ] * 2
     assert table[1][-1] == table[3][-1] == f"{1 / (1e3 / 2.2 * 3600) * 1e6:.2f}"
 
 
@@ -276,9 +408,14 @@ def test_compare_only_what_matches(tmp_path: Path) -> None:
 
 
 def test_compare_baseline_without_parity(tmp_path: Path) -> None:
-    rows = [row("baseline", "baseline", 9.0, parity=False), refused("compile", "alone", "no compiler")]
+    rows = [
+        row("baseline", "baseline", 9.0, parity=False),
+        refused("compile", "alone", "no compiler"),
+    ]
     table = merge.compare([save(tmp_path / "a.json", result(rows))], [1.0])
-    assert cells(table) == [["NVIDIA H100 80GB HBM3", "80", "baseline", "bf16", "1", "parity fails", "", "", ""]]
+    assert cells(table) == [
+        ["NVIDIA H100 80GB HBM3", "80", "baseline", "bf16", "1", "parity fails", "", "", ""]
+    ]
 
 
 BAD: dict[str, tuple[Any, str]] = {

@@ -1,4 +1,5 @@
-"""r1/checkpoint.py and r1/fp8.py: what is written is read back bit for bit, FP8 within its error, and nothing is left unsaid."""
+"""r1/files/checkpoint.py and r1/storage/fp8.py: what is written is read back bit for bit, FP8
+within its error, and nothing is left unsaid."""
 
 from __future__ import annotations
 
@@ -20,8 +21,10 @@ from tiny import V2, V3, load, model, rewrite, tensors
 from torch import Tensor
 
 import r1
-from r1 import Backend, Config, InputError, checkpoint, fp8
-from r1.model import Transformer
+from r1 import Backend, Config, InputError
+from r1.files import checkpoint
+from r1.model.transformer import Transformer
+from r1.storage import fp8
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny-r1"
@@ -45,12 +48,10 @@ def parameters(module: Transformer) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------- save -> load
 SHARDS = {"one file": 10**9, "a few": 30_000, "one tensor each": 1}
 CONFIGS = {
-    "v3": V3,
-    "v2": V2,
-    "tied": replace(V3, tie_word_embeddings=True, num_nextn_predict_layers=0),
-    "tied with mtp": replace(V3, tie_word_embeddings=True),
-    "two mtp layers": replace(V3, num_nextn_predict_layers=2),
-    "dense": replace(V3, n_routed_experts=0, num_nextn_predict_layers=0, q_lora_rank=None, first_k_dense_replace=0),
+    "v3": V3, "v2": V2, "tied": replace(V3, tie_word_embeddings=True, num_nextn_predict_layers=0),
+    "tied with mtp": replace(V3, tie_word_embeddings=True), "two mtp layers": replace(V3,
+    num_nextn_predict_layers=2), "dense": replace(V3, n_routed_experts=0,
+    num_nextn_predict_layers=0, q_lora_rank=None, first_k_dense_replace=0),
 }  # fmt: skip
 
 
@@ -69,11 +70,15 @@ def test_round_trip_is_bit_exact(case: str, size: str, dtype: str, tmp_path: Pat
     assert (loaded.lm_head.weight is loaded.embed_tokens.weight) == config.tie_word_embeddings
 
     # The folder: no more than is told, the config as it was, shards of at most what was asked.
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["here"], "nothing lies beside the folder"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["here"], (
+        "nothing lies beside the folder"
+    )
     assert Config.load(folder) == config
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     index = [checkpoint.INDEX] if len(shards) > 1 else []
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["config.json", *shards, *index])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["config.json", *shards, *index]
+    )
     assert (len(shards) == 1) == (size == "one file")
     on_disk = {path.name: path_tensors(path) for path in folder.glob("*.safetensors")}
     for name, found in on_disk.items():
@@ -83,11 +88,15 @@ def test_round_trip_is_bit_exact(case: str, size: str, dtype: str, tmp_path: Pat
         told = json.loads((folder / checkpoint.INDEX).read_text())
         assert told["weight_map"] == {key: name for name, found in on_disk.items() for key in found}
         assert told["metadata"]["total_size"] == total
-        assert shards == [f"model-{n:05d}-of-{len(shards):06d}.safetensors" for n in range(1, len(shards) + 1)]
+        assert shards == [
+            f"model-{n:05d}-of-{len(shards):06d}.safetensors" for n in range(1, len(shards) + 1)
+        ]
     else:
         assert shards == [checkpoint.SINGLE]
     skipped = {key for keys in report.skipped.values() for key in keys}
-    assert report.nbytes == total - sum(t.nbytes for key, t in tensors(folder).items() if key in skipped)
+    assert report.nbytes == total - sum(
+        t.nbytes for key, t in tensors(folder).items() if key in skipped
+    )
 
 
 def path_tensors(path: Path) -> dict[str, Tensor]:
@@ -105,19 +114,30 @@ def test_keys_are_the_published_ones(tmp_path: Path) -> None:
         expected |= {f"{stem}{norm}_layernorm.weight" for norm in ("input", "post_attention")}
         expected |= {f"{stem}self_attn.{norm}_layernorm.weight" for norm in ("q_a", "kv_a")}
         linears = [f"self_attn.{name}" for name in attention]
-        mlps = ["mlp"] if layer == 0 else ["mlp.shared_experts", *(f"mlp.experts.{e}" for e in range(8))]
+        mlps = (
+            ["mlp"]
+            if layer == 0
+            else ["mlp.shared_experts", *(f"mlp.experts.{e}" for e in range(8))]
+        )
         linears += [f"{mlp}.{name}_proj" for mlp in mlps for name in ("gate", "up", "down")]
-        expected |= {f"{stem}{name}.weight{scale}" for name in linears for scale in ("", "_scale_inv")}
+        expected |= {
+            f"{stem}{name}.weight{scale}" for name in linears for scale in ("", "_scale_inv")
+        }
         if layer:
             expected |= {f"{stem}mlp.gate.weight", f"{stem}mlp.gate.e_score_correction_bias"}
-    expected |= {f"model.layers.2.{n}.weight" for n in ("enorm", "hnorm", "eh_proj", "embed_tokens", "shared_head.norm")}
+    expected |= {
+        f"model.layers.2.{n}.weight"
+        for n in ("enorm", "hnorm", "eh_proj", "embed_tokens", "shared_head.norm")
+    }
     expected |= {"model.layers.2.shared_head.head.weight"}
     found = tensors(tmp_path / "x")
     assert found.keys() == expected
     for key, tensor in found.items():
         fp32 = key.endswith(("_scale_inv", "e_score_correction_bias"))
         fp8_stored = f"{key}_scale_inv" in found
-        assert tensor.dtype == (torch.float32 if fp32 else fp8.E4M3 if fp8_stored else torch.bfloat16), key
+        assert tensor.dtype == (
+            torch.float32 if fp32 else fp8.E4M3 if fp8_stored else torch.bfloat16
+        ), key
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -132,14 +152,17 @@ def test_remapping_a_shard_changes_nothing(dtype: str, tmp_path: Path) -> None:
 
 def test_extra_fields_are_written(tmp_path: Path) -> None:
     checkpoint.save(model(V2), tmp_path / "x", extra={"transformers_version": "4.33.1"})
-    assert json.loads((tmp_path / "x" / "config.json").read_text())["transformers_version"] == "4.33.1"
+    assert (
+        json.loads((tmp_path / "x" / "config.json").read_text())["transformers_version"] == "4.33.1"
+    )
 
 
 # -------------------------------------------------------------------------------------------- dtypes
 @pytest.mark.parametrize("stored", ["fp32", "bf16"])
 @pytest.mark.parametrize("loaded", ["fp32", "bf16", "fp16"])
 def test_weights_take_the_dtype_that_is_asked_for(stored: str, loaded: str, tmp_path: Path) -> None:
-    """Whatever the file has; but the gate is fp32 in the model, and its bias in the file too, to the last bit."""
+    """Whatever the file has; but the gate is fp32 in the model, and its bias in the file too, to
+    the last bit."""
     saved = model(V3, dtype="fp32")
     checkpoint.save(saved, tmp_path / "x", dtype=DTYPES[stored])
     file = tensors(tmp_path / "x")
@@ -158,7 +181,8 @@ def test_weights_take_the_dtype_that_is_asked_for(stored: str, loaded: str, tmp_
 
 # -------------------------------------------------------------------------------------------- what is skipped
 def test_what_is_skipped_is_said(tmp_path: Path) -> None:
-    """MTP layers that nobody asked for, copies of shared weights, computed frequencies: each by its reason."""
+    """MTP layers that nobody asked for, copies of shared weights, computed frequencies: each by its
+    reason."""
     checkpoint.save(model(FP8, mtp=True), tmp_path / "x")
     rotary = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(tmp_path / "x", lambda t: t.update({rotary: torch.ones(4)}))
@@ -169,7 +193,10 @@ def test_what_is_skipped_is_said(tmp_path: Path) -> None:
     by_reason = {reason.split()[0]: set(keys) for reason, keys in report.skipped.items()}
     weights = {key for key in mtp_keys if not key.endswith("_scale_inv")}
     assert by_reason == {"rotation": {rotary}, "MTP": weights}
-    assert f"{len(weights)} tensors not loaded: MTP layers are loaded only when asked for" in " ".join(report.sentences())
+    assert (
+        f"{len(weights)} tensors not loaded: MTP layers are loaded only when asked for"
+        in " ".join(report.sentences())
+    )
 
     _, report = load(tmp_path / "x", mtp=True)
     by_reason = {reason.split()[0]: set(keys) for reason, keys in report.skipped.items()}
@@ -187,7 +214,9 @@ def test_a_tied_head_is_skipped_and_said(tmp_path: Path) -> None:
     assert not report.skipped
     rewrite(tmp_path / "x", lambda t: t.update({"lm_head.weight": torch.zeros(48, 32)}))
     found, report = load(tmp_path / "x")
-    assert report.skipped == {"config.json ties the output head to the embedding": ["lm_head.weight"]}
+    assert report.skipped == {
+        "config.json ties the output head to the embedding": ["lm_head.weight"]
+    }
     assert bool(found.lm_head.weight.any())
 
 
@@ -215,7 +244,8 @@ def test_every_other_key_is_an_error(key: str, tmp_path: Path) -> None:
 
 
 def test_every_key_is_needed(tmp_path: Path) -> None:
-    """Whichever is taken away is missed, by name; those of the MTP layer only where it is loaded."""
+    """Whichever is taken away is missed, by name; those of the MTP layer only where it is
+    loaded."""
     checkpoint.save(model(FP8, mtp=True), tmp_path / "x")
     complete = tensors(tmp_path / "x")
     spare = {"model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"}
@@ -236,11 +266,14 @@ def test_every_key_is_needed(tmp_path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------- FP8
 def decode_e4m3(byte: int) -> float:
-    """The number that an e4m3fn byte stands for, from its bits: sign, 4 of exponent (bias 7), 3 of mantissa."""
+    """The number that an e4m3fn byte stands for, from its bits: sign, 4 of exponent (bias 7), 3 of
+    mantissa."""
     sign, exponent, mantissa = -1.0 if byte & 0x80 else 1.0, byte >> 3 & 0xF, byte & 7
     if exponent == 15 and mantissa == 7:
         return float("nan")
-    return sign * (mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return sign * (
+        mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    )
 
 
 def by_element(q: Tensor, scale: Tensor, block: tuple[int, int], how: Any = None) -> Tensor:
@@ -249,7 +282,8 @@ def by_element(q: Tensor, scale: Tensor, block: tuple[int, int], how: Any = None
     values, factors = q.view(torch.uint8).tolist(), scale.double().tolist()
     return torch.tensor(
         [
-            [how(decode_e4m3(byte), factors[i // block[0]][j // block[1]]) for j, byte in enumerate(row)]
+            [how(decode_e4m3(byte), factors[i // block[0]][j // block[1]]) for j,
+            byte in enumerate(row)]
             for i, row in enumerate(values)
         ],
         dtype=torch.float64,
@@ -262,9 +296,18 @@ seeds = st.integers(0, 2**31)
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=shapes, block=blocks, seed=seeds, band=st.sampled_from([1, 400, 2**25]), dtype=st.sampled_from([*DTYPES.values()]))
-def test_dequantize_by_element(shape: tuple[int, int], block: tuple[int, int], seed: int, band: int, dtype: torch.dtype) -> None:
-    """Bit-equal to the definition: any bytes (two are NaN), ragged edges, however the rows are cut into bands, into any dtype."""
+@given(
+    shape=shapes,
+    block=blocks,
+    seed=seeds,
+    band=st.sampled_from([1, 400, 2**25]),
+    dtype=st.sampled_from([*DTYPES.values()]),
+)
+def test_dequantize_by_element(
+    shape: tuple[int, int], block: tuple[int, int], seed: int, band: int, dtype: torch.dtype
+) -> None:
+    """Bit-equal to the definition: any bytes (two are NaN), ragged edges, however the rows are cut
+    into bands, into any dtype."""
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
@@ -273,15 +316,19 @@ def test_dequantize_by_element(shape: tuple[int, int], block: tuple[int, int], s
     out = torch.full(shape, float("nan"), dtype=dtype)
     with mock.patch.object(fp8, "BAND_BYTES", band):
         fp8.dequantize(bits.view(fp8.E4M3), scale, block, out)
-    # A product of 4 and 24 bits is exact in double precision; fp32 rounds it once, and `out`'s dtype once more.
+    # A product of 4 and 24 bits is exact in double precision; fp32 rounds it once, and `out`'s
+    # dtype once more.
     expected = by_element(bits.view(fp8.E4M3), scale, block).float().to(dtype)
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_wrong_formulas_would_show() -> None:
-    """Dividing by the scale, taking the grid transposed, or forgetting the crop give other numbers than `by_element`."""
+    """Dividing by the scale, taking the grid transposed, or forgetting the crop give other numbers
+    than `by_element`."""
     weight = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
-    weight *= 1 + torch.arange(40) // 16 + 5 * (torch.arange(40)[:, None] // 16)  # blocks of unlike sizes
+    weight *= (
+        1 + torch.arange(40) // 16 + 5 * (torch.arange(40)[:, None] // 16)
+    )  # blocks of unlike sizes
     q, scale = fp8.quantize(weight, (16, 16))
     right = by_element(q, scale, (16, 16))
     assert float((right - weight).abs().max()) < 2**-4 * float(weight.abs().max())
@@ -295,11 +342,18 @@ def test_the_wrong_formulas_would_show() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=shapes, block=blocks, seed=seeds, band=st.sampled_from([1, 400, 2**25]), exponent=st.integers(-30, 30))
+@given(
+    shape=shapes,
+    block=blocks,
+    seed=seeds,
+    band=st.sampled_from([1, 400, 2**25]),
+    exponent=st.integers(-30, 30),
+)
 def test_quantization_error_is_bounded(
     shape: tuple[int, int], block: tuple[int, int], seed: int, band: int, exponent: int
 ) -> None:
-    """Each block's largest lands on 448; half a step of 3 mantissa bits away at most, or of the smallest subnormal, 2^-9."""
+    """Each block's largest lands on 448; half a step of 3 mantissa bits away at most, or of the
+    smallest subnormal, 2^-9."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     weight[::3] *= 1e-4  # some rows far below their block's largest: subnormal
     with mock.patch.object(fp8, "BAND_BYTES", band):
@@ -307,11 +361,16 @@ def test_quantization_error_is_bounded(
     assert q.shape == weight.shape and q.dtype == fp8.E4M3
     assert scale.shape == fp8.grid(shape, block) and scale.dtype == torch.float32
     for i, j in torch.cartesian_prod(*map(torch.arange, scale.shape)).view(-1, 2).tolist():
-        rows, columns = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
+        rows, columns = (
+            slice(i * block[0], (i + 1) * block[0]),
+            slice(j * block[1], (j + 1) * block[1]),
+        )
         largest = weight[rows, columns].abs().max()
         assert scale[i, j] == largest.clamp(min=1e-12) / 448  # below that, it is as good as zero
         assert float(q[rows, columns].float().abs().max()) == 448 or largest < 1e-12
-    factors = scale.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
+    factors = scale.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[
+        :, : shape[1]
+    ]
     bound = torch.maximum(weight.abs() * 2**-4, factors * 2**-10) * (1 + 1e-6)
     error = (by_element(q, scale, block) - weight).abs()
     assert bool((error <= bound).all())
@@ -326,7 +385,8 @@ def test_a_block_of_zeros() -> None:
 @pytest.mark.parametrize("block", [(16, 16), (128, 128), (8, 24)])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_fp8_round_trip(block: tuple[int, int], dtype: str, tmp_path: Path) -> None:
-    """save -> load is quantize -> dequantize of each projection, within half a step, and exact for all else."""
+    """save -> load is quantize -> dequantize of each projection, within half a step, and exact for
+    all else."""
     saved = model(replace(V3, fp8_block=block), dtype=dtype, mtp=True)
     checkpoint.save(saved, tmp_path / "x", shard_bytes=20_000)
     found, _ = load(tmp_path / "x", dtype=dtype, mtp=True)
@@ -335,7 +395,9 @@ def test_fp8_round_trip(block: tuple[int, int], dtype: str, tmp_path: Path) -> N
         before = checkpoint.places(saved)[key]
         if "_proj" in key and "eh_proj" not in key:
             expected = by_element(*fp8.quantize(before, block), block).float().to(place.dtype)
-            assert float((place.float() - before.float()).abs().max()) <= (2**-4 + 2**-8) * float(before.float().abs().max())
+            assert float((place.float() - before.float()).abs().max()) <= (2**-4 + 2**-8) * float(
+                before.float().abs().max()
+            )
             changed += not torch.equal(place, before)
         else:
             expected = before
@@ -344,7 +406,8 @@ def test_fp8_round_trip(block: tuple[int, int], dtype: str, tmp_path: Path) -> N
 
 
 def test_a_checkpoint_may_mix_fp8_and_others(tmp_path: Path) -> None:
-    """R1's does; and one whose blocks were made bf16 loads although its config still speaks of FP8."""
+    """R1's does; and one whose blocks were made bf16 loads although its config still speaks of
+    FP8."""
     checkpoint.save(model(FP8), tmp_path / "x")
     key = "model.layers.0.self_attn.o_proj.weight"
     plain = torch.randn(32, 24).bfloat16()
@@ -358,8 +421,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def test_random_checkpoint_follows_from_its_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`python tools/make_checkpoint.py tiny DIR`, byte for byte; beside the trained one, only the weights differ."""
+def test_random_checkpoint_follows_from_its_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python tools/train/make_checkpoint.py tiny DIR`, byte for byte; beside the trained one, only
+    the weights differ."""
     for name, seed in (("one", "0"), ("again", "0"), ("other", "1")):
         assert make_checkpoint.main(["tiny", str(tmp_path / name), "--seed", seed]) == 0
     assert "5 shards" in capsys.readouterr().out
@@ -372,24 +438,38 @@ def test_random_checkpoint_follows_from_its_seed(tmp_path: Path, capsys: pytest.
 
 
 def test_embedded_checkpoint_has_all_of_r1s_format() -> None:
-    """What the issue asks of it: small, sharded, ragged FP8 blocks, bias, groups, YaRN, query rank, MTP layer, tokenizer."""
+    """What the issue asks of it: small, sharded, ragged FP8 blocks, bias, groups, YaRN, query rank,
+    MTP layer, tokenizer."""
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 16e6
     shards = list(TINY.glob("*.safetensors"))
     assert len(shards) > 1 and (TINY / checkpoint.INDEX).is_file()
     config = Config.load(TINY)
     assert config.model_type == "deepseek_v3" and config.topk_method == "noaux_tc"
-    assert config.fp8_block == (128, 128) and config.n_group == 4 and config.q_lora_rank and config.num_nextn_predict_layers == 1
+    assert (
+        config.fp8_block == (128, 128)
+        and config.n_group == 4
+        and config.q_lora_rank
+        and config.num_nextn_predict_layers == 1
+    )
     assert config.yarn and config.yarn.factor == 40
     assert config.max_position_embeddings > config.yarn.original_max_position_embeddings
     found = tensors(TINY)
     assert {key for key, tensor in found.items() if tensor.dtype == fp8.E4M3} == {
-        key for key in found if "_proj" in key and "eh_proj" not in key and not key.endswith("_scale_inv")
+        key
+        for key in found
+        if "_proj" in key and "eh_proj" not in key and not key.endswith("_scale_inv")
     }
     quantized = [tensor for tensor in found.values() if tensor.dtype == fp8.E4M3]
-    assert any(t.shape[0] % 128 and t.shape[0] > 128 for t in quantized), "cropped at the lower edge"
-    assert any(t.shape[1] % 128 and t.shape[1] > 128 for t in quantized), "cropped at the right edge"
+    assert any(t.shape[0] % 128 and t.shape[0] > 128 for t in quantized), (
+        "cropped at the lower edge"
+    )
+    assert any(t.shape[1] % 128 and t.shape[1] > 128 for t in quantized), (
+        "cropped at the right edge"
+    )
     biases = [tensor for key, tensor in found.items() if key.endswith("e_score_correction_bias")]
-    assert len(biases) == 5 and all(bool(bias.all()) and bias.dtype == torch.float32 for bias in biases)
+    assert len(biases) == 5 and all(
+        bool(bias.all()) and bias.dtype == torch.float32 for bias in biases
+    )
     assert any(key.startswith("model.layers.5.eh_proj") for key in found)
 
     engine = r1.load(TINY, Backend(device="cpu"), mtp=True, quiet=True)

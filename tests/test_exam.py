@@ -1,4 +1,5 @@
-"""The accuracy column: exam.json is what the tool makes, all arms are asked alike, and an arm that is ruined shows."""
+"""The accuracy column: exam.json is what the tool makes, all arms are asked alike, and an arm that
+is ruined shows."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def arm(folder: Path, **switches: Any) -> worker.Bench:
     return made
 
 
-def test_the_file_is_what_the_tool_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_is_what_the_tool_makes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
     assert make_exam.main([str(tmp_path)]) == 0
@@ -57,8 +60,16 @@ def test_what_fits_is_asked() -> None:
 
 
 def test_a_model_without_problems_is_asked_none(tmp_path: Path) -> None:
-    assert exam.load(tmp_path) == [] == bench.questions_of(str(tmp_path), None) == bench.questions_of(None, None)
-    assert bench.questions_of(str(TINY), 0) == [] and len(bench.questions_of(str(TINY), None)) == make_exam.COUNT
+    assert (
+        exam.load(tmp_path)
+        == []
+        == bench.questions_of(str(tmp_path), None)
+        == bench.questions_of(None, None)
+    )
+    assert (
+        bench.questions_of(str(TINY), 0) == []
+        and len(bench.questions_of(str(TINY), None)) == make_exam.COUNT
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,11 +92,14 @@ def test_a_file_that_cant_be_read(text: str, tmp_path: Path) -> None:
 
 
 def test_only_what_was_asked_counts(engine: Engine) -> None:
-    """However the questions fall into batches; the last one is filled up by a question whose answer counts once."""
+    """However the questions fall into batches; the last one is filled up by a question whose answer
+    counts once."""
     wrong = [dataclasses.replace(SHORT[0], answer=SHORT[0].answer + 1), *SHORT[1:]]
     for batch in (1, 3, 4, 6):
         assert exam.accuracy(engine, wrong, 110, batch) == 0.75
-    assert exam.accuracy(engine, SHORT, 60, 4) < 0.5, "an answer that the cache has no room for is none"
+    assert exam.accuracy(engine, SHORT, 60, 4) < 0.5, (
+        "an answer that the cache has no room for is none"
+    )
 
 
 def test_a_ruined_arm_shows(tmp_path: Path) -> None:
@@ -131,7 +145,12 @@ def test_an_arm_is_asked_when_all_that_is_timed_is_done() -> None:
     def finished(questions: list[Question], refuses: str = "") -> tuple[list[str], dict[str, Any]]:
         made = bench.Session.__new__(bench.Session)
         answers: Any = Answers(refuses)
-        made.arm, made.found, made.process, made.notes = Arm("one", "alone", Backend()), {}, answers, []
+        made.arm, made.found, made.process, made.notes = (
+            Arm("one", "alone", Backend()),
+            {},
+            answers,
+            [],
+        )
         made.finish(bench.parser().parse_args([]), questions)
         assert bool(made.notes) == (refuses == "accuracy")
         return answers.asked, made.found

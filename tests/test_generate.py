@@ -1,4 +1,5 @@
-"""The Engine as a user has it: `r1.load` on the embedded checkpoint, logits, generate, chat, the MTP layer, `python -m r1`."""
+"""The Engine as a user has it: `r1.load` on the embedded checkpoint, logits, generate, chat, the
+MTP layer, `python -m r1`."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from tolerances import atol
 
 import r1
 from r1 import Backend, InputError, build
-from r1.backend import resolve
-from r1.config import shape
-from r1.generate import TEMPERATURE, TOP_P, Completion, Engine, Sampler
+from r1.model.config import shape
+from r1.run.generate import TEMPERATURE, TOP_P, Completion, Engine, Sampler
+from r1.switches.backend import resolve
 
 TINY = ROOT / "weights" / "tiny-r1"
 PROMPTS = [[0, 5, 7], [0, 9], [0, 11, 12, 13, 14, 15]]
@@ -35,15 +36,26 @@ def without_text(engine: Engine, *stops: int) -> Engine:
 
 
 def greedy(engine: Engine, prompts: list[list[int]], new: int, **options: Any) -> list[list[int]]:
-    return [c.tokens for c in engine.generate(prompts, max_new_tokens=new, temperature=0.0, **options)]
+    return [
+        c.tokens for c in engine.generate(prompts, max_new_tokens=new, temperature=0.0, **options)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ load and logits
 def test_load(engine: Engine) -> None:
-    assert isinstance(engine.config, r1.Config) and engine.config == dataclasses.replace(shape("tiny"), fp8_block=(128, 128))
+    assert isinstance(engine.config, r1.Config) and engine.config == dataclasses.replace(
+        shape("tiny"), fp8_block=(128, 128)
+    )
     backend = engine.backend
-    assert isinstance(backend, Backend) and "auto" not in dataclasses.astuple(backend)  # what really runs
-    assert (backend.attention, backend.prefill_attention, backend.moe, backend.dtype) == ("absorbed", "expand", "gather", "fp32")
+    assert isinstance(backend, Backend) and "auto" not in dataclasses.astuple(
+        backend
+    )  # what really runs
+    assert (backend.attention, backend.prefill_attention, backend.moe, backend.dtype) == (
+        "absorbed",
+        "expand",
+        "gather",
+        "fp32",
+    )
     assert next(engine.model.parameters()).dtype == torch.float32 and not engine.model.training
     assert not any(p.requires_grad for p in engine.model.parameters())
     assert r1.load(TINY, quiet=True).config == engine.config
@@ -52,7 +64,11 @@ def test_load(engine: Engine) -> None:
 def test_logits(engine: Engine) -> None:
     tokens = torch.tensor([[0, 5, 7, 9], [0, 9, 300, 319]])
     logits = engine.logits(tokens)
-    assert logits.shape == (2, 4, 320) and logits.dtype == torch.float32 and bool(torch.isfinite(logits).all())
+    assert (
+        logits.shape == (2, 4, 320)
+        and logits.dtype == torch.float32
+        and bool(torch.isfinite(logits).all())
+    )
     changed = tokens.clone()
     changed[:, 2] = 1
     other = engine.logits(changed)
@@ -64,7 +80,13 @@ def test_logits(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    "tokens", [torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(0, 3, dtype=torch.int64), torch.tensor([[320]])]
+    "tokens",
+    [
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(1, 3),
+        torch.zeros(0, 3, dtype=torch.int64),
+        torch.tensor([[320]]),
+    ],
 )
 def test_logits_refuses(engine: Engine, tokens: torch.Tensor) -> None:
     with pytest.raises(InputError):
@@ -73,11 +95,16 @@ def test_logits_refuses(engine: Engine, tokens: torch.Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------------ generate
 def test_greedy_is_what_logits_say(engine: Engine) -> None:
-    """Token by token the argmax of a full forward; only new tokens are returned; the same again and again."""
+    """Token by token the argmax of a full forward; only new tokens are returned; the same again and
+    again."""
     completions = engine.generate(PROMPTS, max_new_tokens=8, temperature=0.0, ignore_stop=True)
     assert [c.prompt_tokens for c in completions] == [3, 2, 6]
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        assert isinstance(completion, Completion) and len(completion.tokens) == 8 and completion.finish == "length"
+        assert (
+            isinstance(completion, Completion)
+            and len(completion.tokens) == 8
+            and completion.finish == "length"
+        )
         logits = engine.logits(torch.tensor([prompt + completion.tokens]))[0, len(prompt) - 1 : -1]
         top = logits.topk(2).values
         sure = (top[:, 0] - top[:, 1]) > 1e-4
@@ -89,8 +116,11 @@ def test_greedy_is_what_logits_say(engine: Engine) -> None:
 
 def test_a_seed_makes_it_again(engine: Engine) -> None:
     def sampled(seed: int | None) -> list[list[int]]:
-        # Hot: at 0.6 the trained weights leave so little open that two draws in a hundred are the same.
-        found = engine.generate(PROMPTS, max_new_tokens=12, temperature=2.0, top_p=1.0, seed=seed, ignore_stop=True)
+        # Hot: at 0.6 the trained weights leave so little open that two draws in a hundred are the
+        # same.
+        found = engine.generate(
+            PROMPTS, max_new_tokens=12, temperature=2.0, top_p=1.0, seed=seed, ignore_stop=True
+        )
         return [c.tokens for c in found]
 
     assert sampled(1) == sampled(1) != sampled(2)
@@ -99,7 +129,8 @@ def test_a_seed_makes_it_again(engine: Engine) -> None:
 
 
 def test_stop(engine: Engine) -> None:
-    """A stop token ends its own row, as its last token; the other rows go on as if nothing had been."""
+    """A stop token ends its own row, as its last token; the other rows go on as if nothing had
+    been."""
     free = greedy(without_text(engine), PROMPTS, 12)
     assert all(len(tokens) == 12 for tokens in free)
     stop = next(t for t in free[0] if t not in free[1])
@@ -108,14 +139,18 @@ def test_stop(engine: Engine) -> None:
     assert stopped[0].tokens == free[0][: first + 1] and stopped[0].finish == "stop"
     assert stopped[1].tokens == free[1] and stopped[1].finish == "length"
     assert stopped[0].seconds < stopped[1].seconds
-    ignored = without_text(engine, stop).generate(PROMPTS, max_new_tokens=12, temperature=0.0, ignore_stop=True)
+    ignored = without_text(engine, stop).generate(
+        PROMPTS, max_new_tokens=12, temperature=0.0, ignore_stop=True
+    )
     assert [c.tokens for c in ignored] == free and {c.finish for c in ignored} == {"length"}
 
 
 def test_all_rows_stopped_ends_the_work(engine: Engine) -> None:
     steps: list[list[int | None]] = []
     every = without_text(engine, *range(320))
-    completions = every.generate(PROMPTS, max_new_tokens=50, temperature=0.0, on_tokens=steps.append)
+    completions = every.generate(
+        PROMPTS, max_new_tokens=50, temperature=0.0, on_tokens=steps.append
+    )
     assert [len(c.tokens) for c in completions] == [1, 1, 1] and len(steps) == 1
     assert {c.finish for c in completions} == {"stop"} and {c.tpot for c in completions} == {0.0}
 
@@ -124,7 +159,9 @@ def test_the_stream_is_the_result(engine: Engine) -> None:
     free = greedy(without_text(engine), PROMPTS, 10)
     stop = next(t for t in free[2][2:6] if t not in free[0])
     steps: list[list[int | None]] = []
-    completions = without_text(engine, stop).generate(PROMPTS, max_new_tokens=10, temperature=0.0, on_tokens=steps.append)
+    completions = without_text(engine, stop).generate(
+        PROMPTS, max_new_tokens=10, temperature=0.0, on_tokens=steps.append
+    )
     assert len(steps) == 10 and all(len(step) == 3 for step in steps)
     for row, completion in enumerate(completions):
         column = [step[row] for step in steps]
@@ -138,13 +175,16 @@ def test_one_new_token(engine: Engine) -> None:
 
 
 def test_the_context_is_the_limit() -> None:
-    """A row goes on to the last position of the context and no further; a longer prompt is refused."""
+    """A row goes on to the last position of the context and no further; a longer prompt is
+    refused."""
     config = dataclasses.replace(shape("tiny", layers=2), max_position_embeddings=16)
     backend = resolve(Backend(device="cpu", dtype="fp32"), config)
     small = Engine(build.from_shape(config, backend), backend)
     prompts = [list(range(12)), [3]]
     completions = small.generate(prompts, max_new_tokens=100, temperature=0.0)
-    assert [len(c.tokens) for c in completions] == [4, 4] and {c.finish for c in completions} == {"length"}
+    assert [len(c.tokens) for c in completions] == [4, 4] and {c.finish for c in completions} == {
+        "length"
+    }
     assert len(small.generate([[3] * 15], 100)[0].tokens) == 1
     with pytest.raises(InputError, match="leaves no room for an answer in a context of 16"):
         small.generate([[3] * 16])
@@ -178,7 +218,9 @@ def test_the_context_is_the_limit() -> None:
         ([[1]], {"top_p": 1.5}, "top_p=1.5"),
     ],
 )
-def test_generate_refuses(engine: Engine, prompts: Any, options: dict[str, Any], message: str) -> None:
+def test_generate_refuses(
+    engine: Engine, prompts: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=re.escape(message)) as error:
         engine.generate(prompts, **options)
     assert "\n" not in str(error.value)
@@ -191,7 +233,8 @@ CRITICAL = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7}
 
 
 def chi_square(sampler: Sampler, logits: list[float], wanted: list[float]) -> bool:
-    """Whether DRAWS samples of one row of logits fall as `wanted` says: never where it is 0, else by Pearson's test."""
+    """Whether DRAWS samples of one row of logits fall as `wanted` says: never where it is 0, else
+    by Pearson's test."""
     drawn = sampler(torch.tensor(logits).expand(DRAWS, -1)).bincount(minlength=len(logits))
     expected = torch.tensor(wanted) * DRAWS
     if bool((drawn[expected == 0] > 0).any()):
@@ -218,20 +261,32 @@ def nucleus(p: list[float], kept: list[int]) -> list[float]:
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
 def test_temperature(temperature: float) -> None:
     assert chi_square(Sampler(temperature, 1.0, seed=0), LOGITS, softened(P, temperature))
-    assert not chi_square(Sampler(temperature, 1.0, seed=0), LOGITS, softened(P, temperature * 1.1))  # the test can fail
+    assert not chi_square(
+        Sampler(temperature, 1.0, seed=0), LOGITS, softened(P, temperature * 1.1)
+    )  # the test can fail
 
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(0.3, [1]), (0.45, [1, 4]), (0.69, [1, 4]), (0.72, [1, 4, 3]), (0.86, [1, 4, 3, 2]), (1.0, [0, 1, 2, 3, 4]), (1e-9, [1])],
+    [
+        (0.3, [1]),
+        (0.45, [1, 4]),
+        (0.69, [1, 4]),
+        (0.72, [1, 4, 3]),
+        (0.86, [1, 4, 3, 2]),
+        (1.0, [0, 1, 2, 3, 4]),
+        (1e-9, [1]),
+    ],
 )
 def test_nucleus(top_p: float, kept: list[int]) -> None:
-    """The fewest likeliest tokens that reach top_p, in proportion; the first one always, the tail never."""
+    """The fewest likeliest tokens that reach top_p, in proportion; the first one always, the tail
+    never."""
     assert chi_square(Sampler(1.0, top_p, seed=0), LOGITS, nucleus(P, kept))
 
 
 def test_temperature_comes_before_the_nucleus() -> None:
-    """At temperature 0.5 the two likeliest reach 0.8 already (0.56 + 0.31); the other way round it takes three."""
+    """At temperature 0.5 the two likeliest reach 0.8 already (0.56 + 0.31); the other way round it
+    takes three."""
     assert chi_square(Sampler(0.5, 0.8, seed=0), LOGITS, nucleus(softened(P, 0.5), [1, 4]))
 
 
@@ -244,7 +299,11 @@ def test_rows_are_drawn_apart() -> None:
     """Each row by its own logits, and independently of its neighbour."""
     rows = torch.tensor([[0.0, 0.0], [20.0, -20.0], [-20.0, 20.0]]).repeat(5000, 1)
     drawn = Sampler(1.0, 1.0, seed=3)(rows).view(-1, 3)
-    assert drawn[:, 1].sum() == 0 and drawn[:, 2].sum() == 5000 and 2300 < int(drawn[:, 0].sum()) < 2700
+    assert (
+        drawn[:, 1].sum() == 0
+        and drawn[:, 2].sum() == 5000
+        and 2300 < int(drawn[:, 0].sum()) < 2700
+    )
     pairs = Sampler(1.0, 1.0, seed=4)(torch.zeros(10000, 2)).view(-1, 2)
     assert 1100 < int((pairs[:, 0] & pairs[:, 1]).sum()) < 1400  # a quarter of 5000: 1250 +- 31
 
@@ -266,12 +325,22 @@ def test_defaults_and_greedy() -> None:
 def test_chat(engine: Engine) -> None:
     messages = [{"role": "user", "content": "17*23=?"}]
     streamed: list[tuple[str, str]] = []
-    completion = engine.chat(messages, max_new_tokens=200, seed=0, on_text=lambda a, b: streamed.append((a, b)))
-    assert "17 * 20" in completion.reasoning and completion.answer == "17 * 23 = 391." and completion.finish == "stop"
+    completion = engine.chat(
+        messages, max_new_tokens=200, seed=0, on_text=lambda a, b: streamed.append((a, b))
+    )
+    assert (
+        "17 * 20" in completion.reasoning
+        and completion.answer == "17 * 23 = 391."
+        and completion.finish == "stop"
+    )
     assert "".join(a for a, _ in streamed).strip() == completion.reasoning.strip()
     assert "".join(b for _, b in streamed).strip() == completion.answer.strip()
     again = engine.chat(messages, max_new_tokens=200, seed=0)
-    assert (again.tokens, again.reasoning, again.answer) == (completion.tokens, completion.reasoning, completion.answer)
+    assert (again.tokens, again.reasoning, again.answer) == (
+        completion.tokens,
+        completion.reasoning,
+        completion.answer,
+    )
     assert engine.tokenizer is not None
     assert completion.prompt_tokens == len(engine.tokenizer.chat_prompt(messages, think=True))
     with pytest.raises(InputError, match="no tokenizer"):
@@ -311,12 +380,15 @@ def test_mtp_layer() -> None:
 def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     return subprocess.run(
-        [sys.executable, "-m", "r1", *arguments],
-        cwd=ROOT, env=environment, input=stdin, capture_output=True, encoding="utf-8", timeout=120, check=False,
+        [sys.executable, "-m", "r1", *arguments], cwd=ROOT, env=environment, input=stdin,
+        capture_output=True, encoding="utf-8", timeout=120, check=False,
     )  # fmt: skip
 
 
-TIMING = re.compile(r"^\[\d+ tokens read, first of (\d+) new after \d+ ms(, then [\d.]+ tokens/s \([\d.]+ ms each\))?.*\]$", re.M)
+TIMING = re.compile(
+    r"^\[\d+ tokens read, first of (\d+) new after \d+ ms(, then [\d.]+ tokens/s \([\d.]+ ms each\))?.*\]$",
+    re.M,
+)
 
 
 def test_a_question_on_the_command_line() -> None:
@@ -335,15 +407,24 @@ def test_a_chat_on_stdin() -> None:
     assert len(TIMING.findall(result.stderr)) == 2 and "Ctrl-D" in result.stderr
 
 
-def test_what_the_user_should_know_is_said(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    """fp16's range is; that a model without speculation has no use for its MTP layer is not, nor is it lost."""
+def test_what_the_user_should_know_is_said(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fp16's range is; that a model without speculation has no use for its MTP layer is not, nor is
+    it lost."""
     from r1.__main__ import main
 
     said = {}
     for dtype in ("fp32", "fp16"):
         assert main(["2+2?", "--new", "2", "--device", "cpu", "--dtype", dtype]) == 0
-        said[dtype] = [line for line in capsys.readouterr().err.splitlines() if not TIMING.match(line)]
-    assert said["fp32"] == [] and len(said["fp16"]) == 1 and said["fp16"][0].startswith("r1: fp16 ends at 65504")
+        said[dtype] = [
+            line for line in capsys.readouterr().err.splitlines() if not TIMING.match(line)
+        ]
+    assert (
+        said["fp32"] == []
+        and len(said["fp16"]) == 1
+        and said["fp16"][0].startswith("r1: fp16 ends at 65504")
+    )
     assert any("MTP layers are loaded only when asked for" in note for note in engine.notes)
 
 

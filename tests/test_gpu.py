@@ -1,7 +1,7 @@
 """What only a GPU can show: no step waits for the host, and graphs repeat what eager does.
 
-Skipped without one. On a machine that has one: `python -m pytest tests/test_gpu.py tests/test_pairs.py`.
-"""
+Skipped without one. On a machine that has one: `python -m pytest tests/test_gpu.py
+tests/test_pairs.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from decoding import PROMPTS, read, runner
 
 from r1.bench import parity
-from r1.generate import Engine
-from r1.sampler import Sampler
+from r1.run.generate import Engine
+from r1.run.sampler import Sampler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -35,13 +35,22 @@ def test_a_sync_is_seen() -> None:
         torch.ones(1, device="cuda").item()
 
 
-@pytest.mark.parametrize("how", [{}, {"compile": True}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}])
+@pytest.mark.parametrize(
+    "how", [{}, {"compile": True}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}]
+)
 @pytest.mark.parametrize("moe", ["gather", "grouped", "triton"])
 @pytest.mark.parametrize("attention", ["naive", "expand", "absorbed", "triton"])
 def test_decode_never_waits(attention: str, moe: str, how: dict[str, bool]) -> None:
     """Ragged rows, growing positions, sampling included."""
     prefill = "naive" if attention == "naive" else "expand"
-    run = runner(dtype="bf16", attention=attention, prefill_attention=prefill, moe=moe, prefill_moe="grouped", **how)
+    run = runner(
+        dtype="bf16",
+        attention=attention,
+        prefill_attention=prefill,
+        moe=moe,
+        prefill_moe="grouped",
+        **how,
+    )
     cache, sampler = run.cache(len(PROMPTS), 64), Sampler(0.6, 0.95, 0)
     tokens = sampler(run.prefill(PROMPTS, cache))
     for step in range(4):
@@ -55,7 +64,10 @@ def test_decode_never_waits(attention: str, moe: str, how: dict[str, bool]) -> N
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_a_graph_repeats_what_eager_does(kernels: str) -> None:
-    eager, captured = runner(dtype="bf16", kernels=kernels), runner(dtype="bf16", kernels=kernels, cuda_graphs=True)
+    eager, captured = (
+        runner(dtype="bf16", kernels=kernels),
+        runner(dtype="bf16", kernels=kernels, cuda_graphs=True),
+    )
     text, logits = read(eager)
     _, again = read(captured, text)
     assert parity.compare(list(again), logits, parity.Bound(1e-4, 1e-4)).passes
@@ -68,15 +80,25 @@ def test_a_graph_repeats_what_eager_does(kernels: str) -> None:
 )  # fmt: skip
 def test_captured_prompts_are_read_as_others_are(how: dict[str, Any]) -> None:
     """One cache, prompts of several lengths: two graphs, which share their memory, in turn."""
-    eager, captured = (runner(**{"dtype": "bf16", **how}, prefill_graphs=on) for on in (False, True))
+    eager, captured = (
+        runner(**{"dtype": "bf16", **how}, prefill_graphs=on) for on in (False, True)
+    )
     caches = [run.cache(3, 300) for run in (eager, captured)]
     long = [[(7 * i + row) % 300 for i in range(200 - row)] for row in range(3)]
     for prompts in (PROMPTS, long, [prompt[:50] for prompt in long], long, PROMPTS):
-        wanted, found = (run.prefill(prompts, cache) for run, cache in zip((eager, captured), caches, strict=True))
+        wanted, found = (
+            run.prefill(prompts, cache)
+            for run, cache in zip((eager, captured), caches, strict=True)
+        )
         assert parity.compare([found], wanted[None], parity.Bound(1e-4, 1e-4)).passes
         token = wanted.argmax(dim=-1)[:, None]
-        wanted, found = (run.decode(token, cache).clone() for run, cache in zip((eager, captured), caches, strict=True))
-        assert parity.compare([*found.unbind(1)], wanted.transpose(0, 1), parity.Bound(1e-4, 1e-4)).passes
+        wanted, found = (
+            run.decode(token, cache).clone()
+            for run, cache in zip((eager, captured), caches, strict=True)
+        )
+        assert parity.compare(
+            [*found.unbind(1)], wanted.transpose(0, 1), parity.Bound(1e-4, 1e-4)
+        ).passes
     graphs = [made.graph for key, made in caches[1].graphs.items() if key[0] == "prefill"]
     assert len(graphs) == 2 and graphs[0].pool() == graphs[1].pool()
 
@@ -84,7 +106,9 @@ def test_captured_prompts_are_read_as_others_are(how: dict[str, Any]) -> None:
 def test_a_kept_cache_is_captured_once() -> None:
     run, alone = (runner(dtype="fp32", moe="gather", cuda_graphs=on) for on in (True, False))
     engine, plain = (Engine(r.model, r.backend) for r in (run, alone))
-    wanted = [[c.tokens for c in plain.generate(prompts, 12, 0.0)] for prompts in (PROMPTS, PROMPTS[::-1])]
+    wanted = [
+        [c.tokens for c in plain.generate(prompts, 12, 0.0)] for prompts in (PROMPTS, PROMPTS[::-1])
+    ]
     assert [c.tokens for c in engine.generate(PROMPTS, 12, 0.0)] == wanted[0]
     assert engine._kept is not None
     graphs = dict(engine._kept.graphs)
@@ -104,7 +128,10 @@ def test_a_graph_refuses_another_shape() -> None:
 
 def test_a_graph_serves_smaller_batches() -> None:
     """Three rows run in the graph of four; the fourth's work is nobody's."""
-    run, eager = runner(dtype="fp32", moe="gather", cuda_graphs=True), runner(dtype="fp32", moe="gather")
+    run, eager = (
+        runner(dtype="fp32", moe="gather", cuda_graphs=True),
+        runner(dtype="fp32", moe="gather"),
+    )
     new = [Engine(r.model, r.backend).generate(PROMPTS, 12, 0.0) for r in (run, eager)]
     assert [c.tokens for c in new[0]] == [c.tokens for c in new[1]]
 

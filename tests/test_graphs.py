@@ -1,4 +1,5 @@
-"""What is captured when, and for whom: the records of decoding.py stand in for CUDA graphs (test_gpu.py has real ones)."""
+"""What is captured when, and for whom: the records of decoding.py stand in for CUDA graphs
+(test_gpu.py has real ones)."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ import torch
 from decoding import PROMPTS, recorded, runner
 from tolerances import atol
 
-from r1.cache import Cache
 from r1.errors import InputError
-from r1.generate import Engine
-from r1.runner import Runner
+from r1.model.cache import Cache
+from r1.run.generate import Engine
+from r1.run.runner import Runner
 
 LONG = [[(7 * i + row) % 300 for i in range(140 + row)] for row in range(3)]
 
@@ -24,23 +25,32 @@ def with_graphs(plain: Runner, chunk: int | None = None, **switches: Any) -> Run
 
 
 def same(caches: tuple[Cache, Cache], lengths: list[int]) -> None:
-    """Whether two caches hold the same tokens, the drafter's layer too (whose last entry waits for the token behind it)."""
+    """Whether two caches hold the same tokens, the drafter's layer too (whose last entry waits for
+    the token behind it)."""
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
         for row, length in enumerate(lengths):
             for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a[row, : length - 1], b[row, : length - 1], atol=atol("algebra fp32"), rtol=0)
+                torch.testing.assert_close(
+                    a[row, : length - 1], b[row, : length - 1], atol=atol("algebra fp32"), rtol=0
+                )
 
 
-@pytest.mark.parametrize("switches", [{}, {"attention": "naive"}, {"prefill_attention": "absorbed"}, {"speculate": "mtp"}])
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"attention": "naive"}, {"prefill_attention": "absorbed"}, {"speculate": "mtp"}],
+)
 def test_captured_prompts(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of any lengths are read by a few graphs, as they would be without: logits, lengths, cache, and what is decoded."""
+    """Prompts of any lengths are read by a few graphs, as they would be without: logits, lengths,
+    cache, and what is decoded."""
     made = recorded(monkeypatch)
     plain = runner(moe="gather", **switches)
     run = with_graphs(plain, prefill_graphs=True)
     caches = run.cache(3, 200), plain.cache(3, 200)
     sizes = []
     for prompts in (PROMPTS, LONG, [prompt[:3] for prompt in LONG], PROMPTS[:2], LONG):
-        found, wanted = (r.prefill(prompts, cache) for r, cache in zip((run, plain), caches, strict=True))
+        found, wanted = (
+            r.prefill(prompts, cache) for r, cache in zip((run, plain), caches, strict=True)
+        )
         torch.testing.assert_close(found, wanted, atol=atol("algebra fp32"), rtol=0)
         assert caches[0].lengths[: len(prompts)].tolist() == list(map(len, prompts))
         same(caches, list(map(len, prompts)))
@@ -58,13 +68,21 @@ def test_captured_prompts(switches: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 
 def test_captured_prompts_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each piece is a graph of its own, and none is read that holds padding alone; so is a prompt behind others."""
+    """Each piece is a graph of its own, and none is read that holds padding alone; so is a prompt
+    behind others."""
     made = recorded(monkeypatch)
     plain = runner(moe="gather")
     run = with_graphs(plain, 64, prefill_graphs=True)
     caches = run.cache(3, 400), plain.cache(3, 400)
-    for prompts, depth, graphs in ((LONG, 0, 3), (PROMPTS, 140, 4), (PROMPTS, 140, 4), (LONG, 140, 6)):
-        found, wanted = (r.prefill(prompts, cache, depth) for r, cache in zip((run, plain), caches, strict=True))
+    for prompts, depth, graphs in (
+        (LONG, 0, 3),
+        (PROMPTS, 140, 4),
+        (PROMPTS, 140, 4),
+        (LONG, 140, 6),
+    ):
+        found, wanted = (
+            r.prefill(prompts, cache, depth) for r, cache in zip((run, plain), caches, strict=True)
+        )
         torch.testing.assert_close(found, wanted, atol=atol("algebra fp32"), rtol=0)
         same(caches, [depth + len(prompt) for prompt in prompts])
         assert len(made) == graphs
@@ -85,18 +103,31 @@ def test_prompts_at_the_end_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
                 run.prefill([[7] * tokens], cache, depth)
 
 
-@pytest.mark.parametrize("switches", [{"cuda_graphs": True}, {"prefill_graphs": True}, {"cuda_graphs": True, "speculate": "mtp"}])
-def test_a_cache_is_kept_for_its_graphs(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "switches",
+    [{"cuda_graphs": True}, {"prefill_graphs": True}, {"cuda_graphs": True, "speculate": "mtp"}],
+)
+def test_a_cache_is_kept_for_its_graphs(
+    switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second call of the size captures nothing, and reads nothing that the first one left."""
     made = recorded(monkeypatch)
     plain = runner(moe="gather", speculate=switches.get("speculate", "off"))
     run, alone = (Engine(r.model, r.backend) for r in (with_graphs(plain, **switches), plain))
     assert run.runner.model is alone.runner.model
-    calls = ((PROMPTS, 9, 1), (PROMPTS[::-1], 12, 1), (PROMPTS[:1], 9, 2), (PROMPTS[1:2], 9, 2), (PROMPTS[1:2], 140, 3))
+    calls = (
+        (PROMPTS, 9, 1),
+        (PROMPTS[::-1], 12, 1),
+        (PROMPTS[:1], 9, 2),
+        (PROMPTS[1:2], 9, 2),
+        (PROMPTS[1:2], 140, 3),
+    )
     for prompts, new, captures in calls:
         for layer in run._kept.layers if run._kept else []:
             layer[0].fill_(float("nan"))  # what an overflow would leave
-        assert [c.tokens for c in run.generate(prompts, new, 0.0)] == [c.tokens for c in alone.generate(prompts, new, 0.0)]
+        assert [c.tokens for c in run.generate(prompts, new, 0.0)] == [
+            c.tokens for c in alone.generate(prompts, new, 0.0)
+        ]
         assert len(made) == captures
     assert run._kept and alone._kept is None
 

@@ -1,4 +1,5 @@
-"""Every Triton kernel beside its torch twin: under the interpreter on a CPU (conftest.py), as machine code on a GPU.
+"""Every Triton kernel beside its torch twin: under the interpreter on a CPU (conftest.py), as
+machine code on a GPU.
 
 Skipped where there is no triton.
 """
@@ -34,10 +35,7 @@ pytest.importorskip("triton", reason="the kernels need the triton package: pip i
 import triton
 import triton.language as tl
 
-from r1 import Config, build, rope
-from r1.backend import Backend, resolve
-from r1.config import shape
-from r1.generate import Engine
+from r1 import Config, build
 from r1.kernels import Chip, DecodeBlock, head
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.experts import (
@@ -55,9 +53,13 @@ from r1.kernels.linear import LinearLaunch, linear, linear_torch
 from r1.kernels.prefetch import CHUNK, LANES, requests
 from r1.kernels.router import RouterLaunch, route, route_torch
 from r1.kernels.step import begin_step, begin_step_torch, step_kernel
-from r1.model import Transformer
-from r1.router import Router
-from r1.runner import MOST_TOKENS, Runner
+from r1.model import rope
+from r1.model.config import shape
+from r1.model.router import Router
+from r1.model.transformer import Transformer
+from r1.run.generate import Engine
+from r1.run.runner import MOST_TOKENS, Runner
+from r1.switches.backend import Backend, resolve
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHIP = Chip.of(DEVICE)
@@ -75,7 +77,9 @@ def seeded() -> None:
 
 def guarded(tensor: Tensor) -> Tensor:
     """A copy that stands between NaNs: who reads beyond it shows it in what comes out."""
-    room = torch.full((tensor.numel() + 2 * GUARD,), float("nan"), dtype=tensor.dtype, device=DEVICE)
+    room = torch.full(
+        (tensor.numel() + 2 * GUARD,), float("nan"), dtype=tensor.dtype, device=DEVICE
+    )
     copy = room[GUARD:-GUARD].view(tensor.shape)
     return copy.copy_(tensor)
 
@@ -91,8 +95,12 @@ def draw(*shape: int, dtype: str, scale: float = 1.0) -> Tensor:
 
 
 def close(ours: Tensor, twin: Tensor, dtype: str) -> None:
-    """Within the table's tolerance, of bf16 relative to the largest value. Everything ours must be a number."""
-    gap, scale = float((ours.float() - twin.float()).abs().max()), max(1.0, float(twin.float().abs().max()))
+    """Within the table's tolerance, of bf16 relative to the largest value. Everything ours must be
+    a number."""
+    gap, scale = (
+        float((ours.float() - twin.float()).abs().max()),
+        max(1.0, float(twin.float().abs().max())),
+    )
     row = TOLERANCES[f"kernels {dtype}"]
     assert ours.shape == twin.shape and ours.dtype == twin.dtype
     assert gap <= row.atol * scale / row.scale, f"off by {gap:.2e}, values to {scale:.2g}"
@@ -104,7 +112,9 @@ def close(ours: Tensor, twin: Tensor, dtype: str) -> None:
 @pytest.mark.parametrize("how", ["plain", "norm", "swiglu", "residual", "norm and residual"])
 def test_linear(how: str, tokens: int, dtype: str) -> None:
     inputs, outputs = 75, 37
-    x = draw(tokens, 2 * inputs + 5, dtype=dtype)[:, : 2 * inputs if how == "swiglu" else inputs]  # rows with a stride
+    x = draw(tokens, 2 * inputs + 5, dtype=dtype)[
+        :, : 2 * inputs if how == "swiglu" else inputs
+    ]  # rows with a stride
     weight = draw(outputs, inputs, dtype=dtype, scale=inputs**-0.5)
     options: dict[str, Any] = {"swiglu": how == "swiglu"}
     if "norm" in how:
@@ -113,15 +123,23 @@ def test_linear(how: str, tokens: int, dtype: str) -> None:
         options["residual"] = draw(tokens, outputs, dtype=dtype)
     launch = LinearLaunch(1, 8, 32, 4) if tokens == 1 else LinearLaunch(16, 16, 32, 4)
     for each in (None, launch):
-        close(linear(CHIP, x, weight, **options, launch=each), linear_torch(x, weight, **options), dtype)
+        close(
+            linear(CHIP, x, weight, **options, launch=each),
+            linear_torch(x, weight, **options),
+            dtype,
+        )
 
 
 @both
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_logits_are_not_rounded(tokens: int, dtype: str) -> None:
-    """The output head's sums are fp32, whatever the weights are, so they are nearer to an fp32 product than rounded ones."""
+    """The output head's sums are fp32, whatever the weights are, so they are nearer to an fp32
+    product than rounded ones."""
     x, weight = draw(tokens, 75, dtype=dtype), draw(37, 75, dtype=dtype, scale=75**-0.5)
-    found, exact = linear(CHIP, x, weight, dtype=torch.float32), linear_torch(x.float(), weight.float())
+    found, exact = (
+        linear(CHIP, x, weight, dtype=torch.float32),
+        linear_torch(x.float(), weight.float()),
+    )
     close(found, exact, "fp32")
     assert linear_torch(x, weight, dtype=torch.float32).dtype == torch.float32
     lm_head = torch.nn.Linear(75, 37, bias=False)
@@ -131,10 +149,13 @@ def test_logits_are_not_rounded(tokens: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("new", [1, 3])
 def test_begin_step(new: int) -> None:
-    """Also far out, where an angle is many turns: position times frequency is one rounded number in both."""
+    """Also far out, where an angle is many turns: position times frequency is one rounded number in
+    both."""
     lengths = torch.tensor([0, 7, 4095, 163_000], device=DEVICE)
     frequency = 10_000.0 ** -(torch.arange(0, 6, 2, device=DEVICE) / 6)
-    made, twin = (f(lengths, new, frequency, 1.3) for f in (partial(begin_step, CHIP), begin_step_torch))
+    made, twin = (
+        f(lengths, new, frequency, 1.3) for f in (partial(begin_step, CHIP), begin_step_torch)
+    )
     assert torch.equal(made[0], twin[0]) and made[0].dtype == torch.int64
     for ours, theirs in zip(made[1:], twin[1:], strict=True):
         close(ours, theirs, "fp32")
@@ -143,8 +164,24 @@ def test_begin_step(new: int) -> None:
 def test_begin_step_writes_what_is_its_own() -> None:
     """Six dimensions in a tile of eight."""
     cos, sin = guarded(torch.zeros(6)), guarded(torch.zeros(6))
-    position, one = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.ones(1, dtype=torch.int64, device=DEVICE)
-    CHIP.run(step_kernel, (1,), one, 1, torch.ones(3, device=DEVICE), 1.0, position, cos, sin, ROPE=6, PAD=8, warps=1)
+    position, one = (
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        torch.ones(1, dtype=torch.int64, device=DEVICE),
+    )
+    CHIP.run(
+        step_kernel,
+        (1,),
+        one,
+        1,
+        torch.ones(3, device=DEVICE),
+        1.0,
+        position,
+        cos,
+        sin,
+        ROPE=6,
+        PAD=8,
+        warps=1,
+    )
     assert intact(cos) and intact(sin) and cos[0] > 0.5 and int(position) == 1
 
 
@@ -156,7 +193,10 @@ def list_requests(at, size, address, nbytes, done):  # type: ignore[no-untyped-d
     tl.store(size + lane, lengths)
 
 
-@pytest.mark.parametrize(("address", "nbytes"), [(4096, 1), (4101, 16), (4101, 31), (7, 200_001), (2**40 + 8, 65_536), (64, 0)])
+@pytest.mark.parametrize(
+    ("address", "nbytes"),
+    [(4096, 1), (4101, 16), (4101, 31), (7, 200_001), (2**40 + 8, 65_536), (64, 0)],
+)
 def test_prefetch_asks_for_all_that_is_aligned_and_no_more(address: int, nbytes: int) -> None:
     asked: list[range] = []
     per_pass = LANES.value * CHUNK.value
@@ -167,7 +207,9 @@ def test_prefetch_asks_for_all_that_is_aligned_and_no_more(address: int, nbytes:
         asked += [range(a, a + n) for a, n in zip(at.tolist(), size.tolist(), strict=True) if n > 0]
     first, end = -(-address // 16) * 16, (address + nbytes) // 16 * 16
     assert all(each.start % 16 == 0 and len(each) % 16 == 0 for each in asked)
-    assert sum(map(len, asked)) == max(0, end - first), "nothing is left out, nothing asked for twice"
+    assert sum(map(len, asked)) == max(0, end - first), (
+        "nothing is left out, nothing asked for twice"
+    )
     assert not asked or (asked[0].start, max(each.stop for each in asked)) == (first, end)
 
 
@@ -181,8 +223,8 @@ def latent_inputs(rows: int, new: int, dtype: str, capacity: int = 40) -> dict[s
     w = draw(heads, nope + 7, c, dtype=dtype, scale=nope**-0.5)
     cache = draw(rows, capacity, c + r, dtype=dtype)
     return {
-        "q": q, "kv": kv, "w_uk": w[:, :nope], "gain": draw(c, dtype=dtype), "eps": 1e-2, "cos": cos, "sin": sin,
-        "positions": positions, "cache": cache,
+        "q": q, "kv": kv, "w_uk": w[:, :nope], "gain": draw(c, dtype=dtype), "eps": 1e-2,
+        "cos": cos, "sin": sin, "positions": positions, "cache": cache,
     }  # fmt: skip
 
 
@@ -201,11 +243,15 @@ def test_latent(rows: int, new: int, dtype: str) -> None:
 
 
 def test_a_position_behind_the_cache_writes_nothing_and_sees_what_there_is() -> None:
-    """A row that a graph decodes to nobody may have outgrown its cache, which here is cut from a larger one."""
+    """A row that a graph decodes to nobody may have outgrown its cache, which here is cut from a
+    larger one."""
     given, capacity = latent_inputs(3, 1, "fp32"), 40
     around = torch.full((3, capacity + 5, given["cache"].shape[2]), 7.0, device=DEVICE)
     around[:, :capacity] = given["cache"]
-    given |= {"cache": around[:, :capacity], "positions": torch.tensor([[capacity], [5], [capacity + 3]], device=DEVICE)}
+    given |= {
+        "cache": around[:, :capacity],
+        "positions": torch.tensor([[capacity], [5], [capacity + 3]], device=DEVICE),
+    }
     before = around.clone()
     latent(CHIP, **given)
     assert not torch.equal(around[1, 5], before[1, 5])
@@ -215,7 +261,11 @@ def test_a_position_behind_the_cache_writes_nothing_and_sees_what_there_is() -> 
     seen = attention_inputs([[70], [33], [70]], 3, "fp32")
     around = torch.full((3, 75, seen["cache"].shape[2]), float("nan"), device=DEVICE)
     around[:, :70] = seen["cache"]
-    late = {**seen, "cache": around[:, :70], "positions": seen["positions"] + torch.tensor([[3], [0], [1]], device=DEVICE)}
+    late = {
+        **seen,
+        "cache": around[:, :70],
+        "positions": seen["positions"] + torch.tensor([[3], [0], [1]], device=DEVICE),
+    }
     close(attention(CHIP, **late), attention_twin(seen), "fp32")
 
 
@@ -229,11 +279,17 @@ def test_a_row_of_nan_has_experts_that_exist(tokens: int) -> None:
     x = torch.randn(tokens, config.hidden_size, device=DEVICE)
     x[0] = float("nan")
     _, indices, weights = route(CHIP, gate, x, torch.ones(config.hidden_size, device=DEVICE), 1e-6)
-    assert int(indices.min()) >= 0 and int(indices.max()) < 12 and len(set(indices[0].tolist())) == indices.shape[1]
+    assert (
+        int(indices.min()) >= 0
+        and int(indices.max()) < 12
+        and len(set(indices[0].tolist())) == indices.shape[1]
+    )
     assert bool(weights[0].isnan().all()) and bool(weights[1:].isfinite().all())
 
 
-def attention_inputs(lengths: list[list[int]], heads: int, dtype: str, capacity: int = 70) -> dict[str, Any]:
+def attention_inputs(
+    lengths: list[list[int]], heads: int, dtype: str, capacity: int = 70
+) -> dict[str, Any]:
     """Rows whose tokens attend to so many slots; the rest of the cache is poison."""
     r, c, v = 6, 20, 9
     positions = torch.tensor(lengths, device=DEVICE) - 1  # (B, S)
@@ -242,8 +298,9 @@ def attention_inputs(lengths: list[list[int]], heads: int, dtype: str, capacity:
         cache[row, longest + 1 :] = float("nan")
     tokens = positions.numel()
     return {
-        "q_c": draw(tokens, heads, c, dtype=dtype), "q_pe": draw(tokens, heads, r, dtype=dtype), "cache": cache,
-        "positions": positions, "w_uv": draw(heads, 7 + v, c, dtype=dtype, scale=c**-0.5)[:, 7:], "scale": 0.2,
+        "q_c": draw(tokens, heads, c, dtype=dtype), "q_pe": draw(tokens, heads, r, dtype=dtype),
+        "cache": cache, "positions": positions, "w_uv": draw(heads, 7 + v, c, dtype=dtype,
+        scale=c**-0.5)[:, 7:], "scale": 0.2,
     }  # fmt: skip
 
 
@@ -259,7 +316,12 @@ def test_attention(lengths: list[list[int]], heads: int, dtype: str) -> None:
     given = attention_inputs(lengths, heads, dtype)
     twin = attention_twin(given)
     splits = AttentionLaunch(16, 16, 8, 4, 2, sum_rows=16, values=16, latents=16)
-    for launch in (None, AttentionLaunch(16, 16, 1, 4, 1), splits, dataclasses.replace(splits, apart=True)):
+    for launch in (
+        None,
+        AttentionLaunch(16, 16, 1, 4, 1),
+        splits,
+        dataclasses.replace(splits, apart=True),
+    ):
         close(attention(CHIP, **given, launch=launch), twin, dtype)
 
 
@@ -272,14 +334,15 @@ def test_attention_of_many_rows(rows: int) -> None:
 ROUTERS: dict[str, dict[str, Any]] = {
     "r1": {"n_routed_experts": 16, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 5},
     "one group": {"n_routed_experts": 13, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 6},
-    "odd groups": {"n_routed_experts": 15, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "norm_topk_prob": False},
-    "v2": {
-        "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_routed_experts": 12,
-        "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "norm_topk_prob": False,
+    "odd groups": {"n_routed_experts": 15, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3,
+    "norm_topk_prob": False}, "v2": {
+        "model_type": "deepseek_v2", "topk_method": "group_limited_greedy",
+        "scoring_func": "softmax", "n_routed_experts": 12, "n_group": 4, "topk_group": 2,
+        "num_experts_per_tok": 3, "norm_topk_prob": False,
     },
     "v2-lite": {
-        "model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax", "n_routed_experts": 12, "n_group": 4,
-        "num_experts_per_tok": 4, "norm_topk_prob": False,
+        "model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax",
+        "n_routed_experts": 12, "n_group": 4, "num_experts_per_tok": 4, "norm_topk_prob": False,
     },
 }  # fmt: skip
 
@@ -289,7 +352,9 @@ def router(name: str) -> Router:
     gate.requires_grad_(False)
     gate.weight.copy_(torch.randn(gate.weight.shape) * 75**-0.5)
     if hasattr(gate, "e_score_correction_bias"):
-        gate.e_score_correction_bias.copy_(torch.randn(gate.e_score_correction_bias.shape) - 1.0)  # mostly negative: trap 10
+        gate.e_score_correction_bias.copy_(
+            torch.randn(gate.e_score_correction_bias.shape) - 1.0
+        )  # mostly negative: trap 10
     return gate
 
 
@@ -326,18 +391,23 @@ def test_route_of_drawn_experts() -> None:
 
 
 def expert_inputs(tokens: int, dtype: str, shared: int, dim: int = 27) -> dict[str, Any]:
-    """Odd sizes: hidden 27, inner 21, 9 experts, of which only 0, 4 and 8 are ever chosen; the others' weights are poison."""
+    """Odd sizes: hidden 27, inner 21, 9 experts, of which only 0, 4 and 8 are ever chosen; the
+    others' weights are poison."""
     inner, count, chosen = 21, 9, 2
-    up, down = draw(count, 2 * inner, dim, dtype=dtype, scale=dim**-0.5), draw(count, dim, inner, dtype=dtype, scale=inner**-0.5)
+    up, down = (
+        draw(count, 2 * inner, dim, dtype=dtype, scale=dim**-0.5),
+        draw(count, dim, inner, dtype=dtype, scale=inner**-0.5),
+    )
     for never in (1, 2, 3, 5, 6, 7):
         up[never], down[never] = float("nan"), float("nan")
     indices = torch.stack([torch.randperm(3)[:chosen] for _ in range(tokens)]).to(DEVICE) * 4
     always = Matrices(
-        draw(2 * shared * inner, dim, dtype=dtype, scale=dim**-0.5), draw(dim, shared * inner, dtype=dtype, scale=inner**-0.5)
+        draw(2 * shared * inner, dim, dtype=dtype, scale=dim**-0.5),
+        draw(dim, shared * inner, dtype=dtype, scale=inner**-0.5),
     )
     return {
-        "x": draw(tokens, dim, dtype=dtype), "indices": indices, "weights": torch.rand(tokens, chosen, device=DEVICE),
-        "routed": Matrices(up, down), "shared": always if shared else None,
+        "x": draw(tokens, dim, dtype=dtype), "indices": indices, "weights": torch.rand(tokens,
+        chosen, device=DEVICE), "routed": Matrices(up, down), "shared": always if shared else None,
         "residual": draw(tokens, dim, dtype=dtype) if shared else None,
     }  # fmt: skip
 
@@ -348,8 +418,12 @@ def expert_inputs(tokens: int, dtype: str, shared: int, dim: int = 27) -> dict[s
 def test_experts(tokens: int, shared: int, dtype: str) -> None:
     given = expert_inputs(tokens, dtype, shared)
     twin = experts_torch(**given)
-    launches = [None, ExpertsLaunch(16, 16, 16, 16, 32)] + [ExpertsLaunch(1, 8, 16, 16, 16)] * (tokens <= 3)
-    if dtype == "fp32" or not shared:  # each slot is rounded, as a prompt's are, and the twin rounds other sums
+    launches = [None, ExpertsLaunch(16, 16, 16, 16, 32)] + [ExpertsLaunch(1, 8, 16, 16, 16)] * (
+        tokens <= 3
+    )
+    if (
+        dtype == "fp32" or not shared
+    ):  # each slot is rounded, as a prompt's are, and the twin rounds other sums
         launches.append(ExpertsLaunch(16, 16, 16, 16, 32, apart=True))
     for launch in launches:
         close(experts(CHIP, **given, launch=launch), twin, dtype)
@@ -365,7 +439,8 @@ def test_experts_of_a_wide_model(launch: ExpertsLaunch | None) -> None:
 @both
 @pytest.mark.parametrize("shared", [1, 2])
 def test_shared_experts_norm_the_residual(shared: int, dtype: str) -> None:
-    """x is the residual's norm. Told of another gain, the shared experts of one token use it, and nothing else does."""
+    """x is the residual's norm. Told of another gain, the shared experts of one token use it, and
+    nothing else does."""
     given = expert_inputs(1, dtype, shared)
     gain = draw(27, dtype=dtype)
     given["x"] = gain * F.rms_norm(given["residual"], gain.shape, eps=1e-2)
@@ -388,14 +463,27 @@ def test_experts_of_a_prompt(tokens: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("tokens", "chosen", "count"),
-    [(5000, 3, 8), (40000, 2, 40000), (40000, 2, 5), (1, 1, 1), (3, 2, 5), (33, 4, 7), (100, 3, 300)],
+    [
+        (5000, 3, 8),
+        (40000, 2, 40000),
+        (40000, 2, 5),
+        (1, 1, 1),
+        (3, 2, 5),
+        (33, 4, 7),
+        (100, 3, 300),
+    ],
 )
 def test_sort_by_expert(tokens: int, chosen: int, count: int) -> None:
     indices = torch.randint(count, (tokens, chosen), device=DEVICE)
-    for ours, twin in zip(sort_by_expert(CHIP, indices, count), sort_by_expert_torch(indices, count), strict=True):
+    for ours, twin in zip(
+        sort_by_expert(CHIP, indices, count), sort_by_expert_torch(indices, count), strict=True
+    ):
         assert torch.equal(ours, twin)
     order, ends = sort_by_expert(CHIP, indices, count)
-    assert torch.equal(indices.flatten()[order.long()], indices.flatten().sort().values) and ends[-1] == tokens * chosen
+    assert (
+        torch.equal(indices.flatten()[order.long()], indices.flatten().sort().values)
+        and ends[-1] == tokens * chosen
+    )
 
 
 def test_a_grid_holds_the_longest_prompt() -> None:
@@ -403,20 +491,32 @@ def test_a_grid_holds_the_longest_prompt() -> None:
     grids: list[tuple[int, ...]] = []
 
     class Grids(compile_tool.Recorder):
-        def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        def run(
+            self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
+        ) -> None:
             grids.append(grid)
 
     config, chip = shape("r1"), Grids(132, 227 * 1024, dependent_launch=True)
     with torch.device("meta"):
         x = torch.empty(MOST_TOKENS, config.hidden_size, dtype=torch.bfloat16)
         chosen = torch.empty(MOST_TOKENS, config.num_experts_per_tok)
-        up = torch.empty(config.n_routed_experts, 2 * config.moe_intermediate_size, config.hidden_size, dtype=torch.bfloat16)
-        routed = Matrices(up, torch.empty(up.shape[0], up.shape[2], up.shape[1] // 2, dtype=torch.bfloat16))
+        up = torch.empty(
+            config.n_routed_experts,
+            2 * config.moe_intermediate_size,
+            config.hidden_size,
+            dtype=torch.bfloat16,
+        )
+        routed = Matrices(
+            up, torch.empty(up.shape[0], up.shape[2], up.shape[1] // 2, dtype=torch.bfloat16)
+        )
         experts(chip, x, chosen.long(), chosen, routed)  # type: ignore[arg-type]
     assert len(grids) == 4 and all(max(grid[1:], default=0) < 2**16 for grid in grids)
 
 
-@pytest.mark.parametrize(("counts", "rows", "shared"), [([0, 40, 16, 0, 17, 1], 16, 0), ([3, 0, 0], 32, 2), ([0, 0, 65], 64, 1)])
+@pytest.mark.parametrize(
+    ("counts", "rows", "shared"),
+    [([0, 40, 16, 0, 17, 1], 16, 0), ([3, 0, 0], 32, 2), ([0, 0, 65], 64, 1)],
+)
 def test_divide(counts: list[int], rows: int, shared: int) -> None:
     ends = torch.tensor(counts, dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
     tokens = sum(counts) // 2
@@ -424,7 +524,11 @@ def test_divide(counts: list[int], rows: int, shared: int) -> None:
     twin = divide_torch(ends, tiles, rows, tokens, shared)
     assert torch.equal(divide(CHIP, ends, tiles, rows, tokens, shared), twin)
     covered = [(expert, i) for expert, first, end in twin.tolist() for i in range(first, end)]
-    wanted = [(expert, i) for expert, count in enumerate(counts) for i in range(sum(counts[:expert]), sum(counts[: expert + 1]))]
+    wanted = [
+        (expert, i)
+        for expert, count in enumerate(counts)
+        for i in range(sum(counts[:expert]), sum(counts[: expert + 1]))
+    ]
     assert covered == wanted + [(len(counts) + s, i) for s in range(shared) for i in range(tokens)]
 
 
@@ -442,14 +546,20 @@ def model(config: Config, dtype: str) -> Transformer:
     """A model of unit gain: see test_properties.py."""
     made = build.from_shape(config, resolve(Backend(device=DEVICE.type, dtype=dtype), config))
     for name, p in made.named_parameters():
-        gain = 0.2 if p.dim() == 1 else p.shape[-1] ** -0.5 * (0.5 if "o_proj" in name or "down_proj" in name else 1.0)
+        gain = (
+            0.2
+            if p.dim() == 1
+            else p.shape[-1] ** -0.5 * (0.5 if "o_proj" in name or "down_proj" in name else 1.0)
+        )
         p.copy_(torch.randn(p.shape) * gain + (p.dim() == 1 and not name.endswith("bias")))
     return made
 
 
 def runner(made: Transformer, dtype: str, **switches: Any) -> Runner:
     """Not through `resolve`, which has no Triton on a CPU: the interpreter is for tests."""
-    backend = dataclasses.replace(resolve(Backend(device=DEVICE.type, dtype=dtype), made.config), **switches)
+    backend = dataclasses.replace(
+        resolve(Backend(device=DEVICE.type, dtype=dtype), made.config), **switches
+    )
     return Runner(build.finish(made, backend), backend)
 
 
@@ -462,20 +572,28 @@ SWITCHES: dict[str, dict[str, Any]] = {
 MODELS = {
     "v3": tiny.V3,
     "v2": tiny.V2,
-    "moonlight": dataclasses.replace(tiny.V3, q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2),
+    "moonlight": dataclasses.replace(
+        tiny.V3, q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2
+    ),
     "unshared": dataclasses.replace(tiny.V3, n_shared_experts=0),
 }
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
-    ("switch", "name"), [*((switch, "v3") for switch in SWITCHES if switch != "kernels"), *(("kernels", name) for name in MODELS)]
+    ("switch", "name"),
+    [
+        *((switch, "v3") for switch in SWITCHES if switch != "kernels"),
+        *(("kernels", name) for name in MODELS),
+    ],
 )
 def test_a_model_decodes_as_torch_does(switch: str, name: str, rows: int) -> None:
     made = model(MODELS[name], "fp32")
     plain = decoded(runner(made, "fp32"), rows)
     assert float(plain.std()) > 0.2
-    assert float((decoded(runner(made, "fp32", **SWITCHES[switch]), rows) - plain).abs().max()) < atol("algebra fp32")
+    assert float(
+        (decoded(runner(made, "fp32", **SWITCHES[switch]), rows) - plain).abs().max()
+    ) < atol("algebra fp32")
 
 
 def test_a_long_prompt() -> None:
@@ -489,12 +607,15 @@ def test_a_long_prompt() -> None:
 @pytest.mark.parametrize("switch", ["attention", "kernels"])
 def test_several_tokens_a_step(switch: str) -> None:
     made = model(MODELS["v3"], "fp32")
-    plain, fused = (decoded(runner(made, "fp32", **s), 2, new=3, steps=1) for s in ({}, SWITCHES[switch]))
+    plain, fused = (
+        decoded(runner(made, "fp32", **s), 2, new=3, steps=1) for s in ({}, SWITCHES[switch])
+    )
     assert float((fused - plain).abs().max()) < atol("algebra fp32")
 
 
 def test_speculation_has_a_fused_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text and drafts are torch's; and a drafter that is wrong drafts worse, so it is the fused one that is asked."""
+    """Text and drafts are torch's; and a drafter that is wrong drafts worse, so it is the fused one
+    that is asked."""
 
     def accepted(engine: Engine) -> tuple[list[list[int]], int]:
         done = engine.generate([[3, 1, 4], [2]], max_new_tokens=16, temperature=0.0)
@@ -612,7 +733,11 @@ def test_wrong_rotation_is_seen(dtype: str) -> None:
 def test_wrong_norm_is_seen(dtype: str) -> None:
     x, weight, gain = draw(3, 75, dtype=dtype), draw(37, 75, dtype=dtype), draw(75, dtype=dtype)
     with pytest.raises(AssertionError, match="off by"):
-        close(linear(CHIP, x, weight, norm=gain, eps=0.2), linear_torch(x, weight, norm=gain, eps=0.0), dtype)
+        close(
+            linear(CHIP, x, weight, norm=gain, eps=0.2),
+            linear_torch(x, weight, norm=gain, eps=0.0),
+            dtype,
+        )
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
@@ -622,7 +747,11 @@ def test_the_fused_block_tells_of_its_norms(eps: float) -> None:
     block: Any = model(config, "fp32").layers[-1]
     block.post_attention_layernorm.weight.data.uniform_(0.5, 1.5)
     fused, x = DecodeBlock(block, CHIP), draw(1, config.hidden_size, dtype="fp32")
-    close(fused.mixture(x, block.mlp), x + block.mlp(block.post_attention_layernorm(x)[None], "decode")[0], "fp32")
+    close(
+        fused.mixture(x, block.mlp),
+        x + block.mlp(block.post_attention_layernorm(x)[None], "decode")[0],
+        "fp32",
+    )
 
 
 H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
@@ -639,22 +768,36 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
         (LinearLaunch, (8, 7168, 2112, 2), LinearLaunch(16, 64, 128, 4, 5)),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 256, 7168), RouterLaunch(8, 512, 4)),
-        (ExpertsLaunch, (4096, 6, 64, 2048, 1408, 2), ExpertsLaunch(128, 128, 64, 256, 64, 8, 4, apart=True)),
-        (ExpertsLaunch, (4096, 6, 64, 2048, 1408, 4), ExpertsLaunch(128, 64, 32, 128, 32, 8, 4, apart=True)),
+        (
+            ExpertsLaunch,
+            (4096, 6, 64, 2048, 1408, 2),
+            ExpertsLaunch(128, 128, 64, 256, 64, 8, 4, apart=True),
+        ),
+        (
+            ExpertsLaunch,
+            (4096, 6, 64, 2048, 1408, 4),
+            ExpertsLaunch(128, 64, 32, 128, 32, 8, 4, apart=True),
+        ),
     ],
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
-    """tools/bench_kernels.py --sweep on an H100, and compile_kernels.py where something else spilled."""
+    """tools/measure/bench_kernels.py --sweep on an H100, and compile_kernels.py where something
+    else spilled."""
     assert launch.default(sizes, H100) == wanted
 
 
-# ------------------------------------------------------------------------------------------------ tools/bench_kernels.py
+# ------------------------------------------------------------------------------------------------ tools/measure/bench_kernels.py
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("config", [MODELS["v3"], MODELS["moonlight"]], ids=["v3", "moonlight"])
 def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
     """Every case of the benchmark beside its twin, on this machine."""
     with torch.device(DEVICE), torch.inference_mode():
-        found = [make() for make in bench_kernels.makers(bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], [])]
+        found = [
+            make()
+            for make in bench_kernels.makers(
+                bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], []
+            )
+        ]
         assert len(found) == (12 if config.q_lora_rank else 11)
         for case in found:
             assert bench_kernels.off(case, None) < 0.02, case.name
@@ -684,7 +827,9 @@ def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.Monk
         monkeypatch.setattr(bench_kernels, "timed", timed)
         best, tried = bench_kernels.sweep(case, time.monotonic() + 60)
     assert (best.outputs, best.warps) == (4, 8)
-    assert any("out of resources" in t.get("error", "") for t in tried) and any(t.get("off", 0) > 0.05 for t in tried)
+    assert any("out of resources" in t.get("error", "") for t in tried) and any(
+        t.get("off", 0) > 0.05 for t in tried
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -696,7 +841,9 @@ def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.Monk
         (["-o", "/nowhere/x.json"], "no file can be written"),
     ],
 )  # fmt: skip
-def test_bench_kernels_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_kernels_bad_input(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench_kernels.main(arguments) == 2
     out, err = capsys.readouterr()
     assert said in err and err.count("\n") == 1 and not out
@@ -710,48 +857,88 @@ def test_bench_kernels_bad_input(arguments: list[str], said: str, capsys: pytest
 def test_kernels_of_a_layer(name: str, batch: int, dense: int, sparse: int) -> None:
     """As r1/kernels says; each costs a launch."""
     once = 2  # what begins the step, and its output head
-    assert len(compile_tool.launches(shape(name), batch, compile_tool.TARGETS["sm_90"])) == dense + sparse + once
+    assert (
+        len(compile_tool.launches(shape(name), batch, compile_tool.TARGETS["sm_90"]))
+        == dense + sparse + once
+    )
 
 
 def compile_kernels(*arguments: str) -> SimpleNamespace:
-    tool = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
+    tool = Path(__file__).parents[1] / "tools" / "check" / "compile_kernels.py"
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(tool), *arguments], capture_output=True, text=True, env=clean, check=False)
+    done = subprocess.run(
+        [sys.executable, str(tool), *arguments],
+        capture_output=True,
+        text=True,
+        env=clean,
+        check=False,
+    )
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942", "gfx1100"])
 def test_kernels_compile_for(target: str) -> None:
-    """What R1 would launch there for 8 tokens: every kernel for several tokens and the attention, with shared experts and
-    without; and for a prompt. For one token on Hopper alone (which asks for keys ahead then): that takes as long again."""
+    """What R1 would launch there for 8 tokens: every kernel for several tokens and the attention,
+    with shared experts and without; and for a prompt. For one token on Hopper alone (which asks for
+    keys ahead then): that takes as long again."""
     batches = (1, 8) if target == "sm_90" else (8,)
-    done = compile_kernels("--shape", "r1", "--batch", ",".join(map(str, batches)), "--target", target)
+    done = compile_kernels(
+        "--shape", "r1", "--batch", ",".join(map(str, batches)), "--target", target
+    )
     assert done.status == 0, done.out + done.err
     assert done.out.endswith("all kernels fit\n") and "step_kernel" in done.out
     for batch in batches:
-        assert done.out.count("up_vector_kernel" if batch == 1 else "up_tile_kernel") == (2 if batch == 1 else 3), done.out
-    found = {tuple(re.findall(r"(\w+_kernel) +(r1 \w+(?: \d+)?).*\((.*)\)", line)) for line in done.out.splitlines()[:-1]}
-    orders = {(name, where == "r1 batch 1", order) for lines in found for name, where, order in lines}
+        assert done.out.count("up_vector_kernel" if batch == 1 else "up_tile_kernel") == (
+            2 if batch == 1 else 3
+        ), done.out
+    found = {
+        tuple(re.findall(r"(\w+_kernel) +(r1 \w+(?: \d+)?).*\((.*)\)", line))
+        for line in done.out.splitlines()[:-1]
+    }
+    orders = {
+        (name, where == "r1 batch 1", order) for lines in found for name, where, order in lines
+    }
     assert orders == (ORDERS if target == "sm_90" else set())
 
 
 ORDERS = {
-    # What is small lets the next start at once; what needs a processor's room, or reads ahead what is older, behind its wait.
-    *(("vector_kernel", True, "let wait write"), ("latent_kernel", True, "let wait write wait write")),
-    *(("latent_kernel", False, "let wait write wait write"), ("sort_kernel", False, "let wait write")),
+    # What is small lets the next start at once; what needs a processor's room, or reads ahead what
+    # is older, behind its wait.
+    *(
+        ("vector_kernel", True, "let wait write"),
+        ("latent_kernel", True, "let wait write wait write"),
+    ),
+    *(
+        ("latent_kernel", False, "let wait write wait write"),
+        ("sort_kernel", False, "let wait write"),
+    ),
     *((f"{name}_kernel", True, "wait let write") for name in ("split", "sum", "down_vector")),
-    *((f"{name}_kernel", False, "wait let write") for name in ("prepare", "tile", "split", "sum", "route")),
-    *((f"{name}_kernel", False, "wait let write") for name in ("divide", "up_tile", "down_tile", "add")),
-    *(("up_vector_kernel", True, order) for order in ("wait let write wait let write", "wait let write")),
+    *(
+        (f"{name}_kernel", False, "wait let write")
+        for name in ("prepare", "tile", "split", "sum", "route")
+    ),
+    *(
+        (f"{name}_kernel", False, "wait let write")
+        for name in ("divide", "up_tile", "down_tile", "add")
+    ),
+    *(
+        ("up_vector_kernel", True, order)
+        for order in ("wait let write wait let write", "wait let write")
+    ),
     # These let nobody start: what comes behind reads before its own wait what they write.
     *(("step_kernel", True, "wait write"), ("route_kernel", True, "wait write")),
 }
-"""A kernel, whether it is for one token, and in which order it waits for the one ahead, lets the next start, and writes."""
+"""A kernel, whether it is for one token, and in which order it waits for the one ahead, lets the
+next start, and writes."""
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--shape", "r2"], "there is no shape"), (["--batch", "x"], "whole numbers"), (["--target", "sm_1"], "choose of sm_80")],
+    [
+        (["--shape", "r2"], "there is no shape"),
+        (["--batch", "x"], "whole numbers"),
+        (["--target", "sm_1"], "choose of sm_80"),
+    ],
 )
 def test_compile_kernels_bad_input(arguments: list[str], said: str) -> None:
     done = compile_kernels(*arguments)

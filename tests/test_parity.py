@@ -1,4 +1,5 @@
-"""Our model beside transformers', layer by layer, on the cases that tools/make_reference.py made; and the tool that shows it."""
+"""Our model beside transformers', layer by layer, on the cases that tools/check/make_reference.py
+made; and the tool that shows it."""
 
 from __future__ import annotations
 
@@ -9,13 +10,24 @@ from pathlib import Path
 import diff_layers
 import pytest
 import torch
-from cases import CASES, REFERENCE, check, config, differences, fresh, grouped_padded, reference, runner, use_dispatch
+from cases import (
+    CASES,
+    REFERENCE,
+    check,
+    config,
+    differences,
+    fresh,
+    grouped_padded,
+    reference,
+    runner,
+    use_dispatch,
+)
 from safetensors.torch import load_file, save_file
 from tolerances import TOLERANCES, atol
 
 from r1 import InputError
-from r1.runner import Runner
-from r1.trace import Difference, compare, first_divergence, trace
+from r1.run.runner import Runner
+from r1.run.trace import Difference, compare, first_divergence, trace
 
 ATTENTION = ("naive", "expand", "absorbed")
 
@@ -25,9 +37,13 @@ ATTENTION = ("naive", "expand", "absorbed")
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("case", CASES)
 def test_every_layer_agrees(case: str, attention: str, moe: str) -> None:
-    """Logits, each layer's attention, feed-forward and output, and the router's choices, for each pair of strategies."""
+    """Logits, each layer's attention, feed-forward and output, and the router's choices, for each
+    pair of strategies."""
     switches = {"attention": attention, "prefill_attention": attention}
-    if moe == "grouped":  # no case has aligned sizes: `resolve` says so, and the same function runs on widened weights
+    if (
+        moe == "grouped"
+        # no case has aligned sizes: `resolve` says so, and the same function runs on widened weights
+    ):
         with pytest.raises(InputError, match="grouped_mm wants rows of a multiple of 16 bytes"):
             runner(case, **switches, prefill_moe=moe)
         run = use_dispatch(runner(case, **switches), grouped_padded)
@@ -42,13 +58,21 @@ def test_the_cases_cover_what_is_promised() -> None:
     assert len(found) == 13
     assert {c.q_lora_rank is None for c in found} == {True, False}
     assert {1, 8} <= {c.n_group for c in found if c.topk_method != "greedy"}
-    assert {(c.topk_method, c.norm_topk_prob) for c in found} >= {("noaux_tc", True), ("noaux_tc", False), ("greedy", True)}
+    assert {(c.topk_method, c.norm_topk_prob) for c in found} >= {
+        ("noaux_tc", True),
+        ("noaux_tc", False),
+        ("greedy", True),
+    }
     assert {c.first_k_dense_replace for c in found} >= {0, 1, 3}
     for case, c in zip(CASES, found, strict=True):
         if c.yarn:
             assert c.yarn.factor == 40
-            assert reference(case)["tokens"].shape[1] > c.yarn.original_max_position_embeddings, f"{case} stays within"
-    assert any(c.hidden_size % 2 and c.kv_lora_rank % 2 and c.moe_intermediate_size % 2 for c in found)
+            assert reference(case)["tokens"].shape[1] > c.yarn.original_max_position_embeddings, (
+                f"{case} stays within"
+            )
+    assert any(
+        c.hidden_size % 2 and c.kv_lora_rank % 2 and c.moe_intermediate_size % 2 for c in found
+    )
 
 
 # ------------------------------------------------------------------------------------------------ decode
@@ -71,9 +95,13 @@ def test_decoding_agrees(case: str, attention: str, moe: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the comparison itself
-@pytest.mark.parametrize("name", ["attn.0", "mlp.0", "hidden.0", "attn.1", "router_indices.1", "router_weights.1", "logits"])
+@pytest.mark.parametrize(
+    "name",
+    ["attn.0", "mlp.0", "hidden.0", "attn.1", "router_indices.1", "router_weights.1", "logits"],
+)
 def test_a_failure_names_the_first_layer_that_is_off(name: str) -> None:
-    """Whatever tensor is off, and everything behind it, the comparison stops there, and the test fails with its name."""
+    """Whatever tensor is off, and everything behind it, the comparison stops there, and the test
+    fails with its name."""
     ours = trace(runner("v3-yarn"), reference("v3-yarn")["tokens"])
     theirs = dict(reference("v3-yarn"))
     for wrong in list(ours)[list(ours).index(name) :]:
@@ -84,7 +112,11 @@ def test_a_failure_names_the_first_layer_that_is_off(name: str) -> None:
 
 def test_nan_and_other_shapes_diverge() -> None:
     ours = {"a": torch.zeros(2), "b": torch.zeros(2), "c": torch.zeros(2)}
-    nan = compare(ours, {"a": torch.tensor([0.0, float("nan")]), "b": torch.zeros(3), "c": torch.zeros(2)}, 1.0)
+    nan = compare(
+        ours,
+        {"a": torch.tensor([0.0, float("nan")]), "b": torch.zeros(3), "c": torch.zeros(2)},
+        1.0,
+    )
     assert [(d.name, d.max_abs, d.diverges) for d in nan] == [
         ("a", float("inf"), True),
         ("b", float("inf"), True),
@@ -104,11 +136,14 @@ def test_check_fails_on_a_wrong_model() -> None:
 
 def test_every_tolerance_has_a_reason() -> None:
     assert all(row.atol > 0 and row.scale > 0 and len(row.why) > 40 for row in TOLERANCES.values())
-    worst = max((d for case in CASES for d in differences(case) if "indices" not in d.name), key=lambda d: d.max_abs)
+    worst = max(
+        (d for case in CASES for d in differences(case) if "indices" not in d.name),
+        key=lambda d: d.max_abs,
+    )
     assert worst.max_abs < atol("reference fp32") / 4, f"the row's reason is out of date: {worst}"
 
 
-# ------------------------------------------------------------------------------------------------ tools/diff_layers.py
+# ------------------------------------------------------------------------------------------------ tools/check/diff_layers.py
 def corrupted(case: str, key: str, folder: Path) -> Path:
     """A copy of a case with one weight changed."""
     shutil.copytree(REFERENCE / case, folder)
@@ -119,12 +154,25 @@ def corrupted(case: str, key: str, folder: Path) -> Path:
 
 
 def test_diff_layers_agrees(capsys: pytest.CaptureFixture[str]) -> None:
-    assert diff_layers.main([str(REFERENCE / "v3-dense3"), "--prefill-attention", "absorbed", "--prefill-moe", "gather"]) == 0
+    assert (
+        diff_layers.main(
+            [
+                str(REFERENCE / "v3-dense3"),
+                "--prefill-attention",
+                "absorbed",
+                "--prefill-moe",
+                "gather",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     lines = out.splitlines()
     names = [line.split()[0] for line in lines[1:-1]]
     assert set(names) == reference("v3-dense3").keys() - {"tokens"} and not err
-    assert all(line.endswith("  ok") for line in lines[1:-1]) and lines[-1].startswith("all 16 agree within 0.0001")
+    assert all(line.endswith("  ok") for line in lines[1:-1]) and lines[-1].startswith(
+        "all 16 agree within 0.0001"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +186,9 @@ def test_diff_layers_agrees(capsys: pytest.CaptureFixture[str]) -> None:
         ("lm_head.weight", "logits"),
     ],
 )
-def test_diff_layers_names_a_corrupt_layer(key: str, first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_layers_names_a_corrupt_layer(
+    key: str, first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert diff_layers.main([str(corrupted("v3-dense3", key, tmp_path / "case"))]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"first divergence: {first}"

@@ -1,10 +1,10 @@
 """What must hold for any model of this architecture, on small random ones: no reference needed.
 
-Random models have weights of unit gain (a standard deviation of fan_in^-0.5; half of it for what is added to the stream, as in
-a trained model's start), so that every layer matters and values are of order 1. Sharper ones amplify fp32's own rounding: each
-strategy was then up to 7.5e-6 from fp64, and two of them 1.02e-5 apart. Two numerics may choose differently where two
-experts nearly tie (trap 14): such draws are left out, by `tied`.
-"""
+Random models have weights of unit gain (a standard deviation of fan_in^-0.5; half of it for what is
+added to the stream, as in a trained model's start), so that every layer matters and values are of
+order 1. Sharper ones amplify fp32's own rounding: each strategy was then up to 7.5e-6 from fp64,
+and two of them 1.02e-5 apart. Two numerics may choose differently where two experts nearly tie
+(trap 14): such draws are left out, by `tied`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,31 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from tolerances import atol
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 import r1
-from r1 import Backend, Config, build, moe, rope
-from r1.backend import resolve
-from r1.cache import Cache
-from r1.config import Yarn, shape
-from r1.generate import Engine
-from r1.layers import swiglu
-from r1.model import Transformer
-from r1.router import Router
-from r1.runner import Runner
+from r1 import Backend, Config, build
+from r1.model import moe, rope
+from r1.model.cache import Cache
+from r1.model.config import Yarn, shape
+from r1.model.layers import swiglu
+from r1.model.router import Router
+from r1.model.transformer import Transformer
+from r1.run.generate import Engine
+from r1.run.runner import Runner
+from r1.switches.backend import resolve
 
 ATTENTION = ("naive", "expand", "absorbed")
 MOE = ("loop", "gather", "grouped")
-YARNS = [None, Yarn(40.0, 8, mscale=1.0, mscale_all_dim=1.0), Yarn(4.0, 8, mscale=0.7, mscale_all_dim=1.0)]
+YARNS = [
+    None,
+    Yarn(40.0, 8, mscale=1.0, mscale_all_dim=1.0),
+    Yarn(4.0, 8, mscale=0.7, mscale_all_dim=1.0),
+]
 few = settings(
     max_examples=20,
     deadline=None,
@@ -48,7 +57,8 @@ few = settings(
 # ------------------------------------------------------------------------------------------------ random models
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    """Small shapes with everything odd that may be odd; widths that grouped_mm needs to be multiples of 4 are."""
+    """Small shapes with everything odd that may be odd; widths that grouped_mm needs to be
+    multiples of 4 are."""
     groups = draw(st.sampled_from([1, 2, 4]))
     kept = draw(st.integers(1, groups))
     experts = groups * draw(st.integers(2, 4))
@@ -88,7 +98,10 @@ def configs(draw: st.DrawFn) -> Config:
 
 def randomized(config: Config, seed: int, dtype: str = "fp32") -> Transformer:
     """A model of unit gain; slots filled with the plainest strategies."""
-    backend = resolve(Backend(device="cpu", dtype=dtype, attention="naive", moe="loop", prefill_moe="loop"), config)
+    backend = resolve(
+        Backend(device="cpu", dtype=dtype, attention="naive", moe="loop", prefill_moe="loop"),
+        config,
+    )
     model = build.allocate(config, backend, mtp=False)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -98,7 +111,9 @@ def randomized(config: Config, seed: int, dtype: str = "fp32") -> Transformer:
         elif p.dim() == 1:
             noise = 0.2 * noise + (0.0 if name.endswith("bias") else 1.0)
         else:
-            noise *= p.shape[-1] ** -0.5 * (0.5 if ("o_proj" in name or "down_proj" in name) else 1.0)
+            noise *= p.shape[-1] ** -0.5 * (
+                0.5 if ("o_proj" in name or "down_proj" in name) else 1.0
+            )
         p.data.copy_(noise)
     return build.finish(model, backend)
 
@@ -106,7 +121,10 @@ def randomized(config: Config, seed: int, dtype: str = "fp32") -> Transformer:
 def runner(model: Transformer, chunk: int = 2048, **switches: Any) -> Runner:
     """A way to run `model`, whose slots are refilled: use one runner of a model at a time."""
     backend = resolve(
-        Backend(**{"device": "cpu", "dtype": "fp32", "prefill_moe": "loop", "moe": "loop", **switches}), model.config
+        Backend(
+            **{"device": "cpu", "dtype": "fp32", "prefill_moe": "loop", "moe": "loop", **switches}
+        ),
+        model.config,
     )
     return Runner(build.finish(model, backend), backend, prefill_chunk=chunk)
 
@@ -116,7 +134,8 @@ def both(attention: str) -> dict[str, Any]:
 
 
 def tied(model: Transformer, tokens: Tensor, margin: float = 1e-4) -> bool:
-    """Whether any routing decision over these tokens (B, S) is so close that rounding may turn it."""
+    """Whether any routing decision over these tokens (B, S) is so close that rounding may turn
+    it."""
     least = float("inf")
 
     def look(gate: Router, args: tuple[Tensor], _out: Any) -> None:
@@ -127,16 +146,26 @@ def tied(model: Transformer, tokens: Tensor, margin: float = 1e-4) -> bool:
         if c.topk_method == "noaux_tc":
             scores = scores + gate.e_score_correction_bias
         if c.topk_method != "greedy" and c.topk_group < c.n_group:
-            worth = scores.unflatten(-1, (c.n_group, -1)).topk(2 if c.topk_method == "noaux_tc" else 1).values.sum(-1)
+            worth = (
+                scores.unflatten(-1, (c.n_group, -1))
+                .topk(2 if c.topk_method == "noaux_tc" else 1)
+                .values.sum(-1)
+            )
             ranked = worth.sort(-1, descending=True).values
             least = min(least, float((ranked[:, c.topk_group - 1] - ranked[:, c.topk_group]).min()))
             shut = worth < ranked[:, c.topk_group - 1, None]
-            scores = scores.masked_fill(shut.repeat_interleave(c.n_routed_experts // c.n_group, 1), -1e4)
+            scores = scores.masked_fill(
+                shut.repeat_interleave(c.n_routed_experts // c.n_group, 1), -1e4
+            )
         if c.num_experts_per_tok < c.n_routed_experts:
             best = scores.topk(c.num_experts_per_tok + 1, -1).values
             least = min(least, float((best[:, -2] - best[:, -1]).min()))
 
-    hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Router)]
+    hooks = [
+        module.register_forward_hook(look)
+        for module in model.modules()
+        if isinstance(module, Router)
+    ]
     # Not through `runner`, which would refill the slots.
     backend = resolve(Backend(device="cpu", dtype="fp32"), model.config)
     Runner(model, backend).logits(tokens)
@@ -155,8 +184,11 @@ def off(a: Tensor, b: Tensor) -> float:
     return gap if gap == gap else float("inf")
 
 
-def drive(run: Runner, prompts: Sequence[Sequence[int]], more: Tensor, cache: Cache | None = None) -> Tensor:
-    """Read the prompts, then feed `more` (B, N) one by one: the N + 1 next-token logits, (B, N + 1, W)."""
+def drive(
+    run: Runner, prompts: Sequence[Sequence[int]], more: Tensor, cache: Cache | None = None
+) -> Tensor:
+    """Read the prompts, then feed `more` (B, N) one by one: the N + 1 next-token logits, (B, N + 1,
+    W)."""
     cache = cache or run.cache(len(prompts), max(map(len, prompts)) + more.shape[1])
     first = run.prefill([list(p) for p in prompts], cache)
     rest = [run.decode(more[:, i : i + 1], cache)[:, 0] for i in range(more.shape[1])]
@@ -184,7 +216,9 @@ def test_naive_expand_and_absorbed_agree(config: Config, seed: int, length: int)
 @pytest.mark.parametrize("attention", ATTENTION)
 @few
 @given(configs(), st.integers(0, 99), st.integers(1, 12), st.integers(1, 6))
-def test_decoding_is_one_full_forward(attention: str, config: Config, seed: int, read: int, steps: int) -> None:
+def test_decoding_is_one_full_forward(
+    attention: str, config: Config, seed: int, read: int, steps: int
+) -> None:
     model, tokens = randomized(config, seed), random_tokens(seed, 2, read + steps)
     assume(not tied(model, tokens))
     run = runner(model, **both(attention))
@@ -195,7 +229,9 @@ def test_decoding_is_one_full_forward(attention: str, config: Config, seed: int,
 @pytest.mark.parametrize("attention", ATTENTION)
 @few
 @given(configs(), st.integers(0, 99), st.integers(2, 12), st.data())
-def test_several_tokens_a_step(attention: str, config: Config, seed: int, steps: int, data: st.DataObject) -> None:
+def test_several_tokens_a_step(
+    attention: str, config: Config, seed: int, steps: int, data: st.DataObject
+) -> None:
     """A decode step of S tokens (a draft, say) is S steps of one."""
     model, tokens = randomized(config, seed), random_tokens(seed, 2, 3 + steps)
     assume(not tied(model, tokens))
@@ -210,31 +246,60 @@ def test_several_tokens_a_step(attention: str, config: Config, seed: int, steps:
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @few
-@given(configs(), st.integers(0, 99), st.lists(st.integers(1, 17), min_size=1, max_size=3), st.integers(1, 7))
-def test_chunked_prefill_is_full_prefill(attention: str, config: Config, seed: int, lengths: list[int], chunk: int) -> None:
+@given(
+    configs(),
+    st.integers(0, 99),
+    st.lists(st.integers(1, 17), min_size=1, max_size=3),
+    st.integers(1, 7),
+)
+def test_chunked_prefill_is_full_prefill(
+    attention: str, config: Config, seed: int, lengths: list[int], chunk: int
+) -> None:
     """Also where rows end in different chunks, and what stands in the cache is the same."""
     model = randomized(config, seed)
-    tokens, more = random_tokens(seed, len(lengths), max(lengths)), random_tokens(seed + 1, len(lengths), 2)
-    padded = tokens * (torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None])  # padding is token 0
-    assume(not tied(model, torch.cat((padded, more), dim=1)) and not tied(model, torch.cat((tokens, more), dim=1)))
+    tokens, more = (
+        random_tokens(seed, len(lengths), max(lengths)),
+        random_tokens(seed + 1, len(lengths), 2),
+    )
+    padded = tokens * (
+        torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
+    )  # padding is token 0
+    assume(
+        not tied(model, torch.cat((padded, more), dim=1))
+        and not tied(model, torch.cat((tokens, more), dim=1))
+    )
     prompts = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
     results = []
     for size in (2048, chunk):
         run = runner(model, chunk=size, **both(attention))
         cache = run.cache(len(prompts), max(lengths) + 2)
-        results.append((drive(run, prompts, more[:, :1], cache), [t.clone() for layer in cache.layers for t in layer], cache))
+        results.append(
+            (
+                drive(run, prompts, more[:, :1], cache),
+                [t.clone() for layer in cache.layers for t in layer],
+                cache,
+            )
+        )
     (full, kept, cache), (chunked, kept_chunked, _) = results
     assume(off(full[:, 0], chunked[:, 0]) < 1 or not tied(model, padded))
     assert off(full, chunked) < atol("algebra fp32")
     for row, length in enumerate(cache.lengths.tolist()):
-        assert all(off(a[row, :length], b[row, :length]) < atol("algebra fp32") for a, b in zip(kept, kept_chunked, strict=True))
+        assert all(
+            off(a[row, :length], b[row, :length]) < atol("algebra fp32")
+            for a, b in zip(kept, kept_chunked, strict=True)
+        )
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @few
-@given(configs(), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.sampled_from([2048, 3]))
-def test_prefill_at_a_depth(attention: str, config: Config, seed: int, depth: int, length: int, chunk: int) -> None:
-    """A prompt behind `depth` tokens that every row holds already: the same as both read at once."""
+@given(
+    configs(), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.sampled_from([2048, 3])
+)
+def test_prefill_at_a_depth(
+    attention: str, config: Config, seed: int, depth: int, length: int, chunk: int
+) -> None:
+    """A prompt behind `depth` tokens that every row holds already: the same as both read at
+    once."""
     model, tokens = randomized(config, seed), random_tokens(seed, 2, depth + length + 1)
     assume(not tied(model, tokens))
     run = runner(model, chunk=chunk, **both(attention))
@@ -249,10 +314,14 @@ def test_prefill_at_a_depth(attention: str, config: Config, seed: int, depth: in
 @pytest.mark.parametrize("attention", ATTENTION)
 @few
 @given(configs(), st.integers(0, 99), st.lists(st.integers(1, 12), min_size=2, max_size=4))
-def test_a_ragged_batch_is_each_row_alone(attention: str, config: Config, seed: int, lengths: list[int]) -> None:
+def test_a_ragged_batch_is_each_row_alone(
+    attention: str, config: Config, seed: int, lengths: list[int]
+) -> None:
     """Logits of the prompt and of three steps behind it; then Engine.generate's greedy tokens."""
     model, more = randomized(config, seed), random_tokens(seed + 1, len(lengths), 3)
-    prompts = [random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)]
+    prompts = [
+        random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)
+    ]
     rows = [torch.tensor([prompt + more[row].tolist()]) for row, prompt in enumerate(prompts)]
     assume(not any(tied(model, row) for row in rows))
     run = runner(model, **both(attention), moe="gather", prefill_moe="grouped")
@@ -265,24 +334,34 @@ def test_a_ragged_batch_is_each_row_alone(attention: str, config: Config, seed: 
         (single,) = engine.generate([prompt], max_new_tokens=5, temperature=0.0, ignore_stop=True)
         whole = torch.tensor([prompt + single.tokens])
         top = run.logits(whole)[0, len(prompt) - 1 : -1].topk(2).values
-        if float((top[:, 0] - top[:, 1]).min()) > 1e-3 and not tied(model, whole):  # a near tie of tokens may fall either way
+        if float((top[:, 0] - top[:, 1]).min()) > 1e-3 and not tied(
+            model, whole
+        ):  # a near tie of tokens may fall either way
             assert completion.tokens == single.tokens and completion.prompt_tokens == len(prompt)
 
 
 @pytest.mark.parametrize("chunk", [2048, 3])
 @pytest.mark.parametrize("attention", ATTENTION)
 @few
-@given(configs(), st.integers(0, 99), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.sampled_from([1e30, -1e30, 7.0]))
+@given(
+    configs(),
+    st.integers(0, 99),
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    st.sampled_from([1e30, -1e30, 7.0]),
+)
 def test_a_poisoned_cache_changes_nothing(
     attention: str, chunk: int, config: Config, seed: int, lengths: list[int], poison: float
 ) -> None:
-    """Bit for bit: whatever finite numbers lie behind the rows' lengths, before the prompt and between its steps.
+    """Bit for bit: whatever finite numbers lie behind the rows' lengths, before the prompt and
+    between its steps.
 
-    Finite is a condition, and cache.py's zeros meet it: a masked probability is exactly 0, and 0 times NaN is NaN (seen with
-    all three strategies; the test below). Real garbage is finite: padding, rejected drafts, a longer row that was here before.
-    """
+    Finite is a condition, and cache.py's zeros meet it: a masked probability is exactly 0, and 0
+    times NaN is NaN (seen with all three strategies; the test below). Real garbage is finite:
+    padding, rejected drafts, a longer row that was here before."""
     model, more = randomized(config, seed), random_tokens(seed + 1, len(lengths), 3)
-    prompts = [random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)]
+    prompts = [
+        random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)
+    ]
     run = runner(model, chunk=chunk, **both(attention))
 
     def results(fill: float | None) -> Tensor:
@@ -307,7 +386,8 @@ def test_a_poisoned_cache_changes_nothing(
 
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_nan_in_the_cache_is_the_limit(attention: str) -> None:
-    """What `Cache` says of itself: zeros at first and after reset, because hidden NaN would be seen."""
+    """What `Cache` says of itself: zeros at first and after reset, because hidden NaN would be
+    seen."""
     model = randomized(shape("tiny"), 0)
     run = runner(model, **both(attention))
     cache = run.cache(1, 8)
@@ -332,17 +412,29 @@ def test_logits_are_causal() -> None:
 
 # ------------------------------------------------------------------------------------------------ rope
 @few
-@given(st.integers(1, 32), st.integers(0, 99), st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 1000))
-def test_rope_keeps_norms_and_sees_distances_only(pairs: int, seed: int, p: int, q: int, shift: int) -> None:
+@given(
+    st.integers(1, 32),
+    st.integers(0, 99),
+    st.integers(0, 1000),
+    st.integers(0, 1000),
+    st.integers(1, 1000),
+)
+def test_rope_keeps_norms_and_sees_distances_only(
+    pairs: int, seed: int, p: int, q: int, shift: int
+) -> None:
     c = dataclasses.replace(shape("tiny"), qk_rope_head_dim=2 * pairs)
     frequency = rope.frequencies(c)
-    x, y = torch.randn(2, 1, 1, 2, 2 * pairs, generator=torch.Generator().manual_seed(seed)).unbind()
+    x, y = torch.randn(
+        2, 1, 1, 2, 2 * pairs, generator=torch.Generator().manual_seed(seed)
+    ).unbind()
 
     def turned(v: Tensor, position: int, factor: float = 1.0) -> Tensor:
         return rope.rotate(v, *rope.angles(torch.tensor([[position]]), frequency, factor))
 
     norms = turned(x, p).unflatten(-1, (-1, 2)).norm(dim=-1)
-    assert off(norms, x.unflatten(-1, (-1, 2)).norm(dim=-1)) < atol("rope fp32")  # of every pair, and so of the whole
+    assert off(norms, x.unflatten(-1, (-1, 2)).norm(dim=-1)) < atol(
+        "rope fp32"
+    )  # of every pair, and so of the whole
     assert off(turned(x, p, 1.3), 1.3 * turned(x, p)) < atol("rope fp32")
     scale = float(x.norm() * y.norm()) / 10
     here, there = ((turned(x, p + s) * turned(y, q + s)).sum(-1) for s in (0, shift))
@@ -355,31 +447,43 @@ def test_rope_keeps_norms_and_sees_distances_only(pairs: int, seed: int, p: int,
 # ------------------------------------------------------------------------------------------------ experts
 @st.composite
 def dispatches(draw: st.DrawFn) -> tuple[moe.Experts, Tensor, Tensor, Tensor]:
-    """Experts, tokens, their choices (distinct for a token; some experts may have none) and weights."""
+    """Experts, tokens, their choices (distinct for a token; some experts may have none) and
+    weights."""
     tokens, experts, k = draw(st.integers(1, 9)), draw(st.integers(2, 9)), draw(st.integers(1, 4))
     k = min(k, experts)
     c = dataclasses.replace(
-        shape("tiny"), hidden_size=draw(st.sampled_from([4, 20])), moe_intermediate_size=draw(st.sampled_from([4, 12])),
-        n_routed_experts=experts,
+        shape("tiny"), hidden_size=draw(st.sampled_from([4, 20])),
+        moe_intermediate_size=draw(st.sampled_from([4, 12])), n_routed_experts=experts,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     stacked = moe.Experts(c).requires_grad_(False)
     for p in stacked.parameters():
         p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
     reachable = draw(st.integers(k, experts))
-    indices = torch.stack([torch.randperm(reachable, generator=generator)[:k] for _ in range(tokens)])
-    return stacked, torch.randn(tokens, c.hidden_size, generator=generator), indices, torch.rand(tokens, k, generator=generator)
+    indices = torch.stack(
+        [torch.randperm(reachable, generator=generator)[:k] for _ in range(tokens)]
+    )
+    return (
+        stacked,
+        torch.randn(tokens, c.hidden_size, generator=generator),
+        indices,
+        torch.rand(tokens, k, generator=generator),
+    )
 
 
 @few
 @given(dispatches())
-def test_every_dispatch_is_the_definition(drawn: tuple[moe.Experts, Tensor, Tensor, Tensor]) -> None:
+def test_every_dispatch_is_the_definition(
+    drawn: tuple[moe.Experts, Tensor, Tensor, Tensor],
+) -> None:
     """loop = gather = grouped = the sum over a token's choices, one at a time."""
     experts, x, indices, weights = drawn
     wanted = torch.zeros_like(x)
     for token, (chosen, w) in enumerate(zip(indices.tolist(), weights, strict=True)):
         for expert, weight in zip(chosen, w, strict=True):
-            wanted[token] += weight * (experts.down_proj[expert] @ swiglu(experts.gate_up_proj[expert] @ x[token]))
+            wanted[token] += weight * (
+                experts.down_proj[expert] @ swiglu(experts.gate_up_proj[expert] @ x[token])
+            )
     for name, dispatch in moe.STRATEGIES.items():
         got = dispatch(experts, x, indices, weights)
         assert got.dtype == x.dtype and off(got, wanted) < atol("experts fp32"), name
@@ -388,20 +492,29 @@ def test_every_dispatch_is_the_definition(drawn: tuple[moe.Experts, Tensor, Tens
 @pytest.mark.parametrize("name", MOE)
 @few
 @given(dispatches(), st.integers(0, 99))
-def test_dispatch_is_permutation_equivariant(name: str, drawn: tuple[moe.Experts, Tensor, Tensor, Tensor], seed: int) -> None:
-    """Tokens in another order come out in that order; a token's choices have none; nor have the experts' numbers."""
+def test_dispatch_is_permutation_equivariant(
+    name: str, drawn: tuple[moe.Experts, Tensor, Tensor, Tensor], seed: int
+) -> None:
+    """Tokens in another order come out in that order; a token's choices have none; nor have the
+    experts' numbers."""
     experts, x, indices, weights = drawn
     dispatch = moe.STRATEGIES[name]
     generator = torch.Generator().manual_seed(seed)
     y = dispatch(experts, x, indices, weights)
     rows = torch.randperm(len(x), generator=generator)
-    assert off(dispatch(experts, x[rows], indices[rows], weights[rows]), y[rows]) < atol("experts fp32")
+    assert off(dispatch(experts, x[rows], indices[rows], weights[rows]), y[rows]) < atol(
+        "experts fp32"
+    )
     choice = torch.randperm(indices.shape[1], generator=generator)
-    assert off(dispatch(experts, x, indices[:, choice], weights[:, choice]), y) < atol("experts fp32")
+    assert off(dispatch(experts, x, indices[:, choice], weights[:, choice]), y) < atol(
+        "experts fp32"
+    )
     renumbered = torch.randperm(len(experts.down_proj), generator=generator)
     for p in experts.parameters():
         p.copy_(p[renumbered])
-    assert off(dispatch(experts, x, renumbered.argsort()[indices], weights), y) < atol("experts fp32")
+    assert off(dispatch(experts, x, renumbered.argsort()[indices], weights), y) < atol(
+        "experts fp32"
+    )
 
 
 @few
@@ -423,7 +536,8 @@ def gate_of(config: Config, seed: int) -> Router:
 @few
 @given(configs(), st.integers(0, 99), st.sampled_from([-2.0, 0.0, 2.0]))
 def test_router_by_hand(config: Config, seed: int, mean: float) -> None:
-    """Indices by sorting in plain Python; weights from the unbiased scores; both whatever the bias's sign is."""
+    """Indices by sorting in plain Python; weights from the unbiased scores; both whatever the
+    bias's sign is."""
     gate, c = gate_of(config, seed), config
     if c.topk_method == "noaux_tc":
         gate.e_score_correction_bias.data += mean
@@ -434,16 +548,29 @@ def test_router_by_hand(config: Config, seed: int, mean: float) -> None:
     size, limited = c.n_routed_experts // c.n_group, c.topk_method != "greedy"
     for token in range(len(x)):
         plain = scores[token].tolist()
-        biased = plain if c.topk_method != "noaux_tc" else (scores[token] + gate.e_score_correction_bias).tolist()
+        biased = (
+            plain
+            if c.topk_method != "noaux_tc"
+            else (scores[token] + gate.e_score_correction_bias).tolist()
+        )
         groups = [sorted(biased[g * size : (g + 1) * size], reverse=True) for g in range(c.n_group)]
         worth = [sum(best[:2]) if c.topk_method == "noaux_tc" else best[0] for best in groups]
-        allowed = sorted(range(c.n_group), key=lambda g: -worth[g])[: c.topk_group] if limited else range(c.n_group)
-        experts = sorted((e for g in allowed for e in range(g * size, (g + 1) * size)), key=lambda e: -biased[e])
+        allowed = (
+            sorted(range(c.n_group), key=lambda g: -worth[g])[: c.topk_group]
+            if limited
+            else range(c.n_group)
+        )
+        experts = sorted(
+            (e for g in allowed for e in range(g * size, (g + 1) * size)), key=lambda e: -biased[e]
+        )
         chosen = indices[token].tolist()
         assert len(set(chosen)) == c.num_experts_per_tok
         assert len({e // size for e in chosen}) <= (c.topk_group if limited else c.n_group)
         worst = min(biased[e] for e in chosen)
-        assert sorted(chosen) == sorted(experts[: c.num_experts_per_tok]) or abs(worst - biased[experts[len(chosen) - 1]]) < 1e-6
+        assert (
+            sorted(chosen) == sorted(experts[: c.num_experts_per_tok])
+            or abs(worst - biased[experts[len(chosen) - 1]]) < 1e-6
+        )
         total = sum(plain[e] for e in chosen) if c.norm_topk_prob else 1.0
         wanted = torch.tensor([plain[e] / total * c.routed_scaling_factor for e in chosen])
         assert off(weights[token], wanted) < atol("algebra fp32")
@@ -460,20 +587,39 @@ def test_router_stays_fp32_under_autocast(config: Config, seed: int, dtype: torc
     for half in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", half):
             again, same = gate(x)
-            assert x.float().matmul(gate.weight.T).dtype == half  # autocast is on, and the router isn't in it
-        assert same.dtype == torch.float32 and torch.equal(indices, again) and torch.equal(weights, same)
+            assert (
+                x.float().matmul(gate.weight.T).dtype == half
+            )  # autocast is on, and the router isn't in it
+        assert (
+            same.dtype == torch.float32
+            and torch.equal(indices, again)
+            and torch.equal(weights, same)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ pairs of switches
 def test_all_switches_together_agree() -> None:
-    """Every combination of strategies, prefill and decode, and each with bf16 autocast within its own tolerance."""
+    """Every combination of strategies, prefill and decode, and each with bf16 autocast within its
+    own tolerance."""
     config = dataclasses.replace(shape("tiny"), num_hidden_layers=2, vocab_size=31)
-    seed = next(s for s in range(20) if not tied(randomized(config, s), random_tokens(s, 2, 9), 3e-4))
+    seed = next(
+        s for s in range(20) if not tied(randomized(config, s), random_tokens(s, 2, 9), 3e-4)
+    )
     model, tokens = randomized(config, seed), random_tokens(seed, 2, 9)
     wanted = drive(runner(model, **both("naive")), tokens[:, :6].tolist(), tokens[:, 6:])
-    pairs = [(a, b) for a, b in itertools.product(ATTENTION, ATTENTION) if (a == "naive") == (b == "naive")]
+    pairs = [
+        (a, b)
+        for a, b in itertools.product(ATTENTION, ATTENTION)
+        if (a == "naive") == (b == "naive")
+    ]
     for (decode, prefill), experts, prefill_experts in itertools.product(pairs, MOE, MOE):
-        run = runner(model, attention=decode, prefill_attention=prefill, moe=experts, prefill_moe=prefill_experts)
+        run = runner(
+            model,
+            attention=decode,
+            prefill_attention=prefill,
+            moe=experts,
+            prefill_moe=prefill_experts,
+        )
         got = drive(run, tokens[:, :6].tolist(), tokens[:, 6:])
         assert off(got, wanted) < atol("algebra fp32"), (decode, prefill, experts, prefill_experts)
 
@@ -481,9 +627,16 @@ def test_all_switches_together_agree() -> None:
 @pytest.mark.parametrize("experts", MOE)
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
-    """bf16 autocast: logits near fp32's, hardly any expert flipped (one choice of all for every token, so none can be)."""
+    """bf16 autocast: logits near fp32's, hardly any expert flipped (one choice of all for every
+    token, so none can be)."""
     config = dataclasses.replace(
-        shape("tiny"), num_hidden_layers=2, vocab_size=31, n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1
+        shape("tiny"),
+        num_hidden_layers=2,
+        vocab_size=31,
+        n_routed_experts=4,
+        num_experts_per_tok=4,
+        n_group=1,
+        topk_group=1,
     )
     model, tokens = randomized(config, 0), random_tokens(0, 2, 9)
     wanted = drive(runner(model, **both("naive")), tokens[:, :6].tolist(), tokens[:, 6:])
@@ -497,7 +650,8 @@ def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
 @pytest.mark.parametrize("experts", ["gather", "grouped"])
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_a_decode_step_asks_for_no_value(attention: str, experts: str) -> None:
-    """On tensors that have shapes but no values, every `.item()`, `.tolist()`, boolean index or `nonzero` raises."""
+    """On tensors that have shapes but no values, every `.item()`, `.tolist()`, boolean index or
+    `nonzero` raises."""
     run = runner(randomized(shape("tiny"), 0), **both(attention), moe=experts)
     assert valueless_step(run).shape == (2, 1, 320)
 
@@ -512,7 +666,7 @@ def test_a_boolean_index_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(x: Tensor, *rest: Tensor) -> Tensor:
         return x[x > 0].sum() + x
 
-    monkeypatch.setattr("r1.mla.rotate", wrong)
+    monkeypatch.setattr("r1.model.mla.rotate", wrong)
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         valueless_step(runner(randomized(shape("tiny"), 0), moe="gather"))
 
@@ -527,8 +681,15 @@ def valueless_step(run: Runner) -> Tensor:
 @pytest.mark.parametrize("experts", ["gather", "grouped"])
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_decode_compiles_once(attention: str, experts: str, compiler: CountingBackend) -> None:
-    """One graph for dense blocks and one for sparse ones, however many layers, positions and lengths; and whole (fullgraph)."""
-    run = runner(randomized(shape("tiny"), 0), **both(attention), moe=experts, prefill_moe="grouped", compile=True)
+    """One graph for dense blocks and one for sparse ones, however many layers, positions and
+    lengths; and whole (fullgraph)."""
+    run = runner(
+        randomized(shape("tiny"), 0),
+        **both(attention),
+        moe=experts,
+        prefill_moe="grouped",
+        compile=True,
+    )
     cache = run.cache(3, 60)
     prompts = [random_tokens(row, 1, length)[0].tolist() for row, length in enumerate((3, 30, 11))]
     run.prefill(prompts, cache)
@@ -554,7 +715,8 @@ def test_prefill_compiles_once_for_every_length(compiler: CountingBackend) -> No
 
 
 def test_compile_takes_the_whole_block_or_fails(compiler: CountingBackend) -> None:
-    """A graph break is an error, not a slow path: the loop over experts can't be had, and says so."""
+    """A graph break is an error, not a slow path: the loop over experts can't be had, and says
+    so."""
     run = runner(randomized(shape("tiny"), 0), prefill_moe="gather", moe="gather", compile=True)
     for module in run.model.modules():
         if isinstance(module, moe.MoE):
@@ -566,13 +728,16 @@ def test_compile_takes_the_whole_block_or_fails(compiler: CountingBackend) -> No
 
 
 def test_inductor_gives_the_same_logits() -> None:
-    """The one test that really compiles: a sparse block, as prefill and as decode; two positions, ragged rows."""
+    """The one test that really compiles: a sparse block, as prefill and as decode; two positions,
+    ragged rows."""
     torch._dynamo.reset()
     config = dataclasses.replace(shape("tiny"), num_hidden_layers=2, first_k_dense_replace=0)
     tokens = random_tokens(0, 2, 9, 320)
     seed = next(s for s in range(20) if not tied(randomized(config, s), tokens, 3e-4))
     model, prompts = randomized(config, seed), [tokens[0, :7].tolist(), tokens[1, :4].tolist()]
     wanted = drive(runner(model), prompts, tokens[:, 7:])
-    got = drive(runner(model, moe="gather", prefill_moe="grouped", compile=True), prompts, tokens[:, 7:])
+    got = drive(
+        runner(model, moe="gather", prefill_moe="grouped", compile=True), prompts, tokens[:, 7:]
+    )
     torch._dynamo.reset()
     assert off(got, wanted) < atol("compile fp32")

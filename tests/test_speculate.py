@@ -1,4 +1,5 @@
-"""Speculation: the text is the model's own, whatever the drafter is worth; each test is shown to fail on a wrong turn."""
+"""Speculation: the text is the model's own, whatever the drafter is worth; each test is shown to
+fail on a wrong turn."""
 
 from __future__ import annotations
 
@@ -21,16 +22,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import r1
-from r1 import Backend, InputError, speculate
-from r1.backend import resolve
+from r1 import Backend, InputError
 from r1.bench import arms
-from r1.cache import Cache
-from r1.config import Config, shape
-from r1.generate import Completion, Engine
-from r1.machine import Machine
-from r1.runner import Runner
-from r1.sampler import Sampler
-from r1.speculate import Turn, judge
+from r1.model.cache import Cache
+from r1.model.config import Config, shape
+from r1.run import speculate
+from r1.run.generate import Completion, Engine
+from r1.run.runner import Runner
+from r1.run.sampler import Sampler
+from r1.run.speculate import Turn, judge
+from r1.switches.backend import resolve
+from r1.switches.machine import Machine
 
 ROOMY = dataclasses.replace(V3, max_position_embeddings=400)
 SMALL = dataclasses.replace(ROOMY, vocab_size=5)
@@ -38,12 +40,19 @@ PROMPTS = [[3, 1, 4, 1, 3], [2], [4, 4, 0, 3, 2, 1, 0, 0, 2, 3, 1], [0, 4, 2]]
 H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10**9)
 
 
-def engine(config: Config, seed: int, k: int = 0, stops: tuple[int, ...] = (), blocks: float = 0.3, **switches: Any) -> Engine:
-    """Random weights whose MTP layer is often right, though not always; the same for each k (0: no speculation).
+def engine(
+    config: Config,
+    seed: int,
+    k: int = 0,
+    stops: tuple[int, ...] = (),
+    blocks: float = 0.3,
+    **switches: Any,
+) -> Engine:
+    """Random weights whose MTP layer is often right, though not always; the same for each k (0: no
+    speculation).
 
-    The blocks add little (`blocks`) to what the token itself says, in the model and in the MTP layer, whose eh_proj hands the
-    embedding on and adds some of the hidden state.
-    """
+    The blocks add little (`blocks`) to what the token itself says, in the model and in the MTP
+    layer, whose eh_proj hands the embedding on and adds some of the hidden state."""
     asked = {"dtype": "fp32", **switches} | ({"speculate": "mtp", "draft_tokens": k} if k else {})
     made = model(config, seed=seed, mtp=True, **asked)
     for name, parameter in made.named_parameters():
@@ -57,7 +66,9 @@ def engine(config: Config, seed: int, k: int = 0, stops: tuple[int, ...] = (), b
     return Engine(made, resolve(Backend(device="cpu", **asked), config), None, frozenset(stops))
 
 
-def greedy(engine: Engine, new: int, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[Completion]:
+def greedy(
+    engine: Engine, new: int, prompts: list[list[int]] = PROMPTS, **options: Any
+) -> list[Completion]:
     return engine.generate(prompts, max_new_tokens=new, temperature=0.0, **options)
 
 
@@ -67,12 +78,15 @@ def texts(completions: list[Completion]) -> list[list[int]]:
 
 # ------------------------------------------------------------------------------------------------ greedy
 def differing(k: int, seeds: range, new: int = 24, **switches: Any) -> tuple[int, Counter[int]]:
-    """How many rows differ from those without speculation; and how many turns accepted 0, 1, ... drafts."""
+    """How many rows differ from those without speculation; and how many turns accepted 0, 1, ...
+    drafts."""
     different, accepted = 0, Counter[int]()
     for seed in seeds:
         wanted = texts(greedy(engine(ROOMY, seed, **switches), new))
         speculating = engine(ROOMY, seed, k, **switches)
-        different += sum(a != b for a, b in zip(texts(greedy(speculating, new)), wanted, strict=True))
+        different += sum(
+            a != b for a, b in zip(texts(greedy(speculating, new)), wanted, strict=True)
+        )
         cache = speculating.runner.cache(len(PROMPTS), 64)
         turns = speculate.launch(speculating.runner, PROMPTS, Sampler(0.0), cache)
         next(turns)
@@ -86,14 +100,26 @@ def test_greedy_text_is_the_same(k: int) -> None:
     different, accepted = differing(k, range(8))
     assert different == 0
     assert set(accepted) == set(range(k + 1)), accepted
-    assert differing(k, range(4), blocks=1.0)[0] == 0  # a model that looks farther back than its drafter is right
+    assert (
+        differing(k, range(4), blocks=1.0)[0] == 0
+    )  # a model that looks farther back than its drafter is right
 
 
 @pytest.mark.parametrize("attention", ["naive", "expand", "absorbed"])
 @pytest.mark.parametrize("moe", ["loop", "gather", "grouped"])
 def test_with_every_strategy(attention: str, moe: str) -> None:
     prefill = "naive" if attention == "naive" else "expand"
-    assert differing(2, range(1), attention=attention, prefill_attention=prefill, moe=moe, prefill_moe="grouped")[0] == 0
+    assert (
+        differing(
+            2,
+            range(1),
+            attention=attention,
+            prefill_attention=prefill,
+            moe=moe,
+            prefill_moe="grouped",
+        )[0]
+        == 0
+    )
 
 
 def one_more(p: Tensor, q: Tensor, drafts: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -101,7 +127,9 @@ def one_more(p: Tensor, q: Tensor, drafts: Tensor, *rest: Any) -> tuple[Tensor, 
     return (accepted + 1).clamp(max=drafts.shape[1]), weights
 
 
-def not_a_prefix(p: Tensor, q: Tensor, drafts: Tensor, coins: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def not_a_prefix(
+    p: Tensor, q: Tensor, drafts: Tensor, coins: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     agree = p[:, :-1].argmax(-1) == drafts
     accepted = agree.sum(dim=1)
     return accepted, p[torch.arange(len(p)), accepted]
@@ -113,7 +141,9 @@ def next_from_one_before(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("wrong", [one_more, not_a_prefix, next_from_one_before])
-def test_wrong_judges_change_the_text(wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_judges_change_the_text(
+    wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(speculate, "judge", wrong)
     assert differing(2, range(2))[0] > 0
 
@@ -123,7 +153,9 @@ def test_wrong_positions_change_the_text(shift: int, monkeypatch: pytest.MonkeyP
     """A turn that reads its tokens one place off: lengths that grew by one too many, or too few."""
     right = Turn.__call__
 
-    def wrong(self: Turn, tokens: Tensor, q: Tensor, coins: Tensor, races: Tensor, cache: Cache) -> tuple[Tensor, ...]:
+    def wrong(
+        self: Turn, tokens: Tensor, q: Tensor, coins: Tensor, races: Tensor, cache: Cache
+    ) -> tuple[Tensor, ...]:
         found = right(self, tokens, q, coins, races, cache)
         cache.lengths += shift
         return found
@@ -141,7 +173,8 @@ def test_a_prompt_of_several_chunks() -> None:
 
 # ------------------------------------------------------------------------------------------------ stops and limits
 def test_a_stop_within_an_accepted_run() -> None:
-    """The stop token is the last, wherever in a turn it came; the rows beside it go on as they would have."""
+    """The stop token is the last, wherever in a turn it came; the rows beside it go on as they
+    would have."""
     free = texts(greedy(engine(ROOMY, 1), 24))
     seen = 0
     for stop in sorted({token for row in free for token in row[1:6]}):
@@ -149,9 +182,13 @@ def test_a_stop_within_an_accepted_run() -> None:
         steps: list[list[int | None]] = []
         wanted, found = greedy(plain, 24), greedy(speculating, 24, on_tokens=steps.append)
         assert [(c.tokens, c.finish) for c in found] == [(c.tokens, c.finish) for c in wanted]
-        assert texts(found) == [[token for step in steps if (token := step[row]) is not None] for row in range(4)]
+        assert texts(found) == [
+            [token for step in steps if (token := step[row]) is not None] for row in range(4)
+        ]
         assert not any(all(token is None for token in step) for step in steps)
-        seen += sum(c.finish == "stop" and c.accepted + 1 + c.steps > len(c.tokens) for c in found)  # more was accepted
+        seen += sum(
+            c.finish == "stop" and c.accepted + 1 + c.steps > len(c.tokens) for c in found
+        )  # more was accepted
         ignored = greedy(speculating, 24, ignore_stop=True)
         assert texts(ignored) == free and {c.finish for c in ignored} == {"length"}
     assert seen > 0
@@ -165,7 +202,8 @@ def test_the_limit_cuts_an_accepted_run(new: int) -> None:
 
 
 def test_a_row_that_is_done_stays_in_the_cache() -> None:
-    """Capacity is what the slowest row needs: one that accepts all its drafts would pass the end several times over."""
+    """Capacity is what the slowest row needs: one that accepts all its drafts would pass the end
+    several times over."""
     for k in (1, 3):
         speculating = engine(ROOMY, 1, k)
         new = 128 - k - len(PROMPTS[2])
@@ -178,7 +216,8 @@ def test_a_row_that_is_done_stays_in_the_cache() -> None:
 
 
 def test_the_last_drafts_have_room() -> None:
-    """Text that fills a cache of 128 to the end: what the last turn drafts must not cost it a token."""
+    """Text that fills a cache of 128 to the end: what the last turn drafts must not cost it a
+    token."""
     prompts = torch.randint(48, (8, 120), generator=torch.Generator().manual_seed(0)).tolist()
     found, wanted = (texts(greedy(engine(ROOMY, 1, k, blocks=1.0), 8, prompts)) for k in (3, 0))
     assert found == wanted
@@ -187,7 +226,9 @@ def test_the_last_drafts_have_room() -> None:
 def test_the_context_is_the_limit() -> None:
     short = dataclasses.replace(V3, max_position_embeddings=20)
     found = greedy(engine(short, 1, 2), 100)
-    assert texts(found) == texts(greedy(engine(short, 1), 100)) and {len(c.tokens) for c in found} == {9}
+    assert texts(found) == texts(greedy(engine(short, 1), 100)) and {
+        len(c.tokens) for c in found
+    } == {9}
 
 
 def test_what_is_reported() -> None:
@@ -198,13 +239,16 @@ def test_what_is_reported() -> None:
         assert c.tokens_per_step == pytest.approx(23 / c.steps) and 1 <= c.tokens_per_step <= 3
     assert sum(c.accepted for c in done) > 0
     plain = greedy(engine(ROOMY, 1), 24)
-    assert {(c.steps, c.drafted, c.accepted, c.acceptance, c.tokens_per_step) for c in plain} == {(23, 0, 0, 0.0, 1.0)}
+    assert {(c.steps, c.drafted, c.accepted, c.acceptance, c.tokens_per_step) for c in plain} == {
+        (23, 0, 0, 0.0, 1.0)
+    }
     assert {c.tokens_per_step for c in greedy(engine(ROOMY, 1), 1)} == {0.0}
 
 
 # ------------------------------------------------------------------------------------------------ caches
 def clean_run(network: Any, text: Tensor, layers: list[Any], k: int) -> list[int]:
-    """Fill `layers` by whole forwards over text (1, S), without what speculate.py does; returns the k drafts that follow it."""
+    """Fill `layers` by whole forwards over text (1, S), without what speculate.py does; returns the
+    k drafts that follow it."""
     length = text.shape[1] - 1
     states = network(text[:, :-1], network.step("prefill", torch.arange(length)[None], 0), layers)
     drafts: list[int] = []
@@ -212,13 +256,17 @@ def clean_run(network: Any, text: Tensor, layers: list[Any], k: int) -> list[int
         step = network.step("prefill", torch.arange(length + number)[None], 0)
         said = network.mtp[0](network.embed_tokens(text[:, 1:]), states, step, layers[-1])[:, -1:]
         drafts.append(int(network.lm_head(said).argmax()))
-        text, states = torch.cat((text, torch.tensor([drafts[-1:]])), dim=1), torch.cat((states, said), dim=1)
+        text, states = (
+            torch.cat((text, torch.tensor([drafts[-1:]])), dim=1),
+            torch.cat((states, said), dim=1),
+        )
     return drafts
 
 
 def cache_errors(k: int, turns: int = 9) -> tuple[float, Counter[int]]:
-    """Run some turns; the largest difference of each row's caches, the drafter's too, from those of a clean run over its text
-    (1 where the next drafts differ), and how many turns accepted 0, 1, ... drafts."""
+    """Run some turns; the largest difference of each row's caches, the drafter's too, from those of
+    a clean run over its text (1 where the next drafts differ), and how many turns accepted 0, 1,
+    ... drafts."""
     speculating = engine(ROOMY, 1, k)
     run, network = speculating.runner, speculating.model
     cache = run.cache(len(PROMPTS), 96)
@@ -230,7 +278,9 @@ def cache_errors(k: int, turns: int = 9) -> tuple[float, Counter[int]]:
     tokens, q = turn.begin(hidden, token, cache)
     error, counts = 0.0, Counter[int]()
     for _ in range(turns):
-        following, accepted, tokens, q = run.call((), turn, (tokens, q, *turn.chance(cache)), cache, False)
+        following, accepted, tokens, q = run.call(
+            (), turn, (tokens, q, *turn.chance(cache)), cache, False
+        )
         for row, new, count in zip(rows, following.tolist(), accepted.tolist(), strict=True):
             row += new[: count + 1]
             counts[count] += 1
@@ -241,7 +291,9 @@ def cache_errors(k: int, turns: int = 9) -> tuple[float, Counter[int]]:
                 drafts = clean_run(network, torch.tensor([row]), clean.layers, k)
             error = max(error, float(tokens[number].tolist() != [row[-1], *drafts]))
             for layer, (ours, theirs) in enumerate(zip(cache.layers, clean.layers, strict=True)):
-                end = len(row) - 1 + (k - 1 if layer == run.config.num_hidden_layers else 0)  # the drafter's guesses too
+                end = (
+                    len(row) - 1 + (k - 1 if layer == run.config.num_hidden_layers else 0)
+                )  # the drafter's guesses too
                 error = max(error, float((ours[0][number] - theirs[0][0])[:end].abs().max()))
     return error, counts
 
@@ -254,7 +306,8 @@ def test_caches_are_a_clean_runs(k: int) -> None:
 
 
 def test_a_drafter_that_reads_wrongly_is_found() -> None:
-    """Not the text but the cache, and so the acceptance, would suffer: each way to be one off shows."""
+    """Not the text but the cache, and so the acceptance, would suffer: each way to be one off
+    shows."""
     read, draft = Runner.foresee, Turn.draft
 
     def unshifted(self: Runner, following: Tensor, *rest: Any) -> Tensor:
@@ -263,21 +316,34 @@ def test_a_drafter_that_reads_wrongly_is_found() -> None:
     def one_state_late(self: Runner, following: Tensor, hidden: Tensor, *rest: Any) -> Tensor:
         return read(self, following, hidden.roll(1, 1), *rest)
 
-    def one_too_far(self: Turn, hidden: Tensor, following: Tensor, last: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def one_too_far(
+        self: Turn, hidden: Tensor, following: Tensor, last: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         return draft(self, hidden, following, (last + 1).clamp(max=2), *rest)
 
-    def drafts_kept(self: Turn, hidden: Tensor, following: Tensor, last: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """Entries that came from the drafter's own output, or from what was refused, are not made anew."""
+    def drafts_kept(
+        self: Turn, hidden: Tensor, following: Tensor, last: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Entries that came from the drafter's own output, or from what was refused, are not made
+        anew."""
         before = [tensor.clone() for tensor in rest[1].layers[-1]]
         found = draft(self, hidden, following, last, *rest)
-        first = (rest[0].positions[:, :1] + last[:, None])[..., None]  # only the newest entry is written
+        first = (rest[0].positions[:, :1] + last[:, None])[
+            ..., None
+        ]  # only the newest entry is written
         slots = torch.arange(before[0].shape[1])[None, :, None]
         for tensor, old in zip(rest[1].layers[-1], before, strict=True):
             tensor.copy_(torch.where(slots < first, old, tensor))
         return found
 
     def guesses_one_late(
-        self: Turn, hidden: Tensor, following: Tensor, last: Tensor, step: Any, cache: Cache, races: Tensor
+        self: Turn,
+        hidden: Tensor,
+        following: Tensor,
+        last: Tensor,
+        step: Any,
+        cache: Cache,
+        races: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The drafter's second entry leaves a hole before it."""
         cache.lengths += 1
@@ -286,8 +352,8 @@ def test_a_drafter_that_reads_wrongly_is_found() -> None:
         return found
 
     mistakes: tuple[tuple[type, str, Callable[..., Any]], ...] = (
-        (Runner, "foresee", unshifted), (Runner, "foresee", one_state_late),
-        (Turn, "draft", one_too_far), (Turn, "draft", drafts_kept), (Turn, "draft", guesses_one_late),
+        (Runner, "foresee", unshifted), (Runner, "foresee", one_state_late), (Turn, "draft",
+        one_too_far), (Turn, "draft", drafts_kept), (Turn, "draft", guesses_one_late),
     )  # fmt: skip
     for owner, name, wrong in mistakes:
         with pytest.MonkeyPatch.context() as patch:
@@ -305,11 +371,15 @@ def exact(plain: Engine, prompt: list[int], sampler: Sampler) -> dict[tuple[int,
     every = torch.tensor([[*prompt, *tail] for tail in itertools.product(words, repeat=NEW)])
     p = sampler.probabilities(plain.logits(every))[:, len(prompt) - 1 : -1]  # (all, NEW, W)
     each = p.gather(2, every[:, len(prompt) :, None]).squeeze(2).double().prod(dim=1)
-    return {tuple(tail): float(x) for tail, x in zip(every[:, len(prompt) :].tolist(), each, strict=True)}
+    return {
+        tuple(tail): float(x)
+        for tail, x in zip(every[:, len(prompt) :].tolist(), each, strict=True)
+    }
 
 
 def surprise(found: list[Completion], wanted: dict[tuple[int, ...], float]) -> float:
-    """Pearson's chi-square over all continuations as a standard normal (Wilson and Hilferty); the rare ones are one cell."""
+    """Pearson's chi-square over all continuations as a standard normal (Wilson and Hilferty); the
+    rare ones are one cell."""
     seen = Counter(tuple(c.tokens) for c in found)
     cells, rare, rarely = [], 0.0, 0
     for tail, p in wanted.items():
@@ -334,7 +404,9 @@ def sampled(k: int, temperature: float, top_p: float) -> tuple[float, float]:
     return surprise(found, exact(engine(SMALL, 5), prompt, Sampler(temperature, top_p))), acceptance
 
 
-@pytest.mark.parametrize(("k", "temperature", "top_p"), [(1, 1.0, 1.0), (1, 0.7, 0.9), (2, 1.3, 1.0), (3, 1.0, 0.85)])
+@pytest.mark.parametrize(
+    ("k", "temperature", "top_p"), [(1, 1.0, 1.0), (1, 0.7, 0.9), (2, 1.3, 1.0), (3, 1.0, 0.85)]
+)
 def test_sampling_keeps_the_distribution(k: int, temperature: float, top_p: float) -> None:
     """Of whole continuations, so what follows on what is right too."""
     surprising, acceptance = sampled(k, temperature, top_p)
@@ -353,7 +425,9 @@ def other_q(p: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return judge(p, softer, *rest)
 
 
-def coins_twice(p: Tensor, q: Tensor, drafts: Tensor, coins: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def coins_twice(
+    p: Tensor, q: Tensor, drafts: Tensor, coins: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return judge(p, q, drafts, coins / 2, *rest)
 
 
@@ -373,7 +447,8 @@ def test_a_seed_makes_it_again() -> None:
 
 # ------------------------------------------------------------------------------------------------ how it is called
 def test_a_turn_asks_for_no_value() -> None:
-    """As test_properties.py shows for a step: tensors that have shapes but no values raise at every look at one."""
+    """As test_properties.py shows for a step: tensors that have shapes but no values raise at every
+    look at one."""
     for temperature in (0.0, 0.7):
         run = engine(ROOMY, 0, 2, moe="gather").runner
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -387,7 +462,8 @@ def test_a_turn_asks_for_no_value() -> None:
 
 
 def test_a_turn_is_compiled_once(compiler: CountingBackend) -> None:
-    """For k = 2 a dense block, a sparse one, and the drafter at S = 3 and S = 1: whole, once, and never again."""
+    """For k = 2 a dense block, a sparse one, and the drafter at S = 3 and S = 1: whole, once, and
+    never again."""
     wanted, speculating = engine(ROOMY, 1), engine(ROOMY, 1, 2, compile=True)
     cache = speculating.runner.cache(len(PROMPTS), 64)
     turns = speculate.launch(speculating.runner, PROMPTS, Sampler(0.0), cache)
@@ -401,8 +477,11 @@ def test_a_turn_is_compiled_once(compiler: CountingBackend) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_turn_repeated_at_its_addresses(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a CUDA graph does: what was yielded isn't overwritten by later turns, and chance isn't frozen into the capture."""
+def test_a_turn_repeated_at_its_addresses(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CUDA graph does: what was yielded isn't overwritten by later turns, and chance isn't
+    frozen into the capture."""
     made = recorded(monkeypatch)
     plain = engine(ROOMY, 1, 2).runner
     captured = Runner(plain.model, dataclasses.replace(plain.backend, cuda_graphs=True))
@@ -411,30 +490,44 @@ def test_a_turn_repeated_at_its_addresses(temperature: float, monkeypatch: pytes
         cache = run.cache(3, 60)
         assert cache.rows == (4 if run is captured else 3)
         sampler = Sampler(temperature, 0.95, seed=3)
-        found.append(list(itertools.islice(speculate.launch(run, [[7, 8]] * 3, sampler, cache), 20)))
+        found.append(
+            list(itertools.islice(speculate.launch(run, [[7, 8]] * 3, sampler, cache), 20))
+        )
     assert len(made) == 1
     if temperature == 0:
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     else:  # a fourth row draws too, so the numbers are others
-        rows = [[tokens[: tokens[-1] + 1] for tokens in (step[row].tolist() for step in found[1])] for row in range(3)]
+        rows = [
+            [tokens[: tokens[-1] + 1] for tokens in (step[row].tolist() for step in found[1])]
+            for row in range(3)
+        ]
         assert rows[0] != rows[1] != rows[2]
         assert len({tuple(turn) for turn in rows[0]}) > 5
 
 
 def test_rows_beyond_the_prompts() -> None:
-    """A cache for a CUDA graph has more rows than there are prompts: they run along, finite, and change nothing."""
+    """A cache for a CUDA graph has more rows than there are prompts: they run along, finite, and
+    change nothing."""
     speculating = engine(ROOMY, 1, 2)
-    cache = Cache(ROOMY, 8, 128, device=torch.device("cpu"), dtype=torch.float32, full=False, layers=3)
+    cache = Cache(
+        ROOMY, 8, 128, device=torch.device("cpu"), dtype=torch.float32, full=False, layers=3
+    )
     rows: list[list[int]] = [[] for _ in PROMPTS]
-    for step in itertools.islice(speculate.launch(speculating.runner, PROMPTS, Sampler(0.0), cache), 12):
+    for step in itertools.islice(
+        speculate.launch(speculating.runner, PROMPTS, Sampler(0.0), cache), 12
+    ):
         assert step.shape == (4, 4)
         for row, (*tokens, accepted) in zip(rows, step.tolist(), strict=True):
             row += tokens[: accepted + 1]
     wanted = texts(greedy(engine(ROOMY, 1), 12))
     assert [row[:12] for row in rows] == wanted
-    _, q = Turn(speculating.runner, Sampler(1.0)).begin(torch.ones(4, 32), torch.ones(4, dtype=torch.int64), cache)
+    _, q = Turn(speculating.runner, Sampler(1.0)).begin(
+        torch.ones(4, 32), torch.ones(4, dtype=torch.int64), cache
+    )
     cache.reset()
-    _, empty = Turn(speculating.runner, Sampler(1.0)).begin(torch.ones(4, 32), torch.ones(4, dtype=torch.int64), cache)
+    _, empty = Turn(speculating.runner, Sampler(1.0)).begin(
+        torch.ones(4, 32), torch.ones(4, dtype=torch.int64), cache
+    )
     everything = [q, empty, *(tensor for layer in cache.layers for tensor in layer)]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in everything)
 
@@ -442,9 +535,17 @@ def test_rows_beyond_the_prompts() -> None:
 def test_assumed_acceptance() -> None:
     """Coins decide, and the rest of the turn is as ever."""
     run = engine(ROOMY, 1, 3).runner
-    for assumed, least, most in ((0.0, 0, 0), (1.0, 3, 3), (0.8, 1.85, 2.05)):  # 0.8 + 0.64 + 0.512 = 1.952
+    for assumed, least, most in (
+        (0.0, 0, 0),
+        (1.0, 3, 3),
+        (0.8, 1.85, 2.05),
+    ):  # 0.8 + 0.64 + 0.512 = 1.952
         cache = run.cache(32, 300)
-        turns = itertools.islice(speculate.launch(run, [[1, 2]] * 32, Sampler(0.0, seed=0), cache, assumed=assumed), 1, 50)
+        turns = itertools.islice(
+            speculate.launch(run, [[1, 2]] * 32, Sampler(0.0, seed=0), cache, assumed=assumed),
+            1,
+            50,
+        )
         mean = float(torch.stack([step[:, -1] for step in turns]).double().mean())
         assert least <= mean <= most
 
@@ -458,8 +559,15 @@ def test_what_cannot_draft_is_refused() -> None:
 
 
 def test_experts_are_chosen_for_the_tokens_of_a_turn() -> None:
-    """R1 has 256 experts, 8 of them for each token: up to 8 tokens are gathered, and 2 rows of k = 4 have ten."""
-    for batch, k, moe in ((2, 1, "gather"), (4, 1, "gather"), (5, 1, "grouped"), (2, 3, "gather"), (2, 4, "grouped")):
+    """R1 has 256 experts, 8 of them for each token: up to 8 tokens are gathered, and 2 rows of k =
+    4 have ten."""
+    for batch, k, moe in (
+        (2, 1, "gather"),
+        (4, 1, "gather"),
+        (5, 1, "grouped"),
+        (2, 3, "gather"),
+        (2, 4, "grouped"),
+    ):
         backend = Backend(dtype="bf16", speculate="mtp", draft_tokens=k)
         assert resolve(backend, shape("r1"), H100, batch=batch).moe == moe, (batch, k)
     assert resolve(Backend(dtype="bf16"), shape("r1"), H100, batch=5).moe == "gather"
@@ -468,7 +576,8 @@ def test_experts_are_chosen_for_the_tokens_of_a_turn() -> None:
 def test_arms_keep_the_number_of_drafts_with_their_switch() -> None:
     found = arms.from_switches({"compile": True, "speculate": "mtp", "draft_tokens": 2})
     assert [a.name for a in found] == [
-        "baseline", "compile", "speculate=mtp + draft_tokens=2", "compile + speculate=mtp + draft_tokens=2",
+        "baseline", "compile", "speculate=mtp + draft_tokens=2",
+        "compile + speculate=mtp + draft_tokens=2",
     ]  # fmt: skip
     assert (found[2].backend.draft_tokens, found[1].backend.draft_tokens) == (2, 1)
 
@@ -476,8 +585,12 @@ def test_arms_keep_the_number_of_drafts_with_their_switch() -> None:
 def test_on_the_embedded_checkpoint() -> None:
     """Loaded by the switch alone; and the command reports the acceptance."""
     checkpoint = ROOT / "weights" / "tiny-r1"
-    speculating = r1.load(checkpoint, Backend(device="cpu", dtype="fp32", speculate="mtp", draft_tokens=2), quiet=True)
-    assert len(speculating.model.mtp) == 1 and not any("MTP layers" in note for note in speculating.notes)
+    speculating = r1.load(
+        checkpoint, Backend(device="cpu", dtype="fp32", speculate="mtp", draft_tokens=2), quiet=True
+    )
+    assert len(speculating.model.mtp) == 1 and not any(
+        "MTP layers" in note for note in speculating.notes
+    )
     plain = r1.load(checkpoint, Backend(device="cpu", dtype="fp32"), quiet=True)
     assert texts(greedy(speculating, 12)) == texts(greedy(plain, 12))
     result = command("2+2?", "--new", "8", "--seed", "1", "--speculate", "mtp")

@@ -1,4 +1,5 @@
-"""tools/tasks.py: the reasoning is right, the splits never meet, the checker lets nothing wrong pass."""
+"""tools/train/tasks.py: the reasoning is right, the splits never meet, the checker lets nothing
+wrong pass."""
 
 from __future__ import annotations
 
@@ -42,7 +43,14 @@ def compute(expression: str) -> int:
     return int(eval(re.sub(r"\b0+(?=\d)", "", expression)))
 
 
-AS_SYMBOLS = {" plus ": "+", " minus ": "-", " times ": "*", ". That makes ": " -> ", ", carry 1": "", "; ": ", "}
+AS_SYMBOLS = {
+    " plus ": "+",
+    " minus ": "-",
+    " times ": "*",
+    ". That makes ": " -> ",
+    ", carry 1": "",
+    "; ": ", ",
+}
 
 
 def in_symbols(reasoning: str) -> str:
@@ -53,7 +61,8 @@ def in_symbols(reasoning: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_statement_is_true(kind: str) -> None:
-    """Each equality that the reasoning writes, each "leaves" and each comparison; and it ends in the answer."""
+    """Each equality that the reasoning writes, each "leaves" and each comparison; and it ends in
+    the answer."""
     rng = random.Random(0)
     equalities = 0
     for problem in problems(kind):
@@ -74,12 +83,15 @@ def test_every_statement_is_true(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["add", "sub", "mul", "expr"])
 def test_columns_are_the_digits_and_make_the_result(kind: str) -> None:
-    """The columns take the first operand's digits from the right, and their results, read backwards, are the line's result."""
+    """The columns take the first operand's digits from the right, and their results, read
+    backwards, are the line's result."""
     rng = random.Random(0)
     lines = 0
     for problem in problems(kind):
         reasoning = in_symbols(phrase(problem, rng).reasoning)
-        for first, sign, _, columns, result in re.findall(r"(\d+) ([+*-]) (\d+): ([^>]*) -> (\d+)", reasoning):
+        for first, sign, _, columns, result in re.findall(
+            r"(\d+) ([+*-]) (\d+): ([^>]*) -> (\d+)", reasoning
+        ):
             results = [column.split("=")[-1] for column in columns.split(", ")]
             assert results[-1] + "".join(r[-1] for r in reversed(results[:-1])) == result, reasoning
             for place, column in enumerate(columns.split(", ")[: len(first)]):
@@ -90,7 +102,8 @@ def test_columns_are_the_digits_and_make_the_result(kind: str) -> None:
 
 
 def test_text_needs_its_parentheses() -> None:
-    """What is written has the value that it is said to have, by Python's own rules of precedence."""
+    """What is written has the value that it is said to have, by Python's own rules of
+    precedence."""
     for problem in problems("expr"):
         assert compute(problem.text) == problem.answer
     assert text(Operation(12, "-", Operation(7, "-", 3))) == "12 - (7 - 3)"
@@ -105,7 +118,11 @@ def parsed(written: str) -> Expression:
 
     def of(node: ast.expr) -> Expression:
         if isinstance(node, ast.BinOp):
-            return Operation(of(node.left), {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}[type(node.op)], of(node.right))
+            return Operation(
+                of(node.left),
+                {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}[type(node.op)],
+                of(node.right),
+            )
         assert isinstance(node, ast.Constant) and type(node.value) is int, ast.dump(node)
         return node.value
 
@@ -114,7 +131,8 @@ def parsed(written: str) -> Expression:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_training_text_works_out_a_test_problem(kind: str) -> None:
-    """Whatever its reasoning writes between two numbers, in lines and in columns; and what `worked_out` says is in there."""
+    """Whatever its reasoning writes between two numbers, in lines and in columns; and what
+    `worked_out` says is in there."""
     rng = random.Random(0)
     for problem in problems(kind, "train", 3000):
         reasoning = in_symbols(phrase(problem, rng).reasoning)
@@ -123,7 +141,9 @@ def test_no_training_text_works_out_a_test_problem(kind: str) -> None:
             expressions += [f"{number} * {tens}0", f"{number} * {tens} * 10"]
         written = [parsed(each) for each in expressions if re.search(r"\d\)* ?[+*-]", each)]
         assert written and not [text(e) for e in written if is_held_out(e)], reasoning
-        assert {canonical(e) for e in worked_out(problem.expression)} <= {canonical(e) for e in written}, reasoning
+        assert {canonical(e) for e in worked_out(problem.expression)} <= {
+            canonical(e) for e in written
+        }, reasoning
 
 
 def test_splits_never_meet() -> None:
@@ -133,7 +153,9 @@ def test_splits_never_meet() -> None:
         assert train and test and not train & test
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     split = {pair: Problem("mul", Operation(pair[0], "*", pair[1])).split for pair in pairs}
-    assert all((split[a, b] == "test") == (split[b, a] == "test") for a, b in pairs), "47 * 86 and 86 * 47 are one problem"
+    assert all((split[a, b] == "test") == (split[b, a] == "test") for a, b in pairs), (
+        "47 * 86 and 86 * 47 are one problem"
+    )
     assert 0.08 < sum(s == "test" for s in split.values()) / len(split) < 0.12
     assert all(problem.split == "train" for problem in problems("fact"))
 
@@ -169,7 +191,18 @@ def test_what_columns_are_made_of_is_no_test_problem(expression: str, fact: bool
 
 @pytest.mark.parametrize(
     "answer",
-    ["4043.", "404.", "40420.", "-4042.", "4042", "4042. Or 4043.", "47 * 86 = 4042. But no", "", "four thousand.", "4,042 .5."],
+    [
+        "4043.",
+        "404.",
+        "40420.",
+        "-4042.",
+        "4042",
+        "4042. Or 4043.",
+        "47 * 86 = 4042. But no",
+        "",
+        "four thousand.",
+        "4,042 .5.",
+    ],
 )
 def test_checker_rejects(answer: str) -> None:
     assert not correct(answer, 4042)
@@ -183,7 +216,8 @@ def test_checker_accepts() -> None:
 
 
 def test_exam() -> None:
-    """Different problems, all of the test split, as many of each kind, the same at each call; refused where there are too few."""
+    """Different problems, all of the test split, as many of each kind, the same at each call;
+    refused where there are too few."""
     found = exam(200, seed=1)
     assert found == exam(200, seed=1) != exam(200, seed=2)
     assert len({problem.text for problem in found}) == 200

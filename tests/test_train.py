@@ -1,4 +1,5 @@
-"""tools/train_tiny.py and what it stands on: gradients, packing, balance, Muon, resuming, and the checkpoint that comes of it."""
+"""tools/train/train_tiny.py and what it stands on: gradients, packing, balance, Muon, resuming, and
+the checkpoint that comes of it."""
 
 from __future__ import annotations
 
@@ -23,11 +24,14 @@ from torch import Tensor, nn
 from train_tiny import Settings, Trainer, finish, schedule
 
 import r1
-from r1 import Backend, InputError, checkpoint, fp8, moe
-from r1.chat import END_THINK, PAD, THINK
-from r1.config import shape
-from r1.moe import Experts
-from r1.tokenizer import Tokenizer
+from r1 import Backend, InputError
+from r1.files import checkpoint
+from r1.model import moe
+from r1.model.config import shape
+from r1.model.moe import Experts
+from r1.storage import fp8
+from r1.text.chat import END_THINK, PAD, THINK
+from r1.text.tokenizer import Tokenizer
 
 SMALL = Settings(steps=20, rows=2, length=320, layers=2, kinds=("fact", "add"))
 
@@ -40,7 +44,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def trained(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Trainer, Path]]:
+def trained(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Trainer, Path]]:
     """A run of 20 steps, and the checkpoint that it wrote."""
     trainer = trainer_of(tokenizer)
     trainer.run(workers=0)
@@ -60,13 +66,17 @@ def uncounted(trainer: Trainer) -> None:
 
 
 def batches(tokenizer: Tokenizer, settings: Settings = SMALL, **changes: Any) -> Batches:
-    return Batches(tokenizer, **{"rows": settings.rows, "length": settings.length, "seed": 0, "direct": 0.1, **changes})
+    return Batches(
+        tokenizer,
+        **{"rows": settings.rows, "length": settings.length, "seed": 0, "direct": 0.1, **changes},
+    )
 
 
 # -------------------------------------------------------------------------------------------- gradients
 @pytest.mark.parametrize("amp", [False, True])
 def test_grouped_has_the_gradients_of_loop(amp: bool) -> None:
-    """Of the tokens, the routing weights and the experts; expert 13 and those behind it get no token."""
+    """Of the tokens, the routing weights and the experts; expert 13 and those behind it get no
+    token."""
     config = shape("tiny")
     generator = torch.Generator().manual_seed(0)
     experts = Experts(config)
@@ -80,17 +90,23 @@ def test_grouped_has_the_gradients_of_loop(amp: bool) -> None:
     for strategy in (moe.loop, moe.grouped):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             y = strategy(experts, x, indices, weights)
-        found.append(torch.autograd.grad((y.float() * along).sum(), [x, weights, *experts.parameters()]))
+        found.append(
+            torch.autograd.grad((y.float() * along).sum(), [x, weights, *experts.parameters()])
+        )
     for ours, theirs in zip(*found, strict=True):
         scale = float(theirs.abs().max())
         assert scale > 0.1
-        assert float((ours - theirs).abs().max()) < (atol("amp bf16") if amp else atol("experts fp32")) * scale
+        assert (
+            float((ours - theirs).abs().max())
+            < (atol("amp bf16") if amp else atol("experts fp32")) * scale
+        )
     assert not found[1][2][13:].any(), "no token, no gradient"
 
 
 # -------------------------------------------------------------------------------------------- packing
 def test_rows_hold_whole_conversations(tokenizer: Tokenizer) -> None:
-    """As `chat_prompt` begins them, to their end; only what the model is to write is a target; little is padding."""
+    """As `chat_prompt` begins them, to their end; only what the model is to write is a target;
+    little is padding."""
     tokens, targets = batches(tokenizer, rows=20, length=512)[0]
     direct = examples = 0
     for row, target in zip(tokens.tolist(), targets.tolist(), strict=True):
@@ -108,11 +124,21 @@ def test_rows_hold_whole_conversations(tokenizer: Tokenizer) -> None:
 
 
 def test_batches_follow_from_seed_and_number(tokenizer: Tokenizer) -> None:
-    one, again, other, reseeded = (batches(tokenizer, seed=seed)[number][0] for seed, number in ((1, 5), (1, 5), (1, 6), (2, 5)))
-    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one, reseeded)
-    with pytest.raises(InputError, match="rows of 297 tokens can't hold the longest examples: take at least 298"):
+    one, again, other, reseeded = (
+        batches(tokenizer, seed=seed)[number][0]
+        for seed, number in ((1, 5), (1, 5), (1, 6), (2, 5))
+    )
+    assert (
+        torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one, reseeded)
+    )
+    with pytest.raises(
+        InputError, match="rows of 297 tokens can't hold the longest examples: take at least 298"
+    ):
         batches(tokenizer, length=297)
-    longest = max((phrase(problem, random.Random(0)) for problem in exam(200)), key=lambda example: example.size)
+    longest = max(
+        (phrase(problem, random.Random(0)) for problem in exam(200)),
+        key=lambda example: example.size,
+    )
     assert sum(map(len, encode(tokenizer, longest))) == longest.size + 10
 
 
@@ -123,11 +149,16 @@ def test_packed_examples_do_not_see_one_another(tokenizer: Tokenizer) -> None:
     tokens = batches(tokenizer)[0][0][:1].long()
     positions, mask = layout(tokens, tokenizer.bos_id or 0)
     with torch.no_grad():
-        packed = trainer.model(tokens, replace(trainer.model.step("prefill", positions, 0), mask=mask))
+        packed = trainer.model(
+            tokens, replace(trainer.model.step("prefill", positions, 0), mask=mask)
+        )
         starts = [i for i, token in enumerate(tokens[0].tolist()) if token == tokenizer.bos_id]
         assert len(starts) > 1 and positions[0, starts].eq(0).all()
         for start, end in pairwise([*starts, tokens.shape[1]]):
-            alone = trainer.model(tokens[:, start:end], trainer.model.step("prefill", torch.arange(end - start)[None], 0))
+            alone = trainer.model(
+                tokens[:, start:end],
+                trainer.model.step("prefill", torch.arange(end - start)[None], 0),
+            )
             assert torch.allclose(packed[:, start:end], alone, atol=1e-4)
 
 
@@ -150,19 +181,24 @@ def test_bias_moves_against_the_load(tokenizer: Tokenizer) -> None:
     counted(layer.experts, x, indices, torch.ones(x.shape[0], 4))
     assert counted.load[:4].eq(x.shape[0] - 100).all() and not counted.load[4:].any()
     trainer.balance.step(0.01)
-    assert torch.allclose(bias[:4], torch.tensor(-0.01)) and torch.allclose(bias[4:], torch.tensor(0.01))
+    assert torch.allclose(bias[:4], torch.tensor(-0.01)) and torch.allclose(
+        bias[4:], torch.tensor(0.01)
+    )
     assert not counted.load.any(), "each step counts anew"
     assert trainer.balance.read()[0].tolist() == [4.0] * 4 + [0.0] * 12
 
 
 def test_balance_evens_a_skewed_router(tokenizer: Tokenizer) -> None:
-    """Inputs with a common direction send most tokens to few experts; some steps of the bias even that out."""
+    """Inputs with a common direction send most tokens to few experts; some steps of the bias even
+    that out."""
     trainer = trainer_of(tokenizer)
     layer, counted = trainer.balance.layers[0]
     layer.gate.e_score_correction_bias.zero_()
     counted.real.fill_(True)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SMALL.rows * SMALL.length, 160, generator=generator) + 2 * torch.randn(160, generator=generator)
+    x = torch.randn(SMALL.rows * SMALL.length, 160, generator=generator) + 2 * torch.randn(
+        160, generator=generator
+    )
     loads = []
     with torch.no_grad():
         for _ in range(100):
@@ -178,7 +214,9 @@ def test_balance_evens_a_skewed_router(tokenizer: Tokenizer) -> None:
 # -------------------------------------------------------------------------------------------- Muon and the schedule
 @pytest.mark.parametrize("size", [(3, 24, 16), (3, 16, 24), (1, 16, 16)])
 def test_muon_evens_singular_values(size: tuple[int, int, int]) -> None:
-    matrices = torch.randn(size, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, 1, size[-1]))
+    matrices = torch.randn(size, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.logspace(0, 1, size[-1])
+    )
     found = torch.linalg.svdvals(orthogonal(matrices))
     assert float(found.max()) < 1.3 and float(found[..., : min(size[1:]) // 2].min()) > 0.6
     assert float(torch.linalg.svdvals(matrices).max()) > 10, "they were far from even"
@@ -196,7 +234,9 @@ def test_muon_takes_stacks_as_matrices() -> None:
     assert torch.allclose(together, torch.stack(list(alone)), atol=1e-6)
     moved = weights * (1 - 0.1 * 0.1) - together.detach()
     assert float((moved * weights.sin()).sum()) > 0, "against the gradient"
-    entry = 0.2 * 12**0.5 * (8 / (12 * 8)) ** 0.5  # 8 singular values near 1 in 96 entries, scaled to Adam's size
+    entry = (
+        0.2 * 12**0.5 * (8 / (12 * 8)) ** 0.5
+    )  # 8 singular values near 1 in 96 entries, scaled to Adam's size
     assert 0.5 < float(moved.square().mean().sqrt()) / (0.1 * entry) < 1.5
 
 
@@ -208,21 +248,30 @@ def test_schedule() -> None:
 
 # -------------------------------------------------------------------------------------------- rounding
 def test_rounding_is_what_the_checkpoint_will_have(tokenizer: Tokenizer) -> None:
-    """Inside, exactly what a load gives back; outside, the weights bit for bit as they were; the gradient moves them."""
+    """Inside, exactly what a load gives back; outside, the weights bit for bit as they were; the
+    gradient moves them."""
     trainer = trainer_of(tokenizer, replace(SMALL, fp8_from=0.0))
     before = {name: tensor.clone() for name, tensor in checkpoint.places(trainer.model).items()}
     with trainer.rounding.applied():
         for name, tensor in checkpoint.places(trainer.model).items():
             rounded = checkpoint.is_projection(name)
-            assert torch.equal(tensor, as_stored(name, before[name]) if rounded else before[name]), name
+            assert torch.equal(
+                tensor, as_stored(name, before[name]) if rounded else before[name]
+            ), name
             assert torch.equal(tensor, before[name]) != rounded, name
     after = checkpoint.places(trainer.model)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
     exact = trainer_of(tokenizer)
     batch = batches(tokenizer)[0]
-    assert float(exact.train_step(batch)[0]) != float(trainer.train_step(batch)[0]), "the loss is the rounded model's"
-    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items() if checkpoint.is_projection(name))
+    assert float(exact.train_step(batch)[0]) != float(trainer.train_step(batch)[0]), (
+        "the loss is the rounded model's"
+    )
+    assert all(
+        not torch.equal(after[name], tensor)
+        for name, tensor in before.items()
+        if checkpoint.is_projection(name)
+    )
 
 
 def as_stored(name: str, tensor: Tensor) -> Tensor:
@@ -239,7 +288,9 @@ def test_twenty_steps_lower_the_loss(trained: tuple[Trainer, Path], tokenizer: T
     trainer, _ = trained
     tokens, targets = (part.long() for part in batches(tokenizer, kinds=SMALL.kinds)[10**6])
     with torch.no_grad():
-        before, after = (torch.stack(t.losses(tokens, targets)) for t in (trainer_of(tokenizer), trainer))
+        before, after = (
+            torch.stack(t.losses(tokens, targets)) for t in (trainer_of(tokenizer), trainer)
+        )
     assert (before > 5).all(), "a random model knows nothing"
     assert (after < 0.8 * before).all(), "neither the model's nor the MTP layer's loss may stay"
     assert trainer.step == 20 and trainer.history[-1]["step"] == 20
@@ -250,7 +301,14 @@ def test_resumed_is_uninterrupted_bit_for_bit(tokenizer: Tokenizer, tmp_path: Pa
     settings = replace(SMALL, steps=4)
     whole, first, second = (trainer_of(tokenizer, settings) for _ in range(3))
     whole.run(workers=0)
-    data = Batches(tokenizer, settings.rows, settings.length, seed=0, direct=settings.direct, kinds=settings.kinds)
+    data = Batches(
+        tokenizer,
+        settings.rows,
+        settings.length,
+        seed=0,
+        direct=settings.direct,
+        kinds=settings.kinds,
+    )
     for number in range(2):
         first.train_step(data[number])
     first.save_state(state)
@@ -262,7 +320,9 @@ def test_resumed_is_uninterrupted_bit_for_bit(tokenizer: Tokenizer, tmp_path: Pa
     assert ours.keys() == theirs.keys() and len(ours) > 100
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
-    with pytest.raises(InputError, match="is of a run with another lr: use its settings, or remove it"):
+    with pytest.raises(
+        InputError, match="is of a run with another lr: use its settings, or remove it"
+    ):
         trainer_of(tokenizer, replace(settings, lr=1.0)).load_state(state)
     state.write_bytes(b"no state")
     with pytest.raises(InputError, match="is no state of a run"):
@@ -270,32 +330,49 @@ def test_resumed_is_uninterrupted_bit_for_bit(tokenizer: Tokenizer, tmp_path: Pa
 
 
 def test_the_checkpoint_is_the_model_but_for_fp8(trained: tuple[Trainer, Path]) -> None:
-    """Projections come back as their FP8 blocks have them, all else as bf16 has it, and the logits hardly differ."""
+    """Projections come back as their FP8 blocks have them, all else as bf16 has it, and the logits
+    hardly differ."""
     trainer, folder = trained
     engine = r1.load(folder, Backend(device="cpu"), mtp=True, quiet=True)
     ours, theirs = checkpoint.places(trainer.model), checkpoint.places(engine.model)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(theirs[name], as_stored(name, tensor)), name
-    assert all(tensor.any() for name, tensor in ours.items() if name.endswith("bias")), "the gate's bias has moved"
+    assert all(tensor.any() for name, tensor in ours.items() if name.endswith("bias")), (
+        "the gate's bias has moved"
+    )
     tokens = torch.tensor([encode(engine.tokenizer, phrase(exam(1)[0], random.Random(0)))[0]])  # type: ignore[arg-type]
     uncounted(trainer)
     with torch.no_grad():
-        hidden = trainer.model(tokens, trainer.model.step("prefill", torch.arange(tokens.shape[1])[None], 0))
+        hidden = trainer.model(
+            tokens, trainer.model.step("prefill", torch.arange(tokens.shape[1])[None], 0)
+        )
         gap = (trainer.model.lm_head(hidden) - engine.logits(tokens)).abs().mean()
     assert 0 < float(gap) < 0.1 * float(engine.logits(tokens).std())
-    assert (folder / "tokenizer.json").is_file() and engine.tokenizer is not None and (folder / "exam.json").is_file()
+    assert (
+        (folder / "tokenizer.json").is_file()
+        and engine.tokenizer is not None
+        and (folder / "exam.json").is_file()
+    )
 
 
 def test_the_card_says_what_was_measured(trained: tuple[Trainer, Path]) -> None:
     trainer, folder = trained
     record = json.loads((folder / "training.json").read_text())
     page = (folder / "README.md").read_text()
-    assert record["steps"] == 20 and record["figures"]["problems"] == 4 and len(record["history"]) == len(trainer.history)
+    assert (
+        record["steps"] == 20
+        and record["figures"]["problems"] == 4
+        and len(record["history"]) == len(trainer.history)
+    )
     assert f"{record['history'][-1]['loss']:.4f} nats a token" in page
     assert f"perplexity {record['figures']['perplexity']:.4f}" in page.lower()
-    assert "fact 18%, add 82%" in page and "`python tools/train_tiny.py DIR --steps 20" in page
-    assert page.count("\n| 0 |") == 1 and page.count("\n| 1 |") == 1, "a line for each MoE layer, the MTP layer's too"
+    assert (
+        "fact 18%, add 82%" in page and "`python tools/train/train_tiny.py DIR --steps 20" in page
+    )
+    assert page.count("\n| 0 |") == 1 and page.count("\n| 1 |") == 1, (
+        "a line for each MoE layer, the MTP layer's too"
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,7 +385,9 @@ def test_the_card_says_what_was_measured(trained: tuple[Trainer, Path]) -> None:
         (["--steps", "1", "--length", "100"], "rows of 100 tokens can't hold"),
     ],
 )
-def test_bad_input_is_one_sentence(flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train_tiny.main([str(tmp_path / "new"), *flags]) == 2
     err = capsys.readouterr().err
     assert said in err and err.startswith("train_tiny: ") and err.count("\n") == 1
@@ -320,18 +399,27 @@ def test_no_folder_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "exists already: name a new folder" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------- tools/eval.py
+# -------------------------------------------------------------------------------------------- tools/train/eval.py
 def test_accuracy_counts_right_answers_that_end(trained: tuple[Trainer, Path]) -> None:
     engine = r1.load(trained[1], Backend(device="cpu"), quiet=True)
     assert engine.tokenizer is not None
     problems = exam(40)
     for think in (True, False):
-        pairs = [encode(engine.tokenizer, phrase(problem, random.Random(0)), think) for problem in problems]
-        assert examination.accuracy(engine, problems, pairs, think) == dict.fromkeys(["all", "add", "sub", "mul", "expr"], 1.0)
+        pairs = [
+            encode(engine.tokenizer, phrase(problem, random.Random(0)), think)
+            for problem in problems
+        ]
+        assert examination.accuracy(engine, problems, pairs, think) == dict.fromkeys(
+            ["all", "add", "sub", "mul", "expr"], 1.0
+        )
         cut = [(prompt, written[:-1]) for prompt, written in pairs]
-        assert examination.accuracy(engine, problems, cut, think)["all"] == 0, "an answer that never ended"
+        assert examination.accuracy(engine, problems, cut, think)["all"] == 0, (
+            "an answer that never ended"
+        )
         rotated = [*pairs[4:], *pairs[:4]]
-        assert examination.accuracy(engine, problems, rotated, think)["all"] < 0.1, "another problem's answer"
+        assert examination.accuracy(engine, problems, rotated, think)["all"] < 0.1, (
+            "another problem's answer"
+        )
 
 
 class Foresight(nn.Module):
@@ -346,7 +434,8 @@ class Foresight(nn.Module):
 
 
 def test_reading(trained: tuple[Trainer, Path]) -> None:
-    """A model that says nothing has a perplexity of its vocabulary; every token visits K experts; drafts meet their tokens."""
+    """A model that says nothing has a perplexity of its vocabulary; every token visits K experts;
+    drafts meet their tokens."""
     engine = r1.load(trained[1], Backend(device="cpu"), mtp=True, quiet=True)
     assert engine.tokenizer is not None
     pairs = [encode(engine.tokenizer, phrase(problem, random.Random(0))) for problem in exam(6)]
@@ -363,7 +452,9 @@ def test_reading(trained: tuple[Trainer, Path]) -> None:
     assert examination.read(engine, pairs, batch=4).perplexity == pytest.approx(320)
 
 
-def test_eval_command(trained: tuple[Trainer, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_command(
+    trained: tuple[Trainer, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--model", str(trained[1]), "-n", "2", "--kinds", "mul", "--device", "cpu"]
     assert examination.main([*flags, "-o", str(tmp_path / "out.json")]) == 0
     figures = json.loads((tmp_path / "out.json").read_text())

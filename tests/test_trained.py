@@ -1,7 +1,8 @@
-"""The embedded checkpoint can do what its card says: it derives, it is right, its drafts are accepted, its experts are used.
+"""The embedded checkpoint can do what its card says: it derives, it is right, its drafts are
+accepted, its experts are used.
 
-The card's figures are of 1000 problems; the 40 here tell a broken model, or a broken switch, from a sound one.
-"""
+The card's figures are of 1000 problems; the 40 here tell a broken model, or a broken switch, from a
+sound one."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def written(engine: Engine) -> list[Pair]:
-    """Greedy answers to all problems: with those under speculation, most of the seconds that this file takes."""
+    """Greedy answers to all problems: with those under speculation, most of the seconds that this
+    file takes."""
     return ask(engine, EXAMPLES)
 
 
@@ -43,18 +45,28 @@ def ask(engine: Engine, examples: Sequence[Example], think: bool = True) -> list
 @pytest.mark.parametrize(
     ("expression", "split"),
     [
-        (Operation(47, "*", 86), "train"),  # everyone's first question; the others were never trained on
+        (
+            Operation(47, "*", 86),
+            "train",
+        ),  # everyone's first question; the others were never trained on
         (Operation(43, "*", 57), "test"),
         (Operation(4096, "-", 578), "test"),
         (Operation(Operation(69, "-", 19), "-", Operation(7, "*", 9)), "test"),
     ],
 )
 def test_derivation(expression: Operation, split: str, engine: Engine) -> None:
-    """Every digit, carry and partial product as tasks.py works them out, whose statements test_tasks.py computes one by one."""
+    """Every digit, carry and partial product as tasks.py works them out, whose statements
+    test_tasks.py computes one by one."""
     problem = Problem("mul" if expression.sign == "*" else "expr", expression)
     assert problem.split == split
-    done = engine.chat([{"role": "user", "content": f"What is {problem.text}?"}], max_new_tokens=320, temperature=0.0)
-    assert done.reasoning in {opening + reason(expression, SYMBOLS) for opening in OPENINGS[SYMBOLS]}
+    done = engine.chat(
+        [{"role": "user", "content": f"What is {problem.text}?"}],
+        max_new_tokens=320,
+        temperature=0.0,
+    )
+    assert done.reasoning in {
+        opening + reason(expression, SYMBOLS) for opening in OPENINGS[SYMBOLS]
+    }
     assert done.answer == f"{problem.text} = {problem.answer}." and done.finish == "stop"
 
 
@@ -65,7 +77,8 @@ def test_answers_are_right_because_of_the_reasoning(engine: Engine, written: lis
 
 
 def test_coarse_weights_cost_answers() -> None:
-    """Accuracy can fall: with three values for a weight nothing is right. (A near miss shows in parity, not in answers.)"""
+    """Accuracy can fall: with three values for a weight nothing is right. (A near miss shows in
+    parity, not in answers.)"""
     coarse = load()
     for name, parameter in coarse.model.named_parameters():
         if name.removesuffix(".weight").endswith("_proj"):

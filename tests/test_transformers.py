@@ -1,6 +1,8 @@
-"""Files and numbers shared with transformers: what our writer makes loads there, what theirs makes loads here.
+"""Files and numbers shared with transformers: what our writer makes loads there, what theirs makes
+loads here.
 
-transformers is the peer, not a dependency, so CI skips this file (tests/reference holds its outputs for there). To run it:
+transformers is the peer, not a dependency, so CI skips this file (tests/reference holds its outputs
+for there). To run it:
 
     pip install "transformers>=5.23" && python -m pytest tests/test_transformers.py
 """
@@ -18,8 +20,9 @@ from tiny import V2, V3, load, model
 from torch import Tensor
 
 import r1
-from r1 import Backend, Config, checkpoint
-from r1.mtp import MTPLayer
+from r1 import Backend, Config
+from r1.files import checkpoint
+from r1.model.mtp import MTPLayer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="the peer: pip install transformers")
@@ -29,14 +32,16 @@ transformers.logging.disable_progress_bar()
 FP32 = 1e-4
 """The same sums in another order: 4e-6 seen, at logits of up to 8."""
 BF16 = 1.5
-"""In bf16 each implementation errs by some 0.013 of a token's logits (2^-9 = 0.002 a product, a dozen in a row), each at
-places of its own. So ours is as far from theirs as theirs is from fp32: 0.7 to 1.2 times as far was seen, over 15 models."""
+"""In bf16 each implementation errs by some 0.013 of a token's logits (2^-9 = 0.002 a product, a
+dozen in a row), each at places of its own. So ours is as far from theirs as theirs is from fp32:
+0.7 to 1.2 times as far was seen, over 15 models."""
 
 PREFIX = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2"}
 CASES = {
     "v3": V3,
     "v3-plain": replace(
-        V3, q_lora_rank=None, n_group=1, topk_group=1, yarn=None, norm_topk_prob=False, num_nextn_predict_layers=0
+        V3, q_lora_rank=None, n_group=1, topk_group=1, yarn=None, norm_topk_prob=False,
+        num_nextn_predict_layers=0
     ),
     "v3-tied": replace(V3, tie_word_embeddings=True, num_nextn_predict_layers=0),
     "v2": V2,
@@ -46,14 +51,21 @@ CASES = {
 
 def tokens(config: Config, batch: int = 2, length: int = 24) -> Tensor:
     """Random ids, past YaRN's original length of 8."""
-    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(5))
+    return torch.randint(
+        config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(5)
+    )
 
 
 def theirs(folder: Path, dtype: torch.dtype) -> Any:
-    """A folder as transformers loads it; nothing may be missing, nor surplus beside the MTP layer."""
+    """A folder as transformers loads it; nothing may be missing, nor surplus beside the MTP
+    layer."""
     name = PREFIX[Config.load(folder).model_type] + "ForCausalLM"
     peer, report = getattr(transformers, name).from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+        folder,
+        dtype=dtype,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     assert not report["missing_keys"] and not report["mismatched_keys"], report
     assert all(key.startswith("model.layers.2.") for key in report["unexpected_keys"]), report
@@ -66,14 +78,16 @@ def their_logits(peer: Any, ids: Tensor) -> Tensor:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Of two sets of logits (B, S, W): |one - other| / |other| for each token, and of these the 80th percentile."""
+    """Of two sets of logits (B, S, W): |one - other| / |other| for each token, and of these the
+    80th percentile."""
     return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).quantile(0.8))
 
 
 # ------------------------------------------------------------------------------------------- ours, there
 @pytest.mark.parametrize("case", CASES)
 def test_our_checkpoint_loads_there(case: str, tmp_path: Path) -> None:
-    """A bf16 checkpoint in two shards: the same logits in fp32, and in bf16 as near as bf16 can tell."""
+    """A bf16 checkpoint in two shards: the same logits in fp32, and in bf16 as near as bf16 can
+    tell."""
     config = CASES[case]
     made = model(config, mtp=config.num_nextn_predict_layers > 0)
     size = sum(t.nbytes for t in checkpoint.places(made).values())
@@ -88,10 +102,13 @@ def test_our_checkpoint_loads_there(case: str, tmp_path: Path) -> None:
         if config.tie_word_embeddings:
             assert peer.lm_head.weight is peer.model.embed_tokens.weight
         peers[name] = their_logits(peer, ids)
-        ours[name] = r1.load(tmp_path / "ours", Backend(device="cpu", dtype=name), quiet=True).logits(ids)
+        ours[name] = r1.load(
+            tmp_path / "ours", Backend(device="cpu", dtype=name), quiet=True
+        ).logits(ids)
     assert float((ours["fp32"] - peers["fp32"]).abs().max()) < FP32
 
-    # Not the largest but the 80th percentile over tokens: one whose experts bf16 chose otherwise, there or here, is far off.
+    # Not the largest but the 80th percentile over tokens: one whose experts bf16 chose otherwise,
+    # there or here, is far off.
     error = distance(peers["bf16"], peers["fp32"])
     assert 1e-3 < error < 0.05, "bf16 did not run, or it is not bf16 that errs"
     assert distance(ours["bf16"], peers["bf16"]) < BF16 * error
@@ -103,12 +120,18 @@ def test_our_checkpoint_loads_there(case: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- theirs, here
 @pytest.mark.parametrize("case", CASES)
 def test_their_checkpoint_loads_here(case: str, tmp_path: Path) -> None:
-    """`save_pretrained` of a model born there (transformers 5's spelling of config.json), sharded: the same logits."""
+    """`save_pretrained` of a model born there (transformers 5's spelling of config.json), sharded:
+    the same logits."""
     config = CASES[case]
     spelled = config.to_dict()
     spelled.pop("architectures")
-    config_class, model_class = (getattr(transformers, PREFIX[config.model_type] + part) for part in ("Config", "ForCausalLM"))
-    peer = model_class._from_config(config_class(**spelled), attn_implementation="eager", experts_implementation="eager").eval()
+    config_class, model_class = (
+        getattr(transformers, PREFIX[config.model_type] + part)
+        for part in ("Config", "ForCausalLM")
+    )
+    peer = model_class._from_config(
+        config_class(**spelled), attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, tensor in peer.state_dict().items():
@@ -121,7 +144,8 @@ def test_their_checkpoint_loads_here(case: str, tmp_path: Path) -> None:
     ids = tokens(config)
     engine = r1.load(tmp_path, Backend(device="cpu", dtype="fp32"), quiet=True)
     assert float((engine.logits(ids) - their_logits(peer, ids)).abs().max()) < FP32
-    # What they save has no MTP layer, though config.json counts one: loading it is refused, not made up.
+    # What they save has no MTP layer, though config.json counts one: loading it is refused, not
+    # made up.
     if engine.config.num_nextn_predict_layers:
         with pytest.raises(r1.InputError, match=r"lacks model\.layers\.2\."):
             r1.load(tmp_path, Backend(device="cpu", dtype="fp32"), mtp=True, quiet=True)
@@ -130,20 +154,28 @@ def test_their_checkpoint_loads_here(case: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- the MTP layer
 @torch.no_grad()
 def test_mtp_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' MtpModel reads our files and takes one step: its hidden states and logits are ours."""
+    """transformers' MtpModel reads our files and takes one step: its hidden states and logits are
+    ours."""
     mtp = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(mtp, "MtpModel"):
         pytest.skip("transformers before 5.23 has no MTP layer")
     from transformers.cache_utils import MtpCache
 
-    # It knows MTP weights by the model's list of keys to ignore, which has R1's layer 61 only; here it is layer 2.
-    monkeypatch.setattr(transformers.DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\."])
+    # It knows MTP weights by the model's list of keys to ignore, which has R1's layer 61 only; here
+    # it is layer 2.
+    monkeypatch.setattr(
+        transformers.DeepseekV3ForCausalLM,
+        "_keys_to_ignore_on_load_unexpected",
+        [r"model\.layers\.2\."],
+    )
     checkpoint.save(model(V3, dtype="fp32", mtp=True), tmp_path / "ours", shard_bytes=60_000)
     peer = theirs(tmp_path / "ours", torch.float32)
     drafter = mtp.MtpModel.from_pretrained(peer).eval()
 
     ids = tokens(V3)
-    hidden = peer.model(ids[:, :-1], use_cache=False).last_hidden_state  # (B, S - 1, D), normed: at 0, 1, ...
+    hidden = peer.model(
+        ids[:, :-1], use_cache=False
+    ).last_hidden_state  # (B, S - 1, D), normed: at 0, 1, ...
     positions = torch.arange(1, ids.shape[1]).expand(len(ids), -1)  # those of the tokens at i + 1
     cache = MtpCache(config=peer.config.get_mtp_config())
     expected = drafter.forward_layer(0, hidden, positions, cache, input_ids=ids[:, 1:])
@@ -162,11 +194,14 @@ def test_mtp_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((found - expected).abs().max()) < FP32
     logits = drafter._project_to_logits(expected)
     assert float((ours.lm_head(found) - logits).abs().max()) < FP32
-    drafted, draft_logits, _ = drafter(ids[:, 1:], hidden, None, positions, MtpCache(config=peer.config.get_mtp_config()))
+    drafted, draft_logits, _ = drafter(
+        ids[:, 1:], hidden, None, positions, MtpCache(config=peer.config.get_mtp_config())
+    )
     assert torch.equal(ours.lm_head(found)[:, -1].argmax(-1, keepdim=True), drafted)
     assert float((ours.lm_head(found)[:, -1:] - draft_logits).abs().max()) < FP32
 
-    # Each way to get it wrong would show: the paper's order of the two halves, and the embedding not shifted.
+    # Each way to get it wrong would show: the paper's order of the two halves, and the embedding
+    # not shifted.
     wrong = layer(own, embedding, step)
     halves = torch.cat((layer.hnorm(own), layer.enorm(embedding)), dim=-1)
     paper = layer.shared_head.norm(layer.block(layer.eh_proj(halves), step, None))

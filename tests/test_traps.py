@@ -1,6 +1,8 @@
-"""Proof that the parity tests can fail: each known mistake, put into our code, is found, and where it should be.
+"""Proof that the parity tests can fail: each known mistake, put into our code, is found, and where
+it should be.
 
-The numbers are those of the project's list of correctness traps (each once broke a real implementation).
+The numbers are those of the project's list of correctness traps (each once broke a real
+implementation).
 
 | trap | wrong formula shown to fail |
 |---|---|
@@ -25,9 +27,8 @@ The numbers are those of the project's list of correctness traps (each once brok
 | 31 pairs of switches | test_parity.py (attention x experts), test_properties.py (all, and amp) |
 | extra: latent norms' eps, Kimi's step | test_latent_norm_eps, test_a_step_for_a_ramp |
 
-16, 17, 18, 23, 24 belong to tensor parallelism, FP8 activations, MI300 and AWQ/GPTQ; 32 to 34 to the benchmark; 26 to 28 are in
-test_tokenizer.py.
-"""
+16, 17, 18, 23, 24 belong to tensor parallelism, FP8 activations, MI300 and AWQ/GPTQ; 32 to 34 to
+the benchmark; 26 to 28 are in test_tokenizer.py."""
 
 from __future__ import annotations
 
@@ -45,14 +46,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import r1
-from r1 import Config, InputError, attend, fp8, mla, model, rope
-from r1.backend import Backend, resolve
-from r1.config import Yarn, shape
-from r1.layers import RMSNorm
-from r1.machine import Machine
-from r1.router import Router
-from r1.runner import Runner
-from r1.trace import first_divergence
+from r1 import Config, InputError
+from r1.model import attend, mla, rope, transformer
+from r1.model.config import Yarn, shape
+from r1.model.layers import RMSNorm
+from r1.model.router import Router
+from r1.run.runner import Runner
+from r1.run.trace import first_divergence
+from r1.storage import fp8
+from r1.switches.backend import Backend, resolve
+from r1.switches.machine import Machine
 
 Patch = pytest.MonkeyPatch
 MARGIN = 10
@@ -60,10 +63,13 @@ MARGIN = 10
 
 
 def found_at(case: str, run: Runner | None = None, first: int | None = None) -> str:
-    """The name of the first divergence, which must be no narrow one. Builds the model unless given one."""
+    """The name of the first divergence, which must be no narrow one. Builds the model unless given
+    one."""
     wrong = first_divergence(differences(case, run or fresh(case), first))
     assert wrong is not None, f"{case}: the mistake passes"
-    assert "indices" in wrong.name or wrong.max_abs > MARGIN * atol("reference fp32"), f"{case}: narrowly found, {wrong}"
+    assert "indices" in wrong.name or wrong.max_abs > MARGIN * atol("reference fp32"), (
+        f"{case}: narrowly found, {wrong}"
+    )
     return wrong.name
 
 
@@ -72,7 +78,10 @@ def found_at(case: str, run: Runner | None = None, first: int | None = None) -> 
 def test_softmax_scale(monkeypatch: Patch, attention: str) -> None:
     """1. Without YaRN's temperature squared; a test of the first position alone would pass."""
     monkeypatch.setattr(mla, "softmax_scale", lambda c: c.qk_head_dim**-0.5)
-    assert found_at("v3-yarn", fresh("v3-yarn", attention=attention, prefill_attention=attention)) == "attn.0"
+    assert (
+        found_at("v3-yarn", fresh("v3-yarn", attention=attention, prefill_attention=attention))
+        == "attn.0"
+    )
     assert first_divergence(differences("v3-yarn", fresh("v3-yarn"), first=1)) is None
 
 
@@ -92,21 +101,25 @@ def test_table_factor(monkeypatch: Patch, case: str, wrong: Callable[[Yarn], flo
 
 
 def test_scale_is_given(monkeypatch: Patch) -> None:
-    """3. torch's default, 1 / sqrt(width), lacks the temperature; and absorbed keys have another width."""
+    """3. torch's default, 1 / sqrt(width), lacks the temperature; and absorbed keys have another
+    width."""
     with monkeypatch.context() as patch:
         sdpa = lambda *a, scale=None, **k: F.scaled_dot_product_attention(*a, **k)  # noqa: E731
         patch.setattr(attend, "F", SimpleNamespace(scaled_dot_product_attention=sdpa))
         assert found_at("v3-yarn", fresh("v3-yarn", prefill_attention="expand")) == "attn.0"
     right = attend.probabilities
     width = config("v3-plain").latent_dim
-    monkeypatch.setattr(attend, "probabilities", lambda scores, scale, bias: right(scores, width**-0.5, bias))
+    monkeypatch.setattr(
+        attend, "probabilities", lambda scores, scale, bias: right(scores, width**-0.5, bias)
+    )
     assert found_at("v3-plain", fresh("v3-plain", prefill_attention="absorbed")) == "attn.0"
 
 
 def original_is_the_stretched(c: Config) -> Config:
     assert c.yarn
     return dataclasses.replace(
-        c, yarn=dataclasses.replace(c.yarn, original_max_position_embeddings=c.max_position_embeddings)
+        c, yarn=dataclasses.replace(c.yarn,
+        original_max_position_embeddings=c.max_position_embeddings)
     )  # fmt: skip
 
 
@@ -121,34 +134,52 @@ def inverted(c: Config) -> Tensor:
     ("wrong", "first"),
     [
         (lambda c: rope.frequencies(original_is_the_stretched(c)), None),  # 4
-        (lambda c: rope.frequencies(dataclasses.replace(c, yarn=None)), 32),  # 5: plain rope up to the original length
+        (
+            lambda c: rope.frequencies(dataclasses.replace(c, yarn=None)),
+            32,
+        ),  # 5: plain rope up to the original length
         (inverted, None),  # 7
-        (lambda c: rope.frequencies(dataclasses.replace(c, yarn=None)) / c.yarn.factor, None),  # 7: all divided
+        (
+            lambda c: rope.frequencies(dataclasses.replace(c, yarn=None)) / c.yarn.factor,
+            None,
+        ),  # 7: all divided
     ],
     ids=["range", "short", "inverted", "all"],
 )
-def test_frequencies(monkeypatch: Patch, wrong: Callable[[Config], Tensor], first: int | None) -> None:
-    """4, 5, 7. YaRN's range is that of the original length, it holds at every length, and the ramp falls."""
-    monkeypatch.setattr(model, "frequencies", wrong)
+def test_frequencies(
+    monkeypatch: Patch, wrong: Callable[[Config], Tensor], first: int | None
+) -> None:
+    """4, 5, 7. YaRN's range is that of the original length, it holds at every length, and the ramp
+    falls."""
+    monkeypatch.setattr(transformer, "frequencies", wrong)
     assert found_at("v3-yarn", first=first) == "attn.0"
 
 
 def test_frequencies_of_r1() -> None:
-    """7. R1's own table: the fastest pairs as trained, the slowest divided by 40, falling all the way."""
+    """7. R1's own table: the fastest pairs as trained, the slowest divided by 40, falling all the
+    way."""
     c = shape("r1")
     frequency, plain = rope.frequencies(c), rope.frequencies(dataclasses.replace(c, yarn=None))
     kept = frequency / plain
-    assert kept[0] == 1.0 and torch.allclose(kept[-1], torch.tensor(1 / 40)) and bool((kept.diff() <= 1e-7).all())
-    # By hand: pairs turn 32 times and once in 4096 positions at 10.2 and 22.5, so the ramp runs from 10 to 23.
+    assert (
+        kept[0] == 1.0
+        and torch.allclose(kept[-1], torch.tensor(1 / 40))
+        and bool((kept.diff() <= 1e-7).all())
+    )
+    # By hand: pairs turn 32 times and once in 4096 positions at 10.2 and 22.5, so the ramp runs
+    # from 10 to 23.
     assert int((kept > 1 - 1e-6).sum()) == 11 and int((kept < 1 / 40 + 1e-6).sum()) == 9
     assert round(mla.softmax_scale(c) * 192**0.5, 3) == 1.874
 
 
 def test_a_step_for_a_ramp() -> None:
-    """Kimi-K2's beta_fast equals its beta_slow: floor and ceiling still make a ramp, of one step, and no division by 0."""
+    """Kimi-K2's beta_fast equals its beta_slow: floor and ceiling still make a ramp, of one step,
+    and no division by 0."""
     c = shape("kimi-k2")
     assert c.yarn and bool(torch.isfinite(rope.frequencies(c)).all())
-    flat = dataclasses.replace(c, rope_theta=2.0, yarn=dataclasses.replace(c.yarn, original_max_position_embeddings=1))
+    flat = dataclasses.replace(
+        c, rope_theta=2.0, yarn=dataclasses.replace(c.yarn, original_max_position_embeddings=1)
+    )
     assert bool(torch.isfinite(rope.frequencies(flat)).all())
 
 
@@ -191,7 +222,13 @@ def test_latent_norm_eps(monkeypatch: Patch) -> None:
 
 # ------------------------------------------------------------------------------------------------ router
 def choose(
-    self: Router, scores: Tensor, *, best: int | None = None, fill: float = float("-inf"), bias: float = 1.0, groups: bool = True
+    self: Router,
+    scores: Tensor,
+    *,
+    best: int | None = None,
+    fill: float = float("-inf"),
+    bias: float = 1.0,
+    groups: bool = True,
 ) -> Tensor:
     """The choice of experts with its mistakes as arguments; without any it is right."""
     c = self.config
@@ -239,16 +276,28 @@ def never_normalized(self: Router, scores: Tensor, indices: Tensor) -> Tensor:
 
 def scaled_if_normalized(self: Router, scores: Tensor, indices: Tensor) -> Tensor:
     w = scores.gather(1, indices)
-    return w / w.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor if self.config.norm_topk_prob else w
+    return (
+        w / w.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor
+        if self.config.norm_topk_prob
+        else w
+    )
 
 
 def scaled_unless_normalized(self: Router, scores: Tensor, indices: Tensor) -> Tensor:
     w = scores.gather(1, indices)
-    return w / w.sum(dim=-1, keepdim=True) if self.config.norm_topk_prob else w * self.config.routed_scaling_factor
+    return (
+        w / w.sum(dim=-1, keepdim=True)
+        if self.config.norm_topk_prob
+        else w * self.config.routed_scaling_factor
+    )
 
 
 def normalized_over_all(self: Router, scores: Tensor, indices: Tensor) -> Tensor:
-    return scores.gather(1, indices) / scores.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor
+    return (
+        scores.gather(1, indices)
+        / scores.sum(dim=-1, keepdim=True)
+        * self.config.routed_scaling_factor
+    )
 
 
 @pytest.mark.parametrize(
@@ -263,12 +312,16 @@ def normalized_over_all(self: Router, scores: Tensor, indices: Tensor) -> Tensor
         ("v3-plain", normalized_over_all),
     ],
 )
-def test_router_weights(monkeypatch: Patch, case: str, wrong: Callable[[Router, Tensor, Tensor], Tensor]) -> None:
+def test_router_weights(
+    monkeypatch: Patch, case: str, wrong: Callable[[Router, Tensor, Tensor], Tensor]
+) -> None:
     """8, 13. The same experts with other weights."""
 
     def forward(self: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(x, self.weight)
-        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        scores = (
+            logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        )
         indices = self.choose(scores)
         return indices, wrong(self, scores, indices)
 
@@ -298,8 +351,12 @@ def test_bias_is_never_subtracted_back() -> None:
     gate.e_score_correction_bias.data += 1e5
     indices, weights = gate(x)
     plain = scores.gather(1, indices)
-    assert torch.equal(weights, plain / (plain.sum(-1, keepdim=True) + 1e-20) * gate.config.routed_scaling_factor)
-    back = ((scores + gate.e_score_correction_bias) - gate.e_score_correction_bias).gather(1, indices)
+    assert torch.equal(
+        weights, plain / (plain.sum(-1, keepdim=True) + 1e-20) * gate.config.routed_scaling_factor
+    )
+    back = ((scores + gate.e_score_correction_bias) - gate.e_score_correction_bias).gather(
+        1, indices
+    )
     recovered = back / back.sum(-1, keepdim=True) * gate.config.routed_scaling_factor
     assert float((recovered - weights).abs().max()) > MARGIN * atol("reference fp32")
 
@@ -310,31 +367,38 @@ def test_router_in_bf16(monkeypatch: Patch) -> None:
 
     def forward(self: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         half = F.linear(x.bfloat16(), self.weight.bfloat16()).float()
-        monkeypatch.setattr("r1.router.F", SimpleNamespace(linear=lambda *_: half))
+        monkeypatch.setattr("r1.model.router.F", SimpleNamespace(linear=lambda *_: half))
         try:
             return right(self, x)
         finally:
-            monkeypatch.setattr("r1.router.F", F)
+            monkeypatch.setattr("r1.model.router.F", F)
 
     monkeypatch.setattr(Router, "forward", forward)
     assert found_at("v3-plain").startswith("router_")
 
 
 def test_bias_stays_fp32() -> None:
-    """11. Where the model is stored in bf16 too; a rounded bias chooses other experts in a large enough sample."""
+    """11. Where the model is stored in bf16 too; a rounded bias chooses other experts in a large
+    enough sample."""
     engine = r1.load(ROOT / "weights" / "tiny-r1", Backend(device="cpu", dtype="bf16"), quiet=True)
     gates = [module for module in engine.model.modules() if isinstance(module, Router)]
     assert gates and all(gate.e_score_correction_bias.dtype == torch.float32 for gate in gates)
-    assert any(bool((gate.e_score_correction_bias != gate.e_score_correction_bias.bfloat16()).any()) for gate in gates)
+    assert any(
+        bool((gate.e_score_correction_bias != gate.e_score_correction_bias.bfloat16()).any())
+        for gate in gates
+    )
     gate = gates[0]
-    scores = torch.rand(5000, gate.config.n_routed_experts, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(
+        5000, gate.config.n_routed_experts, generator=torch.Generator().manual_seed(0)
+    )
     before = gate.choose(scores).sort(-1).values
     gate.e_score_correction_bias.data = gate.e_score_correction_bias.bfloat16().float()
     assert not torch.equal(before, gate.choose(scores).sort(-1).values)
 
 
 def test_near_ties_flip() -> None:
-    """14. Two experts one rounding apart change places under another numerics, and both choices are right."""
+    """14. Two experts one rounding apart change places under another numerics, and both choices are
+    right."""
     gate = router()
     scores = torch.full((1, gate.config.n_routed_experts), 0.25)
     gate.e_score_correction_bias.data.zero_()
@@ -348,7 +412,8 @@ def test_near_ties_flip() -> None:
 
 # ------------------------------------------------------------------------------------------------ weights
 def test_fp8_scales() -> None:
-    """15. The scales multiply; a block at an edge is cropped. Both mistakes are far outside a step of e4m3."""
+    """15. The scales multiply; a block at an edge is cropped. Both mistakes are far outside a step
+    of e4m3."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(200, 300, generator=generator) * torch.logspace(-3, 0, 300)
     q, scale = fp8.quantize(w, (128, 128))
@@ -357,11 +422,19 @@ def test_fp8_scales() -> None:
     got = torch.empty_like(w)
     fp8.dequantize(q, scale, (128, 128), out=got)
     by_hand = torch.stack(
-        [torch.stack([q[i, j].float() * scale[i // 128, j // 128] for j in range(300)]) for i in (0, 127, 128, 199)]
+        [
+            torch.stack([q[i, j].float() * scale[i // 128, j // 128] for j in range(300)])
+            for i in (0, 127, 128, 199)
+        ]
     )
     assert torch.equal(got[[0, 127, 128, 199]], by_hand)
     blocks = [got[i : i + 128, j : j + 128].abs().max() for i in (0, 128) for j in (0, 128, 256)]
-    largest = torch.stack(blocks).view(2, 3).repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :300]
+    largest = (
+        torch.stack(blocks)
+        .view(2, 3)
+        .repeat_interleave(128, 0)
+        .repeat_interleave(128, 1)[:200, :300]
+    )
 
     def off(x: Tensor) -> float:
         return float(((x - w).abs() / largest).max())
@@ -382,7 +455,11 @@ def test_absorbed_uses_the_weight_itself() -> None:
     attention = layer.self_attn
     w_uk, w_uv = attention.up_projections()
     weight = attention.kv_b_proj.weight
-    assert w_uk.untyped_storage().data_ptr() == w_uv.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    assert (
+        w_uk.untyped_storage().data_ptr()
+        == w_uv.untyped_storage().data_ptr()
+        == weight.untyped_storage().data_ptr()
+    )
     weight.data.mul_(2)
     assert found_at("v3-groups", run) == "attn.0"  # a copy made at load would not see the change
 
@@ -400,12 +477,18 @@ def test_bf16_is_preferred() -> None:
     """20. R1's activations overflow fp16 (65504): auto takes bf16 wherever the machine has it."""
     ampere = Machine(cuda=True, name="A100", capability=(8, 0))
     assert resolve(Backend(), shape("tiny"), ampere).dtype == "bf16"
-    assert resolve(Backend(), shape("tiny"), dataclasses.replace(ampere, name="T4", capability=(7, 5))).dtype == "fp16"
+    assert (
+        resolve(
+            Backend(), shape("tiny"), dataclasses.replace(ampere, name="T4", capability=(7, 5))
+        ).dtype
+        == "fp16"
+    )
     assert resolve(Backend(), shape("tiny"), dataclasses.replace(ampere, hip="6.3")).dtype == "bf16"
 
 
 def test_mtp_is_not_dropped_in_silence() -> None:
-    """21. The layer behind the last is MTP's: left out with a word, loaded when asked for, refused where there is none."""
+    """21. The layer behind the last is MTP's: left out with a word, loaded when asked for, refused
+    where there is none."""
     tiny = ROOT / "weights" / "tiny-r1"
     plain = r1.load(tiny, Backend(device="cpu"), quiet=True)
     assert len(plain.model.layers) == 5 and not len(plain.model.mtp)
@@ -413,18 +496,28 @@ def test_mtp_is_not_dropped_in_silence() -> None:
     with_mtp = r1.load(tiny, Backend(device="cpu"), mtp=True, quiet=True)
     assert len(with_mtp.model.layers) == 5 and len(with_mtp.model.mtp) == 1
     assert not any("asked for" in note for note in with_mtp.notes)
-    assert torch.equal(plain.logits(torch.tensor([[0, 5, 7]])), with_mtp.logits(torch.tensor([[0, 5, 7]])))
+    assert torch.equal(
+        plain.logits(torch.tensor([[0, 5, 7]])), with_mtp.logits(torch.tensor([[0, 5, 7]]))
+    )
     with pytest.raises(InputError, match="no MTP layer"):
-        r1.build.from_checkpoint(REFERENCE / "v3-plain", config("v3-plain"), resolve(Backend(), config("v3-plain")), mtp=True)
+        r1.build.from_checkpoint(
+            REFERENCE / "v3-plain",
+            config("v3-plain"),
+            resolve(Backend(), config("v3-plain")),
+            mtp=True,
+        )
 
 
 def test_mtp_order() -> None:
-    """22. eh_proj's left half takes the embedding and its right half the hidden state, each through its own norm."""
+    """22. eh_proj's left half takes the embedding and its right half the hidden state, each through
+    its own norm."""
     engine = r1.load(ROOT / "weights" / "tiny-r1", Backend(device="cpu"), mtp=True, quiet=True)
     layer: Any = engine.model.mtp[0]
     seen: list[Tensor] = []
     layer.block.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    embedding, hidden = torch.randn(2, 1, 3, 160, generator=torch.Generator().manual_seed(0)).unbind()
+    embedding, hidden = torch.randn(
+        2, 1, 3, 160, generator=torch.Generator().manual_seed(0)
+    ).unbind()
     step = engine.model.step("prefill", torch.arange(3)[None], 0)
     weight = layer.eh_proj.weight.data
     weight.copy_(torch.cat((torch.eye(160), torch.zeros(160, 160)), dim=1))
@@ -437,7 +530,8 @@ def test_mtp_order() -> None:
 
 
 def test_norm_rounds_first() -> None:
-    """25. In bf16 the norm rounds before it multiplies, as transformers does; DeepSeek's demo rounds once, after."""
+    """25. In bf16 the norm rounds before it multiplies, as transformers does; DeepSeek's demo
+    rounds once, after."""
     generator = torch.Generator().manual_seed(0)
     norm = RMSNorm(64, 1e-6).bfloat16()
     norm.weight.data.normal_(1, 0.3, generator=generator)
@@ -461,19 +555,23 @@ def test_padding_is_hidden(monkeypatch: Patch) -> None:
         run.prefill([tokens[0], tokens[1][:5]], together)
         run.prefill([tokens[1][:5]], alone)
         next_token = torch.tensor([[1], [2]])
-        return float((run.decode(next_token, together)[1] - run.decode(next_token[1:], alone)[0]).abs().max())
+        return float(
+            (run.decode(next_token, together)[1] - run.decode(next_token[1:], alone)[0]).abs().max()
+        )
 
     assert short_row_is_off() < atol("algebra fp32")
-    right = model.Transformer.step
+    right = transformer.Transformer.step
 
-    def wrong(self: model.Transformer, phase: str, positions: Tensor, keys: int) -> model.Step:
+    def wrong(
+        self: transformer.Transformer, phase: str, positions: Tensor, keys: int
+    ) -> transformer.Step:
         step = right(self, phase, positions, keys)
         if step.mask is not None:
             late = right(self, phase, positions + 1, keys)
             step.mask, step.bias = late.mask, late.bias
         return step
 
-    monkeypatch.setattr(model.Transformer, "step", wrong)
+    monkeypatch.setattr(transformer.Transformer, "step", wrong)
     assert short_row_is_off() > MARGIN * atol("algebra fp32")
 
 

@@ -1,4 +1,5 @@
-"""The search for launch parameters: what it takes, what it refuses, what it keeps. Times here are told, not measured."""
+"""The search for launch parameters: what it takes, what it refuses, what it keeps. Times here are
+told, not measured."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
 from r1 import InputError
-from r1.backend import Backend, resolve
-from r1.config import shape
 from r1.kernels import Chip, tune
 from r1.kernels.attention import AttentionLaunch
 from r1.kernels.chip import Launch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
-from r1.machine import Machine
+from r1.model.config import shape
+from r1.switches.backend import Backend, resolve
+from r1.switches.machine import Machine
 
 GPU = "NVIDIA H100 80GB HBM3"
 KEY = "LinearLaunch 1 64 32 2"
@@ -37,7 +38,9 @@ def chip() -> Chip:
     return Chip(processors=132, shared=227 * 1024, dependent_launch=True)
 
 
-def step_on(chip: Chip, wrong: Callable[[LinearLaunch], bool] = lambda _: False) -> Callable[[], list[Tensor]]:
+def step_on(
+    chip: Chip, wrong: Callable[[LinearLaunch], bool] = lambda _: False
+) -> Callable[[], list[Tensor]]:
     """A step of two kernels, whose output is right unless the linear's launch is `wrong`."""
 
     def step() -> list[Tensor]:
@@ -52,7 +55,10 @@ def timer(chip: Chip) -> Callable[[Callable[[], object]], float]:
     """Likes 4 outputs, 8 warps; 64 columns of the latent."""
 
     def seconds(_step: Callable[[], object]) -> float:
-        linear, latent = chip.launch(LinearLaunch, 1, 64, 32, 2), chip.launch(LatentLaunch, 1, 16, 128, 512, 2)
+        linear, latent = (
+            chip.launch(LinearLaunch, 1, 64, 32, 2),
+            chip.launch(LatentLaunch, 1, 16, 128, 512, 2),
+        )
         return 1 + abs(linear.outputs - 4) + 1 / linear.warps + abs(latent.columns - 64)
 
     return seconds
@@ -61,11 +67,19 @@ def timer(chip: Chip) -> Callable[[Callable[[], object]], float]:
 def test_a_search_finds_what_is_fastest() -> None:
     here = chip()
     kept: list[set[str]] = []
-    tune.search(here, step_on(here), step_on(here), timer(here), lambda: kept.append(set(here.tuned)))
-    assert kept == [set(), {KEY}, {KEY, "LatentLaunch 1 16 128 512 2"}], "whoever stops the search has what it found"
+    tune.search(
+        here, step_on(here), step_on(here), timer(here), lambda: kept.append(set(here.tuned))
+    )
+    assert kept == [set(), {KEY}, {KEY, "LatentLaunch 1 16 128 512 2"}], (
+        "whoever stops the search has what it found"
+    )
     linear, latent = here.tuned[KEY], here.tuned["LatentLaunch 1 16 128 512 2"]
-    assert linear == dataclasses.replace(LinearLaunch.default((1, 64, 32, 2), here), outputs=4, warps=8)
-    assert latent == dataclasses.replace(LatentLaunch.default((1, 16, 128, 512, 2), here), columns=64)
+    assert linear == dataclasses.replace(
+        LinearLaunch.default((1, 64, 32, 2), here), outputs=4, warps=8
+    )
+    assert latent == dataclasses.replace(
+        LatentLaunch.default((1, 16, 128, 512, 2), here), columns=64
+    )
     assert here.launch(LinearLaunch, 1, 64, 32, 2) == linear
 
     def never(_step: Callable[[], object]) -> float:
@@ -107,7 +121,10 @@ def test_a_tipped_expert_is_no_error() -> None:
 
 def test_what_was_found_is_kept_by_gpu(cache: Path) -> None:
     assert tune.load(GPU) == {}
-    found: dict[str, Launch] = {KEY: LinearLaunch(1, 4, 512, 8), "LatentLaunch 1 16 128 512 2": LatentLaunch(16, 64)}
+    found: dict[str, Launch] = {
+        KEY: LinearLaunch(1, 4, 512, 8),
+        "LatentLaunch 1 16 128 512 2": LatentLaunch(16, 64),
+    }
     tune.keep(GPU, found)
     tune.keep("another", {})
     assert tune.load(GPU) == found and tune.load("another") == {}
@@ -140,7 +157,9 @@ def test_a_file_that_is_not_ours_is_told(cache: Path, text: str) -> None:
     assert (cache / tune.FILE).read_text() == text
 
 
-def test_a_folder_that_cant_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cant_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("R1_CACHE", str(tmp_path / "file" / "folder"))
     with pytest.raises(InputError, match="name another folder in R1_CACHE"):
@@ -157,7 +176,8 @@ def test_every_kind_survives_the_file() -> None:
         "LinearLaunch": (8, 2048, 2048, 2), "RouterLaunch": (8, 64, 2048),
     }  # fmt: skip
     found: dict[str, Launch] = {
-        f"{name} {' '.join(map(str, sizes[name]))}": kind.default(sizes[name], chip()) for name, kind in tune.KINDS.items()
+        f"{name} {' '.join(map(str, sizes[name]))}": kind.default(sizes[name], chip())
+        for name, kind in tune.KINDS.items()
     }
     tune.keep(GPU, found)
     assert tune.load(GPU) == found

@@ -1,8 +1,8 @@
 """What counts as equal: one table, by purpose and dtype, with the reason for each row.
 
-A tolerance is the largest absolute difference that passes. Where no reduction changes its order there is no row: such tests
-ask for `torch.equal`. That each row is tight enough to find a mistake is shown by test_traps.py.
-"""
+A tolerance is the largest absolute difference that passes. Where no reduction changes its order
+there is no row: such tests ask for `torch.equal`. That each row is tight enough to find a mistake
+is shown by test_traps.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A process of its own for whatever is measured, and a pipe to it: commands go in, dictionaries come out.
+"""A process of its own for whatever is measured, and a pipe to it: commands go in, dictionaries
+come out.
 
-So nothing inherits another's allocator, caches or compiled code. Signals are the parent's to handle: a child is deaf to
-them, and ends when it is told to.
-"""
+So nothing inherits another's allocator, caches or compiled code. Signals are the parent's to
+handle: a child is deaf to them, and ends when it is told to."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ import torch
 from r1.errors import InputError
 
 Found = dict[str, Any]
-"""What a command answered; `{"refused": sentence}` where it could not, with `"crashed": True` where it should have."""
+"""What a command answered; `{"refused": sentence}` where it could not, with `"crashed": True` where
+it should have."""
 
 Handler = Callable[[int, Any], object] | signal.Handlers
 
 
 class Process:
-    """A child and the pipe to it. As a context it quits at the end: a child that nobody quits outlives SIGTERM."""
+    """A child and the pipe to it. As a context it quits at the end: a child that nobody quits
+    outlives SIGTERM."""
 
     def __init__(self, target: Callable[..., None], *arguments: object) -> None:
         """`target(pipe, *arguments)` is the child's main: it ends in `answer`."""
         context = multiprocessing.get_context("spawn")
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+        self.process: BaseProcess = context.Process(
+            target=target, args=(theirs, *arguments), daemon=True
+        )
         with signals(signal.SIG_IGN):  # from its first moment, before it has imported anything
             self.process.start()
         theirs.close()
@@ -44,7 +48,9 @@ class Process:
     def ask(self, command: str, *arguments: object) -> Found:
         """Send a command and wait for its answer. A child that died is an answer too."""
         try:
-            if self.busy:  # an interrupt came between a question and its answer: that one is nobody's
+            if (
+                self.busy
+            ):  # an interrupt came between a question and its answer: that one is nobody's
                 self.pipe.recv()
             self.busy = True
             self.pipe.send((command, *arguments))
@@ -53,7 +59,9 @@ class Process:
             return found
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
-            said = f"its process ended with status {self.process.exitcode} (its own words are above)"
+            said = (
+                f"its process ended with status {self.process.exitcode} (its own words are above)"
+            )
             return {"refused": said, "crashed": True}
 
     def quit(self) -> None:
@@ -76,7 +84,9 @@ class Process:
 
 def answer(pipe: Connection, commands: Mapping[str, Callable[..., Found]]) -> None:
     """In the child: run the commands that come through the pipe until "quit"."""
-    signal.signal(signal.SIGUSR1, lambda *_: sys.exit())  # the parent's word in the middle of a command
+    signal.signal(
+        signal.SIGUSR1, lambda *_: sys.exit()
+    )  # the parent's word in the middle of a command
     while (asked := pipe.recv()) != "quit":
         command, *arguments = asked
         try:
@@ -88,7 +98,12 @@ def answer(pipe: Connection, commands: Mapping[str, Callable[..., Found]]) -> No
         except Exception as error:  # a defect, ours or torch's: it is told whole
             traceback.print_exc()
             first_line = str(error).strip().partition("\n")[0]
-            pipe.send({"refused": f"{command} failed with {type(error).__name__}: {first_line}", "crashed": True})
+            pipe.send(
+                {
+                    "refused": f"{command} failed with {type(error).__name__}: {first_line}",
+                    "crashed": True,
+                }
+            )
 
 
 @contextmanager
@@ -103,7 +118,8 @@ def signals(handler: Handler) -> Iterator[None]:
 
 
 def interrupt_once(_number: int, _frame: object) -> None:
-    """A handler for `signals`: raises KeyboardInterrupt, and a second one doesn't disturb what is kept of the first."""
+    """A handler for `signals`: raises KeyboardInterrupt, and a second one doesn't disturb what is
+    kept of the first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

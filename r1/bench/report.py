@@ -1,8 +1,8 @@
 """Measurements -> rows -> what a person, or a program, reads.
 
-A row is flat; its fields, with their units, are FIELDS. Where a switch can't be had the row says why in `refused`, and has
-nothing else. Where parity fails there is no speed-up: a fast wrong answer is none.
-"""
+A row is flat; its fields, with their units, are FIELDS. Where a switch can't be had the row says
+why in `refused`, and has nothing else. Where parity fails there is no speed-up: a fast wrong answer
+is none."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any
 
 from r1 import roofline
-from r1.backend import Backend
 from r1.bench.arms import SIZES, Arm, Workload
 from r1.bench.process import Found
-from r1.config import Config
+from r1.model.config import Config
+from r1.switches.backend import Backend
 
 SCHEMA = 1
 FIELDS: dict[str, str] = {
@@ -94,8 +94,11 @@ ALWAYS = (
 """Never null in a row that is not refused."""
 
 
-def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str, Any], config: Config) -> dict[str, Any]:
-    """One arm's findings as a row. `found` has the worker's answers by command, `reference` the reference's."""
+def row(
+    arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str, Any], config: Config
+) -> dict[str, Any]:
+    """One arm's findings as a row. `found` has the worker's answers by command, `reference` the
+    reference's."""
     if "refused" in found:
         identity = {"arm": arm.name, "kind": arm.kind, "model": workload.name, **workload.sizes}
         return identity | {"refused": found["refused"], "crashed": found.get("crashed", False)}
@@ -146,15 +149,24 @@ def row(arm: Arm, workload: Workload, found: dict[str, Any], reference: dict[str
         "backend": found["build"]["backend"],
         "repetitions": [{"ttft": r["ttft"], "total": r["total"]} for r in repetitions],
     }
-    return {name: (out | _speedup(found["beside"], tpots, parity["passes"], cold)).get(name) for name in FIELDS}
+    return {
+        name: (out | _speedup(found["beside"], tpots, parity["passes"], cold)).get(name)
+        for name in FIELDS
+    }
 
 
-def _speedup(beside: list[dict[str, Any]], tpots: list[float], passes: bool, cold: float | None) -> dict[str, Any]:
+def _speedup(
+    beside: list[dict[str, Any]], tpots: list[float], passes: bool, cold: float | None
+) -> dict[str, Any]:
     """Against the baseline's repetitions that were run in turn with these."""
     if not beside or not passes or not min(tpots):
         return {}
     ratios = [_tpot(b) / own for b, own in zip(beside, tpots, strict=True)]
-    out: dict[str, Any] = {"speedup": statistics.median(ratios), "speedup_low": min(ratios), "speedup_high": max(ratios)}
+    out: dict[str, Any] = {
+        "speedup": statistics.median(ratios),
+        "speedup_low": min(ratios),
+        "speedup_high": max(ratios),
+    }
     if len(ratios) > 1:
         out["within_noise"] = min(ratios) <= 1 <= max(ratios)
     saved = statistics.median(_tpot(b) for b in beside) - statistics.median(tpots)
@@ -180,18 +192,29 @@ def _speculation(w: Workload, backend: Backend, config: Config, repetitions: lis
 
 
 def _roofline(
-    w: Workload, backend: Backend, config: Config, reference: Found, kernels: int | None, repetitions: list[Found]
+    w: Workload,
+    backend: Backend,
+    config: Config,
+    reference: Found,
+    kernels: int | None,
+    repetitions: list[Found],
 ) -> Found:
     rates = roofline.Rates(**reference["rates"][backend.compute])
     hit, context = reference["reference"]["experts_hit"], w.depth + w.prompt + w.new / 2
     work = roofline.step_work(config, backend, w.batch, 1, context, hit)
-    fewer = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)  # without its last layer, a MoE layer
+    fewer = dataclasses.replace(
+        config, num_hidden_layers=config.num_hidden_layers - 1
+    )  # without its last layer, a MoE layer
     layer = work - roofline.step_work(fewer, backend, w.batch, 1, context, hit)
     if backend.speculate != "off":
         work = roofline.speculation(config, backend, w.batch, context).turn
     ttft = statistics.median(r["ttft"] for r in repetitions)
-    seconds = statistics.median((r["total"] - r["ttft"]) / max(1, len(r["gaps"])) for r in repetitions)  # of a step
-    steps = statistics.median(len(r["gaps"]) / max(1, r["tokens"] - 1) for r in repetitions)  # for each token
+    seconds = statistics.median(
+        (r["total"] - r["ttft"]) / max(1, len(r["gaps"])) for r in repetitions
+    )  # of a step
+    steps = statistics.median(
+        len(r["gaps"]) / max(1, r["tokens"] - 1) for r in repetitions
+    )  # for each token
     everything = min(config.n_routed_experts, w.batch * w.prompt * config.num_experts_per_tok)
     prompt = roofline.step_work(config, backend, w.batch, w.prompt, w.depth, everything)
     return {
@@ -208,7 +231,12 @@ def _roofline(
 
 def pair(arm: Arm, workload: Workload, found: dict[str, Any]) -> dict[str, Any]:
     """Two switches together: does it pass parity, or is it refused, and why."""
-    out = {"pair": arm.name, **workload.sizes, "refused": found.get("refused"), "crashed": found.get("crashed", False)}
+    out = {
+        "pair": arm.name,
+        **workload.sizes,
+        "refused": found.get("refused"),
+        "crashed": found.get("crashed", False),
+    }
     if "parity" in found:
         out |= {"parity": found["parity"]["passes"], "mean_kl": found["parity"]["mean_kl"]}
     return out
@@ -228,7 +256,9 @@ def render(result: dict[str, Any], form: str) -> str:
         return "\n".join(json.dumps({**r, "machine": result["machine"]["name"]}) for r in rows)
     if form == "csv":
         out = io.StringIO()
-        writer = csv.DictWriter(out, [name for name in FIELDS if name not in NESTED], extrasaction="ignore")
+        writer = csv.DictWriter(
+            out, [name for name in FIELDS if name not in NESTED], extrasaction="ignore"
+        )
         writer.writeheader()
         writer.writerows(rows)
         return out.getvalue().rstrip()
@@ -241,22 +271,30 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     **{name: partial(lambda r, name: str(r[name]), name=name) for name in SIZES},
     "TTFT ms": lambda r: f"{r['ttft_ms']:.1f}",
     "prefill MFU": lambda r: f"{r['mfu_prefill']:.0%}" if r["mfu_prefill"] else "",
-    "TPOT ms (p90)": lambda r: f"{r['tpot_ms']:.2f} ({r['tpot_p90_ms']:.2f})" if r["tpot_p90_ms"] else "",
+    "TPOT ms (p90)": lambda r: (
+        f"{r['tpot_ms']:.2f} ({r['tpot_p90_ms']:.2f})" if r["tpot_p90_ms"] else ""
+    ),
     "tok/s": lambda r: f"{r['decode_tok_s']:.1f}" if r["decode_tok_s"] else "",
     "speed-up": lambda r: _speedup_cell(r),
     "MBU": lambda r: f"{r['mbu']:.1%}" if r["mbu"] else "",
     "floor ms": lambda r: f"{r['floor_ms']:.3f}",
     "waits for": lambda r: r["bottleneck"],
-    "MoE layer µs (floor)": lambda r: f"{r['moe_layer_us']:.0f} ({r['moe_layer_floor_us']:.0f})" if r["moe_layer_us"] else "",
+    "MoE layer µs (floor)": lambda r: (
+        f"{r['moe_layer_us']:.0f} ({r['moe_layer_floor_us']:.0f})" if r["moe_layer_us"] else ""
+    ),
     "experts hit": lambda r: f"{r['experts_hit']:.1f}",
     "GB": lambda r: f"{r['host_gb'] if r['allocated_gb'] is None else r['allocated_gb']:.2f}",
     "start s (warm)": lambda r: _start_cell(r),
     "pays after": lambda r: "" if r["break_even_tokens"] is None else str(r["break_even_tokens"]),
-    "KL (bound)": lambda r: f"{r['mean_kl'] if r.get('median_kl') is None else r['median_kl']:.1e} ({r['kl_bound']:.1e})",
+    "KL (bound)": lambda r: (
+        f"{r['mean_kl'] if r.get('median_kl') is None else r['median_kl']:.1e} ({r['kl_bound']:.1e})"
+    ),
     "mean KL": lambda r: f"{r['mean_kl']:.1e}",
     "max Δlogit": lambda r: f"{r['max_logit_diff']:.1e}",
     "top-1": lambda r: f"{r['top1']:.3f}",
-    "right answers": lambda r: "" if r.get("accuracy") is None else f"{r['accuracy']:.1%} of {r['problems']}",
+    "right answers": lambda r: (
+        "" if r.get("accuracy") is None else f"{r['accuracy']:.1%} of {r['problems']}"
+    ),
 }
 IDENTITY = ("arm", *SIZES)
 """Columns that a refused row has too."""
@@ -267,7 +305,9 @@ WORDS = ("arm", "machine", "dtype")
 def _speedup_cell(r: Row) -> str:
     if r["speedup"] is None:
         return "1" if r["kind"] == "baseline" else "" if r["parity"] else "parity fails"
-    return f"{r['speedup']:.2f} ({r['speedup_low']:.2f}-{r['speedup_high']:.2f})" + (" noise" if r["within_noise"] else "")
+    return f"{r['speedup']:.2f} ({r['speedup_low']:.2f}-{r['speedup_high']:.2f})" + (
+        " noise" if r["within_noise"] else ""
+    )
 
 
 def _start_cell(r: Row) -> str:
@@ -278,22 +318,30 @@ def _start_cell(r: Row) -> str:
 def table(rows: list[Row], only: Sequence[str] = tuple(COLUMNS)) -> list[str]:
     """The rows as lines of Markdown, of `only` these columns.
 
-    Sizes that are the same in all rows are said above the table, batch excepted; columns that nothing fills are left out.
-    """
+    Sizes that are the same in all rows are said above the table, batch excepted; columns that
+    nothing fills are left out."""
     same = {name for name in SIZES if name != "batch" and len({r[name] for r in rows}) < 2}
     columns: dict[str, list[str]] = {}
     for name, cell in COLUMNS.items():
-        cells = [cell(r) if not r["refused"] or name in IDENTITY else "n/a" if name == "TTFT ms" else "" for r in rows]
+        cells = [
+            cell(r) if not r["refused"] or name in IDENTITY else "n/a" if name == "TTFT ms" else ""
+            for r in rows
+        ]
         if name in only and name not in same and any(cells):
             columns[name] = cells
     return aligned(columns)
 
 
 def aligned(columns: Mapping[str, Sequence[str]]) -> list[str]:
-    """Columns of cells, by what stands above them, as lines of Markdown that also line up as plain text."""
+    """Columns of cells, by what stands above them, as lines of Markdown that also line up as plain
+    text."""
     padded = []
     for name, cells in columns.items():
-        column = [name, "---" if name in WORDS else "---:", *(cell.replace("|", "\\|") for cell in cells)]
+        column = [
+            name,
+            "---" if name in WORDS else "---:",
+            *(cell.replace("|", "\\|") for cell in cells),
+        ]
         width = max(map(len, column))
         padded.append([cell.ljust(width) for cell in column])
     return ["| " + " | ".join(line) + " |" for line in zip(*padded, strict=True)]
@@ -307,14 +355,22 @@ def model_name(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The machine, the table, and what is to be said of it."""
     m = result["machine"]
-    lines = [f"{m['name']} · torch {m['torch']} · python {m['python']} · {result['repetitions']} repetitions, in turn"]
+    lines = [
+        f"{m['name']} · torch {m['torch']} · python {m['python']} · {result['repetitions']} repetitions, in turn"
+    ]
     if "copy_gb_s" in m:
         products = ", ".join(f"{rate:.3g} ({dtype})" for dtype, rate in m["matmul_tflop_s"].items())
-        lines += [f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"]
+        lines += [
+            f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"
+        ]
     lines += ["", result["workload"], ""]
     lines += table(result["rows"])
     lines += [f"\n{r['arm']}: {refusal(r)}" for r in result["rows"] if r["refused"]]
-    lines += [f"\n{r['arm']}: {drafts(r, result['rows'])}" for r in result["rows"] if r.get("acceptance") is not None]
+    lines += [
+        f"\n{r['arm']}: {drafts(r, result['rows'])}"
+        for r in result["rows"]
+        if r.get("acceptance") is not None
+    ]
     noise = [r["arm"] for r in result["rows"] if r.get("within_noise")]
     if noise:
         lines += [f"\nNo difference from the baseline beyond the noise: {', '.join(noise)}."]
@@ -325,31 +381,49 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["\nPairs of switches:"]
         varied = [name for name in SIZES if len({p[name] for p in result["pairs"]}) > 1]
         lines += [
-            f"- {', '.join([p['pair'], *(f'{name} {p[name]}' for name in varied)])}: {_verdict(p)}" for p in result["pairs"]
+            f"- {', '.join([p['pair'], *(f'{name} {p[name]}' for name in varied)])}: {_verdict(p)}"
+            for p in result["pairs"]
         ]
     lines += [f"\n{note}" for note in result["notes"]]
     return "\n".join(lines)
 
 
 def refusal(r: Row) -> str:
-    """Why there is nothing else in a row; what stands before it names the arm, so the reason need not."""
+    """Why there is nothing else in a row; what stands before it names the arm, so the reason need
+    not."""
     name = r["arm"].removeprefix("+ ")  # a ladder's
     return f"{'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused'].removeprefix(f'{name}: ')}"
 
 
 def drafts(r: Row, rows: Sequence[Row]) -> str:
-    """What speculation did in a row, and what its bytes say of it; `rows` has the baseline of the same sizes."""
+    """What speculation did in a row, and what its bytes say of it; `rows` has the baseline of the
+    same sizes."""
     assumed = r["assumed"] is not None
-    how = f"ASSUMED, by a coin of {r['assumed']:g}: its text means nothing" if assumed else "by the model"
+    how = (
+        f"ASSUMED, by a coin of {r['assumed']:g}: its text means nothing"
+        if assumed
+        else "by the model"
+    )
     pays = "it never pays" if r["pays_from"] is None else f"it pays from {r['pays_from']:.0%}"
     said = f"{r['acceptance']:.0%} of drafts accepted ({how}), {r['tokens_per_step']:.2f} tokens a step; "
     said += f"by bytes alone worth {r['predicted_speedup']:.2f}x steps of one token, and {pays}."
     if r["same_text"] is not None:
-        base = next((b for b in rows if b["kind"] == "baseline" and all(b[name] == r[name] for name in SIZES)), {})
+        base = next(
+            (
+                b
+                for b in rows
+                if b["kind"] == "baseline" and all(b[name] == r[name] for name in SIZES)
+            ),
+            {},
+        )
         average = " on average" if r["batch"] > 1 else ""
         parts = f"up to the first token that differs, {r['same_text']:.1%} into the tokens compared{average}"
         said += f" Its greedy text is the fp32 reference's {'to the end' if r['same_text'] == 1 else parts}"
-        said += "." if base.get("same_text") is None else f" (the baseline's, without drafts: {base['same_text']:.1%})."
+        said += (
+            "."
+            if base.get("same_text") is None
+            else f" (the baseline's, without drafts: {base['same_text']:.1%})."
+        )
     return said
 
 

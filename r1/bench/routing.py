@@ -1,7 +1,9 @@
-"""Routing for random weights: experts drawn for each row of a step, evenly, instead of chosen by its scores.
+"""Routing for random weights: experts drawn for each row of a step, evenly, instead of chosen by
+its scores.
 
-Random weights give all tokens much the same hidden state, so their router crowds on a few experts and a step reads fewer
-weights than a trained model's would. Swapped in from outside, as storage is: the model's files know nothing of it.
+Random weights give all tokens much the same hidden state, so their router crowds on a few experts
+and a step reads fewer weights than a trained model's would. Swapped in from outside, as storage is:
+the model's files know nothing of it.
 
 Shapes: N tokens, E routed experts, K experts per token.
 """
@@ -11,17 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1.config import Config
-from r1.model import Transformer
-from r1.moe import MoE
-from r1.router import Router
+from r1.model.config import Config
+from r1.model.moe import MoE
+from r1.model.router import Router
+from r1.model.transformer import Transformer
 
 ROWS = 4096
-"""Draws kept for a layer; token n of a step takes the n-th, and so it is the same in every arm, whatever its numerics."""
+"""Draws kept for a layer; token n of a step takes the n-th, and so it is the same in every arm,
+whatever its numerics."""
 
 
 class UniformRouter(Router):
-    """A router that chooses by fixed random scores and weighs by the token's own: the same work, another choice."""
+    """A router that chooses by fixed random scores and weighs by the token's own: the same work,
+    another choice."""
 
     draws: Tensor
     """fp32 (ROWS, E)."""
@@ -35,7 +39,9 @@ class UniformRouter(Router):
 
     def choose(self, scores: Tensor) -> Tensor:
         """fp32 (N, E) -> (N, K), by the same rule as the model's own choice."""
-        return super().choose(self.draws[torch.arange(scores.shape[0], device=scores.device) % ROWS])
+        return super().choose(
+            self.draws[torch.arange(scores.shape[0], device=scores.device) % ROWS]
+        )
 
 
 def make_uniform(model: Transformer, seed: int) -> None:
@@ -45,4 +51,6 @@ def make_uniform(model: Transformer, seed: int) -> None:
         if isinstance(module, MoE):
             draws = torch.rand(ROWS, model.config.n_routed_experts, generator=generator)
             with torch.device("meta"):
-                module.gate = UniformRouter(model.config, module.gate, draws.to(module.gate.weight.device))
+                module.gate = UniformRouter(
+                    model.config, module.gate, draws.to(module.gate.weight.device)
+                )

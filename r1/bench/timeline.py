@@ -1,10 +1,10 @@
 """Where a decode step's time goes, kernel by kernel, from the profiler's trace.
 
-A kernel that may start before the one ahead has ended waits for it, so durations count that waiting and add up to more than
-the step. What a kernel adds is the time from the end of all that ended before to its own end, but for when nothing ran, which
-is a line of its own. These add up to the step: of a kernel that ran from 0 to 10, one from 4 to 13 and one from 15 to 20, the
-first adds 10, the second 3, the third 5, and for 2 nothing ran.
-"""
+A kernel that may start before the one ahead has ended waits for it, so durations count that waiting
+and add up to more than the step. What a kernel adds is the time from the end of all that ended
+before to its own end, but for when nothing ran, which is a line of its own. These add up to the
+step: of a kernel that ran from 0 to 10, one from 4 to 13 and one from 15 to 20, the first adds 10,
+the second 3, the third 5, and for 2 nothing ran."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ IDLE = "(nothing runs)"
 
 
 def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """A Chrome trace as `{"kernel", "calls", "us"}`, the costliest first: `us` is what all its calls add to the step.
+    """A Chrome trace as `{"kernel", "calls", "us"}`, the costliest first: `us` is what all its
+    calls add to the step.
 
-    A kernel that is launched with several grids is told apart by the number of its programs; IDLE has no calls.
-    """
+    A kernel that is launched with several grids is told apart by the number of its programs; IDLE
+    has no calls."""
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("cat") in ON_GPU]
     found: dict[str, list[float]] = defaultdict(list)
     gaps = _gaps([(e["ts"], e["ts"] + e["dur"]) for e in events])
@@ -42,7 +43,10 @@ def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
         if idle:
             found[IDLE].append(idle)
         over = end
-    rows = [{"kernel": name, "calls": 0 if name == IDLE else len(added), "us": sum(added)} for name, added in found.items()]
+    rows = [
+        {"kernel": name, "calls": 0 if name == IDLE else len(added), "us": sum(added)}
+        for name, added in found.items()
+    ]
     return sorted(rows, key=lambda row: -float(row["us"]))
 
 
@@ -52,7 +56,8 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def _gaps(spans: list[tuple[float, float]]) -> deque[tuple[float, float]]:
-    """When none of these spans (start, end) runs, between the first and the last: (start, length), in time's order."""
+    """When none of these spans (start, end) runs, between the first and the last: (start, length),
+    in time's order."""
     gaps: deque[tuple[float, float]] = deque()
     spans = sorted(spans)
     over = spans[0][1] if spans else 0.0
@@ -64,7 +69,8 @@ def _gaps(spans: list[tuple[float, float]]) -> deque[tuple[float, float]]:
 
 
 def _label(event: dict[str, Any]) -> str:
-    """`vector_kernel, 1824 programs`: the function's name without its namespaces and template arguments."""
+    """`vector_kernel, 1824 programs`: the function's name without its namespaces and template
+    arguments."""
     name = re.sub(r"\(anonymous namespace\)::", "", event["name"])
     name = re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1].strip()
     grid = event.get("args", {}).get("grid")
@@ -76,13 +82,22 @@ def table(rows: Sequence[dict[str, Any]], most: int = 16) -> list[str]:
     whole = sum(row["us"] for row in rows)
     shown, rest = list(rows[:most]), rows[most:]
     if rest:
-        shown.append({"kernel": f"{len(rest)} others", "calls": sum(r["calls"] for r in rest), "us": sum(r["us"] for r in rest)})
+        shown.append(
+            {
+                "kernel": f"{len(rest)} others",
+                "calls": sum(r["calls"] for r in rest),
+                "us": sum(r["us"] for r in rest),
+            }
+        )
     shown.append({"kernel": "the step", "calls": sum(r["calls"] for r in rows), "us": whole})
     return aligned(
         {
             "kernel": [row["kernel"] for row in shown],
             "calls": [str(row["calls"] or "") for row in shown],
-            "µs each": [f"{row['us'] / row['calls']:.1f}" if row["calls"] else "" for row in shown[:-1]] + [""],
+            "µs each": [
+                f"{row['us'] / row['calls']:.1f}" if row["calls"] else "" for row in shown[:-1]
+            ]
+            + [""],
             "µs": [f"{row['us']:.1f}" for row in shown],
             "share": [f"{row['us'] / whole:.1%}" for row in shown],
         }

@@ -1,14 +1,14 @@
 """The reference for models whose fp32 weights would not fit: bf16 storage, every product in fp32.
 
-A bf16 number is an fp32 number, so the results are those of fp32 weights; one matrix at a time is widened.
-"""
+A bf16 number is an fp32 number, so the results are those of fp32 weights; one matrix at a time is
+widened."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from r1.model import Transformer
+from r1.model.transformer import Transformer
 
 
 class UpcastLinear(nn.Module):
@@ -34,7 +34,8 @@ class UpcastEmbedding(nn.Module):
 
 
 def upcast(model: Transformer) -> None:
-    """Swap every Linear and the embedding; the experts' `loop`, the norms and the router follow their input's dtype."""
+    """Swap every Linear and the embedding; the experts' `loop`, the norms and the router follow
+    their input's dtype."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

@@ -1,7 +1,8 @@
-"""Triton kernels for decode and for a prompt's experts, each beside its torch twin: what `attention`, `moe`, `prefill_moe` and
-`kernels` run where they are `triton`.
+"""Triton kernels for decode and for a prompt's experts, each beside its torch twin: what
+`attention`, `moe`, `prefill_moe` and `kernels` run where they are `triton`.
 
-A decode step is bound by reading weights, so the plan is a matter of bytes. One sparse layer, bf16, one token:
+A decode step is bound by reading weights, so the plan is a matter of bytes. One sparse layer, bf16,
+one token:
 
 | kernel | file | reads, Moonlight-16B | R1 | programs on 132 processors |
 |---|---|---:|---:|---|
@@ -16,16 +17,19 @@ A decode step is bound by reading weights, so the plan is a matter of bytes. One
 | down, weighted sum, residual | experts.py | 46.1 MB | 264.2 MB | 512, 1792 (4 rows, of all experts hit) |
 | weights in all | | 166.5 MB, 55 us | 1.17 GB, 389 us | 8 kernels, 9 |
 
-Once a step: step.py makes positions and rotations in one program, and linear.py's kernel is the output head (81920 programs for
-Moonlight); in a dense layer it is gate and up (11264), and down with the SwiGLU in front (1024).
+Once a step: step.py makes positions and rotations in one program, and linear.py's kernel is the
+output head (81920 programs for Moonlight); in a dense layer it is gate and up (11264), and down
+with the SwiGLU in front (1024).
 
-Microseconds are at 3.02 TB/s, an H100's copy rate. A launch costs 1.2 us in a graph, or hides behind the kernel before it
-(chip.py). Several tokens need three kernels more (R1: four): one sorts their choices by expert, so that an expert that several
-tokens hit is read once; one adds up the experts' outputs; and a norm in front of a product has its own (R1: two of them), since
-it would have to stand in the product's loop. No sum is made by atomics: results don't change from run to run.
+Microseconds are at 3.02 TB/s, an H100's copy rate. A launch costs 1.2 us in a graph, or hides
+behind the kernel before it (chip.py). Several tokens need three kernels more (R1: four): one sorts
+their choices by expert, so that an expert that several tokens hit is read once; one adds up the
+experts' outputs; and a norm in front of a product has its own (R1: two of them), since it would
+have to stand in the product's loop. No sum is made by atomics: results don't change from run to
+run.
 
-Every kernel takes its launch parameters as a frozen dataclass, with defaults by shape and chip; tune.py searches better ones.
-"""
+Every kernel takes its launch parameters as a frozen dataclass, with defaults by shape and chip;
+tune.py searches better ones."""
 
 from r1.kernels.attention import attend
 from r1.kernels.block import DecodeBlock, head

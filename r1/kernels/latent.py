@@ -1,4 +1,5 @@
-"""Between the projections and the attention: the latent's norm, the rotation, the cache's new entry, and q W_UK.
+"""Between the projections and the attention: the latent's norm, the rotation, the cache's new
+entry, and q W_UK.
 
 Shapes: N tokens (B rows x S), H heads, P qk_nope_head_dim, R rope, C latent, T capacity.
 """
@@ -13,8 +14,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, product, wait_for_previous
-from r1.rope import rotate
+from r1.kernels.chip import (
+    Chip,
+    Choices,
+    Sizes,
+    ceil_div,
+    let_next_start,
+    power_of_two,
+    product,
+    wait_for_previous,
+)
+from r1.model.rope import rotate
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,9 @@ class LatentLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LatentLaunch:
         tokens, _heads, _nope, latent, _itemsize = sizes
-        rows = min(64, power_of_two(ceil_div(tokens, 2), 16))  # twice the programs are worth reading W_UK twice
+        rows = min(
+            64, power_of_two(ceil_div(tokens, 2), 16)
+        )  # twice the programs are worth reading W_UK twice
         return LatentLaunch(rows, min(128, power_of_two(latent, 16)))
 
     @property
@@ -37,29 +49,38 @@ class LatentLaunch:
 
 
 def latent(
-    chip: Chip, q: Tensor, kv: Tensor, w_uk: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor,
-    cache: Tensor, launch: LatentLaunch | None = None,
+    chip: Chip, q: Tensor, kv: Tensor, w_uk: Tensor, gain: Tensor, eps: float, cos: Tensor,
+    sin: Tensor, positions: Tensor, cache: Tensor, launch: LatentLaunch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q (N, H (P + R)), kv (N, C + R): the projections' outputs, not yet normed or rotated -> q_c (N, H, C), q_pe (N, H, R).
+    """q (N, H (P + R)), kv (N, C + R): the projections' outputs, not yet normed or rotated -> q_c
+    (N, H, C), q_pe (N, H, R).
 
-    Writes each token's latent to `cache` (B, T, C + R) at its place in `positions`, int64 (B, S). W_UK is (H, P, C), `gain`
-    (C,), cos and sin are rope.py's, fp32 (B, S, 1, R).
-    """
+    Writes each token's latent to `cache` (B, T, C + R) at its place in `positions`, int64 (B, S).
+    W_UK is (H, P, C), `gain` (C,), cos and sin are rope.py's, fp32 (B, S, 1, R)."""
     tokens, (heads, nope, c), rope = q.shape[0], w_uk.shape, cos.shape[-1]
     q_c, q_pe = q.new_empty(tokens, heads, c), q.new_empty(tokens, heads, rope)
     use = launch or chip.launch(LatentLaunch, tokens, heads, nope, c, q.itemsize)
     absorbing = heads * ceil_div(c, use.columns) * ceil_div(tokens, use.rows)
     chip.run(
-        latent_kernel, (absorbing + tokens,), q, q.stride(0), kv, kv.stride(0), w_uk, w_uk.stride(0), gain, eps, cos, sin,
-        positions, positions.shape[1], cache, cache.stride(0), cache.stride(1), cache.shape[1], q_c, q_pe, tokens, absorbing,
-        HEADS=heads, NOPE=nope, ROPE=rope, LATENT=c, NOPE_PAD=power_of_two(nope, 16), ROPE_PAD=power_of_two(rope),
+        latent_kernel, (absorbing + tokens, ), q, q.stride(0), kv, kv.stride(0), w_uk,
+        w_uk.stride(0), gain, eps, cos, sin, positions, positions.shape[1], cache, cache.stride(0),
+        cache.stride(1), cache.shape[1], q_c, q_pe, tokens, absorbing, HEADS=heads, NOPE=nope,
+        ROPE=rope, LATENT=c, NOPE_PAD=power_of_two(nope, 16), ROPE_PAD=power_of_two(rope),
         LATENT_PAD=power_of_two(c), ROWS=use.rows, BLOCK_C=use.columns, warps=use.warps,
     )  # fmt: skip
     return q_c, q_pe
 
 
 def latent_torch(
-    q: Tensor, kv: Tensor, w_uk: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor, positions: Tensor, cache: Tensor
+    q: Tensor,
+    kv: Tensor,
+    w_uk: Tensor,
+    gain: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The twin."""
     heads, nope, c = w_uk.shape
@@ -68,7 +89,9 @@ def latent_torch(
     c_kv, k_pe = kv.split([c, rope], dim=-1)
     cos, sin = cos.flatten(0, 1)[None], sin.flatten(0, 1)[None]  # (1, N, 1, R)
     pe = rotate(torch.cat((q_pe, k_pe[:, None]), dim=1)[None], cos, sin)[0]  # (N, H + 1, R)
-    entry = torch.cat((gain * F.rms_norm(c_kv, gain.shape, eps=eps), pe[:, -1]), dim=-1)  # (N, C + R)
+    entry = torch.cat(
+        (gain * F.rms_norm(c_kv, gain.shape, eps=eps), pe[:, -1]), dim=-1
+    )  # (N, C + R)
     rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
     cache.index_put_((rows, positions), entry.view(*positions.shape, -1))
     return torch.einsum("nhp,hpc->nhc", q_nope, w_uk), pe[:, :-1].contiguous()
@@ -79,12 +102,14 @@ LATENT = {"torch": latent_torch, "triton": latent}
 
 @triton.jit
 def latent_kernel(
-    q, q_stride, kv, kv_stride, w_uk, w_uk_head, gain, eps, cos, sin, positions, new, cache, cache_row, cache_slot, capacity,
-    q_c, q_pe, tokens, absorbing,
-    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, NOPE_PAD: tl.constexpr,
-    ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    q, q_stride, kv, kv_stride, w_uk, w_uk_head, gain, eps, cos, sin, positions, new, cache,
+    cache_row, cache_slot, capacity, q_c, q_pe, tokens, absorbing, HEADS: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, NOPE_PAD: tl.constexpr,
+    ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Two kinds of programs in one launch: the first `absorbing` make queries, the others a token's cache entry each."""
+    """Two kinds of programs in one launch: the first `absorbing` make queries, the others a token's
+    cache entry each."""
     let_next_start(PDL)
     program = tl.program_id(0)
     if program < absorbing:
@@ -95,24 +120,32 @@ def latent_kernel(
     else:
         token = (program - absorbing).to(tl.int64)
         remember(
-            kv + token * kv_stride, gain, eps, cos + token * ROPE, sin + token * ROPE, positions + token,
-            cache + (token // new) * cache_row, cache_slot, capacity, ROPE, LATENT, ROPE_PAD, LATENT_PAD, PDL,
+            kv + token * kv_stride, gain, eps, cos + token * ROPE, sin + token * ROPE,
+            positions + token, cache + (token // new) * cache_row, cache_slot, capacity, ROPE,
+            LATENT, ROPE_PAD, LATENT_PAD, PDL,
         )  # fmt: skip
 
 
 @triton.jit
 def absorb(
-    program, q, q_stride, w_uk, w_uk_head, cos, sin, q_c, q_pe, tokens,
-    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, NOPE_PAD: tl.constexpr,
+    program, q, q_stride, w_uk, w_uk_head, cos, sin, q_c, q_pe, tokens, HEADS: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, NOPE_PAD: tl.constexpr,
     ROPE_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C columns of q_nope W_UK for one head and ROWS tokens; the first block also rotates the head's q_pe."""
+    """BLOCK_C columns of q_nope W_UK for one head and ROWS tokens; the first block also rotates the
+    head's q_pe."""
     blocks: tl.constexpr = (LATENT + BLOCK_C - 1) // BLOCK_C
     block, head = program % blocks, program // blocks % HEADS
     row = (program // (blocks * HEADS) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    c, p, r = block * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, NOPE_PAD), tl.arange(0, ROPE_PAD)
+    c, p, r = (
+        block * BLOCK_C + tl.arange(0, BLOCK_C),
+        tl.arange(0, NOPE_PAD),
+        tl.arange(0, ROPE_PAD),
+    )
     place = w_uk + head.to(tl.int64) * w_uk_head + p[:, None] * LATENT + c[None, :]
-    w = tl.load(place, mask=(p < NOPE)[:, None] & (c < LATENT)[None, :], other=0.0)  # before the wait: weights
+    w = tl.load(
+        place, mask=(p < NOPE)[:, None] & (c < LATENT)[None, :], other=0.0
+    )  # before the wait: weights
     wait_for_previous(PDL)
     real = (row < tokens)[:, None]
     q += row[:, None] * q_stride + head * (NOPE + ROPE)  # (ROWS, 1)
@@ -122,8 +155,14 @@ def absorb(
         mask = real & (r < ROPE)[None, :]
         pair = tl.load(q + NOPE + r[None, :], mask=mask, other=0.0).to(tl.float32)
         swapped = tl.load(q + NOPE + (r ^ 1)[None, :], mask=mask, other=0.0).to(tl.float32)
-        turned = pair * tl.load(cos + angle, mask=mask, other=0.0) + swapped * tl.load(sin + angle, mask=mask, other=0.0)
-        tl.store(q_pe + (row[:, None] * HEADS + head) * ROPE + r[None, :], turned.to(q_pe.dtype.element_ty), mask=mask)
+        turned = pair * tl.load(cos + angle, mask=mask, other=0.0) + swapped * tl.load(
+            sin + angle, mask=mask, other=0.0
+        )
+        tl.store(
+            q_pe + (row[:, None] * HEADS + head) * ROPE + r[None, :],
+            turned.to(q_pe.dtype.element_ty),
+            mask=mask,
+        )
     absorbed = product(q_nope, w, tl.zeros((ROWS, BLOCK_C), tl.float32))  # (ROWS, BLOCK_C)
     place = q_c + (row[:, None] * HEADS + head) * LATENT + c[None, :]
     tl.store(place, absorbed.to(q_c.dtype.element_ty), mask=real & (c < LATENT)[None, :])
@@ -131,10 +170,11 @@ def absorb(
 
 @triton.jit
 def remember(
-    kv, gain, eps, cos, sin, position, row, cache_slot, capacity,
-    ROPE: tl.constexpr, LATENT: tl.constexpr, ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr, PDL: tl.constexpr,
+    kv, gain, eps, cos, sin, position, row, cache_slot, capacity, ROPE: tl.constexpr,
+    LATENT: tl.constexpr, ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token's normed latent and rotated key, into its slot of the cache's row. All is read first: one latency, not five."""
+    """One token's normed latent and rotated key, into its slot of the cache's row. All is read
+    first: one latency, not five."""
     c, r = tl.arange(0, LATENT_PAD), tl.arange(0, ROPE_PAD)
     gains = tl.load(gain + c, mask=c < LATENT, other=0.0).to(tl.float32)  # before the wait: weights
     wait_for_previous(PDL)
@@ -142,9 +182,15 @@ def remember(
     x = tl.load(kv + c, mask=c < LATENT, other=0.0).to(tl.float32)
     pair = tl.load(kv + LATENT + r, mask=r < ROPE, other=0.0).to(tl.float32)
     swapped = tl.load(kv + LATENT + (r ^ 1), mask=r < ROPE, other=0.0).to(tl.float32)
-    turned = pair * tl.load(cos + r, mask=r < ROPE, other=0.0) + swapped * tl.load(sin + r, mask=r < ROPE, other=0.0)
-    normed = (x * tl.rsqrt(tl.sum(x * x, axis=0) / LATENT + eps)).to(kv.dtype.element_ty)  # rounded, as layers.py does
+    turned = pair * tl.load(cos + r, mask=r < ROPE, other=0.0) + swapped * tl.load(
+        sin + r, mask=r < ROPE, other=0.0
+    )
+    normed = (x * tl.rsqrt(tl.sum(x * x, axis=0) / LATENT + eps)).to(
+        kv.dtype.element_ty
+    )  # rounded, as layers.py does
     if at < capacity:
         slot = row + at * cache_slot
-        tl.store(slot + c, (normed.to(tl.float32) * gains).to(row.dtype.element_ty), mask=c < LATENT)
+        tl.store(
+            slot + c, (normed.to(tl.float32) * gains).to(row.dtype.element_ty), mask=c < LATENT
+        )
         tl.store(slot + LATENT + r, turned.to(row.dtype.element_ty), mask=r < ROPE)

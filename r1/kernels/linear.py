@@ -1,9 +1,11 @@
-"""A projection with what stands before and behind it: y = residual + act(x) W^T, where act is a norm, SwiGLU, or nothing.
+"""A projection with what stands before and behind it: y = residual + act(x) W^T, where act is a
+norm, SwiGLU, or nothing.
 
-One token is a matrix-vector product: each program has a few rows of W, and all its threads stand along the columns. The norm
-costs no pass of its own then: its factor is one number, so it is multiplied in at the end, when the same loop that streams the
-weights has also added up the squares. Several tokens are `tl.dot` on tiles whose rows are padded to 16, behind a small kernel
-that norms them.
+One token is a matrix-vector product: each program has a few rows of W, and all its threads stand
+along the columns. The norm costs no pass of its own then: its factor is one number, so it is
+multiplied in at the end, when the same loop that streams the weights has also added up the squares.
+Several tokens are `tl.dot` on tiles whose rows are padded to 16, behind a small kernel that norms
+them.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -18,13 +20,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, let_next_start, power_of_two, product, wait_for_previous
-from r1.layers import swiglu as swiglu_torch
+from r1.kernels.chip import (
+    Chip,
+    Choices,
+    Sizes,
+    ceil_div,
+    let_next_start,
+    power_of_two,
+    product,
+    wait_for_previous,
+)
+from r1.model.layers import swiglu as swiglu_torch
 
 
 @dataclass(frozen=True)
 class LinearLaunch:
-    """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time; one row: no tl.dot."""
+    """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time;
+    one row: no tl.dot."""
 
     rows: int
     outputs: int
@@ -38,8 +50,8 @@ class LinearLaunch:
         if tokens == 1:
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
-        # Large tiles read x less often, which pays where x is long, as long as a fifth of the processors has work; else there
-        # must first of all be work for every one.
+        # Large tiles read x less often, which pays where x is long, as long as a fifth of the
+        # processors has work; else there must first of all be work for every one.
         wide = outputs >= (12 if inputs >= 4096 else 128) * chip.processors
         block = 64 if wide else 16 if outputs <= 16 * chip.processors else 32
         columns = min(256 // itemsize, power_of_two(inputs, 16))
@@ -50,14 +62,21 @@ class LinearLaunch:
     def choices(self) -> Choices:
         if self.rows == 1:
             return {"outputs": (1, 2, 4, 8), "inputs": (512, 1024, 2048), "warps": (2, 4, 8)}
-        return {"outputs": (16, 32, 64, 128), "inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6)}
+        return {
+            "outputs": (16, 32, 64, 128),
+            "inputs": (64, 128, 256),
+            "warps": (4, 8),
+            "stages": (2, 3, 4, 5, 6),
+        }
 
 
 def linear(
-    chip: Chip, x: Tensor, weight: Tensor, *, norm: Tensor | None = None, eps: float = 0.0, swiglu: bool = False,
-    residual: Tensor | None = None, dtype: torch.dtype | None = None, launch: LinearLaunch | None = None,
+    chip: Chip, x: Tensor, weight: Tensor, *, norm: Tensor | None = None, eps: float = 0.0,
+    swiglu: bool = False, residual: Tensor | None = None, dtype: torch.dtype | None = None,
+    launch: LinearLaunch | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (N, I), or with `swiglu` (N, 2I) whose first half is the gate; W (O, I) -> (N, O) in `dtype`, or x's.
+    """x (N, I), or with `swiglu` (N, 2I) whose first half is the gate; W (O, I) -> (N, O) in
+    `dtype`, or x's.
 
     `norm` (I,): x is RMS-normed with this gain. `residual` (N, O) is added. Sums are in fp32.
     """
@@ -65,10 +84,27 @@ def linear(
     y = x.new_empty(tokens, outputs, dtype=dtype)
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize)
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
-    block = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs, "warps": use.warps, "stages": use.stages}
+    block = {
+        "BLOCK_OUT": use.outputs,
+        "BLOCK_IN": use.inputs,
+        "warps": use.warps,
+        "stages": use.stages,
+    }
     if use.rows == 1:
         chip.run(
-            vector_kernel, grid, x, x.stride(0), weight, norm, eps, residual, y, outputs, INPUTS=inputs, SWIGLU=swiglu, **block
+            vector_kernel,
+            grid,
+            x,
+            x.stride(0),
+            weight,
+            norm,
+            eps,
+            residual,
+            y,
+            outputs,
+            INPUTS=inputs,
+            SWIGLU=swiglu,
+            **block,
         )
         return y
     if norm is not None or swiglu:
@@ -78,7 +114,20 @@ def linear(
             BLOCK=min(2048, power_of_two(inputs)), warps=8,
         )  # fmt: skip
         x = h
-    chip.run(tile_kernel, grid, x, x.stride(0), weight, residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows, **block)
+    chip.run(
+        tile_kernel,
+        grid,
+        x,
+        x.stride(0),
+        weight,
+        residual,
+        y,
+        tokens,
+        outputs,
+        INPUTS=inputs,
+        ROWS=use.rows,
+        **block,
+    )
     return y
 
 
@@ -113,10 +162,11 @@ def inputs_at(x, at, INPUTS: tl.constexpr, SWIGLU: tl.constexpr):
 
 @triton.jit
 def vector_kernel(
-    x, x_stride, weight, norm, eps, residual, y, outputs,
-    INPUTS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, weight, norm, eps, residual, y, outputs, INPUTS: tl.constexpr,
+    SWIGLU: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token, BLOCK_OUT rows of W. Weights depend on no kernel, so the first are under way before the wait."""
+    """One token, BLOCK_OUT rows of W. Weights depend on no kernel, so the first are under way
+    before the wait."""
     let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1).to(tl.int64)
@@ -135,21 +185,26 @@ def vector_kernel(
             squares += v * v
             v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
         sums += w.to(tl.float32) * v[None, :]
-        w = tl.load(place + start + BLOCK_IN, mask=real & (at + BLOCK_IN < INPUTS)[None, :], other=0.0)
+        w = tl.load(
+            place + start + BLOCK_IN, mask=real & (at + BLOCK_IN < INPUTS)[None, :], other=0.0
+        )
     total = tl.sum(sums, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
         total *= tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
     if residual is not None:
-        total += tl.load(residual + row * outputs + out, mask=out < outputs, other=0.0).to(tl.float32)
+        total += tl.load(residual + row * outputs + out, mask=out < outputs, other=0.0).to(
+            tl.float32
+        )
     tl.store(y + row * outputs + out, total.to(y.dtype.element_ty), mask=out < outputs)
 
 
 @triton.jit
 def prepare_kernel(
-    x, x_stride, norm, eps, h, INPUTS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x, x_stride, norm, eps, h, INPUTS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
-    """One token's SwiGLU, or norm, once for all programs of the tiles: in their loop it would stand between load and tl.dot,
-    and keep the loads of x from being under way ahead of time."""
+    """One token's SwiGLU, or norm, once for all programs of the tiles: in their loop it would stand
+    between load and tl.dot, and keep the loads of x from being under way ahead of time."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     columns = tl.arange(0, BLOCK)
@@ -159,7 +214,9 @@ def prepare_kernel(
     if norm is not None:
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, INPUTS, BLOCK):
-            v = tl.load(x + start + columns, mask=start + columns < INPUTS, other=0.0).to(tl.float32)
+            v = tl.load(x + start + columns, mask=start + columns < INPUTS, other=0.0).to(
+                tl.float32
+            )
             squares += v * v
         factor = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
     for start in range(0, INPUTS, BLOCK):
@@ -172,10 +229,11 @@ def prepare_kernel(
 
 @triton.jit
 def tile_kernel(
-    x, x_stride, weight, residual, y, tokens, outputs,
-    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, weight, residual, y, tokens, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT rows of W for ROWS tokens; the tile is y transposed, so that W's rows are the product's long side."""
+    """BLOCK_OUT rows of W for ROWS tokens; the tile is y transposed, so that W's rows are the
+    product's long side."""
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
@@ -185,9 +243,13 @@ def tile_kernel(
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
         w_mask = (out < outputs)[:, None] & (at < INPUTS)[None, :]
-        w = tl.load(weight + out.to(tl.int64)[:, None] * INPUTS + at[None, :], mask=w_mask, other=0.0)
+        w = tl.load(
+            weight + out.to(tl.int64)[:, None] * INPUTS + at[None, :], mask=w_mask, other=0.0
+        )
         mask = (at < INPUTS)[:, None] & (row < tokens)[None, :]
-        v = tl.load(x + row[None, :] * x_stride + at[:, None], mask=mask, other=0.0)  # (BLOCK_IN, ROWS)
+        v = tl.load(
+            x + row[None, :] * x_stride + at[:, None], mask=mask, other=0.0
+        )  # (BLOCK_IN, ROWS)
         sums = product(w, v, sums)
     mask = (out < outputs)[:, None] & (row < tokens)[None, :]
     place = row[None, :] * outputs + out[:, None]

@@ -1,0 +1,1 @@
+"""Checkpoints: config.json, safetensors, saving."""

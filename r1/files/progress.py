@@ -1,0 +1,36 @@
+"""One line on stderr that says how far a long job is. Silent where nobody watches, and for the
+first second."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """Counts bytes: `with Progress("loading", total) as p: p.add(n)`."""
+
+    def __init__(self, what: str, total: int, quiet: bool = False) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.start = self.shown = time.monotonic()
+        self.quiet = quiet or not sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.quiet or now - self.start < 1 or now - self.shown < 0.1:
+            return
+        self.shown = now
+        share, rate = self.done / max(1, self.total), self.done / (now - self.start)
+        bar = "█" * int(24 * share) + "░" * (24 - int(24 * share))
+        left = (self.total - self.done) / rate
+        sizes = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
+        line = f"\r{self.what} {bar} {sizes}, {rate / 1e9:.2f} GB/s, {left:.0f} s left \x1b[K"
+        print(line, end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown != self.start:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

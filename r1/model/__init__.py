@@ -1,0 +1,1 @@
+"""R1 itself: what a newcomer reads first."""

@@ -1,0 +1,1 @@
+"""How a step is called, and how text is made of steps."""

@@ -1,0 +1,99 @@
+"""CUDA graphs of our own: a decode step or a prompt recorded once, then replayed with a single
+launch.
+
+A graph repeats the same kernels on the same addresses, so everything that changes from step to step
+must change *in* memory that the graph knows: its inputs are copied into buffers of its own,
+positions and lengths are tensors of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1.model.cache import Cache
+
+WARM_UPS = 3
+"""Runs before the capture: libraries make their handles and workspaces, and compiled code is
+compiled, outside of it."""
+
+
+Call = Callable[..., tuple[Tensor, ...]]
+"""What can be captured: `step(*tensors, cache)`, which returns tensors and reads no value on the
+host."""
+
+
+@dataclass
+class Captured:
+    """One recorded step: bound to one cache and one shape of each input."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the step on `inputs`; the tensors returned are the graph's own, and change with the
+        next replay."""
+        for static, given in zip(self.inputs, inputs, strict=True):
+            if given.shape != static.shape or given.dtype != static.dtype:
+                raise ValueError(
+                    f"captured for a tensor {tuple(static.shape)}, called with {tuple(given.shape)}"
+                )
+            static.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+Pool = Any
+"""torch's handle of the memory that a graph computes in: several may share one, if they never run
+at the same time."""
+
+
+def capture(
+    step: Call, inputs: tuple[Tensor, ...], cache: Cache, pool: Pool | None = None
+) -> Captured:
+    """Record `step(*inputs, cache)`. The cache's lengths are as before afterwards; slots behind
+    them may be written."""
+    static, lengths = tuple(tensor.clone() for tensor in inputs), cache.lengths.clone()
+    outputs: list[tuple[Tensor, ...]] = []
+
+    def once() -> None:
+        outputs[:] = [step(*static, cache)]
+
+    graph = record(once, lambda: cache.lengths.copy_(lengths), pool)
+    return Captured(graph, static, outputs[0])
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph, repetitions: int) -> list[float]:
+    """Seconds of each replay, by the device's own events."""
+    times = []
+    for _ in range(repetitions):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times
+
+
+def record(
+    call: Callable[[], None], undo: Callable[[], object] = lambda: None, pool: Pool | None = None
+) -> torch.cuda.CUDAGraph:
+    """Run `call` some times on a stream beside, then record it; `undo` follows each of these, and
+    is not recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            call()
+            undo()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    undo()
+    return graph

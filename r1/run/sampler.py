@@ -1,0 +1,76 @@
+"""From logits to a token: temperature, nucleus, and draws that need no sync.
+
+Shapes: W vocab_size; ... any leading dimensions (rows, positions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from r1.errors import InputError
+
+TEMPERATURE, TOP_P = 0.6, 0.95
+"""What R1's authors recommend (DeepSeek-R1's README, usage recommendations)."""
+
+
+@dataclass
+class Sampler:
+    """Picks a token from each row's logits. Temperature 0 is greedy; a seed makes the same choices
+    again."""
+
+    temperature: float = TEMPERATURE
+    top_p: float = TOP_P
+    seed: int | None = None
+    _generator: torch.Generator | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float(
+            "inf"
+        ):
+            raise InputError(f"temperature={self.temperature!r}: give 0 (greedy) or more")
+        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p!r}: give more than 0 and at most 1")
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**63):
+            raise InputError(f"seed={self.seed!r}: give a whole number from 0 to 2^63 - 1")
+
+    @torch.inference_mode()
+    def __call__(self, logits: Tensor) -> Tensor:
+        """fp32 (..., W) -> int64 (...), on the same device and without a sync."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        race = torch.empty_like(logits).exponential_(generator=self.generator(logits.device))
+        return draw(self.probabilities(logits), race)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """fp32 (..., W) -> what a token is drawn from, fp32 (..., W) of sum 1; all of it on the
+        best token where greedy."""
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+        below = logits - logits.amax(
+            dim=-1, keepdim=True
+        )  # no temperature, however small, makes them overflow
+        p, order = (below / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        # The nucleus: the likeliest tokens up to the one with which top_p is reached (arXiv
+        # 1904.09751).
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, 0.0)
+        return torch.zeros_like(p).scatter_(-1, order, p / p.sum(dim=-1, keepdim=True))
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The source of this sampler's random numbers; made where they are first wanted."""
+        if self._generator is None:
+            self._generator = torch.Generator(device)
+            self._generator.manual_seed(
+                self.seed
+            ) if self.seed is not None else self._generator.seed()
+        return self._generator
+
+
+def draw(p: Tensor, race: Tensor) -> Tensor:
+    """Weights p (..., W), which need not sum to 1, and Exp(1) numbers (..., W) -> int64 (...).
+
+    p / Exp(1) is largest at i with probability p[i] / sum(p): a draw that needs no sync, and never
+    takes what has p = 0."""
+    return (p / race).argmax(dim=-1)

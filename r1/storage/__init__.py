@@ -1,0 +1,1 @@
+"""How a matrix lies in memory."""

@@ -1,0 +1,1 @@
+"""What is asked, what this machine can do, and what that makes."""

@@ -1,0 +1,220 @@
+"""What this machine can do, and why not: one table, which the switches ask and `bench.py --explain`
+prints.
+
+Nothing else in r1 looks at a GPU's make. NVIDIA and AMD differ here: torch calls both "cuda", and a
+ROCm build says so in `torch.version.hip`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the table needs to know of where we run. `Machine.here()` looks; tests make up
+    others."""
+
+    cuda: bool = False
+    """torch sees a GPU (NVIDIA's or, in a ROCm build, AMD's)."""
+    hip: str | None = None
+    """The ROCm version that torch was built for."""
+    torch_version: str = torch.__version__
+    name: str = "CPU"
+    capability: tuple[int, int] = (0, 0)
+    """NVIDIA's compute capability."""
+    arch: str = ""
+    """AMD's architecture, such as gfx942."""
+    memory: int = 0
+    """Bytes of the GPU, or of the host."""
+    compiler: bool = True
+    """torch.compile has what it needs: a C++ compiler for the CPU, Triton for a GPU."""
+
+    @staticmethod
+    def here() -> Machine:
+        if not torch.cuda.is_available():
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            return Machine(name=cpu_name(), memory=memory, compiler=_has_cxx())
+        properties = torch.cuda.get_device_properties(0)
+        return Machine(
+            cuda=True,
+            hip=torch.version.hip,
+            name=properties.name,
+            capability=torch.cuda.get_device_capability(),
+            arch=getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else "",
+            memory=properties.total_memory,
+            compiler=_has_triton(),
+        )
+
+    @property
+    def device(self) -> str:
+        """The device that "auto" takes: cuda, rocm or cpu."""
+        return ("rocm" if self.hip else "cuda") if self.cuda else "cpu"
+
+    def without_gpu(self) -> Machine:
+        """The same machine as device=cpu sees it."""
+        return (
+            self
+            if not self.cuda
+            else Machine(torch_version=self.torch_version, compiler=_has_cxx())
+        )
+
+    def why_not(self, feature: str) -> str | None:
+        """Why this machine can't do one of FEATURES, and what to do instead; None where it can."""
+        return FEATURES[feature](self)
+
+
+def _bf16(m: Machine) -> str | None:
+    if not m.cuda or m.hip or m.capability >= (8, 0):
+        return None
+    return f"bf16 needs compute capability 8.0, and {m.name} has {m.capability}: use fp16 or fp32"
+
+
+def _fp8(m: Machine) -> str | None:
+    """e4m3fnuz is what gfx942 multiplies: the same bytes mean half there."""
+    if not m.cuda:
+        return "a CPU has no FP8 products: FP8 checkpoints are dequantized while loading"
+    if m.hip:
+        return (
+            None
+            if m.arch in ("gfx942", "gfx950", "gfx1200", "gfx1201")
+            else f"{m.arch} has no FP8 products: use bf16"
+        )
+    return (
+        None
+        if m.capability >= (8, 9)
+        else f"FP8 products need compute capability 8.9, and {m.name} has {m.capability}: use bf16"
+    )
+
+
+def fp8_format(m: Machine) -> torch.dtype | None:
+    """The 8-bit format that this machine multiplies; None where it multiplies none."""
+    if _fp8(m):
+        return None
+    return torch.float8_e4m3fnuz if m.arch == "gfx942" else torch.float8_e4m3fn
+
+
+def _grouped(m: Machine) -> str | None:
+    if not m.cuda or (not m.hip and m.capability[0] in (9, 10)):
+        return None
+    return f"torch's grouped_mm has a kernel for compute capability 9 and 10 only, not for {m.name}"
+
+
+def _compile(m: Machine) -> str | None:
+    if m.compiler:
+        return None
+    needs = (
+        "Triton on a GPU: install triton"
+        if m.cuda
+        else "a C++ compiler on a CPU: install g++ (or set CXX)"
+    )
+    return f"compile needs {needs}, or leave compile off"
+
+
+def _graphs(m: Machine) -> str | None:
+    return (
+        None
+        if m.cuda
+        else "cuda_graphs capture launches on a GPU, and this runs on a CPU, which has none: use compile"
+    )
+
+
+def _memory(m: Machine) -> str | None:
+    return (
+        None
+        if m.cuda
+        else "memory is the policy of the GPU's allocator, and this runs on a CPU: leave it at default"
+    )
+
+
+def _triton(m: Machine) -> str | None:
+    if m.cuda and m.compiler:
+        return None
+    return "Triton's kernels need a GPU and the triton package: leave attention, moe, prefill_moe and kernels at their defaults"
+
+
+FEATURES: dict[str, Callable[[Machine], str | None]] = {
+    "bf16": _bf16,
+    "fp8": _fp8,
+    "grouped_mm": _grouped,
+    "compile": _compile,
+    "cuda_graphs": _graphs,
+    "memory": _memory,
+    "triton": _triton,
+}
+
+
+def explain(m: Machine) -> str:
+    """The table as a person reads it."""
+    found = (
+        f"compute capability {m.capability[0]}.{m.capability[1]}"
+        if m.cuda and not m.hip
+        else m.arch or "no GPU"
+    )
+    hip = f", ROCm {m.hip}" if m.hip else ""
+    lines = [
+        f"{m.name} ({found}, {m.memory / 1e9:.0f} GB), torch {m.torch_version}{hip}, device={m.device}",
+        "",
+    ]
+    details = {
+        "fp8": str(fp8_format(m)).removeprefix("torch."),
+        "grouped_mm": "in bf16" if m.cuda else "a loop over experts",
+    }
+    for feature in FEATURES:
+        why = m.why_not(feature)
+        answer = (
+            "no: " + why
+            if why
+            else "yes" + (f" ({details[feature]})" if feature in details else "")
+        )
+        lines.append(f"{feature:<12} {answer}")
+    return "\n".join(lines)
+
+
+def clocks_and_power() -> dict[str, float]:
+    """The GPU's clocks (MHz) and power (W) at this moment, where nvidia-smi or rocm-smi's twin
+    tells; else empty."""
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return {}
+    query = {
+        "sm_mhz": "clocks.sm",
+        "memory_mhz": "clocks.mem",
+        "power_w": "power.draw",
+        "temperature_c": "temperature.gpu",
+    }
+    asked = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={','.join(query.values())}", "--format=csv,noheader,nounits",
+        "-i", "0"], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    try:
+        return dict(zip(query, (float(value) for value in asked.stdout.split(",")), strict=True))
+    except ValueError:
+        return {}
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, and how many threads torch uses."""
+    name = "CPU"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next(
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor that has no such line
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _has_cxx() -> bool:
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())

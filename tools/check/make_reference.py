@@ -1,0 +1,504 @@
+"""Make tests/reference/: outputs of an implementation that is not ours, for ours to be compared
+with.
+
+    python tools/check/make_reference.py                 # write every case
+    python tools/check/make_reference.py --only v3-odd   # write one
+    # regenerate, compare with stored; exit 1 if different
+    python tools/check/make_reference.py --check
+
+The implementation is transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM (fp32, CPU,
+eager) on tiny random models. The tests need the files only; transformers is needed here alone. A
+case:
+
+    config.json             as DeepSeek's repositories spell it, or (cases *-hf5) as transformers 5 writes it
+    model.safetensors       fp32 weights under the published names, one tensor per expert
+    reference.safetensors   tokens (B, S), logits (B, S, V), final_norm (B, S, D), and for each layer i
+                            attn.{i}, mlp.{i}   (B, S, D) what self_attn and mlp (dense or MoE) return
+                            hidden.{i}          (B, S, D) what the layer returns, before any final norm
+                            router_indices.{i}  (B, S, K) ascending, MoE layers only
+                            router_weights.{i}  (B, S, K) in the same order
+
+A reference proves nothing if the wrong formula gives it too. So each case asserts that no routing
+decision is a near tie, that attention is far from uniform, and that each mistake we know of would
+show: `check_routing`, `check_attention`, `check_rope`. If one fails, change the case's seed or
+sizes, not the assertion.
+
+Where transformers 5.23 departs from DeepSeek's own code, the cases keep to where both agree:
+- DeepseekV2's gate ignores norm_topk_prob. Case v2-norm normalizes by a hook: `normalize_v2_gate`. DeepSeek's
+  V2 file then skips routed_scaling_factor, its VL2 file applies it: with factor 1 they agree.
+- DeepseekV3's gate normalizes top-1 too, DeepSeek's only K > 1: here K > 1.
+- With only one of mscale, mscale_all_dim, transformers has another factor on cos/sin: here both are given.
+- moe_layer_freq, scoring_func and (V3) topk_method are not read: here they have the value it implements.
+- DeepSeek's VL2 file masks the excluded groups with 0, transformers with -inf. They differ where biased
+  scores are negative: case v3-negative holds -inf to be right.
+Both agree, surprisingly: the latent norms (q_a, kv_a) have eps 1e-6 whatever rms_norm_eps says (see
+v3-odd)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+OUT = Path(__file__).resolve().parent.parent / "tests" / "reference"
+SIZE_LIMIT = 1_500_000  # bytes, all cases together: they live in git
+MARGIN = 1e-4  # least distance between the last chosen and the first rejected score
+TOLERANCE = (
+    1e-4  # --check: other CPUs sum in another order; a wrong formula is off by 1e-2 and more
+)
+FILES = ("config.json", "model.safetensors", "reference.safetensors")
+
+YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
+YARN_V2 = dict(YARN, mscale=0.707, mscale_all_dim=0.707)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    family: str  # "v3" or "v2"
+    seed: int
+    config: dict[str, Any] = field(default_factory=dict)  # what differs from BASE and FAMILY
+    batch: int = 2
+    length: int = 20
+    bias: tuple[float, float] = (0.0, 0.3)  # mean and deviation of e_score_correction_bias
+    hf5: bool = False  # config.json spelled by transformers 5's save_pretrained
+
+
+# As in DeepSeek's config.json, but tiny. num_nextn_predict_layers is 0: these checkpoints hold no
+# MTP layer.
+BASE: dict[str, Any] = dict(
+    attention_bias=False, attention_dropout=0.0, aux_loss_alpha=0.001, bos_token_id=0,
+    eos_token_id=1, first_k_dense_replace=1, hidden_act="silu", hidden_size=26,
+    initializer_range=0.02, intermediate_size=36, kv_lora_rank=16, max_position_embeddings=128,
+    moe_intermediate_size=7, moe_layer_freq=1, n_group=1, n_routed_experts=8, n_shared_experts=1,
+    norm_topk_prob=True, num_attention_heads=2, num_experts_per_tok=3, num_hidden_layers=2,
+    num_key_value_heads=2, pretraining_tp=1, q_lora_rank=14, qk_nope_head_dim=12,
+    qk_rope_head_dim=8, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10000,
+    routed_scaling_factor=2.5, seq_aux=True, tie_word_embeddings=False, topk_group=1,
+    torch_dtype="float32", use_cache=True, v_head_dim=10, vocab_size=40,
+)  # fmt: skip
+FAMILY: dict[str, dict[str, Any]] = {
+    "v3": dict(
+        architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3",
+        num_nextn_predict_layers=0, scoring_func="sigmoid", topk_method="noaux_tc",
+    ),
+    "v2": dict(
+        architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2", norm_topk_prob=False,
+        routed_scaling_factor=1.0, scoring_func="softmax", topk_method="greedy",
+    ),
+}  # fmt: skip
+
+
+def yarn(original: int, base: dict[str, Any] = YARN, **changes: Any) -> dict[str, Any]:
+    """The two config fields of YaRN; `original` is the length the model was first trained at."""
+    scaling = dict(base, original_max_position_embeddings=original)
+    scaling.update(changes)
+    return dict(rope_scaling=scaling, max_position_embeddings=original * scaling["factor"])
+
+
+CASES = (
+    # Plain: the full query matrix, one group, no dense layer, no YaRN.
+    Case("v3-plain", "v3", 4, dict(q_lora_rank=None, first_k_dense_replace=0), bias=(0.0, 0.2)),
+    # 3 of 8 groups of 3 experts: the two best of three differ from the best one, and from all.
+    Case("v3-groups", "v3", 36, dict(
+        n_routed_experts=24, n_group=8, topk_group=3, num_experts_per_tok=4,
+        moe_intermediate_size=3), bias=(0.0, 0.1)),
+    # Weights not normalized, and yet scaled.
+    Case("v3-unnormed", "v3", 1, dict(
+        norm_topk_prob=False, n_group=4, topk_group=2, n_shared_experts=2, rope_theta=100),
+        bias=(0.0, 0.2)),
+    # R1's own YaRN. 72 tokens run past the original 32.
+    Case("v3-yarn", "v3", 1, dict(**yarn(32), n_group=4, topk_group=3, qk_rope_head_dim=16),
+        batch=1, length=72),
+    # The factor on cos/sin is not 1; theta 100 puts a frequency halfway up the ramp.
+    Case("v3-mscale", "v3", 1, dict(
+        **yarn(32, mscale=1.3, mscale_all_dim=0.6), rope_theta=100, qk_rope_head_dim=12,
+        q_lora_rank=None), batch=1, length=44),
+    # Nothing is a multiple of anything; and rms_norm_eps is not the latent norms' eps.
+    Case("v3-odd", "v3", 1, dict(
+        hidden_size=37, intermediate_size=41, moe_intermediate_size=19, kv_lora_rank=23,
+        q_lora_rank=17, v_head_dim=11, qk_nope_head_dim=13, qk_rope_head_dim=6,
+        num_attention_heads=3, num_key_value_heads=3, n_routed_experts=6, n_group=3, topk_group=2,
+        n_shared_experts=2, vocab_size=53, rms_norm_eps=0.01, **yarn(7)), batch=1, length=17),
+    # R1's three dense layers first.
+    Case("v3-dense3", "v3", 1, dict(
+        first_k_dense_replace=3, num_hidden_layers=4, hidden_size=20, intermediate_size=22),
+        batch=1, length=24, bias=(0.0, 0.15)),
+    # Biased scores below 0: a mask of 0 would choose from the excluded groups.
+    Case("v3-negative", "v3", 1, dict(n_group=4, topk_group=2, first_k_dense_replace=0,
+    num_hidden_layers=1),
+        bias=(-0.8, 0.3)),
+    # The same architecture as transformers 5 spells it: rope_parameters, no scoring_func, no
+    # topk_method.
+    Case("v3-hf5", "v3", 2, dict(**yarn(16), n_group=2), batch=1, length=36, hf5=True),
+    # DeepSeek-V2-Lite: greedy top-k, full query matrix, YaRN with mscale 0.707.
+    Case("v2-lite", "v2", 1, dict(**yarn(16, YARN_V2), q_lora_rank=None, n_shared_experts=2),
+        batch=1, length=40),
+    # DeepSeek-V2: the best expert stands for its group; factor 16, nothing normalized.
+    Case("v2-groups", "v2", 2, dict(
+        **yarn(16, YARN_V2), topk_method="group_limited_greedy", n_routed_experts=12, n_group=4,
+        topk_group=2, n_shared_experts=2, routed_scaling_factor=16.0), batch=1, length=40),
+    # Normalized weights: see `normalize_v2_gate`.
+    Case("v2-norm", "v2", 1, dict(norm_topk_prob=True, first_k_dense_replace=0,
+    num_hidden_layers=1)), Case("v2-hf5", "v2", 1, dict(
+        **yarn(16, YARN_V2), topk_method="group_limited_greedy", n_group=4, topk_group=2,
+        routed_scaling_factor=16.0), batch=1, length=32, hf5=True),
+)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- the checkpoint
+def write_checkpoint(case: Case, folder: Path) -> None:
+    """Write config.json and model.safetensors: random weights under the names save_pretrained gives
+    them."""
+    published = dict(BASE, **FAMILY[case.family])
+    published.update(case.config)
+    config_class, model_class = classes(case.family)
+    if case.hf5:  # a model born in transformers 5 has no field which its config class doesn't know
+        unknown = {"aux_loss_alpha", "moe_layer_freq", "scoring_func", "seq_aux"}
+        unknown |= {"topk_method"} if case.family == "v3" else set()
+        published = {key: value for key, value in published.items() if key not in unknown}
+    (folder / "config.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        model = model_class(config_class.from_pretrained(folder))
+        model.save_pretrained(scratch)
+        shapes = {
+            name: t.shape for name, t in load_file(Path(scratch) / "model.safetensors").items()
+        }
+        if case.hf5:
+            text = (Path(scratch) / "config.json").read_text()
+            (folder / "config.json").write_text(text)
+
+    generator = torch.Generator().manual_seed(case.seed)
+    weights = {}
+    for name in sorted(shapes):  # sorted: the random numbers depend on names and shapes only
+        noise = torch.randn(shapes[name], generator=generator)
+        if name.endswith("e_score_correction_bias"):
+            mean, deviation = case.bias
+            weights[name] = mean + deviation * noise
+        elif name.endswith("norm.weight"):
+            weights[name] = 1 + 0.3 * noise  # 1 would hide a norm's weight left out
+        elif ".q_proj." in name or ".q_b_proj." in name:
+            weights[name] = 0.4 * noise  # sharper attention
+        else:
+            weights[name] = 0.2 * noise
+    moe_layers = published["num_hidden_layers"] - published["first_k_dense_replace"]
+    assert (
+        sum(".mlp.experts." in name for name in weights)
+        == 3 * moe_layers * published["n_routed_experts"]
+    )
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def classes(family: str) -> tuple[Any, Any]:
+    import transformers
+
+    prefix = {"v3": "DeepseekV3", "v2": "DeepseekV2"}[family]
+    return getattr(transformers, prefix + "Config"), getattr(transformers, prefix + "ForCausalLM")
+
+
+# --------------------------------------------------------------------------------------------- the reference
+def normalize_v2_gate(gate: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
+    """Forward hook: what norm_topk_prob means in DeepSeek's V2 gate and transformers leaves out."""
+    logits, weights, indices = output
+    return logits, weights / (weights.sum(-1, keepdim=True) + 1e-20), indices
+
+
+@dataclass
+class Trace:
+    """What the hooks saw."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # what is stored
+    logits: dict[int, Tensor] = field(default_factory=dict)  # router logits of layer i (B*S, E)
+    attention: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # probabilities of layer i (B, H, S, S)
+
+
+def attach(model: Any, trace: Trace, shape: tuple[int, int]) -> None:
+    """Register the hooks which fill `trace`."""
+
+    def keep(key: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            trace.tensors[key] = output.detach().clone().contiguous()
+
+        return hook
+
+    def keep_router(i: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            logits, weights, indices = output
+            indices, order = indices.sort(-1)
+            trace.logits[i] = logits.detach()
+            trace.tensors[f"router_indices.{i}"] = indices.view(*shape, -1).clone()
+            trace.tensors[f"router_weights.{i}"] = (
+                weights.gather(-1, order).view(*shape, -1).clone()
+            )
+
+        return hook
+
+    def keep_attention(i: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            trace.attention[i] = output[1].detach()
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(keep(f"hidden.{i}"))
+        layer.self_attn.register_forward_hook(keep(f"attn.{i}"))
+        layer.self_attn.register_forward_hook(keep_attention(i))
+        layer.mlp.register_forward_hook(keep(f"mlp.{i}"))
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(keep_router(i))
+    model.model.norm.register_forward_hook(keep("final_norm"))
+
+
+def run(case: Case, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Load the folder's checkpoint as transformers does, run it -> (tensors to store, numbers to
+    print)."""
+    _, model_class = classes(case.family)
+    model, report = model_class.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        report
+    )
+    config = model.config
+    assert (config._attn_implementation, config._experts_implementation) == ("eager", "eager")
+    model.eval()
+    if case.family == "v2" and config.norm_topk_prob:
+        assert config.routed_scaling_factor == 1
+        for layer in model.model.layers[config.first_k_dense_replace :]:
+            layer.mlp.gate.register_forward_hook(normalize_v2_gate)
+
+    generator = torch.Generator().manual_seed(case.seed + 1_000_000)
+    tokens = torch.randint(config.vocab_size, (case.batch, case.length), generator=generator)
+    trace = Trace(tensors={"tokens": tokens})
+    attach(model, trace, (case.batch, case.length))
+    with torch.no_grad():
+        trace.tensors["logits"] = model(tokens, use_cache=False).logits.contiguous()
+    numbers = {"margin": math.inf}
+    for i in trace.logits:
+        check_routing(case, model, trace, i, numbers)
+    check_attention(trace, numbers)
+    check_rope(case, model, numbers)
+    return trace.tensors, numbers
+
+
+# ------------------------------------------------------------------------------------------------ the checks
+def choose(
+    scores: Tensor, k: int, groups: int, kept: int, best: int, fill: float = -math.inf
+) -> tuple[Tensor, float]:
+    """Grouped top-k of scores (N, E) -> (indices (N, k) ascending, the least margin of any
+    decision).
+
+    A group scores the sum of its `best` best experts; all but the `kept` best are masked with
+    `fill`."""
+    n, experts = scores.shape
+    margin = math.inf
+    if kept < groups:
+        group_scores = scores.view(n, groups, -1).topk(best, -1).values.sum(-1)  # (N, G)
+        ranked = group_scores.sort(-1, descending=True)
+        margin = float((ranked.values[:, kept - 1] - ranked.values[:, kept]).min())
+        mask = torch.zeros_like(group_scores).scatter_(1, ranked.indices[:, :kept], 1).bool()
+        scores = scores.masked_fill(~mask.repeat_interleave(experts // groups, 1), fill)
+    top = scores.topk(k + 1, -1)
+    margin = min(margin, float((top.values[:, k - 1] - top.values[:, k]).min()))
+    return top.indices[:, :k].sort(-1).values, margin
+
+
+def check_routing(case: Case, model: Any, trace: Trace, i: int, numbers: dict[str, float]) -> None:
+    """No near ties; and each known mistake of the router would choose other experts for some
+    token."""
+    c, gate, logits = model.config, model.model.layers[i].mlp.gate, trace.logits[i]
+    k, groups, kept = c.num_experts_per_tok, c.n_group, c.topk_group
+    if case.family == "v3":
+        unbiased, best = logits.sigmoid(), 2
+        scores = unbiased + gate.e_score_correction_bias
+    else:
+        scores = unbiased = logits.softmax(-1)
+        best = 1
+        if c.topk_method == "greedy":
+            groups = kept = 1
+    chosen, margin = choose(scores, k, groups, kept, best)
+    assert torch.equal(
+        chosen.view(case.batch, case.length, k), trace.tensors[f"router_indices.{i}"]
+    )
+    assert margin > MARGIN, f"{case.name}: layer {i} has a near tie, {margin:.1e}: change the seed"
+    numbers["margin"] = min(numbers["margin"], margin)
+
+    mistakes = {}
+    if case.family == "v3":
+        mistakes["no bias"] = choose(unbiased, k, groups, kept, best)
+    if kept < groups:
+        mistakes["no groups"] = choose(scores, k, 1, 1, best)
+        mistakes["other group score"] = choose(scores, k, groups, kept, 3 - best)
+    if case.bias[0] < 0:
+        mistakes["masked with 0"] = choose(scores, k, groups, kept, best, 0.0)
+    for name, (wrong, _) in mistakes.items():
+        share = float((wrong != chosen).any(-1).float().mean())
+        assert share > 0, (
+            f"{case.name}: layer {i} cannot show the mistake {name!r}: change the seed"
+        )
+        numbers[name] = min(numbers.get(name, 1.0), share)
+    # Every expert is hit, so that every expert's weights matter.
+    hit = len(chosen.unique())
+    assert hit == c.n_routed_experts, (
+        f"{case.name}: layer {i} hits {hit} experts only: change the seed"
+    )
+
+
+def check_attention(trace: Trace, numbers: dict[str, float]) -> None:
+    """Attention is neither uniform nor one-hot: its entropy, relative to the uniform one's."""
+    ratios = []
+    for p in trace.attention.values():
+        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)[
+            ..., 4:
+        ]  # (B, H, S-4): early rows see too few keys
+        ratios.append(float((entropy / torch.arange(5, p.shape[-1] + 1).log()).mean()))
+    assert min(ratios) > 0.1 and max(ratios) < 0.9, f"attention entropy {ratios}"
+    numbers["entropy"] = max(ratios)
+
+
+def check_rope(case: Case, model: Any, numbers: dict[str, float]) -> None:
+    """YaRN: positions pass the original length, the softmax scale has mscale^2, frequencies
+    differ."""
+    c = model.config
+    attn, rope = model.model.layers[0].self_attn, model.model.rotary_emb
+    scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
+    plain = c.rope_parameters["rope_theta"] ** -(
+        torch.arange(0, c.qk_rope_head_dim, 2) / c.qk_rope_head_dim
+    )
+    r = c.rope_parameters
+    if r["rope_type"] == "default":
+        assert math.isclose(attn.scaling, scale) and rope.attention_scaling == 1
+        return
+    assert case.length > r["original_max_position_embeddings"]
+    m = {key: 0.1 * r[key] * math.log(r["factor"]) + 1 for key in ("mscale", "mscale_all_dim")}
+    assert math.isclose(attn.scaling, scale * m["mscale_all_dim"] ** 2), (
+        "the softmax scale lacks mscale^2"
+    )
+    assert math.isclose(rope.attention_scaling, m["mscale"] / m["mscale_all_dim"])
+    kept = rope.inv_freq / plain  # 1: as trained, 1/factor: stretched, between: on the ramp
+    assert math.isclose(float(kept[0]), 1, rel_tol=1e-5)
+    assert math.isclose(float(kept[-1]) * r["factor"], 1, rel_tol=1e-5)
+    numbers["on ramp"] = int(((kept < 0.999) & (kept * r["factor"] > 1.001)).sum())
+
+
+# ----------------------------------------------------------------------------------------------- the command
+def make(case: Case, folder: Path) -> dict[str, float]:
+    """Write one case to `folder` -> the checks' numbers."""
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(case, folder)
+    tensors, numbers = run(case, folder)
+    # One metadata key only: safetensors writes several in random order, and git would see a change.
+    versions = dict(transformers=transformers.__version__, torch=torch.__version__)
+    save_file(
+        tensors, folder / "reference.safetensors", metadata={"versions": json.dumps(versions)}
+    )
+    return numbers
+
+
+def compare(new: Path, old: Path) -> str:
+    """Compare two case folders -> what differs, or ''."""
+    if missing := [f for f in FILES if not (old / f).is_file()]:
+        return f"{', '.join(missing)} missing"
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (new, old)]
+    for config in configs:
+        config.pop("transformers_version", None)
+    if configs[0] != configs[1]:
+        return "config.json differs"
+    for name in FILES[1:]:
+        a, b = load_file(new / name), load_file(old / name)
+        if a.keys() != b.keys():
+            return f"{name}: keys differ: {sorted(a.keys() ^ b.keys())}"
+        for key in a:
+            if a[key].shape != b[key].shape or a[key].dtype != b[key].dtype:
+                return f"{name}: {key} has another shape or dtype"
+            off = float((a[key].double() - b[key].double()).abs().max())
+            if off > (TOLERANCE if a[key].is_floating_point() else 0):
+                return f"{name}: {key} differs by {off:.2e}"
+    return ""
+
+
+def largest_difference(new: Path, old: Path) -> float:
+    """The largest absolute difference of any tensor of two references which `compare` found
+    alike."""
+    a, b = (load_file(folder / "reference.safetensors") for folder in (new, old))
+    return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
+
+
+def stored_versions(folder: Path) -> str:
+    """The versions recorded in a stored case."""
+    with safe_open(folder / "reference.safetensors", "pt") as f:
+        return str((f.metadata() or {}).get("versions", "no versions recorded"))
+
+
+def size_of(folder: Path) -> int:
+    return sum((folder / f).stat().st_size for f in FILES)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Make or check the reference outputs under tests/reference."
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="default: tests/reference")
+    parser.add_argument("--only", choices=[c.name for c in CASES], help="just this case")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; compare with what is stored"
+    )
+    args = parser.parse_args(argv)
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    failed = False
+    for case in CASES:
+        if args.only not in (None, case.name):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) if args.check else args.out / case.name
+            numbers = make(case, folder)
+            line = f"{case.name:12s} {size_of(folder) / 1e3:6.1f} kB  " + ", ".join(
+                f"{key} {value:.2g}" for key, value in numbers.items()
+            )
+            if args.check:
+                difference = compare(folder, args.out / case.name)
+                failed |= bool(difference)
+                if difference:
+                    line = f"{case.name:12s} DIFFERS: {difference}"
+                    if (args.out / case.name / FILES[-1]).is_file():
+                        line += f" (stored: {stored_versions(args.out / case.name)})"
+                else:
+                    line += f"; same within {largest_difference(folder, args.out / case.name):.1e}"
+        print(line, flush=True)
+    if not args.check:
+        total = sum(
+            size_of(args.out / c.name) for c in CASES if (args.out / c.name / FILES[-1]).is_file()
+        )
+        print(f"{'total':12s} {total / 1e3:6.1f} kB")
+        failed = total > SIZE_LIMIT
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

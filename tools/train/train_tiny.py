@@ -1,0 +1,487 @@
+"""Train tiny-r1, the embedded checkpoint, from scratch: our own model, as it is, with R1's recipe
+where it matters.
+
+    # one large GPU, four minutes
+    python tools/train/train_tiny.py /tmp/tiny-r1 --steps 3000 --fp8-from 0.8 --compile
+    # a CPU
+    python tools/train/train_tiny.py /tmp/facts --kinds fact --layers 2 --steps 300 --rows 4 --length 320 --examine 0
+
+From V3's paper (arXiv 2412.19437): experts balanced by the gate's bias instead of an auxiliary loss
+(section 2.1.2), a second loss from the MTP layer (section 2.2), FP8 blocks as storage (section
+3.3). The matrices are trained by Muon, all else by AdamW; warm-up, a constant stretch, linear
+decay. The result is a folder in R1's own format with a model card.
+
+Shapes: B rows, S tokens of a row, N = B S, K experts per token, E experts, D hidden_size, W
+vocab_size."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
+sys.path.insert(0, str(Path(__file__).parent))
+
+from card import card
+from eval import examine, report
+from make_exam import make_exam
+from make_tokenizer import make_tokenizer
+from muon import Muon
+from packing import IGNORE, Batches, layout, shift
+from rounding import Rounding
+from tasks import KINDS, kinds
+
+import r1
+from r1 import Backend, InputError, build
+from r1.device import torch_device
+from r1.files import checkpoint
+from r1.model.config import Config, shape
+from r1.model.moe import Dispatch, Experts, MoE
+from r1.model.transformer import Transformer
+from r1.switches.backend import resolve
+from r1.text.chat import PAD
+from r1.text.tokenizer import Tokenizer
+
+WARM_UP, DECAY = 50, 0.5
+"""The learning rate rises for so many steps, and falls to 0 from this share of the run on."""
+MTP_WEIGHTS = 0.3, 0.1
+"""The MTP loss's weight before and during the decay, as V3's (section 4.2)."""
+SHARD_BYTES = 10**6
+SAVE_SECONDS, LOG_SECONDS = 60, 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of. A state that was saved under other settings is not continued."""
+
+    seed: int = 0
+    steps: int = 0
+    """Length of the run; 0: `minutes` tells it."""
+    minutes: float = 0.0
+    rows: int = 128
+    length: int = 512
+    """Tokens of a row."""
+    kinds: tuple[str, ...] = tuple(KINDS)
+    layers: int | None = None
+    """Only so many of the shape's layers."""
+    direct: float = 0.1
+    """The share of examples that are answered without thinking, so that "no thinking" is a case
+    that was trained."""
+    lr: float = 5e-3
+    weight_decay: float = 0.1
+    bias_speed: float = 5e-3
+    """What the gate's bias of an expert moves by in a step; it falls with the learning rate."""
+    fp8_from: float = 1.0
+    """The share of the run from which on the model is trained as its FP8 storage rounds it; 1: it
+    never is."""
+    amp: str = "off"
+    compile: bool = False
+
+
+def schedule(step: int, progress: float) -> float:
+    """The learning rate, relative to its peak, after `step` steps, which are `progress` (0 to 1) of
+    the run."""
+    return min(1.0, (step + 1) / WARM_UP, max(0.0, (1 - progress) / (1 - DECAY)))
+
+
+class Counted:
+    """A strategy for MoE's slot that runs another, and counts the tokens that each expert is
+    given."""
+
+    def __init__(self, dispatch: Dispatch, experts: int, real: Tensor) -> None:
+        self.dispatch, self.real = dispatch, real
+        self.load = torch.zeros(experts, device=real.device)
+
+    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        chosen = indices[..., None] == torch.arange(
+            self.load.shape[0], device=x.device
+        )  # (N, K, E)
+        self.load.add_((chosen & self.real[:, None, None]).sum(dim=(0, 1)))
+        return self.dispatch(experts, x, indices, weights)
+
+
+class Balance:
+    """Aux-loss-free balancing: an expert's bias rises while it is given less than its share, and
+    falls while more.
+
+    Only the choice of experts feels the bias, so no gradient does (V3 paper, section 2.1.2).
+    Padding is not counted."""
+
+    def __init__(self, model: Transformer, real: Tensor) -> None:
+        """`real`, bool (N,): which tokens of the step are no padding."""
+        self.real = real
+        self.layers: list[tuple[MoE, Counted]] = []
+        for module in model.modules():
+            if isinstance(module, MoE):
+                counted = Counted(module.dispatch["prefill"], model.config.n_routed_experts, real)
+                module.dispatch["prefill"] = counted
+                self.layers.append((module, counted))
+        self.total = torch.zeros(
+            len(self.layers), model.config.n_routed_experts, device=real.device
+        )
+        """The loads since they were last read, (layers, E)."""
+
+    @torch.no_grad()
+    def step(self, speed: float) -> None:
+        for row, (moe, counted) in enumerate(self.layers):
+            load = counted.load
+            moe.gate.e_score_correction_bias.add_((load.mean() - load).sign(), alpha=speed)
+            self.total[row] += load
+            load.zero_()
+
+    def read(self) -> Tensor:
+        """Each expert's load relative to its layer's mean, (layers, E), since the last reading."""
+        relative = self.total / self.total.mean(dim=1, keepdim=True).clamp(min=1)
+        self.total = torch.zeros_like(self.total)
+        return relative.cpu()
+
+
+class Trainer:
+    """A model, its optimizers, and how far they are."""
+
+    def __init__(
+        self, config: Config, settings: Settings, tokenizer: Tokenizer, device: str
+    ) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        backend = resolve(
+            Backend(device=device, dtype="fp32", amp=settings.amp, prefill_moe="grouped"), config
+        )
+        self.device = torch_device(backend.device)
+        self.model = build.allocate(config, backend, mtp=True)
+        initialize(self.model, settings.seed)
+        build.finish(self.model, backend)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not name.endswith("e_score_correction_bias"))
+        matrices = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if name.removesuffix(".weight").endswith("_proj")
+        }
+        rest = [
+            p
+            for name, p in self.model.named_parameters()
+            if name not in matrices and p.requires_grad
+        ]
+        self.muon = Muon(matrices.values(), weight_decay=settings.weight_decay)
+        self.adam = torch.optim.AdamW(
+            rest, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        real = torch.zeros(settings.rows * settings.length, dtype=torch.bool, device=self.device)
+        self.balance = Balance(self.model, real)
+        self.rounding = Rounding(self.model)
+        self.blocks: list[Callable[..., Tensor]] = list(self.model.layers)
+        self.heads: list[Callable[..., Tensor]] = list(self.model.mtp)
+        if settings.compile:
+            self.blocks, self.heads = (
+                [torch.compile(module, fullgraph=True, dynamic=False) for module in modules]
+                for modules in (self.model.layers, self.model.mtp)
+            )
+        self.step, self.seconds = 0, 0.0
+        """Steps done, and the time they took."""
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def progress(self) -> float:
+        """0 to 1: by steps, or where there is no number of them by time."""
+        s = self.settings
+        return self.step / s.steps if s.steps else self.seconds / (60 * s.minutes)
+
+    def losses(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 (B, S) each -> the mean losses (nats a token) of the model and of its MTP layer."""
+        model = self.model
+        self.balance.real.copy_((tokens != self.tokenizer.control[PAD]).flatten())
+        positions, mask = layout(tokens, self.tokenizer.bos_id or 0)
+        step = replace(model.step("prefill", positions, 0), mask=mask)
+        hidden = model(tokens, step, None, self.blocks)
+        main = self.cross_entropy(hidden, shift(targets, 1, IGNORE))
+        # One place on, each MTP layer reads the next token too; a target in the next example is a
+        # question's, so IGNORE.
+        further = []
+        for depth, head in enumerate(self.heads, 1):
+            hidden = head(model.embed_tokens(shift(tokens, depth, 0)), hidden, step)
+            further.append(self.cross_entropy(hidden, shift(targets, depth + 1, IGNORE)))
+        return main, torch.stack(further).mean()
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(
+            self.model.lm_head(hidden).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE
+        )
+
+    def amp(self) -> AbstractContextManager[Any]:
+        return (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if self.settings.amp == "bf16"
+            else nullcontext()
+        )
+
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """One step; returns the two losses, on the device."""
+        rate = schedule(self.step, self.progress)
+        tokens, targets = (part.to(self.device, non_blocking=True).long() for part in batch)
+        weight = MTP_WEIGHTS[self.progress >= DECAY]
+        with self.rounding.applied() if self.progress >= self.settings.fp8_from else nullcontext():
+            with self.amp():
+                main, mtp = self.losses(tokens, targets)
+            (main + weight * mtp).backward()
+        torch.nn.utils.clip_grad_norm_(
+            [p for p in self.model.parameters() if p.grad is not None], 1.0
+        )
+        for group in self.adam.param_groups:
+            group["lr"] = self.settings.lr * rate
+        self.adam.step()
+        self.muon.step(self.settings.lr * rate)
+        self.balance.step(self.settings.bias_speed * rate)
+        self.model.zero_grad()
+        self.step += 1
+        return main.detach(), mtp.detach()
+
+    def run(self, workers: int, state: Path | None = None) -> None:
+        """Train to the end, with a line of progress now and then, the state saved to `state`."""
+        s = self.settings
+        data = Batches(
+            self.tokenizer, s.rows, s.length, seed=s.seed, direct=s.direct, kinds=s.kinds
+        )
+        numbers = range(self.step, s.steps or 10**9)
+        batches: Iterator[Any] = iter(
+            DataLoader(data, batch_size=None, sampler=numbers, num_workers=workers)
+        )
+        begun, before = time.monotonic(), self.seconds
+        logged, saved, first = begun, begun, self.step
+        while self.progress < 1:
+            main, mtp = self.train_step(next(batches))
+            now = time.monotonic()
+            self.seconds = before + now - begun
+            if now - logged >= LOG_SECONDS or self.progress >= 1:
+                self.log(
+                    float(main),
+                    float(mtp),
+                    (self.step - first) * s.rows * s.length / (now - logged),
+                )
+                logged, first = now, self.step
+            if state and (now - saved >= SAVE_SECONDS or self.progress >= 1):
+                self.save_state(state)
+                saved = now
+
+    def log(self, main: float, mtp: float, rate: float) -> None:
+        """One line, and one entry of the history. `rate` is in tokens, padding too, a second.
+        Raises InputError for NaN."""
+        if not math.isfinite(main + mtp):
+            raise InputError(
+                f"the loss is {main} after step {self.step}: take a lower --lr than {self.settings.lr}"
+            )
+        load = self.balance.read()
+        entry = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss": main,
+            "mtp_loss": mtp,
+            "tokens_per_s": rate,
+        }
+        entry |= {"max_load": float(load.max()), "min_load": float(load.min())}
+        self.history.append(entry)
+        left = self.seconds / max(self.progress, 1e-9) * (1 - min(self.progress, 1.0))
+        print(
+            f"step {self.step:6d} {self.progress:6.1%}  loss {main:.4f}  mtp {mtp:.4f}  {rate / 1e3:7.1f}k tokens/s  "
+            f"load {load.min():.2f} to {load.max():.2f}  {left:5.0f} s left",
+            flush=True,
+        )
+
+    # ------------------------------------------------------------------------------------------- to resume from
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a run's continuation depends on but the settings, the step, and the seconds."""
+        adam = self.adam.state_dict()["state"]
+        return (
+            {f"model.{name}": p.data for name, p in self.model.named_parameters()}
+            | {f"muon.{shape}": average for shape, average in self.muon.averages.items()}
+            | {
+                f"adam.{number}.{name}": t
+                for number, state in adam.items()
+                for name, t in state.items()
+            }
+        )
+
+    def save_state(self, path: Path) -> None:
+        """Write the state to `path`, whole or not at all."""
+        told = {
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        partial = path.with_name(path.name + ".partial")
+        tensors = {name: t.contiguous().cpu() for name, t in self.tensors().items()}
+        save_file(tensors, partial, metadata={"told": json.dumps(told)})
+        os.replace(partial, path)
+
+    def load_state(self, path: Path) -> None:
+        """Go on from `path`. Raises InputError for a file that is no state, or one of other
+        settings."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = json.loads((file.metadata() or {})["told"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{path} is no state of a run ({type(error).__name__}): remove it to start anew"
+            ) from None
+        ours = json.loads(json.dumps(asdict(self.settings)))
+        if other := [name for name in ours if told["settings"].get(name) != ours[name]]:
+            raise InputError(
+                f"{path} is of a run with another {', '.join(other)}: use its settings, or remove it"
+            )
+        numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("adam.")}
+        state = {
+            n: {k: tensors[f"adam.{n}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            for n in numbers
+        }
+        self.adam.load_state_dict(
+            {"state": state, "param_groups": self.adam.state_dict()["param_groups"]}
+        )
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(tensors[name])
+        self.step, self.seconds, self.history = told["step"], told["seconds"], told["history"]
+
+
+def initialize(model: Transformer, seed: int) -> None:
+    """Matrices of N(0, 1 / fan in), so that activations keep their size; an embedding's rows are as
+    long as a hidden state's."""
+    build.randomize(model, seed)  # N(0, 0.02^2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(parameter.shape[-1] ** -0.5 / 0.02)
+
+
+def finish(trainer: Trainer, directory: Path, examined: int) -> dict[str, Any]:
+    """Write the checkpoint, then examine what was written, as anyone would load it, and put the
+    figures on its card."""
+    checkpoint.save(trainer.model, directory, shard_bytes=SHARD_BYTES, dtype=torch.bfloat16)
+    make_tokenizer(directory)
+    make_exam(directory)
+    machine = torch.cuda.get_device_name() if trainer.device.type == "cuda" else "a CPU"
+    record: dict[str, Any] = {
+        "settings": asdict(trainer.settings), "steps": trainer.step, "seconds": trainer.seconds,
+        "history": trainer.history, "torch": torch.__version__, "machine": machine,
+        "parameters": build.parameters(trainer.model),
+    }  # fmt: skip
+    if examined:
+        engine = r1.load(
+            directory,
+            Backend(device="cpu" if machine == "a CPU" else "auto", dtype="fp32"),
+            batch=examined,
+            mtp=True,
+        )
+        record["figures"] = examine(engine, examined)
+        print(report(record["figures"]))
+    (directory / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(card(record), encoding="utf-8")
+    return record
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for input that can't be used."""
+    defaults = Settings()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="the checkpoint, a new folder")
+    parser.add_argument("--steps", type=int, default=0, help="length of the run")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=0.0,
+        help="the same as a time; what the schedule goes by if given alone",
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--rows", type=int, default=defaults.rows, help=f"of a batch (default {defaults.rows})"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=defaults.length,
+        help=f"tokens of a row (default {defaults.length})",
+    )
+    parser.add_argument(
+        "--kinds", type=kinds, default=list(KINDS), help=f"of problems (default {','.join(KINDS)})"
+    )
+    parser.add_argument("--layers", type=int, help="only so many of tiny's layers")
+    parser.add_argument(
+        "--lr", type=float, default=defaults.lr, help=f"peak learning rate (default {defaults.lr})"
+    )
+    parser.add_argument(
+        "--fp8-from",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="round weights as FP8 from this share on (0.8)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "rocm"), default="auto")
+    parser.add_argument(
+        "--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 on a GPU"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile each block")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(12, (os.cpu_count() or 1) - 1),
+        help="processes that make batches",
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="kept up to date, and gone on from if it is there",
+    )
+    parser.add_argument(
+        "--examine",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="held-out problems at the end (0: none)",
+    )
+    a = parser.parse_args(argv)
+    try:
+        if bool(a.steps) == bool(a.minutes) or a.steps < 0 or a.minutes < 0:
+            raise InputError("how long? give either --steps or --minutes, more than 0")
+        if a.directory.exists():
+            raise InputError(f"{a.directory} exists already: name a new folder")
+        on_gpu = a.device in ("cuda", "rocm") or (a.device == "auto" and torch.cuda.is_available())
+        settings = Settings(
+            seed=a.seed, steps=a.steps, minutes=a.minutes, rows=a.rows, length=a.length,
+            kinds=tuple(a.kinds), layers=a.layers, lr=a.lr, fp8_from=a.fp8_from,
+            amp=("bf16" if on_gpu else "off") if a.amp == "auto" else a.amp, compile=a.compile,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as scratch:
+            make_tokenizer(Path(scratch))
+            tokenizer = Tokenizer.load(Path(scratch))
+        trainer = Trainer(shape("tiny", a.layers), settings, tokenizer, a.device)
+        if a.state and a.state.exists():
+            trainer.load_state(a.state)
+        trainer.run(a.workers, a.state)
+        finish(trainer, a.directory, a.examine)
+        print(f"written: {a.directory}")
+    except InputError as error:
+        print(f"train_tiny: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
