@@ -35,7 +35,9 @@ from r1.bench.process import Found, Process, interrupt_once, signals
 from r1.build import HEADROOM, count_parameters
 from r1.device import DTYPES, available_bytes, torch_device
 from r1.errors import hung_up
-from r1.model.config import SHAPES, Config
+from r1.files.config_json import dump_config
+from r1.model.config import Config
+from r1.model.shapes import SHAPES
 from r1.switches import flags
 from r1.switches.backend import Backend, resolve
 from r1.switches.machine import Machine, explain
@@ -287,7 +289,7 @@ def run(arguments: argparse.Namespace) -> int:
         },
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": "python bench.py " + " ".join(sys.argv[1:]),
-        "config": config.to_dict(),
+        "config": dump_config(config),
         "repetitions": arguments.repetitions,
         "rows": [],
         "pairs": [],

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from r1 import build
 from r1.errors import InputError
+from r1.files.config_json import load_config
 from r1.model.config import Config
 from r1.run.generate import Completion, Engine
 from r1.switches.backend import Backend, resolve
@@ -38,7 +39,7 @@ def load(
     given later. `mtp` loads the multi-token-prediction layers too, which `speculate="mtp"` does by
     itself. Raises InputError, in one sentence, for whatever can't be used."""
     directory = Path(directory)
-    config = Config.load(directory)
+    config = load_config(directory)
     backend = resolve(backend or Backend(), config, batch=batch)
     stop_ids = frozenset(config.eos_token_ids) | _generation_stops(directory)
     tokenizer = None

@@ -54,17 +54,26 @@ class Work:
 def attention_weights(config: Config) -> int:
     """Elements of one layer's attention projections."""
     c = config
-    q = c.num_attention_heads * c.qk_head_dim
-    query = c.hidden_size * q if c.q_lora_rank is None else (c.hidden_size + q) * c.q_lora_rank
-    key_value = c.hidden_size * c.latent_dim + c.kv_lora_rank * c.num_attention_heads * (
-        c.qk_nope_head_dim + c.v_head_dim
+    q = c.attention.num_attention_heads * c.attention.qk_head_dim
+    query = (
+        c.hidden_size * q
+        if c.attention.q_lora_rank is None
+        else (c.hidden_size + q) * c.attention.q_lora_rank
     )
-    return query + key_value + c.num_attention_heads * c.v_head_dim * c.hidden_size
+    key_value = (
+        c.hidden_size * c.attention.latent_dim
+        + c.attention.kv_lora_rank
+        * c.attention.num_attention_heads
+        * (c.attention.qk_nope_head_dim + c.attention.v_head_dim)
+    )
+    return (
+        query + key_value + c.attention.num_attention_heads * c.attention.v_head_dim * c.hidden_size
+    )
 
 
 def expert_weights(config: Config) -> int:
     """Elements of one routed expert."""
-    return 3 * config.hidden_size * config.moe_intermediate_size
+    return 3 * config.hidden_size * config.experts.moe_intermediate_size
 
 
 def step_work(
@@ -89,8 +98,8 @@ def step_work(
     n = rows * tokens
     attention = c.num_hidden_layers * attention_weights(c)
     feed_forward = dense * 3 * c.hidden_size * c.intermediate_size
-    shared = sparse * c.n_shared_experts * expert_weights(c)
-    gate = sparse * c.n_routed_experts * c.hidden_size  # fp32, whatever the rest is
+    shared = sparse * c.experts.n_shared_experts * expert_weights(c)
+    gate = sparse * c.experts.n_routed_experts * c.hidden_size  # fp32, whatever the rest is
     head = c.vocab_size * c.hidden_size
     every_token = attention + feed_forward + shared
     weight_bytes = (
@@ -98,7 +107,9 @@ def step_work(
     ) * storage.itemsize + gate * 4
     weight_bytes += n * c.hidden_size * storage.itemsize  # rows of the embedding
     per_token = bytes_per_token(c, storage, full=backend.attention == "naive")
-    flops = 2.0 * n * (every_token + gate + sparse * c.num_experts_per_tok * expert_weights(c))
+    flops = (
+        2.0 * n * (every_token + gate + sparse * c.experts.num_experts_per_tok * expert_weights(c))
+    )
     flops += 2.0 * rows * (tokens if verify else 1) * head
     flops += (
         n
@@ -114,14 +125,22 @@ def step_work(
 def attention_flops(config: Config, *, absorbed: bool) -> float:
     """Operations of one query against one key in one layer, all heads: scores and weighted sum."""
     c = config
-    per_head = c.latent_dim + c.kv_lora_rank if absorbed else c.qk_head_dim + c.v_head_dim
-    return 2.0 * c.num_attention_heads * per_head
+    per_head = (
+        c.attention.latent_dim + c.attention.kv_lora_rank
+        if absorbed
+        else c.attention.qk_head_dim + c.attention.v_head_dim
+    )
+    return 2.0 * c.attention.num_attention_heads * per_head
 
 
 def expected_experts(config: Config, rows: int) -> float:
     """How many experts `rows` tokens hit if each chooses uniformly: E (1 - (1 - K/E)^B)."""
-    experts = config.n_routed_experts
-    return experts * (1 - (1 - config.num_experts_per_tok / experts) ** rows) if experts else 0.0
+    experts = config.experts.n_routed_experts
+    return (
+        experts * (1 - (1 - config.experts.num_experts_per_tok / experts) ** rows)
+        if experts
+        else 0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -194,13 +213,13 @@ def draft_work(config: Config, backend: Backend, rows: int, context: float) -> W
     c, storage = config, DTYPES[backend.dtype]
     sparse = c.is_moe(c.num_hidden_layers)
     dense_ffn = (
-        c.n_shared_experts * expert_weights(c)
+        c.experts.n_shared_experts * expert_weights(c)
         if sparse
         else 3 * c.hidden_size * c.intermediate_size
     )
     every_token = 2 * c.hidden_size**2 + attention_weights(c) + dense_ffn
-    gate = c.n_routed_experts * c.hidden_size if sparse else 0
-    chosen = c.num_experts_per_tok * expert_weights(c) if sparse else 0
+    gate = c.experts.n_routed_experts * c.hidden_size if sparse else 0
+    chosen = c.experts.num_experts_per_tok * expert_weights(c) if sparse else 0
     head = c.vocab_size * c.hidden_size
     per_token = bytes_per_token(c, storage, full=backend.attention == "naive", layers=1)
     attention = attention_flops(c, absorbed=backend.attention == "absorbed")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1 import Backend, Config, build
+from r1.files.config_json import load_config
 from r1.model import moe
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Transformer
@@ -39,7 +40,7 @@ def reference(case: str) -> dict[str, Tensor]:
 
 @cache
 def config(case: str) -> Config:
-    return Config.load(REFERENCE / case)
+    return load_config(REFERENCE / case)
 
 
 @cache

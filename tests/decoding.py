@@ -11,7 +11,7 @@ from torch import Tensor
 
 from r1.build import from_shape
 from r1.model.cache import Cache
-from r1.model.config import shape
+from r1.model.shapes import shape
 from r1.run.graphs import Call
 from r1.run.runner import Runner
 from r1.switches.backend import Backend, resolve

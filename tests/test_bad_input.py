@@ -37,7 +37,8 @@ import r1
 from r1 import Backend, Config, Engine, InputError, build
 from r1.__main__ import main
 from r1.files import checkpoint
-from r1.model import config
+from r1.files.config_json import dump_config, parse_config
+from r1.model import shapes
 from r1.model.rope import frequencies
 from r1.run import runner
 from r1.storage import fp8
@@ -46,7 +47,7 @@ from r1.switches.backend import Machine, resolve
 
 ROOT = Path(__file__).parent.parent
 CPU = Backend(device="cpu")
-FP8 = replace(V3, fp8_block=(16, 16), vocab_size=300)
+FP8 = V3.change(fp8_block=(16, 16), vocab_size=300)
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"  # (32, 24): 2 x 2 blocks, ragged
 SCALE = O_PROJ + "_scale_inv"
 
@@ -470,7 +471,7 @@ def test_a_flipped_byte_in_a_header(at: int, bits: int, made: Path, tmp_path: Pa
 
 
 # -------------------------------------------------------------------------------------------- config.json
-YARN = V3.to_dict()["rope_scaling"]
+YARN = dump_config(V3)["rope_scaling"]
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     # arithmetic that the family doesn't have, or r1 doesn't
     "attention_bias": ({"attention_bias": True}, "attention_bias is True"),
@@ -593,19 +594,19 @@ ANY = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    field=st.sampled_from(sorted(FP8.to_dict())),
+    field=st.sampled_from(sorted(dump_config(FP8))),
     inner=st.sampled_from([None, *YARN, "quant_method", "weight_block_size"]),
     value=ANY,
 )
 def test_any_value_of_any_field(field: str, inner: str | None, value: Any) -> None:
     """Whatever JSON stands where: a config whose tables can be computed, or one sentence."""
-    raw = FP8.to_dict()
+    raw = dump_config(FP8)
     if inner and isinstance(raw[field], dict):
         raw[field] = raw[field] | {inner: value}
     else:
         raw[field] = value
     try:
-        frequencies(Config.from_dict(raw))
+        frequencies(parse_config(raw))
     except InputError as error:
         assert str(error).startswith("config: ") and "\n" not in str(error)
 
@@ -638,15 +639,15 @@ HARMLESS: dict[str, Any] = {
 @pytest.mark.parametrize("field", HARMLESS)
 def test_a_harmless_field_is_ignored(field: str, made: Path) -> None:
     raw = json.loads((made / "config.json").read_text())
-    assert Config.from_dict(raw | {field: HARMLESS[field]}) == Config.from_dict(raw) == FP8
+    assert parse_config(raw | {field: HARMLESS[field]}) == parse_config(raw) == FP8
 
 
 def test_shape_that_is_not_there() -> None:
     with refused("no shape 'r2'", "moonlight-16b"):
-        config.shape("r2")
+        shapes.shape("r2")
     for layers in (0, -1, 62):
         with refused(f"--layers {layers}", "61 layers"):
-            config.shape("r1", layers)
+            shapes.shape("r1", layers)
 
 
 def test_mtp_where_there_is_none(tmp_path: Path) -> None:
@@ -661,7 +662,7 @@ def test_a_model_that_does_not_fit(
 ) -> None:
     """R1 itself, 671e9 weights: what it needs and what there is, before anything is allocated or a
     weight read."""
-    (sound / "config.json").write_text(json.dumps(config.R1.to_dict()))
+    (sound / "config.json").write_text(json.dumps(dump_config(shapes.R1)))
     monkeypatch.setattr(
         build.Transformer, "to_empty", lambda *_, **__: pytest.fail("memory was allocated")
     )
@@ -812,8 +813,8 @@ def test_messages(messages: Any, engine: Engine) -> None:
 
 
 # -------------------------------------------------------------------------------------------- switches
-ALIGNED = replace(V3, hidden_size=32, moe_intermediate_size=16)
-ODD = replace(V3, moe_intermediate_size=18)
+ALIGNED = V3.change(hidden_size=32, moe_intermediate_size=16)
+ODD = V3.change(moe_intermediate_size=18)
 H100 = Machine(cuda=True, name="H100", capability=(9, 0))
 T4 = Machine(cuda=True, name="Tesla T4", capability=(7, 5))
 MI300 = Machine(cuda=True, hip="6.2", name="MI300X")
@@ -836,7 +837,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
     "moe=grouped: .*multiple of 16 bytes, and moe_intermediate_size is 18"),
     "grouped prefill, odd": ({"prefill_moe": "grouped"}, Machine(), ODD,
     "prefill_moe=grouped: .*use gather"), "grouped under amp": (
-        {"moe": "grouped", "amp": "bf16"}, Machine(), replace(V3, hidden_size=36),
+        {"moe": "grouped", "amp": "bf16"}, Machine(), V3.change(hidden_size=36),
         "hidden_size is 36 in torch.bfloat16",
     ), "loop compiled": ({"moe": "loop", "compile": True}, Machine(), V3,
     "moe=loop reads its counts on the host, .*use gather"),
@@ -898,7 +899,7 @@ def test_switches_at_the_edge_are_fine() -> None:
         ({"dtype": "fp16"}, T4, V3),
         ({"amp": "bf16", "dtype": "fp32"}, Machine(), V3), ({"attention": "naive"}, Machine(), V3),
         ({"attention": "absorbed", "prefill_attention": "expand"}, Machine(), V3), ({"moe": "grouped"}, Machine(), ALIGNED),
-        ({"moe": "grouped"}, Machine(), replace(V3, hidden_size=36)), ({"moe": "loop"}, Machine(), V3), ({}, BARE, ODD),
+        ({"moe": "grouped"}, Machine(), V3.change(hidden_size=36)), ({"moe": "loop"}, Machine(), V3), ({}, BARE, ODD),
         ({"attention": "triton"}, H100, V3), ({"moe": "triton", "compile": True}, H100, ODD),
         ({"moe": "triton", "cuda_graphs": True}, MI300, V3), ({"prefill_moe": "triton", "compile": True}, MI300, ODD),
         ({"kernels": "triton", "compile": True, "cuda_graphs": True}, H100, V3), ({"prefill_graphs": True}, H100, V3),
@@ -1046,7 +1047,7 @@ COMMANDS: dict[str, tuple[Folder, str]] = {
     "truncated": (cut(0.5), "cut off or corrupt"),
     "pickles": (only_pickles, "only pickles"),
     "too large": (
-        lambda f: (f / "config.json").write_text(json.dumps(config.R1.to_dict())),
+        lambda f: (f / "config.json").write_text(json.dumps(dump_config(shapes.R1))),
         "the model needs 2684",
     ),
 }

@@ -26,8 +26,8 @@ from r1.bench.upcast import upcast
 from r1.build import from_shape
 from r1.errors import InputError
 from r1.model import attend
-from r1.model.config import shape
 from r1.model.router import Router
+from r1.model.shapes import shape
 from r1.model.transformer import Transformer
 from r1.roofline import (
     Rates,
@@ -278,7 +278,7 @@ def test_compared_logits_fit_the_bound() -> None:
 # ------------------------------------------------------------------------------------------------ compiled decode
 def test_matrix_vector_rules_give_the_same_logits() -> None:
     """What a GPU's decode step is compiled with, here on a CPU."""
-    config = dataclasses.replace(shape("tiny"), num_hidden_layers=2)
+    config = shape("tiny").change(num_hidden_layers=2)
     backend = resolve(Backend(device="cpu", dtype="fp32"), config)
     model = from_shape(config, backend)
     plain, ruled = Runner(model, backend), Runner(model, backend)
@@ -323,7 +323,7 @@ def test_weights_counted_are_the_models() -> None:
         counted = sum(
             p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n
         )
-        work = step_work(config, backend, 1, 1, 0, config.n_routed_experts)
+        work = step_work(config, backend, 1, 1, 0, config.experts.n_routed_experts)
         assert work.weight_bytes == 4 * (counted + config.hidden_size)
 
 
@@ -331,7 +331,7 @@ def test_drafts_bytes_are_the_mtp_layers() -> None:
     """All experts hit: a pass reads every matrix of the layer and the output head; the gate is
     fp32, as all is here."""
     for name, batch in (("tiny", 400), ("v2-lite", 2000)):
-        config = dataclasses.replace(shape(name, 2), num_nextn_predict_layers=1)
+        config = shape(name, 2).change(num_nextn_predict_layers=1)
         with torch.device("meta"):
             from r1.model.mtp import MTPLayer
 
@@ -356,7 +356,7 @@ def test_when_speculation_pays() -> None:
         and expected_tokens(0.5, 3) == 1.875
         and expected_tokens(0.0, 2) == 1
     )
-    config = dataclasses.replace(shape("moonlight-16b"), num_nextn_predict_layers=1)
+    config = shape("moonlight-16b").change(num_nextn_predict_layers=1)
     for rows, k in ((1, 1), (1, 3), (8, 2), (64, 1)):
         backend = Backend(dtype="bf16", attention="absorbed", speculate="mtp", draft_tokens=k)
         model = speculation(config, backend, rows, 256)
@@ -376,7 +376,7 @@ def test_when_speculation_pays() -> None:
         == experts + 2 * 2048
     )
     small = speculation(
-        dataclasses.replace(config, num_hidden_layers=1),
+        config.change(num_hidden_layers=1),
         Backend(dtype="bf16", speculate="mtp"),
         1,
         0,
@@ -934,15 +934,15 @@ def test_uniform_routing_spreads_and_is_the_same_in_every_arm() -> None:
         512, config.hidden_size
     )  # one hidden state for all, as random weights nearly give
     gate = gates(model)[-1]
-    assert gate(crowded)[0].unique().numel() == config.num_experts_per_tok
+    assert gate(crowded)[0].unique().numel() == config.experts.num_experts_per_tok
     for each in (model, again):
         make_uniform(each, seed=3)
     gate, same = gates(model)[-1], gates(again)[-1]
     indices, weights = gate(crowded)
-    load = indices.flatten().bincount(minlength=config.n_routed_experts)
+    load = indices.flatten().bincount(minlength=config.experts.n_routed_experts)
     assert load.min() > 0.5 * load.float().mean() and torch.equal(indices, same(crowded)[0])
     assert weights.sum(dim=-1).allclose(
-        torch.tensor(config.routed_scaling_factor)
+        torch.tensor(config.experts.routed_scaling_factor)
     )  # still the token's own, normed
     assert not torch.equal(indices, gates(model)[-2](crowded)[0])
 
@@ -964,9 +964,11 @@ def test_the_moe_layers_floor_is_one_layers_work() -> None:
     row, config = made_row(), shape("tiny")
     backend = resolve(Backend(device="cpu", compile=True), config, CPU)
     rates = Rates(**REFERENCE["rates"]["fp32"])
-    layer = attention_weights(config) + (4 + config.n_shared_experts) * expert_weights(config)
-    context = (WORK.prompt + WORK.new / 2 + 1) * config.latent_dim
-    nbytes = 4 * (layer + config.n_routed_experts * config.hidden_size + context)
+    layer = attention_weights(config) + (4 + config.experts.n_shared_experts) * expert_weights(
+        config
+    )
+    context = (WORK.prompt + WORK.new / 2 + 1) * config.attention.latent_dim
+    nbytes = 4 * (layer + config.experts.n_routed_experts * config.hidden_size + context)
     assert row["moe_layer_floor_us"] == pytest.approx(1e6 * nbytes / rates.copy) and row[
         "moe_layer_us"
     ] == pytest.approx(500)

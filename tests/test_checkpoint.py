@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,14 +20,15 @@ from tiny import V2, V3, load, model, rewrite, tensors
 from torch import Tensor
 
 import r1
-from r1 import Backend, Config, InputError
+from r1 import Backend, InputError
 from r1.files import checkpoint
+from r1.files.config_json import load_config
 from r1.model.transformer import Transformer
 from r1.storage import fp8
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny-r1"
-FP8 = replace(V3, fp8_block=(16, 16))
+FP8 = V3.change(fp8_block=(16, 16))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
@@ -48,9 +48,8 @@ def parameters(module: Transformer) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------- save -> load
 SHARDS = {"one file": 10**9, "a few": 30_000, "one tensor each": 1}
 CONFIGS = {
-    "v3": V3, "v2": V2, "tied": replace(V3, tie_word_embeddings=True, num_nextn_predict_layers=0),
-    "tied with mtp": replace(V3, tie_word_embeddings=True), "two mtp layers": replace(V3,
-    num_nextn_predict_layers=2), "dense": replace(V3, n_routed_experts=0,
+    "v3": V3, "v2": V2, "tied": V3.change(tie_word_embeddings=True, num_nextn_predict_layers=0),
+    "tied with mtp": V3.change(tie_word_embeddings=True), "two mtp layers": V3.change(num_nextn_predict_layers=2), "dense": V3.change(n_routed_experts=0,
     num_nextn_predict_layers=0, q_lora_rank=None, first_k_dense_replace=0),
 }  # fmt: skip
 
@@ -73,7 +72,7 @@ def test_round_trip_is_bit_exact(case: str, size: str, dtype: str, tmp_path: Pat
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["here"], (
         "nothing lies beside the folder"
     )
-    assert Config.load(folder) == config
+    assert load_config(folder) == config
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     index = [checkpoint.INDEX] if len(shards) > 1 else []
     assert sorted(path.name for path in folder.iterdir()) == sorted(
@@ -207,7 +206,7 @@ def test_what_is_skipped_is_said(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_is_skipped_and_said(tmp_path: Path) -> None:
-    config = replace(V3, tie_word_embeddings=True, num_nextn_predict_layers=0)
+    config = V3.change(tie_word_embeddings=True, num_nextn_predict_layers=0)
     checkpoint.save(model(config), tmp_path / "x")
     assert "lm_head.weight" not in tensors(tmp_path / "x")
     _, report = load(tmp_path / "x")
@@ -387,7 +386,7 @@ def test_a_block_of_zeros() -> None:
 def test_fp8_round_trip(block: tuple[int, int], dtype: str, tmp_path: Path) -> None:
     """save -> load is quantize -> dequantize of each projection, within half a step, and exact for
     all else."""
-    saved = model(replace(V3, fp8_block=block), dtype=dtype, mtp=True)
+    saved = model(V3.change(fp8_block=block), dtype=dtype, mtp=True)
     checkpoint.save(saved, tmp_path / "x", shard_bytes=20_000)
     found, _ = load(tmp_path / "x", dtype=dtype, mtp=True)
     changed = 0
@@ -443,16 +442,16 @@ def test_embedded_checkpoint_has_all_of_r1s_format() -> None:
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 16e6
     shards = list(TINY.glob("*.safetensors"))
     assert len(shards) > 1 and (TINY / checkpoint.INDEX).is_file()
-    config = Config.load(TINY)
-    assert config.model_type == "deepseek_v3" and config.topk_method == "noaux_tc"
+    config = load_config(TINY)
+    assert config.model_type == "deepseek_v3" and config.experts.topk_method == "noaux_tc"
     assert (
-        config.fp8_block == (128, 128)
-        and config.n_group == 4
-        and config.q_lora_rank
+        config.files.fp8_block == (128, 128)
+        and config.experts.n_group == 4
+        and config.attention.q_lora_rank
         and config.num_nextn_predict_layers == 1
     )
-    assert config.yarn and config.yarn.factor == 40
-    assert config.max_position_embeddings > config.yarn.original_max_position_embeddings
+    assert config.attention.yarn and config.attention.yarn.factor == 40
+    assert config.max_position_embeddings > config.attention.yarn.original_max_position_embeddings
     found = tensors(TINY)
     assert {key for key, tensor in found.items() if tensor.dtype == fp8.E4M3} == {
         key

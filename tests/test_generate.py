@@ -17,7 +17,7 @@ from tolerances import atol
 
 import r1
 from r1 import Backend, InputError, build
-from r1.model.config import shape
+from r1.model.shapes import shape
 from r1.run.generate import TEMPERATURE, TOP_P, Completion, Engine, Sampler
 from r1.switches.backend import resolve
 
@@ -43,8 +43,8 @@ def greedy(engine: Engine, prompts: list[list[int]], new: int, **options: Any) -
 
 # ------------------------------------------------------------------------------------------------ load and logits
 def test_load(engine: Engine) -> None:
-    assert isinstance(engine.config, r1.Config) and engine.config == dataclasses.replace(
-        shape("tiny"), fp8_block=(128, 128)
+    assert isinstance(engine.config, r1.Config) and engine.config == shape("tiny").change(
+        fp8_block=(128, 128)
     )
     backend = engine.backend
     assert isinstance(backend, Backend) and "auto" not in dataclasses.astuple(
@@ -177,7 +177,7 @@ def test_one_new_token(engine: Engine) -> None:
 def test_the_context_is_the_limit() -> None:
     """A row goes on to the last position of the context and no further; a longer prompt is
     refused."""
-    config = dataclasses.replace(shape("tiny", layers=2), max_position_embeddings=16)
+    config = shape("tiny", layers=2).change(max_position_embeddings=16)
     backend = resolve(Backend(device="cpu", dtype="fp32"), config)
     small = Engine(build.from_shape(config, backend), backend)
     prompts = [list(range(12)), [3]]

@@ -54,8 +54,8 @@ from r1.kernels.prefetch import CHUNK, LANES, requests
 from r1.kernels.router import RouterLaunch, route, route_torch
 from r1.kernels.step import begin_step, begin_step_torch, step_kernel
 from r1.model import rope
-from r1.model.config import shape
 from r1.model.router import Router
+from r1.model.shapes import shape
 from r1.model.transformer import Transformer
 from r1.run.generate import Engine
 from r1.run.runner import MOST_TOKENS, Runner
@@ -272,7 +272,7 @@ def test_a_position_behind_the_cache_writes_nothing_and_sees_what_there_is() -> 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_row_of_nan_has_experts_that_exist(tokens: int) -> None:
     """Its own outputs are NaN, and nobody else's."""
-    config = dataclasses.replace(tiny.V3, n_routed_experts=12, n_group=1, topk_group=1)
+    config = tiny.V3.change(n_routed_experts=12, n_group=1, topk_group=1)
     gate = Router(config).to(DEVICE).requires_grad_(False)
     gate.weight.normal_()
     gate.e_score_correction_bias.zero_()
@@ -499,10 +499,10 @@ def test_a_grid_holds_the_longest_prompt() -> None:
     config, chip = shape("r1"), Grids(132, 227 * 1024, dependent_launch=True)
     with torch.device("meta"):
         x = torch.empty(MOST_TOKENS, config.hidden_size, dtype=torch.bfloat16)
-        chosen = torch.empty(MOST_TOKENS, config.num_experts_per_tok)
+        chosen = torch.empty(MOST_TOKENS, config.experts.num_experts_per_tok)
         up = torch.empty(
-            config.n_routed_experts,
-            2 * config.moe_intermediate_size,
+            config.experts.n_routed_experts,
+            2 * config.experts.moe_intermediate_size,
             config.hidden_size,
             dtype=torch.bfloat16,
         )
@@ -572,10 +572,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 MODELS = {
     "v3": tiny.V3,
     "v2": tiny.V2,
-    "moonlight": dataclasses.replace(
-        tiny.V3, q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2
-    ),
-    "unshared": dataclasses.replace(tiny.V3, n_shared_experts=0),
+    "moonlight": tiny.V3.change(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2),
+    "unshared": tiny.V3.change(n_shared_experts=0),
 }
 
 
@@ -798,7 +796,7 @@ def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
                 bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], []
             )
         ]
-        assert len(found) == (12 if config.q_lora_rank else 11)
+        assert len(found) == (12 if config.attention.q_lora_rank else 11)
         for case in found:
             assert bench_kernels.off(case, None) < 0.02, case.name
             assert case.nbytes > 0 and case.flops > 0 and len(case.copies) >= 2

@@ -56,22 +56,24 @@ def test_the_cases_cover_what_is_promised() -> None:
     """The list of the issue: each variant of the architecture has its reference."""
     found = [config(case) for case in CASES]
     assert len(found) == 13
-    assert {c.q_lora_rank is None for c in found} == {True, False}
-    assert {1, 8} <= {c.n_group for c in found if c.topk_method != "greedy"}
-    assert {(c.topk_method, c.norm_topk_prob) for c in found} >= {
+    assert {c.attention.q_lora_rank is None for c in found} == {True, False}
+    assert {1, 8} <= {c.experts.n_group for c in found if c.experts.topk_method != "greedy"}
+    assert {(c.experts.topk_method, c.experts.norm_topk_prob) for c in found} >= {
         ("noaux_tc", True),
         ("noaux_tc", False),
         ("greedy", True),
     }
-    assert {c.first_k_dense_replace for c in found} >= {0, 1, 3}
+    assert {c.experts.first_k_dense_replace for c in found} >= {0, 1, 3}
     for case, c in zip(CASES, found, strict=True):
-        if c.yarn:
-            assert c.yarn.factor == 40
-            assert reference(case)["tokens"].shape[1] > c.yarn.original_max_position_embeddings, (
-                f"{case} stays within"
-            )
+        if c.attention.yarn:
+            assert c.attention.yarn.factor == 40
+            assert (
+                reference(case)["tokens"].shape[1]
+                > c.attention.yarn.original_max_position_embeddings
+            ), f"{case} stays within"
     assert any(
-        c.hidden_size % 2 and c.kv_lora_rank % 2 and c.moe_intermediate_size % 2 for c in found
+        c.hidden_size % 2 and c.attention.kv_lora_rank % 2 and c.experts.moe_intermediate_size % 2
+        for c in found
     )
 
 

@@ -8,7 +8,6 @@ and two of them 1.02e-5 apart. Two numerics may choose differently where two exp
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -30,9 +29,10 @@ import r1
 from r1 import Backend, Config, build
 from r1.model import moe, rope
 from r1.model.cache import Cache
-from r1.model.config import Yarn, shape
+from r1.model.config import Yarn
 from r1.model.layers import swiglu
 from r1.model.router import Router
+from r1.model.shapes import shape
 from r1.model.transformer import Transformer
 from r1.run.generate import Engine
 from r1.run.runner import Runner
@@ -64,9 +64,7 @@ def configs(draw: st.DrawFn) -> Config:
     experts = groups * draw(st.integers(2, 4))
     v3 = draw(st.booleans())
     method = "noaux_tc" if v3 else draw(st.sampled_from(["greedy", "group_limited_greedy"]))
-    return dataclasses.replace(
-        shape("tiny"),
-        model_type="deepseek_v3" if v3 else "deepseek_v2",
+    return shape("tiny").change(model_type="deepseek_v3" if v3 else "deepseek_v2",
         topk_method=method,
         scoring_func="sigmoid" if v3 else "softmax",
         norm_topk_prob=draw(st.booleans()),
@@ -142,23 +140,28 @@ def tied(model: Transformer, tokens: Tensor, margin: float = 1e-4) -> bool:
         nonlocal least
         c = gate.config
         logits = args[0].float() @ gate.weight.float().T
-        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
-        if c.topk_method == "noaux_tc":
+        scores = logits.sigmoid() if c.experts.scoring_func == "sigmoid" else logits.softmax(-1)
+        if c.experts.topk_method == "noaux_tc":
             scores = scores + gate.e_score_correction_bias
-        if c.topk_method != "greedy" and c.topk_group < c.n_group:
+        if c.experts.topk_method != "greedy" and c.experts.topk_group < c.experts.n_group:
             worth = (
-                scores.unflatten(-1, (c.n_group, -1))
-                .topk(2 if c.topk_method == "noaux_tc" else 1)
+                scores.unflatten(-1, (c.experts.n_group, -1))
+                .topk(2 if c.experts.topk_method == "noaux_tc" else 1)
                 .values.sum(-1)
             )
             ranked = worth.sort(-1, descending=True).values
-            least = min(least, float((ranked[:, c.topk_group - 1] - ranked[:, c.topk_group]).min()))
-            shut = worth < ranked[:, c.topk_group - 1, None]
-            scores = scores.masked_fill(
-                shut.repeat_interleave(c.n_routed_experts // c.n_group, 1), -1e4
+            least = min(
+                least,
+                float(
+                    (ranked[:, c.experts.topk_group - 1] - ranked[:, c.experts.topk_group]).min()
+                ),
             )
-        if c.num_experts_per_tok < c.n_routed_experts:
-            best = scores.topk(c.num_experts_per_tok + 1, -1).values
+            shut = worth < ranked[:, c.experts.topk_group - 1, None]
+            scores = scores.masked_fill(
+                shut.repeat_interleave(c.experts.n_routed_experts // c.experts.n_group, 1), -1e4
+            )
+        if c.experts.num_experts_per_tok < c.experts.n_routed_experts:
+            best = scores.topk(c.experts.num_experts_per_tok + 1, -1).values
             least = min(least, float((best[:, -2] - best[:, -1]).min()))
 
     hooks = [
@@ -422,7 +425,7 @@ def test_logits_are_causal() -> None:
 def test_rope_keeps_norms_and_sees_distances_only(
     pairs: int, seed: int, p: int, q: int, shift: int
 ) -> None:
-    c = dataclasses.replace(shape("tiny"), qk_rope_head_dim=2 * pairs)
+    c = shape("tiny").change(qk_rope_head_dim=2 * pairs)
     frequency = rope.frequencies(c)
     x, y = torch.randn(
         2, 1, 1, 2, 2 * pairs, generator=torch.Generator().manual_seed(seed)
@@ -451,8 +454,7 @@ def dispatches(draw: st.DrawFn) -> tuple[moe.Experts, Tensor, Tensor, Tensor]:
     weights."""
     tokens, experts, k = draw(st.integers(1, 9)), draw(st.integers(2, 9)), draw(st.integers(1, 4))
     k = min(k, experts)
-    c = dataclasses.replace(
-        shape("tiny"), hidden_size=draw(st.sampled_from([4, 20])),
+    c = shape("tiny").change(hidden_size=draw(st.sampled_from([4, 20])),
         moe_intermediate_size=draw(st.sampled_from([4, 12])), n_routed_experts=experts,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -529,7 +531,7 @@ def test_gather_in_cuts(drawn: tuple[moe.Experts, Tensor, Tensor, Tensor]) -> No
 
 # ------------------------------------------------------------------------------------------------ router
 def gate_of(config: Config, seed: int) -> Router:
-    model = randomized(dataclasses.replace(config, first_k_dense_replace=0), seed)
+    model = randomized(config.change(first_k_dense_replace=0), seed)
     return next(module for module in model.modules() if isinstance(module, Router))
 
 
@@ -539,40 +541,50 @@ def test_router_by_hand(config: Config, seed: int, mean: float) -> None:
     """Indices by sorting in plain Python; weights from the unbiased scores; both whatever the
     bias's sign is."""
     gate, c = gate_of(config, seed), config
-    if c.topk_method == "noaux_tc":
+    if c.experts.topk_method == "noaux_tc":
         gate.e_score_correction_bias.data += mean
     x = torch.randn(6, c.hidden_size, generator=torch.Generator().manual_seed(seed))
     indices, weights = gate(x)
     logits = x @ gate.weight.T
-    scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
-    size, limited = c.n_routed_experts // c.n_group, c.topk_method != "greedy"
+    scores = logits.sigmoid() if c.experts.scoring_func == "sigmoid" else logits.softmax(-1)
+    size, limited = (
+        c.experts.n_routed_experts // c.experts.n_group,
+        c.experts.topk_method != "greedy",
+    )
     for token in range(len(x)):
         plain = scores[token].tolist()
         biased = (
             plain
-            if c.topk_method != "noaux_tc"
+            if c.experts.topk_method != "noaux_tc"
             else (scores[token] + gate.e_score_correction_bias).tolist()
         )
-        groups = [sorted(biased[g * size : (g + 1) * size], reverse=True) for g in range(c.n_group)]
-        worth = [sum(best[:2]) if c.topk_method == "noaux_tc" else best[0] for best in groups]
+        groups = [
+            sorted(biased[g * size : (g + 1) * size], reverse=True)
+            for g in range(c.experts.n_group)
+        ]
+        worth = [
+            sum(best[:2]) if c.experts.topk_method == "noaux_tc" else best[0] for best in groups
+        ]
         allowed = (
-            sorted(range(c.n_group), key=lambda g: -worth[g])[: c.topk_group]
+            sorted(range(c.experts.n_group), key=lambda g: -worth[g])[: c.experts.topk_group]
             if limited
-            else range(c.n_group)
+            else range(c.experts.n_group)
         )
         experts = sorted(
             (e for g in allowed for e in range(g * size, (g + 1) * size)), key=lambda e: -biased[e]
         )
         chosen = indices[token].tolist()
-        assert len(set(chosen)) == c.num_experts_per_tok
-        assert len({e // size for e in chosen}) <= (c.topk_group if limited else c.n_group)
+        assert len(set(chosen)) == c.experts.num_experts_per_tok
+        assert len({e // size for e in chosen}) <= (
+            c.experts.topk_group if limited else c.experts.n_group
+        )
         worst = min(biased[e] for e in chosen)
         assert (
-            sorted(chosen) == sorted(experts[: c.num_experts_per_tok])
+            sorted(chosen) == sorted(experts[: c.experts.num_experts_per_tok])
             or abs(worst - biased[experts[len(chosen) - 1]]) < 1e-6
         )
-        total = sum(plain[e] for e in chosen) if c.norm_topk_prob else 1.0
-        wanted = torch.tensor([plain[e] / total * c.routed_scaling_factor for e in chosen])
+        total = sum(plain[e] for e in chosen) if c.experts.norm_topk_prob else 1.0
+        wanted = torch.tensor([plain[e] / total * c.experts.routed_scaling_factor for e in chosen])
         assert off(weights[token], wanted) < atol("algebra fp32")
     assert weights.dtype == torch.float32 and indices.dtype == torch.int64
 
@@ -601,7 +613,7 @@ def test_router_stays_fp32_under_autocast(config: Config, seed: int, dtype: torc
 def test_all_switches_together_agree() -> None:
     """Every combination of strategies, prefill and decode, and each with bf16 autocast within its
     own tolerance."""
-    config = dataclasses.replace(shape("tiny"), num_hidden_layers=2, vocab_size=31)
+    config = shape("tiny").change(num_hidden_layers=2, vocab_size=31)
     seed = next(
         s for s in range(20) if not tied(randomized(config, s), random_tokens(s, 2, 9), 3e-4)
     )
@@ -629,8 +641,7 @@ def test_all_switches_together_agree() -> None:
 def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
     """bf16 autocast: logits near fp32's, hardly any expert flipped (one choice of all for every
     token, so none can be)."""
-    config = dataclasses.replace(
-        shape("tiny"),
+    config = shape("tiny").change(
         num_hidden_layers=2,
         vocab_size=31,
         n_routed_experts=4,
@@ -731,7 +742,7 @@ def test_inductor_gives_the_same_logits() -> None:
     """The one test that really compiles: a sparse block, as prefill and as decode; two positions,
     ragged rows."""
     torch._dynamo.reset()
-    config = dataclasses.replace(shape("tiny"), num_hidden_layers=2, first_k_dense_replace=0)
+    config = shape("tiny").change(num_hidden_layers=2, first_k_dense_replace=0)
     tokens = random_tokens(0, 2, 9, 320)
     seed = next(s for s in range(20) if not tied(randomized(config, s), tokens, 3e-4))
     model, prompts = randomized(config, seed), [tokens[0, :7].tolist(), tokens[1, :4].tolist()]

@@ -25,7 +25,8 @@ import r1
 from r1 import Backend, InputError
 from r1.bench import arms
 from r1.model.cache import Cache
-from r1.model.config import Config, shape
+from r1.model.config import Config
+from r1.model.shapes import shape
 from r1.run import speculate
 from r1.run.generate import Completion, Engine
 from r1.run.runner import Runner
@@ -34,7 +35,7 @@ from r1.run.speculate import Turn, judge
 from r1.switches.backend import resolve
 from r1.switches.machine import Machine
 
-ROOMY = dataclasses.replace(V3, max_position_embeddings=400)
+ROOMY = V3.change(max_position_embeddings=400)
 SMALL = dataclasses.replace(ROOMY, vocab_size=5)
 PROMPTS = [[3, 1, 4, 1, 3], [2], [4, 4, 0, 3, 2, 1, 0, 0, 2, 3, 1], [0, 4, 2]]
 H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10**9)
@@ -224,7 +225,7 @@ def test_the_last_drafts_have_room() -> None:
 
 
 def test_the_context_is_the_limit() -> None:
-    short = dataclasses.replace(V3, max_position_embeddings=20)
+    short = V3.change(max_position_embeddings=20)
     found = greedy(engine(short, 1, 2), 100)
     assert texts(found) == texts(greedy(engine(short, 1), 100)) and {
         len(c.tokens) for c in found

@@ -27,8 +27,8 @@ import r1
 from r1 import Backend, InputError
 from r1.files import checkpoint
 from r1.model import moe
-from r1.model.config import shape
 from r1.model.moe import Experts
+from r1.model.shapes import shape
 from r1.storage import fp8
 from r1.text.chat import END_THINK, PAD, THINK
 from r1.text.tokenizer import Tokenizer

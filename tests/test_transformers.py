@@ -22,6 +22,7 @@ from torch import Tensor
 import r1
 from r1 import Backend, Config
 from r1.files import checkpoint
+from r1.files.config_json import dump_config, load_config
 from r1.model.mtp import MTPLayer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,13 +40,12 @@ dozen in a row), each at places of its own. So ours is as far from theirs as the
 PREFIX = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2"}
 CASES = {
     "v3": V3,
-    "v3-plain": replace(
-        V3, q_lora_rank=None, n_group=1, topk_group=1, yarn=None, norm_topk_prob=False,
+    "v3-plain": V3.change(q_lora_rank=None, n_group=1, topk_group=1, yarn=None, norm_topk_prob=False,
         num_nextn_predict_layers=0
     ),
     "v3-tied": replace(V3, tie_word_embeddings=True, num_nextn_predict_layers=0),
     "v2": V2,
-    "v2-greedy": replace(V2, topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1),
+    "v2-greedy": V2.change(topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1),
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def tokens(config: Config, batch: int = 2, length: int = 24) -> Tensor:
 def theirs(folder: Path, dtype: torch.dtype) -> Any:
     """A folder as transformers loads it; nothing may be missing, nor surplus beside the MTP
     layer."""
-    name = PREFIX[Config.load(folder).model_type] + "ForCausalLM"
+    name = PREFIX[load_config(folder).model_type] + "ForCausalLM"
     peer, report = getattr(transformers, name).from_pretrained(
         folder,
         dtype=dtype,
@@ -123,7 +123,7 @@ def test_their_checkpoint_loads_here(case: str, tmp_path: Path) -> None:
     """`save_pretrained` of a model born there (transformers 5's spelling of config.json), sharded:
     the same logits."""
     config = CASES[case]
-    spelled = config.to_dict()
+    spelled = dump_config(config)
     spelled.pop("architectures")
     config_class, model_class = (
         getattr(transformers, PREFIX[config.model_type] + part)

@@ -47,10 +47,12 @@ from torch.nn import functional as F
 
 import r1
 from r1 import Config, InputError
+from r1.files.config_json import parse_config
 from r1.model import attend, mla, rope, transformer
-from r1.model.config import Yarn, shape
+from r1.model.config import Yarn
 from r1.model.layers import RMSNorm
 from r1.model.router import Router
+from r1.model.shapes import shape
 from r1.run.runner import Runner
 from r1.run.trace import first_divergence
 from r1.storage import fp8
@@ -77,7 +79,7 @@ def found_at(case: str, run: Runner | None = None, first: int | None = None) -> 
 @pytest.mark.parametrize("attention", ["naive", "expand", "absorbed"])
 def test_softmax_scale(monkeypatch: Patch, attention: str) -> None:
     """1. Without YaRN's temperature squared; a test of the first position alone would pass."""
-    monkeypatch.setattr(mla, "softmax_scale", lambda c: c.qk_head_dim**-0.5)
+    monkeypatch.setattr(mla, "softmax_scale", lambda c: c.attention.qk_head_dim**-0.5)
     assert (
         found_at("v3-yarn", fresh("v3-yarn", attention=attention, prefill_attention=attention))
         == "attn.0"
@@ -108,7 +110,7 @@ def test_scale_is_given(monkeypatch: Patch) -> None:
         patch.setattr(attend, "F", SimpleNamespace(scaled_dot_product_attention=sdpa))
         assert found_at("v3-yarn", fresh("v3-yarn", prefill_attention="expand")) == "attn.0"
     right = attend.probabilities
-    width = config("v3-plain").latent_dim
+    width = config("v3-plain").attention.latent_dim
     monkeypatch.setattr(
         attend, "probabilities", lambda scores, scale, bias: right(scores, width**-0.5, bias)
     )
@@ -116,18 +118,17 @@ def test_scale_is_given(monkeypatch: Patch) -> None:
 
 
 def original_is_the_stretched(c: Config) -> Config:
-    assert c.yarn
-    return dataclasses.replace(
-        c, yarn=dataclasses.replace(c.yarn,
+    assert c.attention.yarn
+    return c.change(yarn=dataclasses.replace(c.attention.yarn,
         original_max_position_embeddings=c.max_position_embeddings)
     )  # fmt: skip
 
 
 def inverted(c: Config) -> Tensor:
     """Low frequencies kept, high ones divided."""
-    assert c.yarn
-    plain = rope.frequencies(dataclasses.replace(c, yarn=None))
-    return plain + plain / c.yarn.factor - rope.frequencies(c)
+    assert c.attention.yarn
+    plain = rope.frequencies(c.change(yarn=None))
+    return plain + plain / c.attention.yarn.factor - rope.frequencies(c)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +136,12 @@ def inverted(c: Config) -> Tensor:
     [
         (lambda c: rope.frequencies(original_is_the_stretched(c)), None),  # 4
         (
-            lambda c: rope.frequencies(dataclasses.replace(c, yarn=None)),
+            lambda c: rope.frequencies(c.change(yarn=None)),
             32,
         ),  # 5: plain rope up to the original length
         (inverted, None),  # 7
         (
-            lambda c: rope.frequencies(dataclasses.replace(c, yarn=None)) / c.yarn.factor,
+            lambda c: rope.frequencies(c.change(yarn=None)) / c.attention.yarn.factor,
             None,
         ),  # 7: all divided
     ],
@@ -159,7 +160,7 @@ def test_frequencies_of_r1() -> None:
     """7. R1's own table: the fastest pairs as trained, the slowest divided by 40, falling all the
     way."""
     c = shape("r1")
-    frequency, plain = rope.frequencies(c), rope.frequencies(dataclasses.replace(c, yarn=None))
+    frequency, plain = rope.frequencies(c), rope.frequencies(c.change(yarn=None))
     kept = frequency / plain
     assert (
         kept[0] == 1.0
@@ -176,10 +177,9 @@ def test_a_step_for_a_ramp() -> None:
     """Kimi-K2's beta_fast equals its beta_slow: floor and ceiling still make a ramp, of one step,
     and no division by 0."""
     c = shape("kimi-k2")
-    assert c.yarn and bool(torch.isfinite(rope.frequencies(c)).all())
-    flat = dataclasses.replace(
-        c, rope_theta=2.0, yarn=dataclasses.replace(c.yarn, original_max_position_embeddings=1)
-    )
+    assert c.attention.yarn and bool(torch.isfinite(rope.frequencies(c)).all())
+    once = dataclasses.replace(c.attention.yarn, original_max_position_embeddings=1)
+    flat = c.change(rope_theta=2.0, yarn=once)
     assert bool(torch.isfinite(rope.frequencies(flat)).all())
 
 
@@ -211,7 +211,7 @@ def test_rope_layout(monkeypatch: Patch, case: str, wrong: Any) -> None:
 def test_odd_rope_dim_is_refused() -> None:
     raw = json.loads((REFERENCE / "v3-plain" / "config.json").read_text()) | {"qk_rope_head_dim": 7}
     with pytest.raises(InputError, match="qk_rope_head_dim is 7, but rotation takes pairs"):
-        Config.from_dict(raw)
+        parse_config(raw)
 
 
 def test_latent_norm_eps(monkeypatch: Patch) -> None:
@@ -232,15 +232,15 @@ def choose(
 ) -> Tensor:
     """The choice of experts with its mistakes as arguments; without any it is right."""
     c = self.config
-    v3 = c.topk_method == "noaux_tc"
+    v3 = c.experts.topk_method == "noaux_tc"
     if v3:
         scores = scores + bias * self.e_score_correction_bias
-    if groups and c.n_group > 1 and c.topk_method != "greedy":
-        grouped = scores.view(len(scores), c.n_group, -1)
+    if groups and c.experts.n_group > 1 and c.experts.topk_method != "greedy":
+        grouped = scores.view(len(scores), c.experts.n_group, -1)
         worth = grouped.topk(best or (2 if v3 else 1), dim=-1).values.sum(dim=-1)
-        kept = worth >= worth.topk(c.topk_group, dim=-1).values[:, -1:]
+        kept = worth >= worth.topk(c.experts.topk_group, dim=-1).values[:, -1:]
         scores = grouped.masked_fill(~kept[..., None], fill).flatten(1)
-    return scores.topk(c.num_experts_per_tok, dim=-1).indices
+    return scores.topk(c.experts.num_experts_per_tok, dim=-1).indices
 
 
 @pytest.mark.parametrize(
@@ -261,24 +261,24 @@ def test_router_choice(monkeypatch: Patch, case: str, wrong: dict[str, Any]) -> 
     monkeypatch.setattr(Router, "choose", choose)
     check(case, fresh(case))
     monkeypatch.setattr(Router, "choose", lambda self, scores: choose(self, scores, **wrong))
-    layer = config(case).first_k_dense_replace
+    layer = config(case).experts.first_k_dense_replace
     assert found_at(case) == f"router_indices.{layer}"
 
 
 def biased_weights(self: Router, scores: Tensor, indices: Tensor) -> Tensor:
     w = (scores + self.e_score_correction_bias).gather(1, indices)
-    return w / w.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor
+    return w / w.sum(dim=-1, keepdim=True) * self.config.experts.routed_scaling_factor
 
 
 def never_normalized(self: Router, scores: Tensor, indices: Tensor) -> Tensor:
-    return scores.gather(1, indices) * self.config.routed_scaling_factor
+    return scores.gather(1, indices) * self.config.experts.routed_scaling_factor
 
 
 def scaled_if_normalized(self: Router, scores: Tensor, indices: Tensor) -> Tensor:
     w = scores.gather(1, indices)
     return (
-        w / w.sum(dim=-1, keepdim=True) * self.config.routed_scaling_factor
-        if self.config.norm_topk_prob
+        w / w.sum(dim=-1, keepdim=True) * self.config.experts.routed_scaling_factor
+        if self.config.experts.norm_topk_prob
         else w
     )
 
@@ -287,8 +287,8 @@ def scaled_unless_normalized(self: Router, scores: Tensor, indices: Tensor) -> T
     w = scores.gather(1, indices)
     return (
         w / w.sum(dim=-1, keepdim=True)
-        if self.config.norm_topk_prob
-        else w * self.config.routed_scaling_factor
+        if self.config.experts.norm_topk_prob
+        else w * self.config.experts.routed_scaling_factor
     )
 
 
@@ -296,7 +296,7 @@ def normalized_over_all(self: Router, scores: Tensor, indices: Tensor) -> Tensor
     return (
         scores.gather(1, indices)
         / scores.sum(dim=-1, keepdim=True)
-        * self.config.routed_scaling_factor
+        * self.config.experts.routed_scaling_factor
     )
 
 
@@ -320,13 +320,15 @@ def test_router_weights(
     def forward(self: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(x, self.weight)
         scores = (
-            logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+            logits.sigmoid()
+            if self.config.experts.scoring_func == "sigmoid"
+            else logits.softmax(dim=-1)
         )
         indices = self.choose(scores)
         return indices, wrong(self, scores, indices)
 
     monkeypatch.setattr(Router, "forward", forward)
-    assert found_at(case) == f"router_weights.{config(case).first_k_dense_replace}"
+    assert found_at(case) == f"router_weights.{config(case).experts.first_k_dense_replace}"
 
 
 def test_scoring_function() -> None:
@@ -335,7 +337,7 @@ def test_scoring_function() -> None:
         run = fresh(case)
         for module in run.model.modules():
             if isinstance(module, Router):
-                module.config = dataclasses.replace(module.config, scoring_func=other)
+                module.config = module.config.change(scoring_func=other)
         assert found_at(case, run).startswith("router_")
 
 
@@ -352,12 +354,13 @@ def test_bias_is_never_subtracted_back() -> None:
     indices, weights = gate(x)
     plain = scores.gather(1, indices)
     assert torch.equal(
-        weights, plain / (plain.sum(-1, keepdim=True) + 1e-20) * gate.config.routed_scaling_factor
+        weights,
+        plain / (plain.sum(-1, keepdim=True) + 1e-20) * gate.config.experts.routed_scaling_factor,
     )
     back = ((scores + gate.e_score_correction_bias) - gate.e_score_correction_bias).gather(
         1, indices
     )
-    recovered = back / back.sum(-1, keepdim=True) * gate.config.routed_scaling_factor
+    recovered = back / back.sum(-1, keepdim=True) * gate.config.experts.routed_scaling_factor
     assert float((recovered - weights).abs().max()) > MARGIN * atol("reference fp32")
 
 
@@ -389,7 +392,7 @@ def test_bias_stays_fp32() -> None:
     )
     gate = gates[0]
     scores = torch.rand(
-        5000, gate.config.n_routed_experts, generator=torch.Generator().manual_seed(0)
+        5000, gate.config.experts.n_routed_experts, generator=torch.Generator().manual_seed(0)
     )
     before = gate.choose(scores).sort(-1).values
     gate.e_score_correction_bias.data = gate.e_score_correction_bias.bfloat16().float()
@@ -400,7 +403,7 @@ def test_near_ties_flip() -> None:
     """14. Two experts one rounding apart change places under another numerics, and both choices are
     right."""
     gate = router()
-    scores = torch.full((1, gate.config.n_routed_experts), 0.25)
+    scores = torch.full((1, gate.config.experts.n_routed_experts), 0.25)
     gate.e_score_correction_bias.data.zero_()
     scores[0, :2] = 0.9  # sure of their place; the third place is a tie of all others
     scores[0, 5] = torch.nextafter(torch.tensor(0.25), torch.tensor(1.0))

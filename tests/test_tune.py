@@ -20,7 +20,7 @@ from r1.kernels.attention import AttentionLaunch
 from r1.kernels.chip import Launch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
-from r1.model.config import shape
+from r1.model.shapes import shape
 from r1.switches.backend import Backend, resolve
 from r1.switches.machine import Machine
 

@@ -3,7 +3,6 @@ test_transformers.py share."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,27 @@ from torch import Tensor
 
 from r1 import Backend, build
 from r1.files import checkpoint
-from r1.model.config import R1, SHAPES, Config, Yarn
+from r1.files.config_json import load_config
+from r1.model.config import Config, Yarn
+from r1.model.shapes import R1, SHAPES
 from r1.model.transformer import Transformer
 from r1.switches.backend import resolve
 
-V3 = dataclasses.replace(
-    R1, vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=20,
+V3 = R1.change(vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=20,
     kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=12, intermediate_size=40,
     moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2,
     first_k_dense_replace=1, max_position_embeddings=64, yarn=Yarn(40.0, 8, mscale=1.0,
     mscale_all_dim=1.0), fp8_block=None,
 )  # fmt: skip
-"""R1's arithmetic, with an MTP layer, in bf16; `replace(V3, fp8_block=(16, 16))` has ragged blocks
+"""R1's arithmetic, with an MTP layer, in bf16; `V3.change(fp8_block=(16, 16))` has ragged blocks
 at every edge."""
 
-V2 = dataclasses.replace(
-    V3, model_type="deepseek_v2", topk_method="group_limited_greedy", scoring_func="softmax",
+V2 = V3.change(model_type="deepseek_v2", topk_method="group_limited_greedy", scoring_func="softmax",
     norm_topk_prob=False, routed_scaling_factor=3.0, num_nextn_predict_layers=0, yarn=Yarn(40.0, 8,
     mscale=0.707, mscale_all_dim=0.707),
 )  # fmt: skip
 
-assert SHAPES["tiny"].fp8_block, "tiny-r1 is FP8; these are smaller still"
+assert SHAPES["tiny"].files.fp8_block, "tiny-r1 is FP8; these are smaller still"
 
 
 def model(
@@ -65,7 +64,7 @@ def load(
     folder: Path, *, mtp: bool = False, **switches: Any
 ) -> tuple[Transformer, checkpoint.Report]:
     """A folder's model on the CPU, and what the load did."""
-    config = Config.load(folder)
+    config = load_config(folder)
     return build.from_checkpoint(
         folder, config, resolve(Backend(device="cpu", **switches), config), mtp=mtp, quiet=True
     )

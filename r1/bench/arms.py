@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1.model.config import Config, shape
+from r1.files.config_json import load_config
+from r1.model.config import Config
+from r1.model.shapes import shape
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 
@@ -109,10 +111,10 @@ class Workload:
         """The model's. A published shape without an MTP layer gets one where its drafts' acceptance
         is assumed anyway."""
         if self.model is not None:
-            return Config.load(self.model)
+            return load_config(self.model)
         config = shape(self.shape or "", self.layers)
         missing = self.assumed is not None and not config.num_nextn_predict_layers
-        return dataclasses.replace(config, num_nextn_predict_layers=1) if missing else config
+        return config.change(num_nextn_predict_layers=1) if missing else config
 
 
 def common_settings(given: Settings) -> Settings:

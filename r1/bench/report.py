@@ -215,7 +215,9 @@ def _roofline(
     steps = statistics.median(
         len(r["gaps"]) / max(1, r["tokens"] - 1) for r in repetitions
     )  # for each token
-    everything = min(config.n_routed_experts, w.batch * w.prompt * config.num_experts_per_tok)
+    everything = min(
+        config.experts.n_routed_experts, w.batch * w.prompt * config.experts.num_experts_per_tok
+    )
     prompt = roofline.step_work(config, backend, w.batch, w.prompt, w.depth, everything)
     return {
         "floor_ms": 1e3 * rates.seconds(work) * (steps or 1),

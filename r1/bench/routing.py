@@ -49,7 +49,7 @@ def make_uniform(model: Transformer, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, MoE):
-            draws = torch.rand(ROWS, model.config.n_routed_experts, generator=generator)
+            draws = torch.rand(ROWS, model.config.experts.n_routed_experts, generator=generator)
             with torch.device("meta"):
                 module.gate = UniformRouter(
                     model.config, module.gate, draws.to(module.gate.weight.device)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from r1.errors import InputError
+from r1.files.config_json import dump_config
 from r1.files.progress import Progress
 from r1.model.config import Config
 from r1.model.transformer import Transformer
@@ -95,9 +96,11 @@ def _joined(module: str, matrix: Tensor, config: Config) -> tuple[list[str], lis
     if module == "gate_up_proj":
         return ["gate_proj", "up_proj"], list(matrix.chunk(2))
     if module == "qkv_a_proj":
-        query = "q_proj" if config.q_lora_rank is None else "q_a_proj"
+        query = "q_proj" if config.attention.q_lora_rank is None else "q_a_proj"
         return [query, "kv_a_proj_with_mqa"], list(
-            matrix.split([matrix.shape[0] - config.latent_dim, config.latent_dim])
+            matrix.split(
+                [matrix.shape[0] - config.attention.latent_dim, config.attention.latent_dim]
+            )
         )
     return [module], [matrix]
 
@@ -119,7 +122,7 @@ def load(model: Transformer, directory: str | Path, *, quiet: bool = False) -> R
             del entries[key]
             scales.pop(key + SCALE, None)
     _check(directory, model.config, entries, scales, wanted)
-    block, scale = model.config.fp8_block, _read_scales(scales)
+    block, scale = model.config.files.fp8_block, _read_scales(scales)
 
     total = sum(
         wanted[key].numel() * DTYPES[entry.dtype].itemsize for key, entry in entries.items()
@@ -275,7 +278,7 @@ def _check(
             raise InputError(
                 f"{entry.path}: {key} is FP8, but only matrices come in blocks, and its shape is {shape}"
             )
-        if config.fp8_block is None:
+        if config.files.fp8_block is None:
             raise InputError(
                 f"{entry.path}: {key} is FP8, but config.json has no quantization_config to say in what blocks"
             )
@@ -283,10 +286,10 @@ def _check(
             raise InputError(
                 f"{entry.path}: {key} is FP8, but there is no {key + SCALE} to scale it"
             )
-        scale, grid = scales[key + SCALE], fp8.grid(shape, config.fp8_block)
+        scale, grid = scales[key + SCALE], fp8.grid(shape, config.files.fp8_block)
         if scale.shape != grid:
             raise InputError(
-                f"{scale.path}: {scale.key} has shape {scale.shape}; blocks of {config.fp8_block} make it {grid}"
+                f"{scale.path}: {scale.key} has shape {scale.shape}; blocks of {config.files.fp8_block} make it {grid}"
             )
         if scale.dtype not in ("F32", "F16", "BF16"):
             raise InputError(
@@ -414,7 +417,7 @@ def _write(
             json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )
     rest = str(dtype or model.norm.weight.dtype).removeprefix("torch.")
-    config = model.config.to_dict() | {"torch_dtype": rest} | extra
+    config = dump_config(model.config) | {"torch_dtype": rest} | extra
     (directory / "config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
@@ -429,7 +432,7 @@ def is_projection(key: str) -> bool:
 
 def _stored(model: Transformer, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors, one after the other, as they are to be stored."""
-    block = model.config.fp8_block
+    block = model.config.files.fp8_block
     rest = dtype or model.norm.weight.dtype
     for key, place in places(model).items():
         if block and is_projection(key):

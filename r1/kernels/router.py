@@ -63,7 +63,7 @@ def route(
     """x (N, D), the norm's gain (D,) -> the normed x (N, D), expert indices, int64 (N, K), and
     their weights, fp32 (N, K)."""
     c, (tokens, dim) = gate.config, x.shape
-    experts, chosen = c.n_routed_experts, c.num_experts_per_tok
+    experts, chosen = c.experts.n_routed_experts, c.experts.num_experts_per_tok
     use = launch or chip.launch(RouterLaunch, tokens, experts, dim)
     h, logits = torch.empty_like(x), x.new_empty(tokens, experts, dtype=torch.float32)
     indices, weights = (
@@ -71,18 +71,18 @@ def route(
         x.new_empty(tokens, chosen, dtype=torch.float32),
     )
     biased, draws = (
-        c.topk_method == "noaux_tc",
+        c.experts.topk_method == "noaux_tc",
         getattr(gate, "draws", None),
     )  # r1/bench/routing.py's routers have draws
     chip.run(
         route_kernel, (ceil_div(experts, use.experts), tokens), x, gain, eps, gate.weight,
         gate.e_score_correction_bias if biased else None, draws,
         0 if draws is None else draws.shape[0], h, logits, tickets(x.device, power_of_two(tokens,
-        64)), indices, weights, c.routed_scaling_factor, DIM=dim, BLOCK_E=use.experts,
+        64)), indices, weights, c.experts.routed_scaling_factor, DIM=dim, BLOCK_E=use.experts,
         BLOCK_D=use.columns, EXPERTS=experts, PAD=power_of_two(experts), CHOSEN=chosen,
-        CHOSEN_PAD=power_of_two(chosen), GROUPS=c.n_group if c.topk_method != "greedy" else 1,
-        KEPT=c.topk_group, BEST=2 if biased else 1, SIGMOID=c.scoring_func == "sigmoid",
-        NORMED=c.norm_topk_prob, EARLY=tokens > 1, warps=use.warps,
+        CHOSEN_PAD=power_of_two(chosen), GROUPS=c.experts.n_group if c.experts.topk_method != "greedy" else 1,
+        KEPT=c.experts.topk_group, BEST=2 if biased else 1, SIGMOID=c.experts.scoring_func == "sigmoid",
+        NORMED=c.experts.norm_topk_prob, EARLY=tokens > 1, warps=use.warps,
     )  # fmt: skip
     return h, indices, weights
 

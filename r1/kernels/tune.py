@@ -217,7 +217,7 @@ def tune(runner: Runner, cache: Cache) -> None:
     blocks = list(zip(runner.blocks["decode"], cache.layers, strict=False))
     last = len(blocks) - 1
     kinds = sorted(
-        {min(runner.config.first_k_dense_replace, last), 0}
+        {min(runner.config.experts.first_k_dense_replace, last), 0}
     )  # a sparse layer, and a dense one
 
     def step() -> None:

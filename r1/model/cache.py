@@ -25,10 +25,10 @@ def token_shapes(config: Config, full: bool) -> list[tuple[int, ...]]:
     head."""
     if full:
         return [
-            (config.num_attention_heads, config.qk_head_dim),
-            (config.num_attention_heads, config.v_head_dim),
+            (config.attention.num_attention_heads, config.attention.qk_head_dim),
+            (config.attention.num_attention_heads, config.attention.v_head_dim),
         ]
-    return [(config.latent_dim,)]
+    return [(config.attention.latent_dim,)]
 
 
 def bytes_per_token(

@@ -39,26 +39,36 @@ class MLA(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c = config
-        self.heads, self.nope, self.v_dim = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
-        self.q_split = [c.qk_nope_head_dim, c.qk_rope_head_dim]
-        self.kv_split = [c.kv_lora_rank, c.qk_rope_head_dim]
+        self.heads, self.nope, self.v_dim = (
+            c.attention.num_attention_heads,
+            c.attention.qk_nope_head_dim,
+            c.attention.v_head_dim,
+        )
+        self.q_split = [c.attention.qk_nope_head_dim, c.attention.qk_rope_head_dim]
+        self.kv_split = [c.attention.kv_lora_rank, c.attention.qk_rope_head_dim]
         self.scale = softmax_scale(c)
-        q_dim = self.heads * c.qk_head_dim
-        if c.q_lora_rank is None:
-            self.a_split = [q_dim, c.kv_lora_rank, c.qk_rope_head_dim]
+        q_dim = self.heads * c.attention.qk_head_dim
+        if c.attention.q_lora_rank is None:
+            self.a_split = [q_dim, c.attention.kv_lora_rank, c.attention.qk_rope_head_dim]
         else:
-            self.a_split = [c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim]
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(c.q_lora_rank, q_dim, bias=False)
-        self.low_rank_q = c.q_lora_rank is not None
+            self.a_split = [
+                c.attention.q_lora_rank,
+                c.attention.kv_lora_rank,
+                c.attention.qk_rope_head_dim,
+            ]
+            self.q_a_layernorm = RMSNorm(c.attention.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(c.attention.q_lora_rank, q_dim, bias=False)
+        self.low_rank_q = c.attention.q_lora_rank is not None
         # The checkpoint's q_a_proj (q_proj where queries have no low rank) above its
         # kv_a_proj_with_mqa, as one matrix.
         self.qkv_a_proj = nn.Linear(c.hidden_size, sum(self.a_split), bias=False)
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(c.attention.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(
-            c.kv_lora_rank, self.heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False
+            c.attention.kv_lora_rank,
+            self.heads * (c.attention.qk_nope_head_dim + c.attention.v_head_dim),
+            bias=False,
         )
-        self.o_proj = nn.Linear(self.heads * c.v_head_dim, c.hidden_size, bias=False)
+        self.o_proj = nn.Linear(self.heads * c.attention.v_head_dim, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D); the tokens' latents (or keys and values) are written to `cache`

@@ -35,9 +35,9 @@ class Experts(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         experts, dim, inner = (
-            config.n_routed_experts,
+            config.experts.n_routed_experts,
             config.hidden_size,
-            config.moe_intermediate_size,
+            config.experts.moe_intermediate_size,
         )
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, dim))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, inner))
@@ -60,9 +60,11 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        shared = config.n_shared_experts
+        shared = config.experts.n_shared_experts
         self.shared_experts = (
-            MLP(config.hidden_size, shared * config.moe_intermediate_size) if shared else None
+            MLP(config.hidden_size, shared * config.experts.moe_intermediate_size)
+            if shared
+            else None
         )
 
     def forward(self, x: Tensor, phase: str) -> Tensor:

@@ -20,7 +20,9 @@ from r1.model.config import Config
 
 def softmax_scale(config: Config) -> float:
     """What multiplies q.k: `qk_head_dim^-0.5`, times YaRN's temperature squared."""
-    return config.qk_head_dim**-0.5 * (config.yarn.softmax_factor if config.yarn else 1.0)
+    return config.attention.qk_head_dim**-0.5 * (
+        config.attention.yarn.softmax_factor if config.attention.yarn else 1.0
+    )
 
 
 def frequencies(config: Config) -> Tensor:
@@ -30,7 +32,11 @@ def frequencies(config: Config) -> Tensor:
     are, divides those that turn less than `beta_slow` times by `factor`, and blends linearly
     between (arXiv 2309.00071, section 3.2). Once configured it holds at every length: the model was
     trained with it."""
-    dim, base, yarn = config.qk_rope_head_dim, config.rope_theta, config.yarn
+    dim, base, yarn = (
+        config.attention.qk_rope_head_dim,
+        config.attention.rope_theta,
+        config.attention.yarn,
+    )
     plain = 1.0 / base ** (
         torch.arange(0, dim, 2, dtype=torch.float32) / dim
     )  # (R/2,) falling from 1

@@ -26,11 +26,11 @@ class Router(nn.Module):
         # Both stay fp32 under every dtype switch. The weight is small, and the logits are computed
         # in fp32 anyway; bf16 steps of the bias are as large as the gaps that it decides.
         self.weight = nn.Parameter(
-            torch.empty(c.n_routed_experts, c.hidden_size, dtype=torch.float32)
+            torch.empty(c.experts.n_routed_experts, c.hidden_size, dtype=torch.float32)
         )
-        if c.topk_method == "noaux_tc":
+        if c.experts.topk_method == "noaux_tc":
             self.e_score_correction_bias = nn.Parameter(
-                torch.zeros(c.n_routed_experts, dtype=torch.float32), requires_grad=False
+                torch.zeros(c.experts.n_routed_experts, dtype=torch.float32), requires_grad=False
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,28 +43,33 @@ class Router(nn.Module):
                 return self.forward(x)
         logits = F.linear(x.float(), self.weight)  # (N, E)
         scores = (
-            logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+            logits.sigmoid()
+            if self.config.experts.scoring_func == "sigmoid"
+            else logits.softmax(dim=-1)
         )
         indices = self.choose(scores)
         weights = scores.gather(1, indices)  # (N, K)
-        if self.config.norm_topk_prob:
+        if self.config.experts.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return indices, weights * self.config.routed_scaling_factor
+        return indices, weights * self.config.experts.routed_scaling_factor
 
     def choose(self, scores: Tensor) -> Tensor:
         """fp32 scores (N, E) -> indices (N, K) of the best experts within the best groups."""
         c = self.config
-        if c.topk_method == "noaux_tc":
+        if c.experts.topk_method == "noaux_tc":
             scores = scores + self.e_score_correction_bias
-        if c.topk_method != "greedy" and c.n_group > 1:
-            grouped = scores.unflatten(-1, (c.n_group, -1))  # (N, G, E / G)
-            best = 2 if c.topk_method == "noaux_tc" else 1
+        if c.experts.topk_method != "greedy" and c.experts.n_group > 1:
+            grouped = scores.unflatten(-1, (c.experts.n_group, -1))  # (N, G, E / G)
+            best = 2 if c.experts.topk_method == "noaux_tc" else 1
             groups = (
-                grouped.topk(best, dim=-1).values.sum(dim=-1).topk(c.topk_group, dim=-1).indices
+                grouped.topk(best, dim=-1)
+                .values.sum(dim=-1)
+                .topk(c.experts.topk_group, dim=-1)
+                .indices
             )  # (N, topk_group)
             shut = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(
                 1, groups, False
             )  # (N, G)
             # -inf and not 0: biased scores may be negative, and then a shut group's 0 would win.
             scores = grouped.masked_fill(shut[..., None], float("-inf")).flatten(1)
-        return scores.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
+        return scores.topk(c.experts.num_experts_per_tok, dim=-1, sorted=False).indices

@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.mtp = nn.ModuleList()  # build.py adds the MTP layers where they are wanted
-        self.table_factor = config.yarn.table_factor if config.yarn else 1.0
+        self.table_factor = config.attention.yarn.table_factor if config.attention.yarn else 1.0
 
     def derive(self) -> None:
         """Compute what the checkpoint doesn't hold, where the weights are."""

@@ -280,7 +280,8 @@ def _experts(
         # gather copies the experts of every token; grouped has to sort, but reads each expert that
         # was hit once.
         few = name == "moe" and (
-            tokens == 1 or 4 * tokens * config.num_experts_per_tok <= config.n_routed_experts
+            tokens == 1
+            or 4 * tokens * config.experts.num_experts_per_tok <= config.experts.n_routed_experts
         )
         capture = "cuda_graphs" if name == "moe" else "prefill_graphs"
         captured = getattr(backend, capture)
@@ -315,8 +316,8 @@ def _experts(
 def _unaligned(config: Config, dtype: torch.dtype) -> str | None:
     for name, size in (
         ("hidden_size", config.hidden_size),
-        ("moe_intermediate_size", config.moe_intermediate_size),
+        ("moe_intermediate_size", config.experts.moe_intermediate_size),
     ):
-        if config.n_routed_experts and size * dtype.itemsize % GROUPED_ALIGNMENT:
+        if config.experts.n_routed_experts and size * dtype.itemsize % GROUPED_ALIGNMENT:
             return f"torch's grouped_mm wants rows of a multiple of {GROUPED_ALIGNMENT} bytes, and {name} is {size} in {dtype}"
     return None

@@ -29,7 +29,7 @@ os.environ.setdefault(
 import torch
 
 from r1 import Config, InputError
-from r1.model.config import SHAPES, shape
+from r1.model.shapes import SHAPES, shape
 
 CONTEXT = 4096
 """Tokens of the cache that the attention is launched for, and of a prompt."""
@@ -157,10 +157,12 @@ def launches(config: Config, batch: int, target: Target) -> list[Launch]:
 
     recorder = Recorder(target.processors, target.shared, target.dependent_launch)
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
-    frequency = torch.empty(config.qk_rope_head_dim // 2, device="meta")
+    frequency = torch.empty(config.attention.qk_rope_head_dim // 2, device="meta")
     positions, cos, sin = begin_step(recorder, lengths, 1, frequency, 1.0)  # type: ignore[arg-type]
     step = Step("decode", positions, cos, sin, None, None, positions)
-    cache = torch.empty(batch, CONTEXT, config.latent_dim, dtype=torch.bfloat16, device="meta")
+    cache = torch.empty(
+        batch, CONTEXT, config.attention.latent_dim, dtype=torch.bfloat16, device="meta"
+    )
     x = torch.empty(batch, 1, config.hidden_size, dtype=torch.bfloat16, device="meta")
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -186,7 +188,7 @@ def launches_of_experts(config: Config, batch: int, target: Target) -> list[Laun
     from r1.model.moe import Experts
 
     recorder = Recorder(target.processors, target.shared, target.dependent_launch)
-    chosen = (batch, config.num_experts_per_tok)
+    chosen = (batch, config.experts.num_experts_per_tok)
     with torch.device("meta"):
         weights = Experts(config).bfloat16()
         x = torch.empty(batch, config.hidden_size, dtype=torch.bfloat16)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from r1 import Backend, Config, InputError, build
+from r1.files.config_json import load_config
 from r1.run.runner import Runner
 from r1.run.trace import Difference, compare, first_divergence, trace
 from r1.switches import flags
@@ -58,7 +59,7 @@ def differences(
 ) -> tuple[list[Difference], list[str]]:
     """Every traced tensor beside its reference, in order of computation, and the names that only
     one side has."""
-    config = Config.load(directory)
+    config = load_config(directory)
     theirs = read_reference(directory, config)
     tokens = theirs.pop("tokens")
     backend = resolve(backend, config)

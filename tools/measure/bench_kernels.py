@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from r1 import Config, InputError, roofline
 from r1.bench import report
-from r1.model.config import SHAPES, shape
+from r1.model.shapes import SHAPES, shape
 
 REPETITIONS = 21
 COLD = 3
@@ -96,7 +96,7 @@ class Place:
 def step_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     from r1.kernels.step import begin_step, begin_step_torch
 
-    frequency = torch.rand(c.qk_rope_head_dim // 2)
+    frequency = torch.rand(c.attention.qk_rope_head_dim // 2)
 
     def run(lengths: Tensor, _use: None) -> tuple[Tensor, Tensor, Tensor]:
         return begin_step(place.chip, lengths, 1, frequency, 1.0)
@@ -105,12 +105,12 @@ def step_case(place: Place, c: Config, tokens: int, context: int) -> Case:
         return begin_step_torch(lengths, 1, frequency, 1.0)
 
     nbytes = tokens * (
-        2 * 8 + 2 * 4 * c.qk_rope_head_dim
+        2 * 8 + 2 * 4 * c.attention.qk_rope_head_dim
     )  # no launch parameters to choose, and nothing that must be cold
     return Case(
         "step",
         nbytes,
-        4 * tokens * c.qk_rope_head_dim,
+        4 * tokens * c.attention.qk_rope_head_dim,
         [torch.full((tokens,), context - 1) for _ in range(8)],
         run,
         twin,
@@ -151,15 +151,19 @@ def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     from r1.kernels.latent import LatentLaunch, latent, latent_torch
 
     heads, rank, r, nope = (
-        c.num_attention_heads,
-        c.kv_lora_rank,
-        c.qk_rope_head_dim,
-        c.qk_nope_head_dim,
+        c.attention.num_attention_heads,
+        c.attention.kv_lora_rank,
+        c.attention.qk_rope_head_dim,
+        c.attention.qk_nope_head_dim,
     )
-    q, kv, gain = randn(tokens, heads * c.qk_head_dim), randn(tokens, c.latent_dim), randn(rank)
+    q, kv, gain = (
+        randn(tokens, heads * c.attention.qk_head_dim),
+        randn(tokens, c.attention.latent_dim),
+        randn(rank),
+    )
     angle = torch.rand(tokens, 1, 1, r)
     positions = torch.full((tokens, 1), context - 1)
-    cache = randn(tokens, context, c.latent_dim)
+    cache = randn(tokens, context, c.attention.latent_dim)
 
     def run(weight: Tensor, use: LatentLaunch | None) -> tuple[Tensor, Tensor]:
         return latent(
@@ -188,9 +192,10 @@ def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
 
     nbytes = 2 * heads * nope * rank
     weights = [
-        randn(heads, nope + c.v_head_dim, rank, scale=0.02) for _ in range(place.copies(nbytes))
+        randn(heads, nope + c.attention.v_head_dim, rank, scale=0.02)
+        for _ in range(place.copies(nbytes))
     ]
-    moved = nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.latent_dim)
+    moved = nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.attention.latent_dim)
     default = LatentLaunch.default((tokens, heads, nope, rank, 2), place.chip)
     return Case("latent", moved, nbytes * tokens, weights, run, twin, default, outputs)
 
@@ -198,8 +203,15 @@ def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
 def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 
-    heads, rank, nope = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim
-    q_c, q_pe = randn(tokens, heads, rank, scale=0.1), randn(tokens, heads, c.qk_rope_head_dim)
+    heads, rank, nope = (
+        c.attention.num_attention_heads,
+        c.attention.kv_lora_rank,
+        c.attention.qk_nope_head_dim,
+    )
+    q_c, q_pe = (
+        randn(tokens, heads, rank, scale=0.1),
+        randn(tokens, heads, c.attention.qk_rope_head_dim),
+    )
     positions = torch.full((tokens, 1), context - 1)
 
     def run(cold: tuple[Tensor, Tensor], use: AttentionLaunch | None) -> Tensor:
@@ -208,15 +220,17 @@ def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     def twin(cold: tuple[Tensor, Tensor]) -> Tensor:
         return attention_torch(q_c, q_pe, cold[0], positions, cold[1][:, nope:], 0.07)
 
-    nbytes = 2 * tokens * context * c.latent_dim + 2 * heads * c.v_head_dim * rank
-    kv_b = (heads, nope + c.v_head_dim, rank)
+    nbytes = (
+        2 * tokens * context * c.attention.latent_dim + 2 * heads * c.attention.v_head_dim * rank
+    )
+    kv_b = (heads, nope + c.attention.v_head_dim, rank)
     cold = [
-        (randn(tokens, context, c.latent_dim), randn(*kv_b, scale=0.02))
+        (randn(tokens, context, c.attention.latent_dim), randn(*kv_b, scale=0.02))
         for _ in range(place.copies(nbytes))
     ]
-    flops = 2 * tokens * heads * context * (c.latent_dim + rank)
+    flops = 2 * tokens * heads * context * (c.attention.latent_dim + rank)
     default = AttentionLaunch.default(
-        (tokens, heads, rank, c.qk_rope_head_dim, context, 2), place.chip
+        (tokens, heads, rank, c.attention.qk_rope_head_dim, context, 2), place.chip
     )
     return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default)
 
@@ -237,14 +251,14 @@ def route_case(place: Place, c: Config, tokens: int) -> Case:
         """The choices as weights of all experts, 0 for most: the order of a token's choices is
         free."""
         h, indices, weights = found
-        return [h, torch.zeros(tokens, c.n_routed_experts).scatter(1, indices, weights)]
+        return [h, torch.zeros(tokens, c.experts.n_routed_experts).scatter(1, indices, weights)]
 
-    nbytes = 4 * c.n_routed_experts * c.hidden_size
+    nbytes = 4 * c.experts.n_routed_experts * c.hidden_size
     gates = [Router(c).requires_grad_(False) for _ in range(place.copies(nbytes))]
     for gate in gates:
         gate.weight.normal_(0.0, 0.02)
-    flops = 2 * tokens * c.n_routed_experts * c.hidden_size
-    default = RouterLaunch.default((tokens, c.n_routed_experts, c.hidden_size), place.chip)
+    flops = 2 * tokens * c.experts.n_routed_experts * c.hidden_size
+    default = RouterLaunch.default((tokens, c.experts.n_routed_experts, c.hidden_size), place.chip)
     return Case("route", nbytes + 4 * x.numel(), flops, gates, run, twin, default, outputs)
 
 
@@ -255,13 +269,13 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
 
     dim, inner, count, chosen = (
         c.hidden_size,
-        c.moe_intermediate_size,
-        c.n_routed_experts,
-        c.num_experts_per_tok,
+        c.experts.moe_intermediate_size,
+        c.experts.n_routed_experts,
+        c.experts.num_experts_per_tok,
     )
     more, one = (
-        c.n_shared_experts,
-        2 * 3 * c.hidden_size * c.moe_intermediate_size,
+        c.experts.n_shared_experts,
+        2 * 3 * c.hidden_size * c.experts.moe_intermediate_size,
     )  # bytes of an expert
     routed = Matrices(
         randn(count, 2 * inner, dim, scale=0.02), randn(count, dim, inner, scale=0.02)
@@ -299,16 +313,21 @@ def makers(
     """What makes the cases, of all kernels that the model runs or `only` those: one after the
     other, for they take gigabytes."""
     q, dim, o = (
-        c.num_attention_heads * c.qk_head_dim,
+        c.attention.num_attention_heads * c.attention.qk_head_dim,
         c.hidden_size,
-        c.num_attention_heads * c.v_head_dim,
+        c.attention.num_attention_heads * c.attention.v_head_dim,
     )
     found: list[tuple[str, Maker]] = [
         ("step", lambda: step_case(place, c, tokens, contexts[0])),
         (
             "qkv_a",
             lambda: linear_case(
-                "qkv_a", place, tokens, dim, (c.q_lora_rank or q) + c.latent_dim, norm=True
+                "qkv_a",
+                place,
+                tokens,
+                dim,
+                (c.attention.q_lora_rank or q) + c.attention.latent_dim,
+                norm=True,
             ),
         ),
         ("latent", lambda: latent_case(place, c, tokens, contexts[0])),
@@ -331,8 +350,8 @@ def makers(
         ),
         ("experts", lambda: experts_case(place, c, tokens)),
     ]
-    if c.q_lora_rank is not None:
-        rank = c.q_lora_rank
+    if c.attention.q_lora_rank is not None:
+        rank = c.attention.q_lora_rank
         found.insert(2, ("q_b", lambda: linear_case("q_b", place, tokens, rank, q, norm=True)))
     return [make for name, make in found if not only or name in only]
 

@@ -23,7 +23,6 @@ finished model + 1 GB; else the exit status is
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import shutil
@@ -44,7 +43,8 @@ from make_checkpoint import make
 
 import r1
 from r1.build import parameters
-from r1.model.config import Config, shape
+from r1.files.config_json import load_config
+from r1.model.shapes import shape
 from r1.model.transformer import Transformer
 from r1.switches.backend import Backend
 from r1.switches.machine import cpu_name
@@ -61,11 +61,11 @@ def files(directory: Path) -> list[Path]:
 
 def prepare(directory: Path, layers: int) -> None:
     """Make the two checkpoints in `directory` unless they are there. Raises InputError."""
-    config = dataclasses.replace(shape(SHAPE, layers), fp8_block=None)
-    configs = {"bf16": config, "fp8": dataclasses.replace(config, fp8_block=(128, 128))}
+    config = shape(SHAPE, layers).change(fp8_block=None)
+    configs = {"bf16": config, "fp8": config.change(fp8_block=(128, 128))}
     missing = [name for name in configs if not (directory / name).is_dir()]
     for name in configs.keys() - missing:
-        if Config.load(directory / name) != configs[name]:
+        if load_config(directory / name) != configs[name]:
             raise r1.InputError(
                 f"{directory / name} is not {SHAPE} of {layers} layers in {name}: give --keep another folder"
             )

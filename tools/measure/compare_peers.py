@@ -30,7 +30,9 @@ import torch
 from r1 import InputError, build
 from r1.bench.process import Found, Process, answer, interrupt_once, signals
 from r1.device import DTYPES, synchronize, torch_device
-from r1.model.config import SHAPES, Config, shape
+from r1.files.config_json import dump_config
+from r1.model.config import Config
+from r1.model.shapes import SHAPES, shape
 from r1.run.generate import Engine
 from r1.run.sampler import Sampler
 from r1.switches import flags
@@ -62,7 +64,7 @@ def transformers(config: Config, arguments: argparse.Namespace, *, static: bool)
     """transformers' model of the same family, random weights, its own generate."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    raw = config.to_dict()
+    raw = dump_config(config)
     raw.pop("quantization_config", None)
     backend = resolve(Backend(**flags.given(arguments)), config, batch=arguments.batch)
     device, dtype = torch_device(backend.device), DTYPES[backend.dtype]

@@ -106,7 +106,8 @@ def read(engine: Engine, pairs: Sequence[Pair], batch: int) -> Reading:
 
     def count(router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         chosen = (
-            F.one_hot(output[0], model.config.n_routed_experts) * real.flatten()[:, None, None]
+            F.one_hot(output[0], model.config.experts.n_routed_experts)
+            * real.flatten()[:, None, None]
         )  # (B S, K, E)
         loads[router] = loads.get(router, 0) + chosen.sum(dim=(0, 1))
 
@@ -250,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.n < 1 or arguments.batch < 1:
             raise InputError(f"-n {arguments.n} --batch {arguments.batch}: give at least 1 of each")
-        config = r1.Config.load(arguments.model)
+        config = r1.load_config(arguments.model)
         backend = Backend(**flags.given(arguments))
         mtp = config.num_nextn_predict_layers > 0
         engine = r1.load(arguments.model, backend, batch=min(arguments.n, arguments.batch), mtp=mtp)

@@ -10,7 +10,6 @@ gate's bias is not zero, so that an implementation that forgets it is found out.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import shutil
 import sys
@@ -20,7 +19,8 @@ import torch
 
 from r1 import InputError, build
 from r1.files import checkpoint
-from r1.model.config import SHAPES, Config, shape
+from r1.model.config import Config
+from r1.model.shapes import SHAPES, shape
 from r1.switches import flags
 from r1.switches.backend import Backend, resolve
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = shape(arguments.shape, arguments.layers)
         if arguments.no_fp8:
-            config = dataclasses.replace(config, fp8_block=None)
+            config = config.change(fp8_block=None)
         shard_mb = (
             (1 if arguments.shape == "tiny" else 5000)
             if arguments.shard_mb is None

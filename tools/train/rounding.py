@@ -25,8 +25,10 @@ class Rounding:
     """The matrices of a model that its checkpoint stores as FP8, by shape."""
 
     def __init__(self, model: Transformer) -> None:
-        assert model.config.fp8_block is not None, "a checkpoint without FP8 has nothing to round"
-        self.block = model.config.fp8_block
+        assert model.config.files.fp8_block is not None, (
+            "a checkpoint without FP8 has nothing to round"
+        )
+        self.block = model.config.files.fp8_block
         self.groups: dict[tuple[int, ...], list[Tensor]] = {}
         for key, matrix in checkpoint.places(model).items():
             if checkpoint.is_projection(key):

@@ -52,8 +52,9 @@ import r1
 from r1 import Backend, InputError, build
 from r1.device import torch_device
 from r1.files import checkpoint
-from r1.model.config import Config, shape
+from r1.model.config import Config
 from r1.model.moe import Dispatch, Experts, MoE
+from r1.model.shapes import shape
 from r1.model.transformer import Transformer
 from r1.switches.backend import resolve
 from r1.text.chat import PAD
@@ -130,11 +131,13 @@ class Balance:
         self.layers: list[tuple[MoE, Counted]] = []
         for module in model.modules():
             if isinstance(module, MoE):
-                counted = Counted(module.dispatch["prefill"], model.config.n_routed_experts, real)
+                counted = Counted(
+                    module.dispatch["prefill"], model.config.experts.n_routed_experts, real
+                )
                 module.dispatch["prefill"] = counted
                 self.layers.append((module, counted))
         self.total = torch.zeros(
-            len(self.layers), model.config.n_routed_experts, device=real.device
+            len(self.layers), model.config.experts.n_routed_experts, device=real.device
         )
         """The loads since they were last read, (layers, E)."""
 

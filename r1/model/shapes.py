@@ -1,0 +1,91 @@
+"""The shapes that people know by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from r1.errors import InputError
+from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat, Yarn
+
+_R1_YARN = Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
+
+R1 = Config(
+    model_type="deepseek_v3",
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    num_hidden_layers=61,
+    max_position_embeddings=163840,
+    rms_norm_eps=1e-6,
+    attention=AttentionShape(
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        rope_theta=10000.0,
+        yarn=_R1_YARN,
+    ),
+    experts=ExpertShape(
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        moe_intermediate_size=2048,
+        n_group=8,
+        topk_group=4,
+        first_k_dense_replace=3,
+        routed_scaling_factor=2.5,
+    ),
+    files=FileFormat(fp8_block=(128, 128)),
+    num_nextn_predict_layers=1,
+    bos_token_id=0,
+    eos_token_ids=(1,),
+)
+
+SHAPES: dict[str, Config] = {
+    "r1": R1,
+    "kimi-k2": R1.change(
+        vocab_size=163840, num_attention_heads=64, n_routed_experts=384, n_group=1, topk_group=1,
+        first_k_dense_replace=1, routed_scaling_factor=2.827, max_position_embeddings=131072,
+        rope_theta=50000.0, yarn=dataclasses.replace(_R1_YARN, factor=32.0, beta_fast=1.0),
+        num_nextn_predict_layers=0, bos_token_id=163584, eos_token_ids=(163585,),
+    ),
+    "moonlight-16b": R1.change(
+        vocab_size=163840, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16,
+        q_lora_rank=None, intermediate_size=11264, moe_intermediate_size=1408, n_routed_experts=64,
+        n_shared_experts=2, num_experts_per_tok=6, n_group=1, topk_group=1, first_k_dense_replace=1,
+        routed_scaling_factor=2.446, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        rope_theta=50000.0, yarn=None, num_nextn_predict_layers=0, fp8_block=None,
+        bos_token_id=163584, eos_token_ids=(163585,),
+    ),
+    "v2-lite": R1.change(
+        model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, num_hidden_layers=27,
+        num_attention_heads=16, q_lora_rank=None, intermediate_size=10944,
+        moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+        n_group=1, topk_group=1, first_k_dense_replace=1, topk_method="greedy",
+        scoring_func="softmax", norm_topk_prob=False, routed_scaling_factor=1.0,
+        yarn=Yarn(40.0, 4096, mscale=0.707, mscale_all_dim=0.707), num_nextn_predict_layers=0,
+        fp8_block=None, bos_token_id=100000, eos_token_ids=(100001,),
+    ),
+    "tiny": R1.change(
+        vocab_size=320, hidden_size=160, num_hidden_layers=5, num_attention_heads=4, q_lora_rank=96,
+        kv_lora_rank=80, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32,
+        intermediate_size=416, moe_intermediate_size=72, n_routed_experts=16, num_experts_per_tok=4,
+        n_group=4, topk_group=2, first_k_dense_replace=1, max_position_embeddings=10240,
+        yarn=dataclasses.replace(_R1_YARN, original_max_position_embeddings=256),
+    ),
+}  # fmt: skip
+
+
+def shape(name: str, layers: int | None = None) -> Config:
+    """The Config of a published shape, or its first `layers` layers. Raises InputError."""
+    if name not in SHAPES:
+        raise InputError(f"there is no shape {name!r}: choose one of {', '.join(SHAPES)}")
+    config = SHAPES[name]
+    if layers is None:
+        return config
+    if layers < 1 or layers > config.num_hidden_layers:
+        most = config.num_hidden_layers
+        raise InputError(f"--layers {layers}: {name} has {most} layers, take 1 to that many")
+    return config.change(num_hidden_layers=layers)
