@@ -1,4 +1,4 @@
-"""`python -m r1 "question"`: ask the model, and watch it think. Without a question: chat."""
+"""`python -m r1 "question"`: ask the model and see its reasoning. Without a question: chat."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 
 import r1
 from r1.errors import hung_up
+from r1.files.embedded import EMBEDDED
 from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
 from r1.switches import flags
 
-EMBEDDED = Path(__file__).parent.parent / "weights" / "tiny-r1"
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # a terminal's codes for dimmed and for ordinary text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for input that can't be used."""
+    """Run the command and return its exit status.
+
+    0: success. 1: the reader of stdout closed it. 2: unusable input. 130: interrupted by Ctrl-C.
+    """
     arguments = parser().parse_args(argv)
     try:
         return talk(arguments)
@@ -32,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's arguments: its own, and a flag for each switch."""
     p = argparse.ArgumentParser(
         prog="python -m r1",
         description="Ask the model a question, or chat with it if none is given.",
@@ -67,8 +71,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises InputError for what no model could use: loading one only to refuse can take
-    minutes."""
+    """Raise InputError for arguments that no model can use.
+
+    This comes before the model is loaded, because loading can take minutes.
+    """
     Sampler(arguments.temperature, arguments.top_p, arguments.seed)
     if arguments.new < 1:
         raise r1.InputError(f"--new {arguments.new}: give a whole number of at least 1")
@@ -79,6 +85,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def talk(arguments: argparse.Namespace) -> int:
+    """Load the model, then answer the question, or chat on stdin. Returns the exit status."""
     check(arguments)
     engine = r1.load(arguments.model, r1.Backend(**flags.given(arguments)))
     for caution in engine.cautions:
@@ -97,28 +104,29 @@ def talk(arguments: argparse.Namespace) -> int:
             print()
             return 0
         if question.strip():
-            asked = [*messages, {"role": "user", "content": question}]
+            turn = [*messages, {"role": "user", "content": question}]
             try:
-                messages = [
-                    *asked,
-                    {"role": "assistant", "content": answer(engine, asked, arguments)},
-                ]
-            except r1.InputError as error:  # the conversation goes on without this turn
+                reply = answer(engine, turn, arguments)
+            except r1.InputError as error:  # the conversation continues without this turn
                 print(f"r1: {error}", file=sys.stderr)
+            else:
+                messages = [*turn, {"role": "assistant", "content": reply}]
 
 
 def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
-    """Stream one answer, its reasoning dimmed, and a line of timings on stderr; returns the answer
-    without reasoning."""
-    color = sys.stdout.isatty()
-    thinking = False
+    """Print one answer as it is generated, and return it without its reasoning.
 
-    def show(reasoning: str, said: str) -> None:
-        nonlocal thinking
-        for text, dim in ((reasoning, True), (said, False)):
-            if text and color and dim != thinking:
+    On a terminal the reasoning is dimmed. A line of timings follows on stderr.
+    """
+    color = sys.stdout.isatty()
+    dimmed = False
+
+    def show(reasoning_text: str, answer_text: str) -> None:
+        nonlocal dimmed
+        for text, dim in ((reasoning_text, True), (answer_text, False)):
+            if text and color and dim != dimmed:
                 print(DIM if dim else PLAIN, end="")
-                thinking = dim
+                dimmed = dim
             print(text, end="", flush=True)
 
     completion = engine.chat(
@@ -130,21 +138,27 @@ def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argpars
         arguments.think,
         on_text=show,
     )
-    print(PLAIN if thinking else "")
-    rate = (
-        f", then {1 / completion.tpot:.1f} tokens/s ({completion.tpot * 1e3:.2f} ms each)"
-        if completion.tpot
-        else ""
-    )
-    if completion.drafted:
-        rate += f", {completion.acceptance:.0%} of drafts accepted: {completion.tokens_per_step:.2f} tokens a step"
-    stopped = "" if completion.finish == "stop" else "; cut off at --new or the context's end"
-    print(
-        f"[{completion.prompt_tokens} tokens read, first of {len(completion.tokens)} new after "
-        f"{completion.ttft * 1e3:.0f} ms{rate}{stopped}]",
-        file=sys.stderr,
-    )
+    print(PLAIN if dimmed else "")
+    print(timings(completion), file=sys.stderr)
     return completion.answer
+
+
+def timings(completion: r1.Completion) -> str:
+    """One line about the time and the tokens of a completion."""
+    line = (
+        f"{completion.prompt_tokens} tokens read, first of {len(completion.tokens)} new after "
+        f"{completion.ttft * 1e3:.0f} ms"
+    )
+    if completion.tpot:
+        line += f", then {1 / completion.tpot:.1f} tokens/s ({completion.tpot * 1e3:.2f} ms each)"
+    if completion.drafted:
+        line += (
+            f", {completion.acceptance:.0%} of drafts accepted: "
+            f"{completion.tokens_per_step:.2f} tokens a step"
+        )
+    if completion.finish != "stop":
+        line += "; cut off at --new or the context's end"
+    return f"[{line}]"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""meta -> memory check -> allocate -> load -> derive -> fill the slots: the only reader of the
-switches."""
+"""Build a model: allocate it, load it, and put the chosen strategies into its slots."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -12,14 +10,20 @@ from torch import nn
 
 from r1.device import DTYPES, available_bytes, torch_device
 from r1.errors import InputError
-from r1.files import checkpoint
-from r1.model import attend, moe
+from r1.files.load import Report, load
+from r1.files.names import places
 from r1.model.config import Config
+from r1.model.layers import MLP, Linear
 from r1.model.mla import MLA
-from r1.model.moe import MoE
+from r1.model.moe import Experts, MoE
 from r1.model.mtp import MTPLayer
+from r1.model.rope import rotate_each, rotate_jointly
+from r1.model.router import Router
 from r1.model.transformer import Transformer
+from r1.placement.placement import Placement
+from r1.storage.joined import join
 from r1.switches.backend import Backend
+from r1.switches.strategies import ATTENTION, EXPERTS
 
 HEADROOM = 256 * 2**20
 """Bytes beside the weights without which no step runs: activations, the cache of a short prompt."""
@@ -35,102 +39,144 @@ def from_checkpoint(
     *,
     mtp: bool = False,
     quiet: bool = False,
-) -> tuple[Transformer, checkpoint.Report]:
-    """The model of `directory`, loaded, with the resolved `backend`'s strategies. Raises
-    InputError.
+    placement: Placement | None = None,
+) -> tuple[Transformer, Report]:
+    """The model of `directory`, loaded, with the strategies of the resolved `backend`.
+
+    Raises InputError.
 
     `mtp` loads the MTP layers too; `speculate` in the backend does so in any case.
     """
     mtp = mtp or backend.speculate == "mtp"
     if mtp and not config.num_nextn_predict_layers:
-        raise InputError(
-            f"{directory}: config.json has num_nextn_predict_layers = 0, so there is no MTP layer to load"
-        )
-    model = allocate(config, backend, mtp=mtp)
-    report = checkpoint.load(model, directory, quiet=quiet)
+        has = "config.json has num_nextn_predict_layers = 0, so there is no MTP layer to load"
+        raise InputError(f"{directory}: {has}")
+    model = allocate(config, backend, mtp=mtp, placement=placement)
+    report = load(model, directory, placement, quiet=quiet)
     return finish(model, backend), report
 
 
 def from_shape(
-    config: Config, backend: Backend, *, seed: int = 0, mtp: bool = False
+    config: Config,
+    backend: Backend,
+    *,
+    seed: int = 0,
+    mtp: bool = False,
+    placement: Placement | None = None,
 ) -> Transformer:
     """A model of random weights, made on the device: N(0, 0.02), norms of 1, no gate bias."""
-    model = allocate(config, backend, mtp=mtp or backend.speculate == "mtp")
+    mtp = mtp or backend.speculate == "mtp"
+    model = allocate(config, backend, mtp=mtp, placement=placement)
     randomize(model, seed)
     return finish(model, backend)
 
 
-def allocate(config: Config, backend: Backend, *, mtp: bool) -> Transformer:
-    """The model's parameters on the device, not yet set. Raises InputError where they would not
-    fit, before they are made."""
-    device, dtype = torch_device(backend.device), DTYPES[backend.dtype]
-    with torch.device("meta"), _default_dtype(dtype):
+def sketch(
+    config: Config, backend: Backend, *, mtp: bool = False, placement: Placement | None = None
+) -> Transformer:
+    """The model without memory: modules, storage and dtypes are as they will be."""
+    with torch.device("meta"):
         model = Transformer(config)
         if mtp:
-            model.mtp.extend(
-                MTPLayer(config, depth) for depth in range(config.num_nextn_predict_layers)
-            )
-    needed = sum(p.nbytes for p in model.parameters()) + HEADROOM
-    available = available_bytes(device)
-    if needed > available:
-        raise InputError(
-            f"the model needs {needed / 1e9:.1f} GB in {backend.dtype} and {backend.device} has {available / 1e9:.1f} GB free: "
-            "use a smaller dtype, fewer layers, or a larger machine"
-        )
-    model.to_empty(device=device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+            depths = range(config.num_nextn_predict_layers)
+            model.mtp.extend(MTPLayer(config, depth) for depth in depths)
+        (placement or Placement()).arrange(model)
+        if backend.join == "on":
+            join_matrices(model)
+    model.to(DTYPES[backend.dtype])
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.float()  # under every dtype: see router.py
     return model
 
 
+def allocate(
+    config: Config, backend: Backend, *, mtp: bool, placement: Placement | None = None
+) -> Transformer:
+    """The model with memory for its tensors, not yet set.
+
+    Raises InputError where they would not fit, before any is made.
+    """
+    if backend.memory == "expandable":
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    placement = placement or Placement()
+    model = sketch(config, backend, mtp=mtp, placement=placement)
+    device = torch_device(backend.device)
+    devices = {
+        name: placement.device(name, module, device) for name, module in model.named_modules()
+    }
+    needed = Counter[str]()
+    for name, module in model.named_modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        needed[devices[name].type] += sum(tensor.nbytes for tensor in own)
+    for kind, nbytes in needed.items():
+        _check_fits(nbytes + HEADROOM, torch.device(kind), backend)
+    for name, module in model.named_modules():
+        module.to_empty(device=devices[name], recurse=False)
+    model.derive()
+    return model
+
+
+def _check_fits(needed: int, device: torch.device, backend: Backend) -> None:
+    available = available_bytes(device)
+    if needed > available:
+        free = f"{backend.device} has {available / 1e9:.1f} GB free"
+        raise InputError(
+            f"the model needs {needed / 1e9:.1f} GB in {backend.dtype} and {free}: use a smaller "
+            "dtype, fewer layers, or a larger machine"
+        )
+
+
+def join_matrices(model: nn.Module) -> None:
+    """Store matrices of the same input as one, in every layer (storage/joined.py)."""
+    for module in model.modules():
+        if isinstance(module, MLA):
+            direct = module.shape.q_lora_rank is None
+            _join(module.q_proj if direct else module.q_a_proj, module.kv_a_proj_with_mqa)
+        elif isinstance(module, MLP):
+            _join(module.gate_proj, module.up_proj)
+        elif isinstance(module, Experts):
+            module.gate_proj, module.up_proj = join(module.gate_proj, module.up_proj)
+
+
+def _join(*layers: Linear) -> None:
+    for layer, part in zip(layers, join(*(layer.matrix for layer in layers)), strict=True):
+        layer.matrix = part
+
+
 def randomize(model: Transformer, seed: int) -> None:
-    """Set every parameter from `seed`, in place on its device; the same numbers (bf16 ones) in
-    every dtype."""
+    """Set every tensor from `seed`, on its device: the same bf16 numbers in every dtype and
+    storage.
+    """
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("e_score_correction_bias"):
-                parameter.zero_()
-            elif parameter.dim() == 1:
-                parameter.fill_(1.0)
+        for key, place in places(model).items():
+            if key.endswith("e_score_correction_bias"):
+                place.zero_()
+            elif place.dim() == 1:
+                place.fill_(1.0)
             else:
-                flat = parameter.view(-1)
-                for part in flat.split(DRAW_ELEMENTS):
+                for part in place.view(-1).split(DRAW_ELEMENTS):
                     drawn = torch.empty(part.shape, dtype=torch.float32, device=device)
                     part.copy_(drawn.normal_(0.0, 0.02, generator=generator).bfloat16())
 
 
 def finish(model: Transformer, backend: Backend) -> Transformer:
-    """Derive what isn't stored, and fill the slots with the strategies that `backend` names."""
-    model.derive()
-    attention, experts = dict(attend.STRATEGIES), dict(moe.STRATEGIES)
-    if "triton" in (backend.attention, backend.moe, backend.prefill_moe):
-        from r1 import kernels  # Triton is optional: only who asks for it imports it
-
-        attention["triton"], experts["triton"] = kernels.attend, kernels.dispatch
+    """Fill the slots with the strategies that `backend` names."""
+    attention = {"prefill": backend.prefill_attention, "decode": backend.attention}
+    experts = {"prefill": backend.prefill_moe, "decode": backend.moe}
+    attend = {phase: ATTENTION[name] for phase, name in attention.items()}
+    dispatch = {phase: EXPERTS[name] for phase, name in experts.items()}
+    for strategy in (*attend.values(), *dispatch.values()):
+        strategy.prepare()
     for module in model.modules():
         if isinstance(module, MLA):
-            module.attend = {
-                "prefill": attention[backend.prefill_attention],
-                "decode": attention[backend.attention],
-            }
+            module.attend = dict(attend)
+            module.rotate = rotate_jointly if backend.join == "on" else rotate_each
         elif isinstance(module, MoE):
-            module.dispatch = {
-                "prefill": experts[backend.prefill_moe],
-                "decode": experts[backend.moe],
-            }
+            module.dispatch = dict(dispatch)
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def parameters(module: nn.Module) -> int:
@@ -139,11 +185,5 @@ def parameters(module: nn.Module) -> int:
 
 
 def count_parameters(config: Config, *, mtp: bool = False) -> int:
-    """How many numbers a model of this config has, with its MTP layers or without; nothing is
-    allocated."""
-    with torch.device("meta"):
-        extra = [
-            MTPLayer(config, depth)
-            for depth in range(config.num_nextn_predict_layers if mtp else 0)
-        ]
-        return sum(map(parameters, [Transformer(config), *extra]))
+    """How many numbers a model of this config has, with its MTP layers or without."""
+    return parameters(sketch(config, Backend(dtype="fp32", join="off"), mtp=mtp))

@@ -1,4 +1,4 @@
-"""The device by torch's name: its dtypes, its free memory, waiting for it."""
+"""The device that runs the model: its name in torch, its dtypes, its free memory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The names of dtypes on the command line."""
+"""The dtypes by their names on the command line."""
 
 
 def torch_device(name: str) -> torch.device:
-    """ "cpu", "cuda" or "rocm" as torch's device: ROCm answers to "cuda"."""
+    """Torch's device for "cpu", "cuda" or "rocm". Torch calls ROCm "cuda" too."""
     return torch.device("cpu" if name == "cpu" else "cuda")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had, in bytes: the GPU's free memory, or the host's within its
-    cgroup's limit."""
+    """Free memory in bytes: the GPU's, or the host's within the limit of its cgroup."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -31,15 +30,14 @@ def available_bytes(device: torch.device) -> int:
             int((cgroup / name).read_text()) for name in ("memory.max", "memory.current")
         )
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        available = min(
-            available, limit - used + int(stat["inactive_file"])
-        )  # page cache gives way
+        page_cache = int(stat["inactive_file"])  # the kernel frees it on demand
+        available = min(available, limit - used + page_cache)
     except (OSError, KeyError, ValueError):
-        pass  # not Linux, no cgroup, or no limit ("max"): what we have is the best known
+        pass  # not Linux, no cgroup, or no limit ("max"): keep the best estimate so far
     return available
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given; a CPU has."""
+    """Wait until a GPU has finished all its work. A CPU has none pending."""
     if device.type != "cpu":
         torch.cuda.synchronize()

@@ -1,5 +1,4 @@
-"""How a command ends other than well: input that can't be used, or a reader of its output that hung
-up."""
+"""Two ways in which a command ends early: unusable input, and a closed stdout."""
 
 from __future__ import annotations
 
@@ -8,15 +7,19 @@ import sys
 
 
 class InputError(ValueError):
-    """Something that we were given can't be used: a file, a field, a switch, a prompt.
+    """The user gave something unusable: a file, a field, a switch, a prompt.
 
-    The message is one sentence that says what is wrong, where, and what to do about it. The
-    commands print it without a traceback and exit with status 2; anything else that escapes is a
-    bug of ours."""
+    The message is one sentence. It says what is wrong, where, and what to do. The commands print it
+    without a traceback and exit with status 2. Any other exception that reaches the user is a bug
+    in r1.
+    """
 
 
 def hung_up() -> int:
-    """After a BrokenPipeError: nobody reads stdout any more, so that what is left of it goes
-    nowhere. Returns the exit status."""
+    """Discard the rest of stdout after a BrokenPipeError, and return the exit status.
+
+    The reader of stdout has closed the pipe. Without this, Python would fail again when it flushes
+    stdout at exit.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

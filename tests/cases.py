@@ -1,5 +1,4 @@
-"""The reference cases under tests/reference, run through our model: what test_parity.py and
-test_traps.py share."""
+"""The reference cases of tests/reference, run through our model, fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import TINY
 from safetensors.torch import load_file
 from tolerances import atol
 from torch import Tensor
@@ -15,12 +15,14 @@ from torch.nn import functional as F
 
 from r1 import Backend, Config, build
 from r1.files.config_json import load_config
-from r1.model import moe
+from r1.model.dispatch import Dispatch, Grouped
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Transformer
 from r1.run.runner import Runner
 from r1.run.trace import Difference, compare, first_divergence, trace
-from r1.switches.backend import resolve
+from r1.storage.dense import Dense
+from r1.storage.joined import join
+from r1.switches.resolve import resolve
 
 torch.set_num_threads(
     1
@@ -77,7 +79,8 @@ def differences(
     case: str, run: Runner | None = None, first: int | None = None, row: str = "reference fp32"
 ) -> list[Difference]:
     """Each layer's outputs beside the reference's; `first`: only for so many tokens of each row (a
-    causal model's)."""
+    causal model's).
+    """
     run = run or runner(case)
     theirs = {name: tensor[:, :first] for name, tensor in reference(case).items()}
     tokens = theirs.pop("tokens")
@@ -92,26 +95,37 @@ def check(case: str, run: Runner | None = None) -> None:
     """Fail with the name of the first layer that is off."""
     first = first_divergence(differences(case, run))
     assert first is None, (
-        f"{case}: first divergence at {first.name}: off by {first.max_abs:.2e}, values to {first.scale:.2g}"
+        f"{case}: first divergence at {first.name}: "
+        f"off by {first.max_abs:.2e}, values to {first.scale:.2g}"
     )
 
 
-def grouped_padded(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """`grouped` for odd sizes: weights and tokens widened with zeros to the next multiple of 4,
-    which adds zeros to sums."""
-    dim, inner = x.shape[-1], experts.down_proj.shape[-1]
-    wide, deep = -dim % 4, -inner % 4
-    padded = Experts.__new__(Experts)
-    torch.nn.Module.__init__(padded)
-    gate, up = (F.pad(half, (0, wide, 0, deep)) for half in experts.gate_up_proj.chunk(2, dim=1))
-    padded.gate_up_proj = torch.nn.Parameter(torch.cat((gate, up), dim=1), requires_grad=False)
-    padded.down_proj = torch.nn.Parameter(
-        F.pad(experts.down_proj, (0, deep, 0, wide)), requires_grad=False
-    )
-    return moe.grouped(padded, F.pad(x, (0, wide)), indices, weights)[:, :dim]
+class GroupedPadded(Grouped):
+    """`grouped` for odd sizes: weights and tokens are widened with zeros, to a multiple of 4.
+
+    The zeros add nothing to any sum.
+    """
+
+    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        dim, inner = x.shape[-1], experts.down_proj.shape[-1]
+        wide, deep = -dim % 4, -inner % 4
+        padded = Experts(
+            TINY.change(
+                hidden_size=dim + wide,
+                moe_intermediate_size=inner + deep,
+                n_routed_experts=experts.count,
+            )
+        )
+        gate, up = (
+            Dense(F.pad(matrix.dense(), (0, wide, 0, deep)))
+            for matrix in (experts.gate_proj, experts.up_proj)
+        )
+        padded.gate_proj, padded.up_proj = join(gate, up)
+        padded.down_proj = Dense(F.pad(experts.down_proj.dense(), (0, deep, 0, wide)))
+        return super().__call__(padded, F.pad(x, (0, wide)), indices, weights)[:, :dim]
 
 
-def use_dispatch(run: Runner, dispatch: moe.Dispatch) -> Runner:
+def use_dispatch(run: Runner, dispatch: Dispatch) -> Runner:
     """Put one dispatch into both slots of every MoE layer."""
     for module in run.model.modules():
         if isinstance(module, MoE):

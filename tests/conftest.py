@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+pytest.register_assert_rewrite("cases", "refusals")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # without a GPU its kernels are run as Python
@@ -24,6 +28,26 @@ class CountingBackend:
     def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
         self.graphs += 1
         return graph.forward
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound FP8 checkpoint in shards, with a tokenizer: to read from, not to change."""
+    from make_tokenizer import make_tokenizer
+    from models import WITH_TEXT, model
+
+    from r1.files.save import save
+
+    folder = tmp_path_factory.mktemp("made") / "sound"
+    save(model(WITH_TEXT, mtp=True), folder, shard_bytes=40_000)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def sound(made: Path, tmp_path: Path) -> Path:
+    """A copy of `made`, to be broken."""
+    return Path(shutil.copytree(made, tmp_path / "sound"))
 
 
 @pytest.fixture

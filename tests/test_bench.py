@@ -1,5 +1,6 @@
 """bench.py and what it is made of: which arms, what a row says, parity's gate, the roofline's
-arithmetic, the machine table."""
+arithmetic, the machine table.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +19,34 @@ import pytest
 import torch
 
 import bench
-from r1.bench import arms, parity, report, timeline, worker
-from r1.bench.arms import SIZES, TEXTBOOK, Arm, Workload
-from r1.bench.process import Found, Process
+from r1.bench import ablation, arms, flags, measure, parity, plan, timeline
+from r1.bench.arms import TEXTBOOK, Arm
+from r1.bench.process import Answer, Process
+from r1.bench.rates import Rates, bottleneck
+from r1.bench.report.fields import FIELDS, SCHEMA
+from r1.bench.report.render import render
+from r1.bench.report.rows import row as make_row
+from r1.bench.report.table import table
+from r1.bench.report.text import drafts, markdown
 from r1.bench.routing import make_uniform
+from r1.bench.session import Session
 from r1.bench.upcast import upcast
+from r1.bench.worker.serve import COMMANDS
+from r1.bench.worker.subject import Subject
+from r1.bench.workload import SIZES, Workload
 from r1.build import from_shape
 from r1.errors import InputError
 from r1.model import attend
+from r1.model.moe import MoE
 from r1.model.router import Router
 from r1.model.shapes import shape
 from r1.model.transformer import Transformer
-from r1.roofline import (
-    Rates,
-    attention_weights,
-    bottleneck,
-    draft_work,
-    expected_experts,
-    expected_tokens,
-    expert_weights,
-    speculation,
-    step_work,
-)
+from r1.roofline import draft_work, expected_experts, expected_tokens, speculation, step_work
 from r1.run.compiled import matrix_vector_backend
 from r1.run.runner import Runner
-from r1.switches.backend import Backend, resolve
+from r1.switches.backend import Backend
 from r1.switches.machine import Machine, explain, fp8_format
+from r1.switches.resolve import resolve
 
 H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10**9)
 MI300 = Machine(cuda=True, hip="7.0", name="AMD Instinct MI300X", arch="gfx942", memory=192 * 10**9)
@@ -52,7 +55,7 @@ CPU = Machine(name="a CPU", memory=10**10)
 WORK = Workload(None, "tiny", None, 1, 8, 4, 0, 0)
 
 
-# ------------------------------------------------------------------------------------------------ arms
+# --------------------------------------------------------------------------------- arms
 def test_given_switches_alone_and_together() -> None:
     found = arms.from_switches({"compile": True, "amp": "bf16"})
     assert [(a.name, a.kind) for a in found] == [
@@ -78,8 +81,8 @@ def test_arms_of_the_same_switches_have_names_of_their_own() -> None:
     names = [arm.name for arm in arms.from_switches(given, ("alone", "together", "all-but-one"))]
     assert len(names) == len(set(names)) == 12
     assert (
-        "attention=naive + prefill_attention=naive + moe=triton + prefill_moe=triton + kernels=triton"
-        in names
+        "attention=naive + prefill_attention=naive + moe=triton + prefill_moe=triton + "
+        "kernels=triton" in names
     )
 
 
@@ -101,7 +104,7 @@ def test_given_switches_all_but_one() -> None:
         "baseline",
         "all but kernels=triton",
     ]
-    assert [a.name for a in arms.ablation({}, CPU, 1, ("all-but-moe",))] == [
+    assert [a.name for a in ablation.ablation({}, CPU, 1, ("all-but-moe",))] == [
         "baseline",
         "all but moe=gather",
     ]
@@ -117,7 +120,7 @@ def test_a_kind_without_an_arm_is_refused(kind: str, capsys: pytest.CaptureFixtu
 
 
 def test_kinds_are_named_as_flags_are() -> None:
-    assert bench.kinds("together,all-but-one,all-but-cuda-graphs") == (
+    assert flags.kinds("together,all-but-one,all-but-cuda-graphs") == (
         "together",
         "all-but-one",
         "all-but-cuda_graphs",
@@ -127,13 +130,18 @@ def test_kinds_are_named_as_flags_are() -> None:
 @pytest.mark.parametrize(
     ("flag", "wrong", "said"),
     [
-        *(("--only", kind, "give alone, together, ladder, all-but-one, pairs or all-but-SWITCH (as in all-but-moe), with commas")
+        *(("--only", kind, "give alone, together, ladder, all-but-one, pairs or all-but-SWITCH "
+           "(as in all-but-moe), with commas")
           for kind in ("foo", "all-but-nothing", "cuda-graphs", "all-but-", "")),
         *((flag, value, "give whole numbers above 0, with commas between")
-          for flag in ("--batch", "--prompt", "--new") for value in ("x", "1,", "0", "8,-1", "1.5")),
-        *(("--depth", value, "give whole numbers of 0 or more, with commas between") for value in ("x", "-1", "")),
-        *(("--price", value, "give amounts of money, with commas between") for value in ("cheap", "2,")),
-        *(("--seed", value, "give a whole number from 0 to 2^63 - 1") for value in ("x", "-1", str(2**63))),
+          for flag in ("--batch", "--prompt", "--new")
+          for value in ("x", "1,", "0", "8,-1", "1.5")),
+        *(("--depth", value, "give whole numbers of 0 or more, with commas between")
+          for value in ("x", "-1", "")),
+        *(("--price", value, "give amounts of money, with commas between")
+          for value in ("cheap", "2,")),
+        *(("--seed", value, "give a whole number from 0 to 2^63 - 1")
+          for value in ("x", "-1", str(2**63))),
     ],
 )  # fmt: skip
 def test_a_flag_says_what_it_takes(
@@ -149,8 +157,8 @@ def test_a_flag_says_what_it_takes(
     ("machine", "batch"), [(CPU, 1), (H100, 1), (H100, 32), (MI300, 1), (MI300, 32), (T4, 1)]
 )
 def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch: int) -> None:
-    found = arms.ablation({}, machine, batch)
-    steps = arms.ladder_steps({}, machine, batch)
+    found = ablation.ablation({}, machine, batch)
+    steps = ablation.ladder_steps({}, machine, batch)
     assert (
         found[0].kind == "baseline"
         and found[0].backend.moe == "loop"
@@ -174,7 +182,7 @@ def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch
             resolve(arm.backend, shape("moonlight-16b"), machine, batch=batch)
     names = [a.name for a in found]
     assert len(set(names)) == len(names)
-    alone = arms.ablation({}, machine, batch, ("all-but-one",))
+    alone = ablation.ablation({}, machine, batch, ("all-but-one",))
     assert all(
         arm.backend != full for arm in alone
     )  # what a later step sets anew can't be left out
@@ -182,15 +190,17 @@ def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch
 
 def test_gpu_only_steps_stay_away_from_a_cpu() -> None:
     assert not any(
-        step.keys() & {"cuda_graphs", "memory"} for step in arms.ladder_steps({}, CPU, 1)
+        step.keys() & {"cuda_graphs", "memory"} for step in ablation.ladder_steps({}, CPU, 1)
     )
-    assert not any("cuda_graphs" in step for step in arms.ladder_steps({"device": "cpu"}, H100, 1))
-    assert {"cuda_graphs": True} in arms.ladder_steps({}, H100, 1)
+    assert not any(
+        "cuda_graphs" in step for step in ablation.ladder_steps({"device": "cpu"}, H100, 1)
+    )
+    assert {"cuda_graphs": True} in ablation.ladder_steps({}, H100, 1)
 
 
 @pytest.mark.parametrize("machine", [H100, MI300, T4])
 def test_the_ladder_has_prompts_of_our_kernels_and_captured(machine: Machine) -> None:
-    steps = arms.ladder_steps({}, machine, 1)
+    steps = ablation.ladder_steps({}, machine, 1)
     assert {"prefill_moe": "triton"} in steps and any("prefill_graphs" in step for step in steps)
     for where, given in (
         (CPU, {}),
@@ -198,13 +208,13 @@ def test_the_ladder_has_prompts_of_our_kernels_and_captured(machine: Machine) ->
         (machine, {"amp": "bf16"}),
         (machine, {"dtype": "fp32"}),
     ):
-        steps = arms.ladder_steps(given, where, 1)
+        steps = ablation.ladder_steps(given, where, 1)
         assert not any(
             "prefill_graphs" in step or step.get("prefill_moe") == "triton" for step in steps
         )
 
 
-# ------------------------------------------------------------------------------------------------ parity
+# --------------------------------------------------------------------------------- parity
 def test_parity_passes_rounding_and_fails_a_wrong_formula() -> None:
     config = shape("tiny")
     tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -275,7 +285,7 @@ def test_compared_logits_fit_the_bound() -> None:
         assert rows * steps * vocab * 4 <= max(parity.LOGITS_BYTES, vocab * 4)
 
 
-# ------------------------------------------------------------------------------------------------ compiled decode
+# --------------------------------------------------------------------------------- compiled decode
 def test_matrix_vector_rules_give_the_same_logits() -> None:
     """What a GPU's decode step is compiled with, here on a CPU."""
     config = shape("tiny").change(num_hidden_layers=2)
@@ -294,13 +304,20 @@ def test_matrix_vector_rules_give_the_same_logits() -> None:
     assert float((got[0] - got[1]).abs().max()) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ roofline
+# --------------------------------------------------------------------------------- roofline
+def as_resolved(**switches: Any) -> Backend:
+    """A backend as `resolve` would make it, on a machine that need not be here."""
+    settings = {"attention": "absorbed", "prefill_attention": "expand", "join": "on", **switches}
+    return Backend(**settings)
+
+
 def test_moonlights_bytes_are_the_published_count() -> None:
     """5.17 GB a token, so 584 tokens/s at 3.02 TB/s (issue 3); batch 8 and 32 by the experts
-    expected to be hit."""
+    expected to be hit.
+    """
     config, backend = (
         shape("moonlight-16b"),
-        Backend(device="cuda", dtype="bf16", attention="absorbed"),
+        as_resolved(device="cuda", dtype="bf16"),
     )
     for rows, hit, limit in (
         (1, 6.0, 584),
@@ -313,9 +330,10 @@ def test_moonlights_bytes_are_the_published_count() -> None:
 
 def test_weights_counted_are_the_models() -> None:
     """All experts hit: every parameter is read but the norms, the bias and what of the embedding
-    isn't looked up."""
+    isn't looked up.
+    """
     for name in ("tiny", "v2-lite"):
-        config, backend = shape(name, 2), Backend(dtype="fp32", attention="absorbed")
+        config, backend = shape(name, 2), as_resolved(dtype="fp32")
         with torch.device("meta"):
             from r1.model.transformer import Transformer
 
@@ -329,7 +347,8 @@ def test_weights_counted_are_the_models() -> None:
 
 def test_drafts_bytes_are_the_mtp_layers() -> None:
     """All experts hit: a pass reads every matrix of the layer and the output head; the gate is
-    fp32, as all is here."""
+    fp32, as all is here.
+    """
     for name, batch in (("tiny", 400), ("v2-lite", 2000)):
         config = shape(name, 2).change(num_nextn_predict_layers=1)
         with torch.device("meta"):
@@ -342,7 +361,7 @@ def test_drafts_bytes_are_the_mtp_layers() -> None:
         for k in (1, 3):
             work = draft_work(
                 config,
-                Backend(dtype="fp32", attention="absorbed", speculate="mtp", draft_tokens=k),
+                as_resolved(dtype="fp32", speculate="mtp", draft_tokens=k),
                 batch,
                 0,
             )
@@ -358,7 +377,7 @@ def test_when_speculation_pays() -> None:
     )
     config = shape("moonlight-16b").change(num_nextn_predict_layers=1)
     for rows, k in ((1, 1), (1, 3), (8, 2), (64, 1)):
-        backend = Backend(dtype="bf16", attention="absorbed", speculate="mtp", draft_tokens=k)
+        backend = as_resolved(dtype="bf16", speculate="mtp", draft_tokens=k)
         model = speculation(config, backend, rows, 256)
         assert model.turn.nbytes == model.verify.nbytes + model.draft.nbytes > model.plain.nbytes
         edge = model.pays_from()
@@ -366,18 +385,20 @@ def test_when_speculation_pays() -> None:
     # One row: a second token brings its own experts along, 11.4 of 64 instead of 6. Many rows: they
     # are read anyway.
     one, many = (
-        speculation(config, Backend(dtype="bf16", speculate="mtp"), rows, 256) for rows in (1, 64)
+        speculation(config, as_resolved(dtype="bf16", speculate="mtp"), rows, 256)
+        for rows in (1, 64)
     )
     assert 1.05 < one.speedup(1.8) < 1.15 and many.speedup(1.8) > 1.6
-    verified = step_work(config, Backend(dtype="bf16", attention="absorbed"), 1, 2, 0, 11.4375)
+    verified = step_work(config, as_resolved(dtype="bf16"), 1, 2, 0, 11.4375)
     experts = (11.4375 - 6) * 26 * 3 * 2048 * 1408 * 2
     assert (
-        verified.weight_bytes - step_work(config, Backend(dtype="bf16"), 1, 1, 0, 6.0).weight_bytes
+        verified.weight_bytes
+        - step_work(config, as_resolved(dtype="bf16"), 1, 1, 0, 6.0).weight_bytes
         == experts + 2 * 2048
     )
     small = speculation(
         config.change(num_hidden_layers=1),
-        Backend(dtype="bf16", speculate="mtp"),
+        as_resolved(dtype="bf16", speculate="mtp"),
         1,
         0,
     )
@@ -388,12 +409,10 @@ def test_when_speculation_pays() -> None:
 
 def test_bottleneck_names_the_largest() -> None:
     rates = Rates(copy=3e12, matmul=8e14, launch=8e-6, replay=1.2e-6)
-    work = step_work(
-        shape("moonlight-16b"), Backend(dtype="bf16", attention="absorbed"), 1, 1, 256, 6
-    )
+    work = step_work(shape("moonlight-16b"), as_resolved(dtype="bf16"), 1, 1, 256, 6)
     assert work == step_work(
         shape("moonlight-16b"),
-        Backend(dtype="bf16", kernels="triton", attention="triton"),
+        as_resolved(dtype="bf16", kernels="triton", attention="triton"),
         1,
         1,
         256,
@@ -401,14 +420,24 @@ def test_bottleneck_names_the_largest() -> None:
     )
     assert bottleneck(work, rates, 1400, False, 0.04) == "launches"
     assert bottleneck(work, rates, 650, True, 0.0036) == "memory"
-    prompt = step_work(
-        shape("moonlight-16b"), Backend(dtype="bf16", attention="absorbed"), 1, 65536, 0, 64
-    )
+    prompt = step_work(shape("moonlight-16b"), as_resolved(dtype="bf16"), 1, 65536, 0, 64)
     assert bottleneck(prompt, rates, 1400, False, 1.0) == "compute"
     assert bottleneck(work, rates, None, False, 1.0) == "framework"
 
 
-# ------------------------------------------------------------------------------------------------ the machine
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_drafts_are_counted_alike_in_kernels_and_in_torch(drafts: int) -> None:
+    """absorbed and triton compute the same function, in a step, in a verification, in drafts."""
+    config = shape("moonlight-16b").change(num_nextn_predict_layers=1)
+    switches = {"dtype": "bf16", "speculate": "mtp", "draft_tokens": drafts}
+    torch_, triton_ = (
+        speculation(config, as_resolved(**switches, **kernels), 8, 256)
+        for kernels in ({}, {"kernels": "triton", "attention": "triton"})
+    )
+    assert torch_ == triton_
+
+
+# --------------------------------------------------------------------------------- the machine
 def test_capabilities_of_made_up_machines() -> None:
     assert H100.device == "cuda" and MI300.device == "rocm" and CPU.device == "cpu"
     assert (
@@ -433,7 +462,7 @@ def test_capabilities_of_made_up_machines() -> None:
         resolve(Backend(memory="expandable"), shape("tiny"), CPU)
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------- rows
 def findings(tpot: float, *, passes: bool = True, beside: float | None = 0.04) -> dict[str, Any]:
     """A worker's answers for three repetitions of four tokens."""
     repetition = {
@@ -461,14 +490,14 @@ REFERENCE: dict[str, Any] = {
 
 
 def made_row(**how: Any) -> dict[str, Any]:
-    return report.row(
+    return make_row(
         Arm("compile", "alone", Backend()), WORK, findings(0.02, **how), REFERENCE, shape("tiny")
     )
 
 
 def test_a_row_says_what_the_fields_promise() -> None:
     row = made_row()
-    assert list(row) == list(report.FIELDS)
+    assert list(row) == list(FIELDS)
     assert (
         row["tpot_ms"] == pytest.approx(20)
         and row["ttft_ms"] == pytest.approx(100)
@@ -498,7 +527,7 @@ def test_no_speedup_without_parity_or_beyond_the_noise() -> None:
 def test_every_form_of_output() -> None:
     rows, sizes = [made_row(), made_row(passes=False)], dict.fromkeys(SIZES, 1)
     rows.append(
-        report.row(
+        make_row(
             Arm("cuda_graphs", "alone", Backend()),
             WORK,
             {"refused": "no GPU here"},
@@ -508,7 +537,7 @@ def test_every_form_of_output() -> None:
     )
     for name in ("moe=triton", "+ moe=triton"):
         rows.append(
-            report.row(
+            make_row(
                 Arm(name, "alone", Backend()),
                 WORK,
                 {"refused": "moe=triton: none here"},
@@ -521,7 +550,7 @@ def test_every_form_of_output() -> None:
         "rows": rows, "notes": ["said"], "pairs": [{"pair": "a & b", **sizes, "refused": None,
         "parity": True, "mean_kl": 1e-9}],
     }  # fmt: skip
-    text = report.render(result, "md")
+    text = render(result, "md")
     assert (
         "\nmoe=triton: n/a: none here\n" in text and "\n+ moe=triton: n/a: none here\n" in text
     )  # what is named is not named again
@@ -531,16 +560,17 @@ def test_every_form_of_output() -> None:
         and "a & b: passes" in text
         and "said" in text
     )
-    assert json.loads(report.render(result, "json"))["rows"][0]["speedup"] == pytest.approx(2)
-    lines = [json.loads(line) for line in report.render(result, "jsonl").splitlines()]
+    assert json.loads(render(result, "json"))["rows"][0]["speedup"] == pytest.approx(2)
+    lines = [json.loads(line) for line in render(result, "jsonl").splitlines()]
     assert len(lines) == 5 and all(line["machine"] == "M" for line in lines)
-    table = list(csv.DictReader(io.StringIO(report.render(result, "csv"))))
+    table = list(csv.DictReader(io.StringIO(render(result, "csv"))))
     assert table[2]["refused"] == "no GPU here" and float(table[0]["tpot_ms"]) == pytest.approx(20)
 
 
 def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
     """Two arms in processes of their own; a wrong formula can't be put into those, so only what is
-    right is seen here."""
+    right is seen here.
+    """
     arguments = [
         "--moe",
         "grouped",
@@ -575,17 +605,18 @@ def test_an_interrupt_keeps_what_is_finished(
 ) -> None:
     """Ctrl-C while the second arm is measured: the first one's row is there, and the baseline's,
     and nothing hangs: for a model of gigabytes nothing more is asked of the baseline, whose MoE
-    layers would take seconds."""
-    calls, once, handler = itertools.count(1), bench.Session.once, signal.getsignal(signal.SIGINT)
+    layers would take seconds.
+    """
+    calls, once, handler = itertools.count(1), Session.once, signal.getsignal(signal.SIGINT)
 
-    def interrupted(session: bench.Session) -> dict[str, Any]:
+    def interrupted(session: Session) -> dict[str, Any]:
         if next(calls) == 6:
             session.process.pipe.send(("measure",))  # a question whose answer nobody waits for
             session.process.busy = True
             os.kill(os.getpid(), signal.SIGINT)
         return once(session)
 
-    monkeypatch.setattr(bench.Session, "once", interrupted)
+    monkeypatch.setattr(Session, "once", interrupted)
     arguments = [
         "--moe",
         "grouped",
@@ -621,8 +652,9 @@ def test_room_for_one_model_only(
     switched: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The baseline is measured before its process makes room for the next, also where no other arm
-    comes after it."""
-    monkeypatch.setattr(bench, "how_many_fit", lambda *_: 1)
+    comes after it.
+    """
+    monkeypatch.setattr(measure, "how_many_fit", lambda *_: 1)
     arguments = ["--device", "cpu", "--new", "4", "--prompt", "120", "-r", "2", "--problems", "1"]
     assert bench.main([*switched, *arguments, "-o", "json"]) == 0
     result = json.loads(capfd.readouterr().out)
@@ -640,7 +672,7 @@ def test_a_baseline_that_breaks_down_after_it_was_measured(
     """It says why in its row, and the command fails."""
     ask = Process.ask
 
-    def broken(process: Process, command: str, *arguments: object) -> Found:
+    def broken(process: Process, command: str, *arguments: object) -> Answer:
         return (
             ask(process, command, "one argument too many")
             if command == "moe_layer"
@@ -654,28 +686,29 @@ def test_a_baseline_that_breaks_down_after_it_was_measured(
 
 def test_a_kept_result_is_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result: dict[str, Any] = {
-        "schema": report.SCHEMA, "machine": {"name": "M", "torch": "2", "python": "3"},
+        "schema": SCHEMA, "machine": {"name": "M", "torch": "2", "python": "3"},
         "config": {}, "repetitions": 3, "workload": "w", "rows": [made_row()], "notes": [],
         "pairs": [],
     }  # fmt: skip
     kept, before = tmp_path / "kept.json", copy.deepcopy(result)
-    kept.write_text(report.render(result, "json"))
+    kept.write_text(render(result, "json"))
     assert bench.main(["--show", str(kept)]) == 0
-    assert capsys.readouterr().out.rstrip() == report.render(result, "md")
+    assert capsys.readouterr().out.rstrip() == render(result, "md")
     del result["rows"][0]["assumed"]  # a field that came later is null in an older file
-    kept.write_text(report.render(result, "json"))
-    assert bench.main(
-        ["--show", str(kept)]
-    ) == 0 and capsys.readouterr().out.rstrip() == report.render(before, "md")
+    kept.write_text(render(result, "json"))
+    assert bench.main(["--show", str(kept)]) == 0 and capsys.readouterr().out.rstrip() == render(
+        before, "md"
+    )
     del result["rows"][0]["mean_kl"]
-    kept.write_text(report.render(result, "json"))
+    kept.write_text(render(result, "json"))
     assert bench.main(["--show", str(kept)]) == 2
     assert "row 1: it has no mean_kl" in capsys.readouterr().err
 
 
 def test_what_each_kernel_adds() -> None:
     """Kernels overlap; what each adds makes up the step. The same function on another grid is
-    another line."""
+    another line.
+    """
 
     def event(
         name: str, start: float, end: float, grid: list[int] | None = None, cat: str = "kernel"
@@ -719,29 +752,30 @@ def test_what_each_kernel_adds() -> None:
 
 def test_a_row_of_speculation(tmp_path: Path) -> None:
     """What a worker does, in this process. A coin of 1 accepts everything: k + 1 tokens a step, and
-    no text is compared."""
+    no text is compared.
+    """
     rows = []
     cases: list[tuple[dict[str, Any], float | None]] = [
         ({}, None), ({"speculate": "mtp", "draft_tokens": 2}, None), ({"speculate": "mtp"}, 1.0)
     ]  # fmt: skip
     for switched, assumed in cases:
         work = Workload(None, "tiny", 2, 2, 6, 8, 0, 0, assumed=assumed)
-        plain = worker.Bench(Backend(device="cpu"), work, tmp_path)
-        found = worker.Bench(Backend(device="cpu", **switched), work, tmp_path)
-        plain.build_reference()
-        reference = REFERENCE | {"reference": plain.reference([])}
+        plain = Subject(Backend(device="cpu"), work, tmp_path)
+        found = Subject(Backend(device="cpu", **switched), work, tmp_path)
+        COMMANDS["build_reference"](plain)
+        reference = REFERENCE | {"reference": COMMANDS["reference"](plain, [])}
         answers: dict[str, Any] = {
             "build": found.build(),
-            "measure": [found.measure()],
+            "measure": [COMMANDS["measure"](found)],
             "beside": [],
             "cold": None,
         }
         answers |= {
-            name: getattr(found, name)() for name in ("warm", "parity", "kernels", "moe_layer")
+            name: COMMANDS[name](found) for name in ("warm", "parity", "kernels", "moe_layer")
         }
-        assert "aten::" in found.trace()["table"]
+        assert "aten::" in COMMANDS["trace"](found)["table"]
         rows.append(
-            report.row(Arm("it", "alone", found.backend), work, answers, reference, work.config())
+            make_row(Arm("it", "alone", found.backend), work, answers, reference, work.config())
         )
     baseline, real, coin = rows
     assert (baseline["acceptance"], baseline["tokens_per_step"], baseline["same_text"]) == (
@@ -774,10 +808,10 @@ def test_a_row_of_speculation(tmp_path: Path) -> None:
         "notes": [],
         "pairs": [],
     }
-    text = report.markdown(result)
+    text = markdown(result)
     assert (
-        "100% of drafts accepted (ASSUMED, by a coin of 1: its text means nothing), 2.00 tokens a step; by bytes"
-        in text
+        "100% of drafts accepted (ASSUMED, by a coin of 1: its text means nothing), "
+        "2.00 tokens a step; by bytes" in text
     )
     assert text.count("of drafts accepted") == 2 and "(by the model)" in text
     assert (
@@ -788,7 +822,8 @@ def test_a_row_of_speculation(tmp_path: Path) -> None:
 
 def test_how_far_a_text_with_drafts_is_the_references() -> None:
     """It is no share of right tokens: one that differs ends it, and where the baseline parts as
-    early, drafts did nothing."""
+    early, drafts did nothing.
+    """
     drafted = dict(
         acceptance=0.5,
         assumed=None,
@@ -801,17 +836,17 @@ def test_how_far_a_text_with_drafts_is_the_references() -> None:
     parts = (
         "the fp32 reference's up to the first token that differs, 25.0% into the tokens compared"
     )
-    assert report.drafts(row, [base | {"prompt": 9}, row]).endswith(
+    assert drafts(row, [base | {"prompt": 9}, row]).endswith(
         f" {parts}."
     )  # that baseline did other work
-    assert report.drafts(row, [base | {"prompt": 9}, base, row]).endswith(
+    assert drafts(row, [base | {"prompt": 9}, base, row]).endswith(
         f" {parts} (the baseline's, without drafts: 50.0%)."
     )
-    assert report.drafts(row | {"batch": 2}, [base, row]).endswith(f" {parts} on average.")
-    assert report.drafts(row | {"same_text": 1.0}, [base]).endswith(
+    assert drafts(row | {"batch": 2}, [base, row]).endswith(f" {parts} on average.")
+    assert drafts(row | {"same_text": 1.0}, [base]).endswith(
         "reference's to the end (the baseline's, without drafts: 50.0%)."
     )
-    assert "greedy" not in report.drafts(row | {"same_text": None}, [base])
+    assert "greedy" not in drafts(row | {"same_text": None}, [base])
 
 
 @pytest.mark.parametrize(
@@ -866,7 +901,7 @@ def test_what_can_not_run_here_is_refused_before_anything_is_measured(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr(bench, "measure")
+    monkeypatch.delattr(measure, "measure")
     assert bench.main([*arguments, "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
     assert (
@@ -903,22 +938,22 @@ def test_what_can_run_here_is_measured_beside_what_can_not() -> None:
             (dataclasses.replace(WORK, batch=batch), arms.from_switches(given)) for batch in batches
         ]
 
-    bench.check_possible(plans({"cuda_graphs": True, "moe": "grouped"}, 1, 8), shape("tiny"), CPU)
-    bench.check_possible(plans({"cuda_graphs": True}, 1, 8), shape("tiny"), H100)
-    bench.check_possible(plans({}, 1), shape("tiny"), CPU)  # the baseline alone
+    plan.check_possible(plans({"cuda_graphs": True, "moe": "grouped"}, 1, 8), shape("tiny"), CPU)
+    plan.check_possible(plans({"cuda_graphs": True}, 1, 8), shape("tiny"), H100)
+    plan.check_possible(plans({}, 1), shape("tiny"), CPU)  # the baseline alone
     with pytest.raises(
         InputError, match="^device=cuda: torch .* sees no such GPU here"
     ):  # that the baseline can't be had
-        bench.check_possible(plans({"device": "cuda", "cuda_graphs": True}, 1), shape("tiny"), CPU)
+        plan.check_possible(plans({"device": "cuda", "cuda_graphs": True}, 1), shape("tiny"), CPU)
 
 
 def test_strategies_are_what_the_flags_offer() -> None:
     from r1.switches.backend import ATTENTION
 
-    assert set(attend.STRATEGIES) | {"auto", "triton"} == set(ATTENTION)
+    assert {each.name for each in attend.STRATEGIES} | {"triton"} == set(ATTENTION)
 
 
-# ------------------------------------------------------------------------------------------------ routing
+# --------------------------------------------------------------------------------- routing
 def gates(model: Transformer) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
@@ -937,26 +972,33 @@ def test_uniform_routing_spreads_and_is_the_same_in_every_arm() -> None:
     assert gate(crowded)[0].unique().numel() == config.experts.num_experts_per_tok
     for each in (model, again):
         make_uniform(each, seed=3)
-    gate, same = gates(model)[-1], gates(again)[-1]
-    indices, weights = gate(crowded)
+    layers, others = (
+        [module for module in each.modules() if isinstance(module, MoE)] for each in (model, again)
+    )
+    moe, same = layers[-1], others[-1]
+    indices, weights = moe.gate(crowded, moe.draws)
     load = indices.flatten().bincount(minlength=config.experts.n_routed_experts)
-    assert load.min() > 0.5 * load.float().mean() and torch.equal(indices, same(crowded)[0])
-    assert weights.sum(dim=-1).allclose(
-        torch.tensor(config.experts.routed_scaling_factor)
-    )  # still the token's own, normed
-    assert not torch.equal(indices, gates(model)[-2](crowded)[0])
+    assert load.min() > 0.5 * load.float().mean()
+    assert torch.equal(indices, same.gate(crowded, same.draws)[0])
+    # The weights are still the token's own, normed.
+    assert weights.sum(dim=-1).allclose(torch.tensor(config.experts.routed_scaling_factor))
+    assert not torch.equal(indices, layers[-2].gate(crowded, layers[-2].draws)[0])
+    asked: list[torch.Tensor | None] = []
+    moe.gate.register_forward_pre_hook(lambda _module, inputs: asked.append(inputs[1]))
+    moe(crowded[None, :3], "decode")
+    assert asked[0] is moe.draws, "the layer gives them to its router"
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:
     rows = [made_row(), {**made_row(), "prompt": 9}]
-    head = report.table(rows)[0]
+    head = table(rows)[0]
     assert (
         " prompt " in head and " batch " in head and " depth " not in head and "MoE layer" in head
     )
-    assert " prompt " not in report.table(rows[:1])[0]
-    assert "MoE layer" not in report.table([{**rows[0], "moe_layer_us": None}])[0]
+    assert " prompt " not in table(rows[:1])[0]
+    assert "MoE layer" not in table([{**rows[0], "moe_layer_us": None}])[0]
     assert "right answers" not in head and rows[0]["accuracy"] is None
-    examined = report.table([{**rows[0], "accuracy": 0.75, "problems": 16}, rows[0]])
+    examined = table([{**rows[0], "accuracy": 0.75, "problems": 16}, rows[0]])
     assert "right answers" in examined[0] and "75.0% of 16" in examined[2]
 
 
@@ -964,9 +1006,12 @@ def test_the_moe_layers_floor_is_one_layers_work() -> None:
     row, config = made_row(), shape("tiny")
     backend = resolve(Backend(device="cpu", compile=True), config, CPU)
     rates = Rates(**REFERENCE["rates"]["fp32"])
-    layer = attention_weights(config) + (4 + config.experts.n_shared_experts) * expert_weights(
-        config
-    )
+    shape_of, e, d = config.attention, config.experts, config.hidden_size
+    heads, rank = shape_of.num_attention_heads, shape_of.q_lora_rank or 0
+    layer = (d + heads * shape_of.qk_head_dim) * rank + d * shape_of.latent_dim
+    layer += shape_of.kv_lora_rank * heads * (shape_of.qk_nope_head_dim + shape_of.v_head_dim)
+    layer += heads * shape_of.v_head_dim * d
+    layer += (4 + e.n_shared_experts) * 3 * d * e.moe_intermediate_size
     context = (WORK.prompt + WORK.new / 2 + 1) * config.attention.latent_dim
     nbytes = 4 * (layer + config.experts.n_routed_experts * config.hidden_size + context)
     assert row["moe_layer_floor_us"] == pytest.approx(1e6 * nbytes / rates.copy) and row[
@@ -990,16 +1035,16 @@ def test_a_breakdown_is_no_refusal(
 def test_one_repetition_says_nothing_of_noise() -> None:
     found = findings(0.02)
     found["measure"], found["beside"] = found["measure"][:1], found["beside"][:1]
-    row = report.row(Arm("compile", "alone", Backend()), WORK, found, REFERENCE, shape("tiny"))
+    row = make_row(Arm("compile", "alone", Backend()), WORK, found, REFERENCE, shape("tiny"))
     assert row["speedup"] == pytest.approx(2) and row["within_noise"] is None
 
 
 def test_kinds_of_an_ablation() -> None:
     for kinds in (("ladder",), ("pairs",), ("alone", "all-but-one")):
-        found = arms.ablation({}, CPU, 1, kinds)
+        found = ablation.ablation({}, CPU, 1, kinds)
         assert found[0].kind == "baseline" and {a.kind for a in found[1:]} == set(kinds)
-    pairs = arms.ablation({}, CPU, 1, ("ladder", "pairs"))
-    steps = arms.ladder_steps({}, CPU, 1)
+    pairs = ablation.ablation({}, CPU, 1, ("ladder", "pairs"))
+    steps = ablation.ladder_steps({}, CPU, 1)
     assert (
         sum(a.kind == "pairs" for a in pairs) == len(steps) * (len(steps) - 1) / 2
     )  # also those that a rung has timed

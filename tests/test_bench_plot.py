@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from r1 import InputError
-from r1.bench import merge, plot
+from r1.bench import merge
+from r1.bench.plot import figure, select
 
 CONFIG = {"hidden_size": 2048, "num_hidden_layers": 27}
 
@@ -169,8 +170,12 @@ def close() -> dict[str, Any]:
 
 def ugly() -> dict[str, Any]:
     """The baseline out of memory here and wrong there, long names, a $, a measurement below its
-    floor."""
-    long = "compile + cuda_graphs + attention=absorbed + moe=grouped + prefill_moe=grouped + kernels=triton + quant=fp8"
+    floor.
+    """
+    long = (
+        "compile + cuda_graphs + attention=absorbed + moe=grouped + prefill_moe=grouped + "
+        "kernels=triton + quant=fp8"
+    )
     rows = [
         refused(
             "baseline",
@@ -189,7 +194,8 @@ def ugly() -> dict[str, Any]:
     ]
     return result(
         rows,
-        "A machine with $1 and $2 whose name is so long that no line of any title can hold it, 128 threads",
+        "A machine with $1 and $2 whose name is so long that no line of any title can hold it, "
+        "128 threads",
     )
 
 
@@ -205,21 +211,21 @@ EXAMPLES = {"h100": h100, "cpu": cpu, "wide": wide, "close": close, "ugly": ugly
 def test_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both files are written; every text is inside the picture, and none covers another."""
     pytest.importorskip("matplotlib")
-    real, kept = plot.picture, []
+    real, kept = figure.picture, []
 
     def keep(result: dict[str, Any]) -> Any:
         kept.append(real(result))
         return kept[-1]
 
-    monkeypatch.setattr(plot, "picture", keep)
-    files = plot.draw(EXAMPLES[name](), tmp_path / "a.png")
+    monkeypatch.setattr(figure, "picture", keep)
+    files = figure.draw(EXAMPLES[name](), tmp_path / "a.png")
     assert files == [tmp_path / "a.png", tmp_path / "a.svg"]
     assert files[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert b"</svg>" in files[1].read_bytes()
-    figure = kept[0]
-    figure.draw_without_rendering()
-    texts = [(t.get_text(), t.get_window_extent()) for t in _texts(figure)]
-    width, height = figure.bbox.width, figure.bbox.height
+    drawn = kept[0]
+    drawn.draw_without_rendering()
+    texts = [(t.get_text(), t.get_window_extent()) for t in _texts(drawn)]
+    width, height = drawn.bbox.width, drawn.bbox.height
     for text, box in texts:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, (
             f"{text!r} leaves the picture"
@@ -228,26 +234,26 @@ def test_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert not one.overlaps(other), f"{a!r} covers {b!r}"
 
 
-def _texts(figure: Any) -> list[Any]:
+def _texts(drawn: Any) -> list[Any]:
     """All texts that are drawn: ticks outside an axis' limits are not."""
     from matplotlib.text import Text
 
     ticks, shown = set(), []
-    for axes in figure.axes:
+    for axes in drawn.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             for tick in axis.get_major_ticks() + axis.get_minor_ticks():
                 ticks |= {tick.label1, tick.label2}
                 if low <= tick.get_loc() <= high:
                     shown.append(tick.label1)
-    shown += [t for t in figure.findobj(Text) if t not in ticks]
+    shown += [t for t in drawn.findobj(Text) if t not in ticks]
     return [t for t in shown if t.get_visible() and t.get_text()]
 
 
 def test_svg_is_the_same_each_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     first, second = (
-        plot.draw(cpu(), tmp_path / name)[1].read_bytes() for name in ("a.png", "b.svg")
+        figure.draw(cpu(), tmp_path / name)[1].read_bytes() for name in ("a.png", "b.svg")
     )
     assert first == second
 
@@ -255,7 +261,7 @@ def test_svg_is_the_same_each_time(tmp_path: Path) -> None:
 def test_no_baseline_no_saving() -> None:
     """Where the baseline fails or can't be had, no arm takes its place."""
     pytest.importorskip("matplotlib")
-    words = [t.get_text() for t in _texts(plot.picture(ugly()))]
+    words = [t.get_text() for t in _texts(figure.picture(ugly()))]
     assert not any("saves" in text and " ms" in text for text in words)
     rows = [
         row("baseline", "baseline", 9.0, parity=False),
@@ -264,44 +270,47 @@ def test_no_baseline_no_saving() -> None:
     ]
     assert not any(
         "saves" in text and " ms" in text
-        for text in [t.get_text() for t in _texts(plot.picture(result(rows)))]
+        for text in [t.get_text() for t in _texts(figure.picture(result(rows)))]
     )
 
 
 def test_what_is_drawn() -> None:
     rows = h100()["rows"]
-    assert [r["arm"] for r in plot.steps(rows)] == [
+    assert [r["arm"] for r in select.steps(rows)] == [
         "baseline",
         "+ cuda_graphs",
         "+ compile",
         "+ kernels=triton",
         "+ quant=fp8",
     ]
-    assert [[r["batch"] for r in line] for line in plot.over_batches(rows)] == [[1, 8, 32, 128]] * 2
-    assert [[plot.context(r) for r in line] for line in plot.over_context(rows)] == [
+    assert [[r["batch"] for r in line] for line in select.over_batches(rows)] == [
+        [1, 8, 32, 128]
+    ] * 2
+    assert [[select.context(r) for r in line] for line in select.over_context(rows)] == [
         [192, 2240, 8384, 32960]
     ] * 2
     rows = cpu()["rows"]
-    assert [r["arm"] for r in plot.steps(rows)] == [
+    assert [r["arm"] for r in select.steps(rows)] == [
         "baseline",
         "compile",
         "amp=bf16",
         "cuda_graphs",
         "compile + amp=bf16",
     ]
-    assert plot.over_batches(rows) == plot.over_context(rows) == []
+    assert select.over_batches(rows) == select.over_context(rows) == []
 
 
 def test_no_win_without_parity() -> None:
     """An arm that fails parity shows no rate and no saving, and the next step isn't measured
-    against it."""
+    against it.
+    """
     pytest.importorskip("matplotlib")
     rows = [
         row("baseline", "baseline", 40.0, base=40),
         row("+ fast", "ladder", 1.0, parity=False),
         row("+ good", "ladder", 30.0, base=40),
     ]
-    words = [t.get_text() for t in _texts(plot.picture(result(rows)))]
+    words = [t.get_text() for t in _texts(figure.picture(result(rows)))]
     assert "parity fails" in words and not any("1.00 ms ·" in text for text in words)
     assert any("saves 10.0 ms" in text for text in words)
 
@@ -309,7 +318,7 @@ def test_no_win_without_parity() -> None:
 def test_noise_is_said() -> None:
     pytest.importorskip("matplotlib")
     assert any(
-        "no difference beyond the noise" in t.get_text() for t in _texts(plot.picture(cpu()))
+        "no difference beyond the noise" in t.get_text() for t in _texts(figure.picture(cpu()))
     )
 
 
@@ -326,7 +335,7 @@ def test_plot_refuses(
 ) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(InputError, match=says):
-        plot.draw(result(rows) if rows else h100(), tmp_path / name)
+        figure.draw(result(rows) if rows else h100(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -340,7 +349,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"pip install -e '\.\[plot\]'"):
-        plot.draw(h100(), tmp_path / "a.png")
+        figure.draw(h100(), tmp_path / "a.png")
 
 
 def save(path: Path, content: Any) -> Path:
@@ -358,7 +367,8 @@ def cells(table: str) -> list[list[str]]:
 
 def test_compare(tmp_path: Path) -> None:
     """Baseline and fastest passing arm of each machine; what only one file did is left out and
-    named."""
+    named.
+    """
     small = [
         row("baseline", "baseline", 50.0),
         refused("+ cuda_graphs", "ladder", "no GPU"),

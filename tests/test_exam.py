@@ -1,5 +1,7 @@
-"""The accuracy column: exam.json is what the tool makes, all arms are asked alike, and an arm that
-is ruined shows."""
+"""Tests the accuracy column: exam.json is what the tool makes, and a ruined arm shows.
+
+Holds to account: r1/bench/exam.py, r1/bench/worker/accuracy.py and tools/train/make_exam.py.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,15 @@ from tasks import exam as held_out
 import bench
 import r1
 from r1 import Backend, Engine, InputError
-from r1.bench import exam, worker
-from r1.bench.arms import Arm, Workload
+from r1.bench import exam, flags, plan
+from r1.bench.arms import Arm
 from r1.bench.exam import Question
+from r1.bench.session import Session
+from r1.bench.worker.accuracy import accuracy
+from r1.bench.worker.subject import Subject
+from r1.bench.worker.timing import measure
+from r1.bench.workload import Workload
+from r1.files.names import places
 
 TINY = ROOT / "weights" / "tiny-r1"
 SHORT = exam.fitting(exam.load(TINY), 110, 4)
@@ -32,9 +40,9 @@ def engine() -> Engine:
     return r1.load(TINY, Backend(device="cpu", dtype="fp32"), quiet=True)
 
 
-def arm(folder: Path, **switches: Any) -> worker.Bench:
+def arm(folder: Path, **switches: Any) -> Subject:
     """What an arm's process holds, in this one."""
-    made = worker.Bench(Backend(device="cpu", dtype="fp32", **switches), WORK, folder)
+    made = Subject(Backend(device="cpu", dtype="fp32", **switches), WORK, folder)
     made.build()
     return made
 
@@ -63,12 +71,12 @@ def test_a_model_without_problems_is_asked_none(tmp_path: Path) -> None:
     assert (
         exam.load(tmp_path)
         == []
-        == bench.questions_of(str(tmp_path), None)
-        == bench.questions_of(None, None)
+        == plan.questions_of(str(tmp_path), None)
+        == plan.questions_of(None, None)
     )
     assert (
-        bench.questions_of(str(TINY), 0) == []
-        and len(bench.questions_of(str(TINY), None)) == make_exam.COUNT
+        plan.questions_of(str(TINY), 0) == []
+        and len(plan.questions_of(str(TINY), None)) == make_exam.COUNT
     )
 
 
@@ -93,7 +101,8 @@ def test_a_file_that_cant_be_read(text: str, tmp_path: Path) -> None:
 
 def test_only_what_was_asked_counts(engine: Engine) -> None:
     """However the questions fall into batches; the last one is filled up by a question whose answer
-    counts once."""
+    counts once.
+    """
     wrong = [dataclasses.replace(SHORT[0], answer=SHORT[0].answer + 1), *SHORT[1:]]
     for batch in (1, 3, 4, 6):
         assert exam.accuracy(engine, wrong, 110, batch) == 0.75
@@ -104,16 +113,16 @@ def test_only_what_was_asked_counts(engine: Engine) -> None:
 
 def test_a_ruined_arm_shows(tmp_path: Path) -> None:
     sound, ruined = arm(tmp_path), arm(tmp_path, moe="grouped")
-    for name, parameter in ruined.engine.model.named_parameters():
+    for name, weight in places(ruined.engine.model).items():
         if name.endswith("kv_b_proj.weight"):
-            parameter.copy_(parameter.flip(0))  # heads in the wrong order
-    assert sound.accuracy(SHORT) == {"share": 1.0, "problems": 4}
-    assert ruined.accuracy(SHORT) == {"share": 0.0, "problems": 4}
+            weight.copy_(weight.flip(0))  # heads in the wrong order
+    assert accuracy(sound, SHORT) == {"share": 1.0, "problems": 4}
+    assert accuracy(ruined, SHORT) == {"share": 0.0, "problems": 4}
 
 
 @pytest.mark.parametrize("switches", [{"speculate": "mtp"}, {"attention": "naive", "moe": "loop"}])
 def test_arms_that_compute_otherwise_answer_alike(switches: dict[str, Any], tmp_path: Path) -> None:
-    assert arm(tmp_path, **switches).accuracy(SHORT) == {"share": 1.0, "problems": 4}
+    assert accuracy(arm(tmp_path, **switches), SHORT) == {"share": 1.0, "problems": 4}
 
 
 @pytest.mark.parametrize("switches", [{}, {"speculate": "mtp"}])
@@ -121,9 +130,9 @@ def test_compiled_arms_are_asked_in_shapes_that_they_know(
     switches: dict[str, Any], tmp_path: Path, compiler: CountingBackend
 ) -> None:
     compiled = arm(tmp_path, compile=True, **switches)
-    compiled.measure()
+    measure(compiled)
     before = compiler.graphs
-    assert compiled.accuracy(SHORT)["share"] == 1.0
+    assert accuracy(compiled, SHORT)["share"] == 1.0
     assert 0 < before == compiler.graphs
 
 
@@ -143,17 +152,17 @@ def test_an_arm_is_asked_when_all_that_is_timed_is_done() -> None:
             self.asked.append("quit")
 
     def finished(questions: list[Question], refuses: str = "") -> tuple[list[str], dict[str, Any]]:
-        made = bench.Session.__new__(bench.Session)
+        made = Session.__new__(Session)
         answers: Any = Answers(refuses)
-        made.arm, made.found, made.process, made.notes = (
+        made.arm, made.answers, made.process, made.notes = (
             Arm("one", "alone", Backend()),
             {},
             answers,
             [],
         )
-        made.finish(bench.parser().parse_args([]), questions)
+        made.finish(flags.parser(TINY).parse_args([]), questions)
         assert bool(made.notes) == (refuses == "accuracy")
-        return answers.asked, made.found
+        return answers.asked, made.answers
 
     asked, found = finished(SHORT)
     assert asked == ["moe_layer", "accuracy", "quit"] and found["accuracy"] == {"seconds": 1.0}

@@ -1,33 +1,35 @@
-"""The Engine as a user has it: `r1.load` on the embedded checkpoint, logits, generate, chat, the
-MTP layer, `python -m r1`."""
+"""Tests the Engine as a user has it: load, logits, generate, sampling, chat, `python -m r1`.
+
+Holds to account: r1/__init__.py, r1/__main__.py and r1/run.
+
+The model is the embedded checkpoint.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from cases import ROOT
+from command import TIMING, command
+from models import TINY, runner, unit_gain
 from tolerances import atol
 
 import r1
-from r1 import Backend, InputError, build
-from r1.model.shapes import shape
-from r1.run.generate import TEMPERATURE, TOP_P, Completion, Engine, Sampler
-from r1.switches.backend import resolve
+from r1 import Backend, InputError
+from r1.run.completion import Completion
+from r1.run.engine import Engine
+from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
 
-TINY = ROOT / "weights" / "tiny-r1"
+CHECKPOINT = ROOT / "weights" / "tiny-r1"
 PROMPTS = [[0, 5, 7], [0, 9], [0, 11, 12, 13, 14, 15]]
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return r1.load(TINY, Backend(device="cpu", dtype="fp32"), quiet=True)
+    return r1.load(CHECKPOINT, Backend(device="cpu", dtype="fp32"), quiet=True)
 
 
 def without_text(engine: Engine, *stops: int) -> Engine:
@@ -41,9 +43,9 @@ def greedy(engine: Engine, prompts: list[list[int]], new: int, **options: Any) -
     ]
 
 
-# ------------------------------------------------------------------------------------------------ load and logits
+# ---------------------------- load and logits
 def test_load(engine: Engine) -> None:
-    assert isinstance(engine.config, r1.Config) and engine.config == shape("tiny").change(
+    assert isinstance(engine.config, r1.Config) and engine.config == TINY.change(
         fp8_block=(128, 128)
     )
     backend = engine.backend
@@ -58,7 +60,7 @@ def test_load(engine: Engine) -> None:
     )
     assert next(engine.model.parameters()).dtype == torch.float32 and not engine.model.training
     assert not any(p.requires_grad for p in engine.model.parameters())
-    assert r1.load(TINY, quiet=True).config == engine.config
+    assert r1.load(CHECKPOINT, quiet=True).config == engine.config
 
 
 def test_logits(engine: Engine) -> None:
@@ -74,29 +76,16 @@ def test_logits(engine: Engine) -> None:
     other = engine.logits(changed)
     assert float((logits - other)[:, :2].abs().max()) < atol("algebra fp32")  # causal
     assert float((logits - other)[:, 2:].abs().amax(dim=-1).min()) > 1e-3
-    half = r1.load(TINY, Backend(device="cpu", dtype="bf16"), quiet=True).logits(tokens)
+    half = r1.load(CHECKPOINT, Backend(device="cpu", dtype="bf16"), quiet=True).logits(tokens)
     assert half.dtype == torch.float32 and half.shape == logits.shape
     assert torch.equal(engine.logits(tokens), logits)
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        torch.zeros(3, dtype=torch.int64),
-        torch.zeros(1, 3),
-        torch.zeros(0, 3, dtype=torch.int64),
-        torch.tensor([[320]]),
-    ],
-)
-def test_logits_refuses(engine: Engine, tokens: torch.Tensor) -> None:
-    with pytest.raises(InputError):
-        engine.logits(tokens)
-
-
-# ------------------------------------------------------------------------------------------------ generate
+# ---------------------------- generate
 def test_greedy_is_what_logits_say(engine: Engine) -> None:
     """Token by token the argmax of a full forward; only new tokens are returned; the same again and
-    again."""
+    again.
+    """
     completions = engine.generate(PROMPTS, max_new_tokens=8, temperature=0.0, ignore_stop=True)
     assert [c.prompt_tokens for c in completions] == [3, 2, 6]
     for prompt, completion in zip(PROMPTS, completions, strict=True):
@@ -130,7 +119,8 @@ def test_a_seed_makes_it_again(engine: Engine) -> None:
 
 def test_stop(engine: Engine) -> None:
     """A stop token ends its own row, as its last token; the other rows go on as if nothing had
-    been."""
+    been.
+    """
     free = greedy(without_text(engine), PROMPTS, 12)
     assert all(len(tokens) == 12 for tokens in free)
     stop = next(t for t in free[0] if t not in free[1])
@@ -176,10 +166,11 @@ def test_one_new_token(engine: Engine) -> None:
 
 def test_the_context_is_the_limit() -> None:
     """A row goes on to the last position of the context and no further; a longer prompt is
-    refused."""
-    config = shape("tiny", layers=2).change(max_position_embeddings=16)
-    backend = resolve(Backend(device="cpu", dtype="fp32"), config)
-    small = Engine(build.from_shape(config, backend), backend)
+    refused.
+    """
+    config = TINY.change(num_hidden_layers=2, max_position_embeddings=16)
+    run = runner(unit_gain(config))
+    small = Engine(run.model, run.backend)
     prompts = [list(range(12)), [3]]
     completions = small.generate(prompts, max_new_tokens=100, temperature=0.0)
     assert [len(c.tokens) for c in completions] == [4, 4] and {c.finish for c in completions} == {
@@ -195,38 +186,7 @@ def test_the_context_is_the_limit() -> None:
         small.logits(torch.zeros(1, 17, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(
-    ("prompts", "options", "message"),
-    [
-        ([], {}, "there is no prompt"),
-        ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 320]], {}, "prompt 0 holds token 320, outside the vocabulary of 320"),
-        ([[-1]], {}, "holds token -1"),
-        ([["a"]], {}, "'a', which is no token id"),
-        ([[1.0]], {}, "1.0, which is no token id"),
-        ([[True]], {}, "True, which is no token id"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
-        ([[1]], {"temperature": -0.1}, "temperature=-0.1"),
-        ([[1]], {"temperature": float("nan")}, "temperature=nan"),
-        ([[1]], {"temperature": float("inf")}, "temperature=inf"),
-        ([[1]], {"top_p": 0.0}, "top_p=0.0"),
-        ([[1]], {"temperature": "a"}, "temperature='a'"),
-        ([[1]], {"seed": 1.5}, "seed=1.5"),
-        ([[1]], {"seed": 2**64}, "from 0 to 2^63 - 1"),
-        ([[1]], {"max_new_tokens": True}, "max_new_tokens=True"),
-        ([1, 2], {}, "[[0, 5, 7]], not [0, 5, 7]"),
-        ([[1]], {"top_p": 1.5}, "top_p=1.5"),
-    ],
-)
-def test_generate_refuses(
-    engine: Engine, prompts: Any, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(InputError, match=re.escape(message)) as error:
-        engine.generate(prompts, **options)
-    assert "\n" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------------------ sampling
+# ---------------------------- sampling
 DRAWS = 40_000
 CRITICAL = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7}
 """Chi-square's 0.9999 quantile by degrees of freedom; the seed is fixed, so a pass stays one."""
@@ -234,7 +194,8 @@ CRITICAL = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7}
 
 def chi_square(sampler: Sampler, logits: list[float], wanted: list[float]) -> bool:
     """Whether DRAWS samples of one row of logits fall as `wanted` says: never where it is 0, else
-    by Pearson's test."""
+    by Pearson's test.
+    """
     drawn = sampler(torch.tensor(logits).expand(DRAWS, -1)).bincount(minlength=len(logits))
     expected = torch.tensor(wanted) * DRAWS
     if bool((drawn[expected == 0] > 0).any()):
@@ -280,13 +241,15 @@ def test_temperature(temperature: float) -> None:
 )
 def test_nucleus(top_p: float, kept: list[int]) -> None:
     """The fewest likeliest tokens that reach top_p, in proportion; the first one always, the tail
-    never."""
+    never.
+    """
     assert chi_square(Sampler(1.0, top_p, seed=0), LOGITS, nucleus(P, kept))
 
 
 def test_temperature_comes_before_the_nucleus() -> None:
     """At temperature 0.5 the two likeliest reach 0.8 already (0.56 + 0.31); the other way round it
-    takes three."""
+    takes three.
+    """
     assert chi_square(Sampler(0.5, 0.8, seed=0), LOGITS, nucleus(softened(P, 0.5), [1, 4]))
 
 
@@ -321,7 +284,7 @@ def test_defaults_and_greedy() -> None:
     assert Sampler(0.01, 0.95, seed=0)(extreme)[0] == 0
 
 
-# ------------------------------------------------------------------------------------------------ chat and MTP
+# ---------------------------- chat and MTP
 def test_chat(engine: Engine) -> None:
     messages = [{"role": "user", "content": "17*23=?"}]
     streamed: list[tuple[str, str]] = []
@@ -349,7 +312,7 @@ def test_chat(engine: Engine) -> None:
 
 def test_mtp_layer() -> None:
     """Loaded when asked for, callable, and neither of its two inputs is taken for the other."""
-    loaded = r1.load(TINY, Backend(device="cpu", dtype="fp32"), mtp=True, quiet=True)
+    loaded = r1.load(CHECKPOINT, Backend(device="cpu", dtype="fp32"), mtp=True, quiet=True)
     layer, tokens = loaded.model.mtp[0], torch.tensor([[0, 5, 7, 9], [0, 9, 11, 13]])
     with torch.inference_mode():
         step = loaded.model.step("prefill", torch.arange(3).expand(2, -1), 0)
@@ -376,21 +339,7 @@ def test_mtp_layer() -> None:
         assert float((torch.cat(one, dim=1) - out).abs().max()) < atol("algebra fp32")
 
 
-# ------------------------------------------------------------------------------------------------ python -m r1
-def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
-        [sys.executable, "-m", "r1", *arguments], cwd=ROOT, env=environment, input=stdin,
-        capture_output=True, encoding="utf-8", timeout=120, check=False,
-    )  # fmt: skip
-
-
-TIMING = re.compile(
-    r"^\[\d+ tokens read, first of (\d+) new after \d+ ms(, then [\d.]+ tokens/s \([\d.]+ ms each\))?.*\]$",
-    re.M,
-)
-
-
+# ---------------------------- python -m r1
 def test_a_question_on_the_command_line() -> None:
     result = command("2+2?", "--new", "8", "--seed", "1")
     assert result.returncode == 0, result.stderr
@@ -411,7 +360,8 @@ def test_what_the_user_should_know_is_said(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """fp16's range is; that a model without speculation has no use for its MTP layer is not, nor is
-    it lost."""
+    it lost.
+    """
     from r1.__main__ import main
 
     said = {}
@@ -426,14 +376,3 @@ def test_what_the_user_should_know_is_said(
         and said["fp16"][0].startswith("r1: fp16 ends at 65504")
     )
     assert any("MTP layers are loaded only when asked for" in note for note in engine.notes)
-
-
-def test_bad_input_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from r1.__main__ import main
-
-    for arguments in (["--model", "/nowhere"], ["x", "--new", "0"], ["x", "--top-p", "2"], ["x", "--attention", "naive",
-                      "--prefill-attention", "expand"]):  # fmt: skip
-        assert main(arguments) == 2
-        out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if line.startswith("r1: ")]
-        assert not out and len(lines) == 1 and "Traceback" not in err, err

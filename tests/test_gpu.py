@@ -1,7 +1,10 @@
-"""What only a GPU can show: no step waits for the host, and graphs repeat what eager does.
+"""Tests what only a GPU can show: no step waits for the host, and graphs repeat what eager does.
 
-Skipped without one. On a machine that has one: `python -m pytest tests/test_gpu.py
-tests/test_pairs.py`."""
+Holds to account: r1/run and r1/kernels.
+
+Skipped as a whole where there is no GPU. On a machine that has one:
+`python -m pytest tests/test_gpu.py tests/test_pairs.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import PROMPTS, read, runner
+from decoding import PROMPTS, read
+from models import sharp_logits as runner
 
 from r1.bench import parity
-from r1.run.generate import Engine
+from r1.run.engine import Engine
 from r1.run.sampler import Sampler
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 
 @contextmanager
@@ -40,7 +45,7 @@ def test_a_sync_is_seen() -> None:
 )
 @pytest.mark.parametrize("moe", ["gather", "grouped", "triton"])
 @pytest.mark.parametrize("attention", ["naive", "expand", "absorbed", "triton"])
-def test_decode_never_waits(attention: str, moe: str, how: dict[str, bool]) -> None:
+def test_decode_never_waits(attention: str, moe: str, how: dict[str, Any]) -> None:
     """Ragged rows, growing positions, sampling included."""
     prefill = "naive" if attention == "naive" else "expand"
     run = runner(
@@ -74,10 +79,19 @@ def test_a_graph_repeats_what_eager_does(kernels: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"compile": True}, {"prefill_moe": "triton"}, {"prefill_attention": "absorbed"}, {"attention": "naive"},
-            {"speculate": "mtp"}, {"cuda_graphs": True, "kernels": "triton"}, {"dtype": "fp32", "prefill_moe": "gather"}],
+    "how",
+    [
+        {},
+        {"compile": True},
+        {"prefill_moe": "triton"},
+        {"prefill_attention": "absorbed"},
+        {"attention": "naive"},
+        {"speculate": "mtp"},
+        {"cuda_graphs": True, "kernels": "triton"},
+        {"dtype": "fp32", "prefill_moe": "gather"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_captured_prompts_are_read_as_others_are(how: dict[str, Any]) -> None:
     """One cache, prompts of several lengths: two graphs, which share their memory, in turn."""
     eager, captured = (
@@ -138,7 +152,7 @@ def test_a_graph_serves_smaller_batches() -> None:
 
 @pytest.mark.parametrize("drafts", [1, 2])
 @pytest.mark.parametrize("how", [{}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}])
-def test_speculation_writes_the_same_text(how: dict[str, bool], drafts: int) -> None:
+def test_speculation_writes_the_same_text(how: dict[str, Any], drafts: int) -> None:
     """Greedy in fp32; and sampling runs through the same captured turn."""
     plain = runner(moe="gather")
     run = runner(moe="gather", speculate="mtp", draft_tokens=drafts, **how)

@@ -1,32 +1,32 @@
-"""What is captured when, and for whom: the records of decoding.py stand in for CUDA graphs
-(test_gpu.py has real ones)."""
+"""Tests when a step or a prompt is captured, and which calls share a graph.
+
+Holds to account: r1/run.
+
+Always on the CPU: the records of recorded.py stand in for CUDA graphs. test_gpu.py has real ones.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from decoding import PROMPTS, recorded, runner
+from decoding import PROMPTS
+from models import sharp_logits, with_switches
+from recorded import recorded
 from tolerances import atol
 
 from r1.errors import InputError
 from r1.model.cache import Cache
-from r1.run.generate import Engine
-from r1.run.runner import Runner
+from r1.run.engine import Engine
 
 LONG = [[(7 * i + row) % 300 for i in range(140 + row)] for row in range(3)]
 
 
-def with_graphs(plain: Runner, chunk: int | None = None, **switches: Any) -> Runner:
-    """The same model with graphs, which `resolve` would refuse on a CPU."""
-    return Runner(plain.model, dataclasses.replace(plain.backend, **switches), chunk)
-
-
 def same(caches: tuple[Cache, Cache], lengths: list[int]) -> None:
     """Whether two caches hold the same tokens, the drafter's layer too (whose last entry waits for
-    the token behind it)."""
+    the token behind it).
+    """
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
         for row, length in enumerate(lengths):
             for a, b in zip(ours, theirs, strict=True):
@@ -41,10 +41,11 @@ def same(caches: tuple[Cache, Cache], lengths: list[int]) -> None:
 )
 def test_captured_prompts(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of any lengths are read by a few graphs, as they would be without: logits, lengths,
-    cache, and what is decoded."""
+    cache, and what is decoded.
+    """
     made = recorded(monkeypatch)
-    plain = runner(moe="gather", **switches)
-    run = with_graphs(plain, prefill_graphs=True)
+    plain = sharp_logits(device="cpu", moe="gather", **switches)
+    run = with_switches(plain, prefill_graphs=True)
     caches = run.cache(3, 200), plain.cache(3, 200)
     sizes = []
     for prompts in (PROMPTS, LONG, [prompt[:3] for prompt in LONG], PROMPTS[:2], LONG):
@@ -61,7 +62,7 @@ def test_captured_prompts(switches: dict[str, Any], monkeypatch: pytest.MonkeyPa
     found, wanted = (r.decode(tokens, cache) for r, cache in zip((run, plain), caches, strict=True))
     torch.testing.assert_close(found, wanted, atol=atol("algebra fp32"), rtol=0)
     assert len(made) == 3  # decode steps have a switch of their own
-    both = with_graphs(plain, prefill_graphs=True, cuda_graphs=True)
+    both = with_switches(plain, prefill_graphs=True, cuda_graphs=True)
     cache = both.cache(3, 200)
     both.decode(both.prefill(PROMPTS, cache).argmax(dim=-1)[:, None], cache)
     assert [record.shared for record in made[3:]] == [None, None]  # of another kind, another memory
@@ -69,10 +70,11 @@ def test_captured_prompts(switches: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 def test_captured_prompts_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece is a graph of its own, and none is read that holds padding alone; so is a prompt
-    behind others."""
+    behind others.
+    """
     made = recorded(monkeypatch)
-    plain = runner(moe="gather")
-    run = with_graphs(plain, 64, prefill_graphs=True)
+    plain = sharp_logits(device="cpu", moe="gather")
+    run = with_switches(plain, 64, prefill_graphs=True)
     caches = run.cache(3, 400), plain.cache(3, 400)
     for prompts, depth, graphs in (
         (LONG, 0, 3),
@@ -92,8 +94,8 @@ def test_captured_prompts_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prompts_at_the_end_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """They aren't padded beyond it; and what doesn't fit is refused, captured or not."""
     recorded(monkeypatch)
-    plain = runner(moe="gather")
-    for run in (plain, with_graphs(plain, prefill_graphs=True)):
+    plain = sharp_logits(device="cpu", moe="gather")
+    for run in (plain, with_switches(plain, prefill_graphs=True)):
         cache = run.cache(1, 256)
         run.prefill([[1] * 250], cache)
         assert run.prefill([[7] * 6], cache, 250).isfinite().all()
@@ -112,8 +114,8 @@ def test_a_cache_is_kept_for_its_graphs(
 ) -> None:
     """A second call of the size captures nothing, and reads nothing that the first one left."""
     made = recorded(monkeypatch)
-    plain = runner(moe="gather", speculate=switches.get("speculate", "off"))
-    run, alone = (Engine(r.model, r.backend) for r in (with_graphs(plain, **switches), plain))
+    plain = sharp_logits(device="cpu", moe="gather", speculate=switches.get("speculate", "off"))
+    run, alone = (Engine(r.model, r.backend) for r in (with_switches(plain, **switches), plain))
     assert run.runner.model is alone.runner.model
     calls = (
         (PROMPTS, 9, 1),
@@ -135,8 +137,9 @@ def test_a_cache_is_kept_for_its_graphs(
 def test_a_kept_cache_has_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn's graph is of one temperature: those of others go."""
     made = recorded(monkeypatch)
-    plain = runner(moe="gather", speculate="mtp")
-    engine = Engine(plain.model, dataclasses.replace(plain.backend, cuda_graphs=True))
+    plain = sharp_logits(device="cpu", moe="gather", speculate="mtp")
+    captured = with_switches(plain, cuda_graphs=True)
+    engine = Engine(captured.model, captured.backend)
     for temperature, captures in ((0.5, 1), (0.7, 2), (0.7, 2), (0.5, 3)):
         engine.generate(PROMPTS, 9, temperature, seed=0)
         assert len(made) == captures and engine._kept and len(engine._kept.graphs) == 1

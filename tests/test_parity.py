@@ -1,5 +1,9 @@
-"""Our model beside transformers', layer by layer, on the cases that tools/check/make_reference.py
-made; and the tool that shows it."""
+"""Compares our model with transformers', layer by layer, on the cases of tests/reference.
+
+Holds to account: r1/model, r1/files, r1/run/trace.py and tools/check/diff_layers.py.
+
+tools/check/make_reference.py made the cases.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ import torch
 from cases import (
     CASES,
     REFERENCE,
+    GroupedPadded,
     check,
     config,
     differences,
     fresh,
-    grouped_padded,
     reference,
     runner,
     use_dispatch,
@@ -26,34 +30,43 @@ from safetensors.torch import load_file, save_file
 from tolerances import TOLERANCES, atol
 
 from r1 import InputError
+from r1.files.names import places
 from r1.run.runner import Runner
 from r1.run.trace import Difference, compare, first_divergence, trace
 
 ATTENTION = ("naive", "expand", "absorbed")
 
 
-# ------------------------------------------------------------------------------------------------ prefill
+# ---------------------------- prefill
 @pytest.mark.parametrize("moe", ["loop", "gather", "grouped"])
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("case", CASES)
 def test_every_layer_agrees(case: str, attention: str, moe: str) -> None:
     """Logits, each layer's attention, feed-forward and output, and the router's choices, for each
-    pair of strategies."""
+    pair of strategies.
+    """
     switches = {"attention": attention, "prefill_attention": attention}
-    if (
-        moe == "grouped"
-        # no case has aligned sizes: `resolve` says so, and the same function runs on widened weights
-    ):
-        with pytest.raises(InputError, match="grouped_mm wants rows of a multiple of 16 bytes"):
-            runner(case, **switches, prefill_moe=moe)
-        run = use_dispatch(runner(case, **switches), grouped_padded)
+    if moe == "grouped":  # no case has aligned sizes: the same function runs on widened weights
+        run = use_dispatch(runner(case, **switches), GroupedPadded())
     else:
         run = runner(case, **switches, prefill_moe=moe)
     check(case, run)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_separate_matrices_agree(case: str) -> None:
+    """The tests above join matrices of one input, and rotate queries and key in one call."""
+    check(case, fresh(case, join="off"))
+
+
+def test_grouped_refuses_sizes_that_are_not_aligned() -> None:
+    for case in CASES:
+        with pytest.raises(InputError, match="grouped_mm wants rows of a multiple of 16 bytes"):
+            runner(case, prefill_moe="grouped")
+
+
 def test_the_cases_cover_what_is_promised() -> None:
-    """The list of the issue: each variant of the architecture has its reference."""
+    """Each variant of the architecture has its reference."""
     found = [config(case) for case in CASES]
     assert len(found) == 13
     assert {c.attention.q_lora_rank is None for c in found} == {True, False}
@@ -77,7 +90,7 @@ def test_the_cases_cover_what_is_promised() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ decode
+# ---------------------------- decode
 @pytest.mark.parametrize("moe", ["loop", "gather", "grouped"])
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("case", ["v3-yarn", "v3-odd", "v3-groups", "v2-groups"])
@@ -85,7 +98,7 @@ def test_decoding_agrees(case: str, attention: str, moe: str) -> None:
     """One token after the other through the cache gives the reference's logits too."""
     run = runner(case, attention=attention, moe="loop" if moe == "grouped" else moe)
     if moe == "grouped":
-        use_dispatch(run, grouped_padded)
+        use_dispatch(run, GroupedPadded())
     tokens, logits = reference(case)["tokens"], reference(case)["logits"]
     read = tokens.shape[1] // 2
     cache = run.cache(*tokens.shape)
@@ -96,14 +109,13 @@ def test_decoding_agrees(case: str, attention: str, moe: str) -> None:
     assert not wrong, f"first off at position {read - 1 + wrong[0]}, by {off[wrong[0]]:.2e}"
 
 
-# ------------------------------------------------------------------------------------------------ the comparison itself
+# ---------------------------- the comparison itself
 @pytest.mark.parametrize(
     "name",
     ["attn.0", "mlp.0", "hidden.0", "attn.1", "router_indices.1", "router_weights.1", "logits"],
 )
 def test_a_failure_names_the_first_layer_that_is_off(name: str) -> None:
-    """Whatever tensor is off, and everything behind it, the comparison stops there, and the test
-    fails with its name."""
+    """Where a tensor and all later ones are off, the comparison gives that tensor's name."""
     ours = trace(runner("v3-yarn"), reference("v3-yarn")["tokens"])
     theirs = dict(reference("v3-yarn"))
     for wrong in list(ours)[list(ours).index(name) :]:
@@ -130,8 +142,7 @@ def test_nan_and_other_shapes_diverge() -> None:
 
 def test_check_fails_on_a_wrong_model() -> None:
     run = fresh("v3-dense3")
-    with torch.no_grad():
-        run.model.get_parameter("layers.2.mlp.down_proj.weight")[3, 3] += 0.3
+    places(run.model)["model.layers.2.mlp.down_proj.weight"][3, 3] += 0.3
     with pytest.raises(AssertionError, match=r"v3-dense3: first divergence at mlp\.2: off by"):
         check("v3-dense3", run)
 
@@ -145,7 +156,7 @@ def test_every_tolerance_has_a_reason() -> None:
     assert worst.max_abs < atol("reference fp32") / 4, f"the row's reason is out of date: {worst}"
 
 
-# ------------------------------------------------------------------------------------------------ tools/check/diff_layers.py
+# ---------------------------- tools/check/diff_layers.py
 def corrupted(case: str, key: str, folder: Path) -> Path:
     """A copy of a case with one weight changed."""
     shutil.copytree(REFERENCE / case, folder)

@@ -1,10 +1,10 @@
-"""What must hold for any model of this architecture, on small random ones: no reference needed.
+"""Tests what must hold for any model of this architecture, on small random ones.
 
-Random models have weights of unit gain (a standard deviation of fan_in^-0.5; half of it for what is
-added to the stream, as in a trained model's start), so that every layer matters and values are of
-order 1. Sharper ones amplify fp32's own rounding: each strategy was then up to 7.5e-6 from fp64,
-and two of them 1.02e-5 apart. Two numerics may choose differently where two experts nearly tie
-(trap 14): such draws are left out, by `tied`."""
+Holds to account: r1/model and r1/run.
+
+Random models are of unit gain (`unit_gain` in models.py): sharper ones amplify fp32's own rounding.
+Two numerics may choose differently where two experts nearly tie: `tied` leaves such draws out.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from conftest import CountingBackend
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from models import TINY, configs, gate_of, random_tokens, runner, unit_gain
 from tolerances import atol
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
@@ -26,25 +27,23 @@ from torch._subclasses.fake_tensor import (
 )
 
 import r1
-from r1 import Backend, Config, build
-from r1.model import moe, rope
+from r1 import Backend, Config
+from r1.model import dispatch, rope
 from r1.model.cache import Cache
-from r1.model.config import Yarn
+from r1.model.dispatch import Gather, Loop
 from r1.model.layers import swiglu
+from r1.model.moe import Experts, MoE
 from r1.model.router import Router
-from r1.model.shapes import shape
 from r1.model.transformer import Transformer
-from r1.run.generate import Engine
+from r1.run.engine import Engine
 from r1.run.runner import Runner
-from r1.switches.backend import resolve
+from r1.storage.joined import join
+from r1.switches.resolve import resolve
 
 ATTENTION = ("naive", "expand", "absorbed")
+DISPATCH = {strategy.name: strategy for strategy in dispatch.STRATEGIES}
 MOE = ("loop", "gather", "grouped")
-YARNS = [
-    None,
-    Yarn(40.0, 8, mscale=1.0, mscale_all_dim=1.0),
-    Yarn(4.0, 8, mscale=0.7, mscale_all_dim=1.0),
-]
+assert set(MOE) == set(DISPATCH)
 few = settings(
     max_examples=20,
     deadline=None,
@@ -54,114 +53,32 @@ few = settings(
 )
 
 
-# ------------------------------------------------------------------------------------------------ random models
-@st.composite
-def configs(draw: st.DrawFn) -> Config:
-    """Small shapes with everything odd that may be odd; widths that grouped_mm needs to be
-    multiples of 4 are."""
-    groups = draw(st.sampled_from([1, 2, 4]))
-    kept = draw(st.integers(1, groups))
-    experts = groups * draw(st.integers(2, 4))
-    v3 = draw(st.booleans())
-    method = "noaux_tc" if v3 else draw(st.sampled_from(["greedy", "group_limited_greedy"]))
-    return shape("tiny").change(model_type="deepseek_v3" if v3 else "deepseek_v2",
-        topk_method=method,
-        scoring_func="sigmoid" if v3 else "softmax",
-        norm_topk_prob=draw(st.booleans()),
-        vocab_size=31,
-        hidden_size=draw(st.sampled_from([20, 24])),
-        num_hidden_layers=2,
-        first_k_dense_replace=draw(st.integers(0, 1)),
-        num_attention_heads=draw(st.integers(1, 3)),
-        q_lora_rank=draw(st.sampled_from([None, 9])),
-        kv_lora_rank=draw(st.integers(5, 12)),
-        qk_nope_head_dim=draw(st.integers(3, 9)),
-        qk_rope_head_dim=2 * draw(st.integers(1, 4)),
-        v_head_dim=draw(st.integers(3, 9)),
-        intermediate_size=17,
-        moe_intermediate_size=8,
-        n_routed_experts=experts,
-        n_shared_experts=draw(st.integers(0, 2)),
-        num_experts_per_tok=draw(st.integers(1, min(4, experts // groups * kept))),
-        n_group=groups,
-        topk_group=kept,
-        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
-        max_position_embeddings=400,
-        yarn=draw(st.sampled_from(YARNS)),
-        num_nextn_predict_layers=0,
-        fp8_block=None,
-        tie_word_embeddings=draw(st.booleans()),
-    )  # fmt: skip
-
-
-def randomized(config: Config, seed: int, dtype: str = "fp32") -> Transformer:
-    """A model of unit gain; slots filled with the plainest strategies."""
-    backend = resolve(
-        Backend(device="cpu", dtype=dtype, attention="naive", moe="loop", prefill_moe="loop"),
-        config,
-    )
-    model = build.allocate(config, backend, mtp=False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if "embed_tokens" in name:
-            noise *= config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
-        elif p.dim() == 1:
-            noise = 0.2 * noise + (0.0 if name.endswith("bias") else 1.0)
-        else:
-            noise *= p.shape[-1] ** -0.5 * (
-                0.5 if ("o_proj" in name or "down_proj" in name) else 1.0
-            )
-        p.data.copy_(noise)
-    return build.finish(model, backend)
-
-
-def runner(model: Transformer, chunk: int = 2048, **switches: Any) -> Runner:
-    """A way to run `model`, whose slots are refilled: use one runner of a model at a time."""
-    backend = resolve(
-        Backend(
-            **{"device": "cpu", "dtype": "fp32", "prefill_moe": "loop", "moe": "loop", **switches}
-        ),
-        model.config,
-    )
-    return Runner(build.finish(model, backend), backend, prefill_chunk=chunk)
-
-
 def both(attention: str) -> dict[str, Any]:
     return {"attention": attention, "prefill_attention": attention}
 
 
 def tied(model: Transformer, tokens: Tensor, margin: float = 1e-4) -> bool:
-    """Whether any routing decision over these tokens (B, S) is so close that rounding may turn
-    it."""
+    """Whether rounding may turn any routing decision over these tokens (B, S)."""
     least = float("inf")
 
-    def look(gate: Router, args: tuple[Tensor], _out: Any) -> None:
+    def look(gate: Router, args: tuple[Any, ...], _out: Any) -> None:
         nonlocal least
-        c = gate.config
+        e = gate.shape
         logits = args[0].float() @ gate.weight.float().T
-        scores = logits.sigmoid() if c.experts.scoring_func == "sigmoid" else logits.softmax(-1)
-        if c.experts.topk_method == "noaux_tc":
+        scores = logits.sigmoid() if e.scoring_func == "sigmoid" else logits.softmax(-1)
+        v3 = e.topk_method == "noaux_tc"
+        if v3:
             scores = scores + gate.e_score_correction_bias
-        if c.experts.topk_method != "greedy" and c.experts.topk_group < c.experts.n_group:
-            worth = (
-                scores.unflatten(-1, (c.experts.n_group, -1))
-                .topk(2 if c.experts.topk_method == "noaux_tc" else 1)
-                .values.sum(-1)
-            )
+        if e.topk_method != "greedy" and e.topk_group < e.n_group:
+            worth = scores.unflatten(-1, (e.n_group, -1)).topk(2 if v3 else 1).values.sum(-1)
             ranked = worth.sort(-1, descending=True).values
-            least = min(
-                least,
-                float(
-                    (ranked[:, c.experts.topk_group - 1] - ranked[:, c.experts.topk_group]).min()
-                ),
-            )
-            shut = worth < ranked[:, c.experts.topk_group - 1, None]
-            scores = scores.masked_fill(
-                shut.repeat_interleave(c.experts.n_routed_experts // c.experts.n_group, 1), -1e4
-            )
-        if c.experts.num_experts_per_tok < c.experts.n_routed_experts:
-            best = scores.topk(c.experts.num_experts_per_tok + 1, -1).values
+            gaps = ranked[:, e.topk_group - 1] - ranked[:, e.topk_group]
+            least = min(least, float(gaps.min()))
+            shut = worth < ranked[:, e.topk_group - 1, None]
+            of_expert = shut.repeat_interleave(e.n_routed_experts // e.n_group, 1)
+            scores = scores.masked_fill(of_expert, -1e4)
+        if e.num_experts_per_tok < e.n_routed_experts:
+            best = scores.topk(e.num_experts_per_tok + 1, -1).values
             least = min(least, float((best[:, -2] - best[:, -1]).min()))
 
     hooks = [
@@ -177,10 +94,6 @@ def tied(model: Transformer, tokens: Tensor, margin: float = 1e-4) -> bool:
     return least < margin
 
 
-def random_tokens(seed: int, rows: int, length: int, vocab: int = 31) -> Tensor:
-    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 def off(a: Tensor, b: Tensor) -> float:
     """The largest difference; NaN counts as infinite."""
     gap = float((a - b).abs().max())
@@ -190,20 +103,19 @@ def off(a: Tensor, b: Tensor) -> float:
 def drive(
     run: Runner, prompts: Sequence[Sequence[int]], more: Tensor, cache: Cache | None = None
 ) -> Tensor:
-    """Read the prompts, then feed `more` (B, N) one by one: the N + 1 next-token logits, (B, N + 1,
-    W)."""
+    """Read the prompts, then feed `more` (B, N) one by one: next-token logits, (B, N + 1, W)."""
     cache = cache or run.cache(len(prompts), max(map(len, prompts)) + more.shape[1])
     first = run.prefill([list(p) for p in prompts], cache)
     rest = [run.decode(more[:, i : i + 1], cache)[:, 0] for i in range(more.shape[1])]
     return torch.stack([first, *rest], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------ attention and cache
+# ---------------------------- attention and cache
 @few
 @given(configs(), st.integers(0, 99), st.integers(1, 14))
 def test_naive_expand_and_absorbed_agree(config: Config, seed: int, length: int) -> None:
     """Logits of a whole sequence, and those of decoding it from its middle."""
-    model, tokens = randomized(config, seed), random_tokens(seed, 2, length + 4)
+    model, tokens = unit_gain(config, seed), random_tokens(seed, 2, length + 4)
     assume(not tied(model, tokens))
     full, stepped = {}, {}
     for attention in ATTENTION:
@@ -222,7 +134,7 @@ def test_naive_expand_and_absorbed_agree(config: Config, seed: int, length: int)
 def test_decoding_is_one_full_forward(
     attention: str, config: Config, seed: int, read: int, steps: int
 ) -> None:
-    model, tokens = randomized(config, seed), random_tokens(seed, 2, read + steps)
+    model, tokens = unit_gain(config, seed), random_tokens(seed, 2, read + steps)
     assume(not tied(model, tokens))
     run = runner(model, **both(attention))
     stepped = drive(run, tokens[:, :read].tolist(), tokens[:, read:])
@@ -236,7 +148,7 @@ def test_several_tokens_a_step(
     attention: str, config: Config, seed: int, steps: int, data: st.DataObject
 ) -> None:
     """A decode step of S tokens (a draft, say) is S steps of one."""
-    model, tokens = randomized(config, seed), random_tokens(seed, 2, 3 + steps)
+    model, tokens = unit_gain(config, seed), random_tokens(seed, 2, 3 + steps)
     assume(not tied(model, tokens))
     run = runner(model, **both(attention))
     cache = run.cache(2, tokens.shape[1])
@@ -259,7 +171,7 @@ def test_chunked_prefill_is_full_prefill(
     attention: str, config: Config, seed: int, lengths: list[int], chunk: int
 ) -> None:
     """Also where rows end in different chunks, and what stands in the cache is the same."""
-    model = randomized(config, seed)
+    model = unit_gain(config, seed)
     tokens, more = (
         random_tokens(seed, len(lengths), max(lengths)),
         random_tokens(seed + 1, len(lengths), 2),
@@ -301,9 +213,8 @@ def test_chunked_prefill_is_full_prefill(
 def test_prefill_at_a_depth(
     attention: str, config: Config, seed: int, depth: int, length: int, chunk: int
 ) -> None:
-    """A prompt behind `depth` tokens that every row holds already: the same as both read at
-    once."""
-    model, tokens = randomized(config, seed), random_tokens(seed, 2, depth + length + 1)
+    """A prompt after `depth` tokens that every row holds already: the same as both at once."""
+    model, tokens = unit_gain(config, seed), random_tokens(seed, 2, depth + length + 1)
     assume(not tied(model, tokens))
     run = runner(model, chunk=chunk, **both(attention))
     cache = run.cache(2, tokens.shape[1])
@@ -320,8 +231,8 @@ def test_prefill_at_a_depth(
 def test_a_ragged_batch_is_each_row_alone(
     attention: str, config: Config, seed: int, lengths: list[int]
 ) -> None:
-    """Logits of the prompt and of three steps behind it; then Engine.generate's greedy tokens."""
-    model, more = randomized(config, seed), random_tokens(seed + 1, len(lengths), 3)
+    """Logits of the prompt and of three steps after it; then Engine.generate's greedy tokens."""
+    model, more = unit_gain(config, seed), random_tokens(seed + 1, len(lengths), 3)
     prompts = [
         random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)
     ]
@@ -355,13 +266,15 @@ def test_a_ragged_batch_is_each_row_alone(
 def test_a_poisoned_cache_changes_nothing(
     attention: str, chunk: int, config: Config, seed: int, lengths: list[int], poison: float
 ) -> None:
-    """Bit for bit: whatever finite numbers lie behind the rows' lengths, before the prompt and
-    between its steps.
+    """Bit for bit, whatever finite numbers stand after the rows' lengths.
+
+    They are written before the prompt and between the steps.
 
     Finite is a condition, and cache.py's zeros meet it: a masked probability is exactly 0, and 0
     times NaN is NaN (seen with all three strategies; the test below). Real garbage is finite:
-    padding, rejected drafts, a longer row that was here before."""
-    model, more = randomized(config, seed), random_tokens(seed + 1, len(lengths), 3)
+    padding, rejected drafts, a longer row that was here before.
+    """
+    model, more = unit_gain(config, seed), random_tokens(seed + 1, len(lengths), 3)
     prompts = [
         random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)
     ]
@@ -371,10 +284,10 @@ def test_a_poisoned_cache_changes_nothing(
         cache = run.cache(len(prompts), 20)
 
         def spoil() -> None:
-            behind = torch.arange(cache.capacity) >= cache.lengths[:, None]  # (B, T)
+            unused = torch.arange(cache.capacity) >= cache.lengths[:, None]  # (B, T)
             for tensor in itertools.chain(*cache.layers):
                 if fill is not None:
-                    tensor[behind] = fill
+                    tensor[unused] = fill
 
         spoil()
         out = [run.prefill(prompts, cache)]
@@ -390,8 +303,9 @@ def test_a_poisoned_cache_changes_nothing(
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_nan_in_the_cache_is_the_limit(attention: str) -> None:
     """What `Cache` says of itself: zeros at first and after reset, because hidden NaN would be
-    seen."""
-    model = randomized(shape("tiny"), 0)
+    seen.
+    """
+    model = unit_gain(TINY, 0)
     run = runner(model, **both(attention))
     cache = run.cache(1, 8)
     assert all(not bool(t.any()) for layer in cache.layers for t in layer)
@@ -404,7 +318,7 @@ def test_nan_in_the_cache_is_the_limit(attention: str) -> None:
 
 
 def test_logits_are_causal() -> None:
-    run = runner(randomized(shape("tiny"), 0))
+    run = runner(unit_gain(TINY, 0))
     tokens = random_tokens(0, 2, 12)
     before = run.logits(tokens)
     tokens[:, 7] = (tokens[:, 7] + 1) % 31
@@ -413,7 +327,7 @@ def test_logits_are_causal() -> None:
     assert float((before[:, 7:] - after[:, 7:]).abs().amax(-1).min()) > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------ rope
+# ---------------------------- rope
 @few
 @given(
     st.integers(1, 32),
@@ -425,8 +339,8 @@ def test_logits_are_causal() -> None:
 def test_rope_keeps_norms_and_sees_distances_only(
     pairs: int, seed: int, p: int, q: int, shift: int
 ) -> None:
-    c = shape("tiny").change(qk_rope_head_dim=2 * pairs)
-    frequency = rope.frequencies(c)
+    c = TINY.change(qk_rope_head_dim=2 * pairs)
+    frequency = rope.frequencies(c.attention)
     x, y = torch.randn(
         2, 1, 1, 2, 2 * pairs, generator=torch.Generator().manual_seed(seed)
     ).unbind()
@@ -447,18 +361,24 @@ def test_rope_keeps_norms_and_sees_distances_only(
     assert off(turned(x, 1), x) > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------ experts
+# ---------------------------- experts
 @st.composite
-def dispatches(draw: st.DrawFn) -> tuple[moe.Experts, Tensor, Tensor, Tensor]:
+def dispatches(draw: st.DrawFn) -> tuple[Experts, Tensor, Tensor, Tensor]:
     """Experts, tokens, their choices (distinct for a token; some experts may have none) and
-    weights."""
+    weights.
+    """
     tokens, experts, k = draw(st.integers(1, 9)), draw(st.integers(2, 9)), draw(st.integers(1, 4))
     k = min(k, experts)
-    c = shape("tiny").change(hidden_size=draw(st.sampled_from([4, 20])),
-        moe_intermediate_size=draw(st.sampled_from([4, 12])), n_routed_experts=experts,
-    )  # fmt: skip
+    c = TINY.change(
+        hidden_size=draw(st.sampled_from([4, 20])),
+        moe_intermediate_size=draw(st.sampled_from([4, 12])),
+        n_routed_experts=experts,
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    stacked = moe.Experts(c).requires_grad_(False)
+    stacked = Experts(c)
+    if draw(st.booleans()):
+        stacked.gate_proj, stacked.up_proj = join(stacked.gate_proj, stacked.up_proj)
+    stacked.requires_grad_(False)
     for p in stacked.parameters():
         p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
     reachable = draw(st.integers(k, experts))
@@ -476,18 +396,20 @@ def dispatches(draw: st.DrawFn) -> tuple[moe.Experts, Tensor, Tensor, Tensor]:
 @few
 @given(dispatches())
 def test_every_dispatch_is_the_definition(
-    drawn: tuple[moe.Experts, Tensor, Tensor, Tensor],
+    drawn: tuple[Experts, Tensor, Tensor, Tensor],
 ) -> None:
     """loop = gather = grouped = the sum over a token's choices, one at a time."""
     experts, x, indices, weights = drawn
     wanted = torch.zeros_like(x)
     for token, (chosen, w) in enumerate(zip(indices.tolist(), weights, strict=True)):
         for expert, weight in zip(chosen, w, strict=True):
-            wanted[token] += weight * (
-                experts.down_proj[expert] @ swiglu(experts.gate_up_proj[expert] @ x[token])
+            gate, up, down = (
+                matrix.dense()[expert]
+                for matrix in (experts.gate_proj, experts.up_proj, experts.down_proj)
             )
-    for name, dispatch in moe.STRATEGIES.items():
-        got = dispatch(experts, x, indices, weights)
+            wanted[token] += weight * (down @ swiglu(gate @ x[token], up @ x[token]))
+    for name, strategy in DISPATCH.items():
+        got = strategy(experts, x, indices, weights)
         assert got.dtype == x.dtype and off(got, wanted) < atol("experts fp32"), name
 
 
@@ -495,51 +417,43 @@ def test_every_dispatch_is_the_definition(
 @few
 @given(dispatches(), st.integers(0, 99))
 def test_dispatch_is_permutation_equivariant(
-    name: str, drawn: tuple[moe.Experts, Tensor, Tensor, Tensor], seed: int
+    name: str, drawn: tuple[Experts, Tensor, Tensor, Tensor], seed: int
 ) -> None:
     """Tokens in another order come out in that order; a token's choices have none; nor have the
-    experts' numbers."""
+    experts' numbers.
+    """
     experts, x, indices, weights = drawn
-    dispatch = moe.STRATEGIES[name]
+    run = DISPATCH[name]
     generator = torch.Generator().manual_seed(seed)
-    y = dispatch(experts, x, indices, weights)
+    y = run(experts, x, indices, weights)
     rows = torch.randperm(len(x), generator=generator)
-    assert off(dispatch(experts, x[rows], indices[rows], weights[rows]), y[rows]) < atol(
-        "experts fp32"
-    )
+    assert off(run(experts, x[rows], indices[rows], weights[rows]), y[rows]) < atol("experts fp32")
     choice = torch.randperm(indices.shape[1], generator=generator)
-    assert off(dispatch(experts, x, indices[:, choice], weights[:, choice]), y) < atol(
-        "experts fp32"
-    )
-    renumbered = torch.randperm(len(experts.down_proj), generator=generator)
+    assert off(run(experts, x, indices[:, choice], weights[:, choice]), y) < atol("experts fp32")
+    renumbered = torch.randperm(experts.count, generator=generator)
     for p in experts.parameters():
         p.copy_(p[renumbered])
-    assert off(dispatch(experts, x, renumbered.argsort()[indices], weights), y) < atol(
-        "experts fp32"
-    )
+    assert off(run(experts, x, renumbered.argsort()[indices], weights), y) < atol("experts fp32")
 
 
 @few
 @given(dispatches())
-def test_gather_in_cuts(drawn: tuple[moe.Experts, Tensor, Tensor, Tensor]) -> None:
+def test_gather_in_cuts(drawn: tuple[Experts, Tensor, Tensor, Tensor]) -> None:
     """Long inputs are cut so that the copied weights stay within a bound; the cuts don't show."""
-    whole = moe.gather(*drawn)
+    gather = Gather()
+    whole = gather(*drawn)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "GATHER_BYTES", 1)
-        assert off(moe.gather(*drawn), whole) < atol("experts fp32")
+        patch.setattr(dispatch, "GATHER_BYTES", 1)
+        assert off(gather(*drawn), whole) < atol("experts fp32")
 
 
-# ------------------------------------------------------------------------------------------------ router
-def gate_of(config: Config, seed: int) -> Router:
-    model = randomized(config.change(first_k_dense_replace=0), seed)
-    return next(module for module in model.modules() if isinstance(module, Router))
-
-
+# ---------------------------- router
 @few
 @given(configs(), st.integers(0, 99), st.sampled_from([-2.0, 0.0, 2.0]))
 def test_router_by_hand(config: Config, seed: int, mean: float) -> None:
     """Indices by sorting in plain Python; weights from the unbiased scores; both whatever the
-    bias's sign is."""
+    bias's sign is.
+    """
     gate, c = gate_of(config, seed), config
     if c.experts.topk_method == "noaux_tc":
         gate.e_score_correction_bias.data += mean
@@ -609,15 +523,16 @@ def test_router_stays_fp32_under_autocast(config: Config, seed: int, dtype: torc
         )
 
 
-# ------------------------------------------------------------------------------------------------ pairs of switches
+# ---------------------------- pairs of switches
 def test_all_switches_together_agree() -> None:
     """Every combination of strategies, prefill and decode, and each with bf16 autocast within its
-    own tolerance."""
-    config = shape("tiny").change(num_hidden_layers=2, vocab_size=31)
+    own tolerance.
+    """
+    config = TINY.change(num_hidden_layers=2, vocab_size=31)
     seed = next(
-        s for s in range(20) if not tied(randomized(config, s), random_tokens(s, 2, 9), 3e-4)
+        s for s in range(20) if not tied(unit_gain(config, s), random_tokens(s, 2, 9), 3e-4)
     )
-    model, tokens = randomized(config, seed), random_tokens(seed, 2, 9)
+    model, tokens = unit_gain(config, seed), random_tokens(seed, 2, 9)
     wanted = drive(runner(model, **both("naive")), tokens[:, :6].tolist(), tokens[:, 6:])
     pairs = [
         (a, b)
@@ -640,8 +555,9 @@ def test_all_switches_together_agree() -> None:
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
     """bf16 autocast: logits near fp32's, hardly any expert flipped (one choice of all for every
-    token, so none can be)."""
-    config = shape("tiny").change(
+    token, so none can be).
+    """
+    config = TINY.change(
         num_hidden_layers=2,
         vocab_size=31,
         n_routed_experts=4,
@@ -649,7 +565,7 @@ def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
         n_group=1,
         topk_group=1,
     )
-    model, tokens = randomized(config, 0), random_tokens(0, 2, 9)
+    model, tokens = unit_gain(config, 0), random_tokens(0, 2, 9)
     wanted = drive(runner(model, **both("naive")), tokens[:, :6].tolist(), tokens[:, 6:])
     run = runner(model, **both(attention), moe=experts, prefill_moe=experts, amp="bf16")
     got = drive(run, tokens[:, :6].tolist(), tokens[:, 6:])
@@ -657,29 +573,30 @@ def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
     assert got.dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------ no host sync, one compilation
+# ---------------------------- no host sync, one compilation
 @pytest.mark.parametrize("experts", ["gather", "grouped"])
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_a_decode_step_asks_for_no_value(attention: str, experts: str) -> None:
     """On tensors that have shapes but no values, every `.item()`, `.tolist()`, boolean index or
-    `nonzero` raises."""
-    run = runner(randomized(shape("tiny"), 0), **both(attention), moe=experts)
+    `nonzero` raises.
+    """
+    run = runner(unit_gain(TINY, 0), **both(attention), moe=experts)
     assert valueless_step(run).shape == (2, 1, 320)
 
 
 def test_the_loop_does_ask() -> None:
     """The same look at the strategy that reads its counts on the host: the test above can fail."""
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        valueless_step(runner(randomized(shape("tiny"), 0), moe="loop"))
+        valueless_step(runner(unit_gain(TINY, 0), moe="loop"))
 
 
 def test_a_boolean_index_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(x: Tensor, *rest: Tensor) -> Tensor:
         return x[x > 0].sum() + x
 
-    monkeypatch.setattr("r1.model.mla.rotate", wrong)
+    monkeypatch.setattr("r1.model.rope.rotate", wrong)
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        valueless_step(runner(randomized(shape("tiny"), 0), moe="gather"))
+        valueless_step(runner(unit_gain(TINY, 0), moe="gather"))
 
 
 def valueless_step(run: Runner) -> Tensor:
@@ -693,9 +610,10 @@ def valueless_step(run: Runner) -> Tensor:
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_decode_compiles_once(attention: str, experts: str, compiler: CountingBackend) -> None:
     """One graph for dense blocks and one for sparse ones, however many layers, positions and
-    lengths; and whole (fullgraph)."""
+    lengths; and whole (fullgraph).
+    """
     run = runner(
-        randomized(shape("tiny"), 0),
+        unit_gain(TINY, 0),
         **both(attention),
         moe=experts,
         prefill_moe="grouped",
@@ -717,7 +635,7 @@ def test_decode_compiles_once(attention: str, experts: str, compiler: CountingBa
 
 def test_prefill_compiles_once_for_every_length(compiler: CountingBackend) -> None:
     """A prompt's length is not known before: after the second one no other is compiled for."""
-    run = runner(randomized(shape("tiny"), 0), prefill_moe="grouped", moe="gather", compile=True)
+    run = runner(unit_gain(TINY, 0), prefill_moe="grouped", moe="gather", compile=True)
     counts = []
     for length in (5, 9, 17, 40, 33):
         run.prefill(random_tokens(0, 2, length).tolist(), run.cache(2, 60))
@@ -727,11 +645,12 @@ def test_prefill_compiles_once_for_every_length(compiler: CountingBackend) -> No
 
 def test_compile_takes_the_whole_block_or_fails(compiler: CountingBackend) -> None:
     """A graph break is an error, not a slow path: the loop over experts can't be had, and says
-    so."""
-    run = runner(randomized(shape("tiny"), 0), prefill_moe="gather", moe="gather", compile=True)
+    so.
+    """
+    run = runner(unit_gain(TINY, 0), prefill_moe="gather", moe="gather", compile=True)
     for module in run.model.modules():
-        if isinstance(module, moe.MoE):
-            module.dispatch = dict.fromkeys(module.dispatch, moe.loop)
+        if isinstance(module, MoE):
+            module.dispatch = dict.fromkeys(module.dispatch, Loop())
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
         run.logits(random_tokens(0, 1, 3))
     with pytest.raises(r1.InputError, match="compile can't hold"):
@@ -740,12 +659,13 @@ def test_compile_takes_the_whole_block_or_fails(compiler: CountingBackend) -> No
 
 def test_inductor_gives_the_same_logits() -> None:
     """The one test that really compiles: a sparse block, as prefill and as decode; two positions,
-    ragged rows."""
+    ragged rows.
+    """
     torch._dynamo.reset()
-    config = shape("tiny").change(num_hidden_layers=2, first_k_dense_replace=0)
+    config = TINY.change(num_hidden_layers=2, first_k_dense_replace=0)
     tokens = random_tokens(0, 2, 9, 320)
-    seed = next(s for s in range(20) if not tied(randomized(config, s), tokens, 3e-4))
-    model, prompts = randomized(config, seed), [tokens[0, :7].tolist(), tokens[1, :4].tolist()]
+    seed = next(s for s in range(20) if not tied(unit_gain(config, s), tokens, 3e-4))
+    model, prompts = unit_gain(config, seed), [tokens[0, :7].tolist(), tokens[1, :4].tolist()]
     wanted = drive(runner(model), prompts, tokens[:, 7:])
     got = drive(
         runner(model, moe="gather", prefill_moe="grouped", compile=True), prompts, tokens[:, 7:]

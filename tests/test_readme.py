@@ -1,16 +1,20 @@
-"""What the README says that can be checked: its tables are those of the committed results, and its
-paths exist."""
+"""The README: its tables match the committed results, its example is real, and its links work."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import card
 import make_tables
 import pytest
-from test_generate import TIMING, command
+import torch
+from command import TIMING, command
+
+from r1.switches.backend import choices
+from r1.switches.strategies import ATTENTION
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,8 +45,7 @@ def test_the_card_comes_from_the_committed_files() -> None:
 
 
 def test_the_example_is_what_is_printed() -> None:
-    """All of it: the answer on stdout, and on stderr nothing but the line of timings, which is
-    another on each machine."""
+    """The answer on stdout, and only a line of timings on stderr, which each machine changes."""
     found = re.search(
         r'python -m r1 ("What is 47.*?)\n```\n\n```\n(.*?\n)(\[.*\])\n```', TEXT, re.DOTALL
     )
@@ -61,3 +64,33 @@ def test_links_lead_somewhere() -> None:
             link.startswith("https://") or (ROOT / link).exists() or (ROOT / "r1" / link).exists()
         )
         assert found, f"README.md links to {link}"
+
+
+TOUR = ROOT / "r1" / "README.md"
+
+
+def test_what_one_adds_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tour's own attention and storage, run as they stand; they change the text's logits."""
+    monkeypatch.chdir(ROOT)
+    attention = dict(ATTENTION)
+    space: dict[str, Any] = {}
+    try:
+        for code in re.findall(r"```python\n(.*?)```", TOUR.read_text(encoding="utf-8"), re.DOTALL):
+            exec(code, space)  # ours
+        assert space["engine"].model.layers[0].mlp.down_proj.matrix.numbers.dtype == torch.int8
+        assert "windowed" in choices()["attention"]
+    finally:
+        ATTENTION.clear()
+        ATTENTION.update(attention)
+
+
+def test_the_tours_letters_have_one_meaning() -> None:
+    """Each line "Shapes: ..." of r1/ uses letters of the legend only, or words."""
+    legend = set(re.findall(r"^\| (\w) \|", TOUR.read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(legend) == 20
+    for path in (ROOT / "r1").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for shapes in re.findall(r"^Shapes: (.*?)(?:\n\n|\"\"\")", text, re.DOTALL | re.MULTILINE):
+            used = set(re.findall(r"(?:^|[,;] )([A-Za-z])(?= [a-z_=])", " ".join(shapes.split())))
+            used -= {"n", "b"}  # numbers that one file needs once
+            assert used <= legend, f"{path.relative_to(ROOT)}: {used - legend}"

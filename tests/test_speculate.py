@@ -1,9 +1,12 @@
-"""Speculation: the text is the model's own, whatever the drafter is worth; each test is shown to
-fail on a wrong turn."""
+"""Tests speculation: the text is the model's own, whatever the drafter is worth.
+
+Holds to account: r1/run/speculate.py, r1/model/mtp.py and their switches.
+
+Each test is shown to fail on a wrong turn.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -13,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from cases import ROOT
+from command import TIMING, command
 from conftest import CountingBackend
-from decoding import recorded
-from test_generate import TIMING, command
-from tiny import V3, model
+from models import FIVE_WORDS, ROOMY, V3, with_switches
+from models import drafting_engine as engine
+from recorded import recorded
 from tolerances import atol
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,46 +29,20 @@ import r1
 from r1 import Backend, InputError
 from r1.bench import arms
 from r1.model.cache import Cache
-from r1.model.config import Config
 from r1.model.shapes import shape
 from r1.run import speculate
-from r1.run.generate import Completion, Engine
-from r1.run.runner import Runner
+from r1.run.completion import Completion
+from r1.run.drafter import Drafter
+from r1.run.engine import Engine
 from r1.run.sampler import Sampler
 from r1.run.speculate import Turn, judge
-from r1.switches.backend import resolve
 from r1.switches.machine import Machine
+from r1.switches.resolve import resolve
 
-ROOMY = V3.change(max_position_embeddings=400)
-SMALL = dataclasses.replace(ROOMY, vocab_size=5)
 PROMPTS = [[3, 1, 4, 1, 3], [2], [4, 4, 0, 3, 2, 1, 0, 0, 2, 3, 1], [0, 4, 2]]
+SEED = 2
+"""With these weights every number of drafts is accepted at some time, for k = 1, 2 and 3."""
 H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10**9)
-
-
-def engine(
-    config: Config,
-    seed: int,
-    k: int = 0,
-    stops: tuple[int, ...] = (),
-    blocks: float = 0.3,
-    **switches: Any,
-) -> Engine:
-    """Random weights whose MTP layer is often right, though not always; the same for each k (0: no
-    speculation).
-
-    The blocks add little (`blocks`) to what the token itself says, in the model and in the MTP
-    layer, whose eh_proj hands the embedding on and adds some of the hidden state."""
-    asked = {"dtype": "fp32", **switches} | ({"speculate": "mtp", "draft_tokens": k} if k else {})
-    made = model(config, seed=seed, mtp=True, **asked)
-    for name, parameter in made.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
-            parameter.mul_(blocks)
-    made.embed_tokens.weight.mul_(5)  # of about 1 each, as the norms leave the drafter's
-    drafter: Any = made.mtp[0]
-    drafter.eh_proj.weight.mul_(0.3)[:, : config.hidden_size] = torch.eye(config.hidden_size)
-    drafter.enorm.weight.fill_(1.0)
-    drafter.shared_head.norm.weight.copy_(made.norm.weight)
-    return Engine(made, resolve(Backend(device="cpu", **asked), config), None, frozenset(stops))
 
 
 def greedy(
@@ -77,10 +55,14 @@ def texts(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
-# ------------------------------------------------------------------------------------------------ greedy
+def drafter_of(engine: Engine) -> Drafter:
+    assert engine.drafter is not None
+    return engine.drafter
+
+
+# ---------------------------- greedy
 def differing(k: int, seeds: range, new: int = 24, **switches: Any) -> tuple[int, Counter[int]]:
-    """How many rows differ from those without speculation; and how many turns accepted 0, 1, ...
-    drafts."""
+    """How many rows differ from plain ones, and how many turns accepted 0, 1, ... drafts."""
     different, accepted = 0, Counter[int]()
     for seed in seeds:
         wanted = texts(greedy(engine(ROOMY, seed, **switches), new))
@@ -88,8 +70,9 @@ def differing(k: int, seeds: range, new: int = 24, **switches: Any) -> tuple[int
         different += sum(
             a != b for a, b in zip(texts(greedy(speculating, new)), wanted, strict=True)
         )
-        cache = speculating.runner.cache(len(PROMPTS), 64)
-        turns = speculate.launch(speculating.runner, PROMPTS, Sampler(0.0), cache)
+        drafter = drafter_of(speculating)
+        cache = drafter.cache(len(PROMPTS), 64)
+        turns = speculate.speculate(drafter, PROMPTS, Sampler(0.0), cache)
         next(turns)
         accepted.update(count for _ in range(6) for count in next(turns)[:, -1].tolist())
     return different, accepted
@@ -129,7 +112,7 @@ def one_more(p: Tensor, q: Tensor, drafts: Tensor, *rest: Any) -> tuple[Tensor, 
 
 
 def not_a_prefix(
-    p: Tensor, q: Tensor, drafts: Tensor, coins: Tensor, *rest: Any
+    p: Tensor, q: Tensor, drafts: Tensor, uniform: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     agree = p[:, :-1].argmax(-1) == drafts
     accepted = agree.sum(dim=1)
@@ -155,31 +138,33 @@ def test_wrong_positions_change_the_text(shift: int, monkeypatch: pytest.MonkeyP
     right = Turn.__call__
 
     def wrong(
-        self: Turn, tokens: Tensor, q: Tensor, coins: Tensor, races: Tensor, cache: Cache
+        self: Turn, tokens: Tensor, q: Tensor, uniform: Tensor, exponential: Tensor, cache: Cache
     ) -> tuple[Tensor, ...]:
-        found = right(self, tokens, q, coins, races, cache)
+        outputs = right(self, tokens, q, uniform, exponential, cache)
         cache.lengths += shift
-        return found
+        return outputs
 
     monkeypatch.setattr(Turn, "__call__", wrong)
     assert differing(2, range(2))[0] > 0
 
 
 def test_a_prompt_of_several_chunks() -> None:
-    prompts = [list(map(int, torch.randint(48, (length,)))) for length in (30, 7, 17)]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(48, (n,), generator=generator).tolist() for n in (30, 7, 17)]
     wanted, speculating = engine(ROOMY, 0), engine(ROOMY, 0, 2)
     speculating.runner.prefill_chunk = 8
     assert texts(greedy(speculating, 12, prompts)) == texts(greedy(wanted, 12, prompts))
 
 
-# ------------------------------------------------------------------------------------------------ stops and limits
+# ---------------------------- stops and limits
 def test_a_stop_within_an_accepted_run() -> None:
     """The stop token is the last, wherever in a turn it came; the rows beside it go on as they
-    would have."""
-    free = texts(greedy(engine(ROOMY, 1), 24))
+    would have.
+    """
+    free = texts(greedy(engine(ROOMY, SEED), 24))
     seen = 0
     for stop in sorted({token for row in free for token in row[1:6]}):
-        plain, speculating = engine(ROOMY, 1, 0, (stop,)), engine(ROOMY, 1, 3, (stop,))
+        plain, speculating = engine(ROOMY, SEED, 0, (stop,)), engine(ROOMY, SEED, 3, (stop,))
         steps: list[list[int | None]] = []
         wanted, found = greedy(plain, 24), greedy(speculating, 24, on_tokens=steps.append)
         assert [(c.tokens, c.finish) for c in found] == [(c.tokens, c.finish) for c in wanted]
@@ -197,20 +182,22 @@ def test_a_stop_within_an_accepted_run() -> None:
 
 @pytest.mark.parametrize("new", [1, 2, 3, 4, 5, 9])
 def test_the_limit_cuts_an_accepted_run(new: int) -> None:
-    found = greedy(engine(ROOMY, 1, 3), new)
-    assert texts(found) == texts(greedy(engine(ROOMY, 1), new))
+    found = greedy(engine(ROOMY, SEED, 3), new)
+    assert texts(found) == texts(greedy(engine(ROOMY, SEED), new))
     assert all(len(c.tokens) == new and c.finish == "length" for c in found)
 
 
 def test_a_row_that_is_done_stays_in_the_cache() -> None:
     """Capacity is what the slowest row needs: one that accepts all its drafts would pass the end
-    several times over."""
+    several times over.
+    """
     for k in (1, 3):
-        speculating = engine(ROOMY, 1, k)
+        speculating = engine(ROOMY, SEED, k)
         new = 128 - k - len(PROMPTS[2])
-        cache = speculating.runner.cache(4, new + len(PROMPTS[2]))
+        drafter = drafter_of(speculating)
+        cache = drafter.cache(4, new + len(PROMPTS[2]))
         assert cache.capacity == 128
-        turns = speculate.launch(speculating.runner, PROMPTS, Sampler(0.0), cache, assumed=0.9)
+        turns = speculate.speculate(drafter, PROMPTS, Sampler(0.0), cache, assumed=0.9)
         for _ in range(128):
             next(turns)
         assert cache.lengths.tolist() == [128 - k - 1] * 4
@@ -218,38 +205,41 @@ def test_a_row_that_is_done_stays_in_the_cache() -> None:
 
 def test_the_last_drafts_have_room() -> None:
     """Text that fills a cache of 128 to the end: what the last turn drafts must not cost it a
-    token."""
+    token.
+    """
     prompts = torch.randint(48, (8, 120), generator=torch.Generator().manual_seed(0)).tolist()
-    found, wanted = (texts(greedy(engine(ROOMY, 1, k, blocks=1.0), 8, prompts)) for k in (3, 0))
+    found, wanted = (texts(greedy(engine(ROOMY, SEED, k, blocks=1.0), 8, prompts)) for k in (3, 0))
     assert found == wanted
 
 
 def test_the_context_is_the_limit() -> None:
     short = V3.change(max_position_embeddings=20)
-    found = greedy(engine(short, 1, 2), 100)
-    assert texts(found) == texts(greedy(engine(short, 1), 100)) and {
+    found = greedy(engine(short, SEED, 2), 100)
+    assert texts(found) == texts(greedy(engine(short, SEED), 100)) and {
         len(c.tokens) for c in found
     } == {9}
 
 
 def test_what_is_reported() -> None:
-    done = greedy(engine(ROOMY, 1, 2), 24)
+    done = greedy(engine(ROOMY, SEED, 2), 24)
     for c in done:
         assert c.drafted == 2 * c.steps and 0 <= c.acceptance <= 1
         assert 0 <= c.steps + c.accepted + 1 - len(c.tokens) <= 2  # the last turn may have been cut
         assert c.tokens_per_step == pytest.approx(23 / c.steps) and 1 <= c.tokens_per_step <= 3
     assert sum(c.accepted for c in done) > 0
-    plain = greedy(engine(ROOMY, 1), 24)
+    plain = greedy(engine(ROOMY, SEED), 24)
     assert {(c.steps, c.drafted, c.accepted, c.acceptance, c.tokens_per_step) for c in plain} == {
         (23, 0, 0, 0.0, 1.0)
     }
-    assert {c.tokens_per_step for c in greedy(engine(ROOMY, 1), 1)} == {0.0}
+    assert {c.tokens_per_step for c in greedy(engine(ROOMY, SEED), 1)} == {0.0}
 
 
-# ------------------------------------------------------------------------------------------------ caches
+# ---------------------------- caches
 def clean_run(network: Any, text: Tensor, layers: list[Any], k: int) -> list[int]:
-    """Fill `layers` by whole forwards over text (1, S), without what speculate.py does; returns the
-    k drafts that follow it."""
+    """Fill `layers` by whole forwards over text (1, S), and return the k drafts after it.
+
+    It uses nothing of speculate.py.
+    """
     length = text.shape[1] - 1
     states = network(text[:, :-1], network.step("prefill", torch.arange(length)[None], 0), layers)
     drafts: list[int] = []
@@ -264,30 +254,32 @@ def clean_run(network: Any, text: Tensor, layers: list[Any], k: int) -> list[int
     return drafts
 
 
-def cache_errors(k: int, turns: int = 9) -> tuple[float, Counter[int]]:
-    """Run some turns; the largest difference of each row's caches, the drafter's too, from those of
-    a clean run over its text (1 where the next drafts differ), and how many turns accepted 0, 1,
-    ... drafts."""
-    speculating = engine(ROOMY, 1, k)
-    run, network = speculating.runner, speculating.model
-    cache = run.cache(len(PROMPTS), 96)
-    turn = Turn(run, Sampler(0.0))
+def cache_errors(k: int, turns: int = 9, chunk: int = 2048) -> tuple[float, Counter[int]]:
+    """Run some turns, and compare the caches with those of a clean run over each row's text.
+
+    Returns the largest difference in any layer, the drafter's too (1 where the next drafts differ),
+    and how many turns accepted 0, 1, ... drafts.
+    """
+    speculating = engine(ROOMY, SEED, k)
+    run, network, drafter = speculating.runner, speculating.model, drafter_of(speculating)
+    run.prefill_chunk = chunk
+    cache = drafter.cache(len(PROMPTS), 96)
+    turn = Turn(drafter, Sampler(0.0))
     with run.context():
-        hidden = run.read(PROMPTS, cache)
+        hidden = run.read(PROMPTS, cache, along=drafter.run)
         token = network.lm_head(hidden).argmax(-1)
     rows = [[*prompt, int(t)] for prompt, t in zip(PROMPTS, token, strict=True)]
     tokens, q = turn.begin(hidden, token, cache)
     error, counts = 0.0, Counter[int]()
     for _ in range(turns):
-        following, accepted, tokens, q = run.call(
-            (), turn, (tokens, q, *turn.chance(cache)), cache, False
-        )
+        inputs = (tokens, q, *turn.random(cache))
+        following, accepted, tokens, q = run.call((), turn, inputs, cache)
         for row, new, count in zip(rows, following.tolist(), accepted.tolist(), strict=True):
             row += new[: count + 1]
             counts[count] += 1
         for number, row in enumerate(rows):
             assert int(cache.lengths[number]) == len(row) - 1
-            clean = run.cache(1, 96)
+            clean = drafter.cache(1, 96)
             with run.context():
                 drafts = clean_run(network, torch.tensor([row]), clean.layers, k)
             error = max(error, float(tokens[number].tolist() != [row[-1], *drafts]))
@@ -304,17 +296,20 @@ def test_caches_are_a_clean_runs(k: int) -> None:
     error, counts = cache_errors(k)
     assert error < atol("algebra fp32")
     assert set(counts) == set(range(k + 1)), "every number of accepted drafts came up"
+    # The drafter reads along with every chunk of a prompt.
+    assert cache_errors(k, turns=1, chunk=4)[0] < atol("algebra fp32")
 
 
 def test_a_drafter_that_reads_wrongly_is_found() -> None:
     """Not the text but the cache, and so the acceptance, would suffer: each way to be one off
-    shows."""
-    read, draft = Runner.foresee, Turn.draft
+    shows.
+    """
+    read, draft = Drafter.run, Turn.draft
 
-    def unshifted(self: Runner, following: Tensor, *rest: Any) -> Tensor:
+    def unshifted(self: Drafter, following: Tensor, *rest: Any) -> Tensor:
         return read(self, following.roll(1, 1), *rest)
 
-    def one_state_late(self: Runner, following: Tensor, hidden: Tensor, *rest: Any) -> Tensor:
+    def one_state_late(self: Drafter, following: Tensor, hidden: Tensor, *rest: Any) -> Tensor:
         return read(self, following, hidden.roll(1, 1), *rest)
 
     def one_too_far(
@@ -325,8 +320,7 @@ def test_a_drafter_that_reads_wrongly_is_found() -> None:
     def drafts_kept(
         self: Turn, hidden: Tensor, following: Tensor, last: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        """Entries that came from the drafter's own output, or from what was refused, are not made
-        anew."""
+        """Entries of the drafter's own output, or of rejected tokens, are not made again."""
         before = [tensor.clone() for tensor in rest[1].layers[-1]]
         found = draft(self, hidden, following, last, *rest)
         first = (rest[0].positions[:, :1] + last[:, None])[
@@ -344,25 +338,28 @@ def test_a_drafter_that_reads_wrongly_is_found() -> None:
         last: Tensor,
         step: Any,
         cache: Cache,
-        races: Tensor,
+        exponential: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The drafter's second entry leaves a hole before it."""
         cache.lengths += 1
-        found = draft(self, hidden, following, last, step, cache, races)
+        drafts = draft(self, hidden, following, last, step, cache, exponential)
         cache.lengths -= 1
-        return found
+        return drafts
 
     mistakes: tuple[tuple[type, str, Callable[..., Any]], ...] = (
-        (Runner, "foresee", unshifted), (Runner, "foresee", one_state_late), (Turn, "draft",
-        one_too_far), (Turn, "draft", drafts_kept), (Turn, "draft", guesses_one_late),
-    )  # fmt: skip
+        (Drafter, "run", unshifted),
+        (Drafter, "run", one_state_late),
+        (Turn, "draft", one_too_far),
+        (Turn, "draft", drafts_kept),
+        (Turn, "draft", guesses_one_late),
+    )
     for owner, name, wrong in mistakes:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, wrong)
             assert cache_errors(2)[0] > 1000 * atol("algebra fp32"), wrong.__name__
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ---------------------------- sampling
 DRAWS, NEW = 4000, 4
 
 
@@ -380,7 +377,8 @@ def exact(plain: Engine, prompt: list[int], sampler: Sampler) -> dict[tuple[int,
 
 def surprise(found: list[Completion], wanted: dict[tuple[int, ...], float]) -> float:
     """Pearson's chi-square over all continuations as a standard normal (Wilson and Hilferty); the
-    rare ones are one cell."""
+    rare ones are one cell.
+    """
     seen = Counter(tuple(c.tokens) for c in found)
     cells, rare, rarely = [], 0.0, 0
     for tail, p in wanted.items():
@@ -399,10 +397,12 @@ def surprise(found: list[Completion], wanted: dict[tuple[int, ...], float]) -> f
 def sampled(k: int, temperature: float, top_p: float) -> tuple[float, float]:
     """How surprising what was sampled is, and the share of drafts that were accepted."""
     prompt = [3, 1, 4]
-    speculating = engine(SMALL, 5, k)
+    speculating = engine(FIVE_WORDS, 5, k)
     found = speculating.generate([prompt] * DRAWS, NEW, temperature, top_p, seed=11)
     acceptance = sum(c.accepted for c in found) / sum(c.drafted for c in found)
-    return surprise(found, exact(engine(SMALL, 5), prompt, Sampler(temperature, top_p))), acceptance
+    return surprise(
+        found, exact(engine(FIVE_WORDS, 5), prompt, Sampler(temperature, top_p))
+    ), acceptance
 
 
 @pytest.mark.parametrize(
@@ -426,13 +426,13 @@ def other_q(p: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return judge(p, softer, *rest)
 
 
-def coins_twice(
-    p: Tensor, q: Tensor, drafts: Tensor, coins: Tensor, *rest: Any
+def half_as_strict(
+    p: Tensor, q: Tensor, drafts: Tensor, uniform: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return judge(p, q, drafts, coins / 2, *rest)
+    return judge(p, q, drafts, uniform / 2, *rest)
 
 
-@pytest.mark.parametrize("wrong", [all_of_p, other_q, coins_twice])
+@pytest.mark.parametrize("wrong", [all_of_p, other_q, half_as_strict])
 def test_wrong_rules_change_the_distribution(
     wrong: Callable[..., tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,33 +441,36 @@ def test_wrong_rules_change_the_distribution(
 
 
 def test_a_seed_makes_it_again() -> None:
-    speculating = engine(ROOMY, 1, 2)
+    speculating = engine(ROOMY, SEED, 2)
     one, two, other = (texts(speculating.generate(PROMPTS, 16, seed=seed)) for seed in (1, 1, 2))
     assert one == two != other
 
 
-# ------------------------------------------------------------------------------------------------ how it is called
+# ---------------------------- how it is called
 def test_a_turn_asks_for_no_value() -> None:
     """As test_properties.py shows for a step: tensors that have shapes but no values raise at every
-    look at one."""
+    look at one.
+    """
     for temperature in (0.0, 0.7):
-        run = engine(ROOMY, 0, 2, moe="gather").runner
+        drafter = drafter_of(engine(ROOMY, 0, 2, moe="gather"))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            cache = run.cache(2, 16)
+            cache = drafter.cache(2, 16)
             cache.lengths += torch.tensor([3, 5])
-            turn = Turn(run, Sampler(temperature, seed=0))
+            turn = Turn(drafter, Sampler(temperature, seed=0))
             tokens, q = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2, 48)
-            coins, races = torch.zeros(2, 2), torch.ones(2, 3, 48)
-            following, accepted, _, _ = run.call((), turn, (tokens, q, coins, races), cache, False)
+            inputs = (tokens, q, torch.zeros(2, 2), torch.ones(2, 3, 48))
+            following, accepted, _, _ = drafter.runner.call((), turn, inputs, cache)
             assert following.shape == (2, 3) and accepted.shape == (2,)
 
 
 def test_a_turn_is_compiled_once(compiler: CountingBackend) -> None:
     """For k = 2 a dense block, a sparse one, and the drafter at S = 3 and S = 1: whole, once, and
-    never again."""
-    wanted, speculating = engine(ROOMY, 1), engine(ROOMY, 1, 2, compile=True)
-    cache = speculating.runner.cache(len(PROMPTS), 64)
-    turns = speculate.launch(speculating.runner, PROMPTS, Sampler(0.0), cache)
+    never again.
+    """
+    wanted, speculating = engine(ROOMY, SEED), engine(ROOMY, SEED, 2, compile=True)
+    drafter = drafter_of(speculating)
+    cache = drafter.cache(len(PROMPTS), 64)
+    turns = speculate.speculate(drafter, PROMPTS, Sampler(0.0), cache)
     next(turns)
     before = compiler.graphs
     for _ in range(12):
@@ -482,18 +485,19 @@ def test_a_turn_repeated_at_its_addresses(
     temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a CUDA graph does: what was yielded isn't overwritten by later turns, and chance isn't
-    frozen into the capture."""
+    frozen into the capture.
+    """
     made = recorded(monkeypatch)
-    plain = engine(ROOMY, 1, 2).runner
-    captured = Runner(plain.model, dataclasses.replace(plain.backend, cuda_graphs=True))
+    plain = engine(ROOMY, SEED, 2).runner
+    captured = with_switches(plain, cuda_graphs=True)
     found = []
     for run in (plain, captured):
-        cache = run.cache(3, 60)
+        drafter = Drafter(run)
+        cache = drafter.cache(3, 60)
         assert cache.rows == (4 if run is captured else 3)
         sampler = Sampler(temperature, 0.95, seed=3)
-        found.append(
-            list(itertools.islice(speculate.launch(run, [[7, 8]] * 3, sampler, cache), 20))
-        )
+        turns = speculate.speculate(drafter, [[7, 8]] * 3, sampler, cache)
+        found.append(list(itertools.islice(turns, 20)))
     assert len(made) == 1
     if temperature == 0:
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -508,50 +512,49 @@ def test_a_turn_repeated_at_its_addresses(
 
 def test_rows_beyond_the_prompts() -> None:
     """A cache for a CUDA graph has more rows than there are prompts: they run along, finite, and
-    change nothing."""
-    speculating = engine(ROOMY, 1, 2)
-    cache = Cache(
-        ROOMY, 8, 128, device=torch.device("cpu"), dtype=torch.float32, full=False, layers=3
-    )
+    change nothing.
+    """
+    drafter = drafter_of(engine(ROOMY, SEED, 2))
+    cache = drafter.cache(8, 126)
+    assert (cache.rows, cache.capacity) == (8, 128)
     rows: list[list[int]] = [[] for _ in PROMPTS]
-    for step in itertools.islice(
-        speculate.launch(speculating.runner, PROMPTS, Sampler(0.0), cache), 12
-    ):
+    turns = speculate.speculate(drafter, PROMPTS, Sampler(0.0), cache)
+    for step in itertools.islice(turns, 12):
         assert step.shape == (4, 4)
         for row, (*tokens, accepted) in zip(rows, step.tolist(), strict=True):
             row += tokens[: accepted + 1]
-    wanted = texts(greedy(engine(ROOMY, 1), 12))
+    wanted = texts(greedy(engine(ROOMY, SEED), 12))
     assert [row[:12] for row in rows] == wanted
-    _, q = Turn(speculating.runner, Sampler(1.0)).begin(
-        torch.ones(4, 32), torch.ones(4, dtype=torch.int64), cache
+    turn, hidden, token = (
+        Turn(drafter, Sampler(1.0)),
+        torch.ones(4, 32),
+        torch.ones(4, dtype=torch.int64),
     )
+    _, q = turn.begin(hidden, token, cache)
     cache.reset()
-    _, empty = Turn(speculating.runner, Sampler(1.0)).begin(
-        torch.ones(4, 32), torch.ones(4, dtype=torch.int64), cache
-    )
+    _, empty = turn.begin(hidden, token, cache)
     everything = [q, empty, *(tensor for layer in cache.layers for tensor in layer)]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in everything)
 
 
 def test_assumed_acceptance() -> None:
     """Coins decide, and the rest of the turn is as ever."""
-    run = engine(ROOMY, 1, 3).runner
+    drafter = drafter_of(engine(ROOMY, SEED, 3))
     for assumed, least, most in (
         (0.0, 0, 0),
         (1.0, 3, 3),
         (0.8, 1.85, 2.05),
     ):  # 0.8 + 0.64 + 0.512 = 1.952
-        cache = run.cache(32, 300)
+        cache = drafter.cache(32, 300)
+        sampler = Sampler(0.0, seed=0)
         turns = itertools.islice(
-            speculate.launch(run, [[1, 2]] * 32, Sampler(0.0, seed=0), cache, assumed=assumed),
-            1,
-            50,
+            speculate.speculate(drafter, [[1, 2]] * 32, sampler, cache, assumed=assumed), 1, 50
         )
         mean = float(torch.stack([step[:, -1] for step in turns]).double().mean())
         assert least <= mean <= most
 
 
-# ------------------------------------------------------------------------------------------------ the switches
+# ---------------------------- the switches
 def test_what_cannot_draft_is_refused() -> None:
     with pytest.raises(InputError, match="this model has none: use speculate=off"):
         resolve(Backend(speculate="mtp"), shape("moonlight-16b"), H100)
@@ -561,7 +564,8 @@ def test_what_cannot_draft_is_refused() -> None:
 
 def test_experts_are_chosen_for_the_tokens_of_a_turn() -> None:
     """R1 has 256 experts, 8 of them for each token: up to 8 tokens are gathered, and 2 rows of k =
-    4 have ten."""
+    4 have ten.
+    """
     for batch, k, moe in (
         (2, 1, "gather"),
         (4, 1, "gather"),
@@ -577,9 +581,11 @@ def test_experts_are_chosen_for_the_tokens_of_a_turn() -> None:
 def test_arms_keep_the_number_of_drafts_with_their_switch() -> None:
     found = arms.from_switches({"compile": True, "speculate": "mtp", "draft_tokens": 2})
     assert [a.name for a in found] == [
-        "baseline", "compile", "speculate=mtp + draft_tokens=2",
+        "baseline",
+        "compile",
+        "speculate=mtp + draft_tokens=2",
         "compile + speculate=mtp + draft_tokens=2",
-    ]  # fmt: skip
+    ]
     assert (found[2].backend.draft_tokens, found[1].backend.draft_tokens) == (2, 1)
 
 

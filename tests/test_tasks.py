@@ -1,5 +1,7 @@
-"""tools/train/tasks.py: the reasoning is right, the splits never meet, the checker lets nothing
-wrong pass."""
+"""Tests the problems of tiny-r1: right reasoning, separate splits, wrong answers are found.
+
+Holds to account: tools/train/tasks.py and the checker of r1/bench/exam.py.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,7 @@ def in_symbols(reasoning: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_statement_is_true(kind: str) -> None:
-    """Each equality that the reasoning writes, each "leaves" and each comparison; and it ends in
-    the answer."""
+    """Each equality, each "leaves" and each comparison of the reasoning. It ends in the answer."""
     rng = random.Random(0)
     equalities = 0
     for problem in problems(kind):
@@ -83,8 +84,10 @@ def test_every_statement_is_true(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["add", "sub", "mul", "expr"])
 def test_columns_are_the_digits_and_make_the_result(kind: str) -> None:
-    """The columns take the first operand's digits from the right, and their results, read
-    backwards, are the line's result."""
+    """The columns take the first operand's digits from the right.
+
+    The results of the columns, read backwards, are the result of the line.
+    """
     rng = random.Random(0)
     lines = 0
     for problem in problems(kind):
@@ -102,8 +105,7 @@ def test_columns_are_the_digits_and_make_the_result(kind: str) -> None:
 
 
 def test_text_needs_its_parentheses() -> None:
-    """What is written has the value that it is said to have, by Python's own rules of
-    precedence."""
+    """The text of an expression has its value by Python's rules of precedence."""
     for problem in problems("expr"):
         assert compute(problem.text) == problem.answer
     assert text(Operation(12, "-", Operation(7, "-", 3))) == "12 - (7 - 3)"
@@ -114,7 +116,7 @@ def test_text_needs_its_parentheses() -> None:
 
 
 def parsed(written: str) -> Expression:
-    """What `text` wrote."""
+    """The expression of a text."""
 
     def of(node: ast.expr) -> Expression:
         if isinstance(node, ast.BinOp):
@@ -131,8 +133,7 @@ def parsed(written: str) -> Expression:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_training_text_works_out_a_test_problem(kind: str) -> None:
-    """Whatever its reasoning writes between two numbers, in lines and in columns; and what
-    `worked_out` says is in there."""
+    """No expression in lines or columns is a test problem, and `worked_out` lists only such."""
     rng = random.Random(0)
     for problem in problems(kind, "train", 3000):
         reasoning = in_symbols(phrase(problem, rng).reasoning)
@@ -182,8 +183,8 @@ def test_canonical(one: str, other: str, same: bool) -> None:
 
 @pytest.mark.parametrize(
     ("expression", "fact"),
-    [("7 + 8 + 1", True), ("13 - 7 - 1", True), ("7 * 6 + 42", True), ("42 + 4", True), ("42 + 14", False), ("42 * 4", False),
-     ("100 + 4", False), ("9 * 9", True)],
+    [("7 + 8 + 1", True), ("13 - 7 - 1", True), ("7 * 6 + 42", True), ("42 + 4", True),
+     ("42 + 14", False), ("42 * 4", False), ("100 + 4", False), ("9 * 9", True)],
 )  # fmt: skip
 def test_what_columns_are_made_of_is_no_test_problem(expression: str, fact: bool) -> None:
     assert tasks.is_fact(parsed(expression)) == fact
@@ -216,8 +217,10 @@ def test_checker_accepts() -> None:
 
 
 def test_exam() -> None:
-    """Different problems, all of the test split, as many of each kind, the same at each call;
-    refused where there are too few."""
+    """An exam has different problems, all of the test split, equally many of each kind.
+
+    Each call gives the same ones. More than there are is an InputError.
+    """
     found = exam(200, seed=1)
     assert found == exam(200, seed=1) != exam(200, seed=2)
     assert len({problem.text for problem in found}) == 200

@@ -1,8 +1,10 @@
-"""The embedded checkpoint can do what its card says: it derives, it is right, its drafts are
-accepted, its experts are used.
+"""Tests that the embedded checkpoint can do what its card says.
 
-The card's figures are of 1000 problems; the 40 here tell a broken model, or a broken switch, from a
-sound one."""
+Holds to account: weights/tiny-r1, and with it r1/model, r1/run, r1/text and r1/files together.
+
+It derives, its answers are right, its drafts are accepted, and all its experts are used. The card's
+figures are of 1000 problems. The 40 here tell a broken model, or a broken switch, from a sound one.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from tasks import OPENINGS, SYMBOLS, Example, Operation, Problem, exam, phrased,
 
 import r1
 from r1 import Backend, Engine
+from r1.files.names import is_projection, places
 
 TINY = ROOT / "weights" / "tiny-r1"
 PROBLEMS = exam(40)
@@ -29,7 +32,8 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def written(engine: Engine) -> list[Pair]:
     """Greedy answers to all problems: with those under speculation, most of the seconds that this
-    file takes."""
+    file takes.
+    """
     return ask(engine, EXAMPLES)
 
 
@@ -56,7 +60,8 @@ def ask(engine: Engine, examples: Sequence[Example], think: bool = True) -> list
 )
 def test_derivation(expression: Operation, split: str, engine: Engine) -> None:
     """Every digit, carry and partial product as tasks.py works them out, whose statements
-    test_tasks.py computes one by one."""
+    test_tasks.py computes one by one.
+    """
     problem = Problem("mul" if expression.sign == "*" else "expr", expression)
     assert problem.split == split
     done = engine.chat(
@@ -78,12 +83,13 @@ def test_answers_are_right_because_of_the_reasoning(engine: Engine, written: lis
 
 def test_coarse_weights_cost_answers() -> None:
     """Accuracy can fall: with three values for a weight nothing is right. (A near miss shows in
-    parity, not in answers.)"""
+    parity, not in answers.)
+    """
     coarse = load()
-    for name, parameter in coarse.model.named_parameters():
-        if name.removesuffix(".weight").endswith("_proj"):
-            step = parameter.abs().amax(dim=-1, keepdim=True)
-            parameter.copy_((parameter / step).round() * step)
+    for name, weight in places(coarse.model).items():
+        if is_projection(name):
+            step = weight.abs().amax(dim=-1, keepdim=True)
+            weight.copy_((weight / step).round() * step)
     assert accuracy(coarse, PROBLEMS[:8], ask(coarse, EXAMPLES[:8]), think=True)["all"] < 0.5
 
 

@@ -1,10 +1,13 @@
-"""Files and numbers shared with transformers: what our writer makes loads there, what theirs makes
-loads here.
+"""Tests files and numbers with transformers: each side loads the checkpoints that the other makes.
 
-transformers is the peer, not a dependency, so CI skips this file (tests/reference holds its outputs
-for there). To run it:
+Holds to account: r1/files and r1/model.
 
-    pip install "transformers>=5.23" && python -m pytest tests/test_transformers.py
+transformers is the peer, not a dependency, so CI skips this file: tests/reference holds its outputs
+for CI. To run it:
+
+    pip install ".[peers]" && python -m pytest tests/test_transformers.py
+
+Versions before 5.15 compute other logits for V2. The MTP test needs 5.20, and is skipped with less.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import V2, V3, load, model
+from folders import load
+from models import V2, V3, model, random_tokens
 from torch import Tensor
 
 import r1
 from r1 import Backend, Config
-from r1.files import checkpoint
 from r1.files.config_json import dump_config, load_config
+from r1.files.names import places
+from r1.files.save import save
 from r1.model.mtp import MTPLayer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,25 +45,29 @@ dozen in a row), each at places of its own. So ours is as far from theirs as the
 PREFIX = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2"}
 CASES = {
     "v3": V3,
-    "v3-plain": V3.change(q_lora_rank=None, n_group=1, topk_group=1, yarn=None, norm_topk_prob=False,
-        num_nextn_predict_layers=0
+    "v3-plain": V3.change(
+        q_lora_rank=None,
+        n_group=1,
+        topk_group=1,
+        yarn=None,
+        norm_topk_prob=False,
+        num_nextn_predict_layers=0,
     ),
     "v3-tied": replace(V3, tie_word_embeddings=True, num_nextn_predict_layers=0),
     "v2": V2,
     "v2-greedy": V2.change(topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1),
-}  # fmt: skip
+}
 
 
 def tokens(config: Config, batch: int = 2, length: int = 24) -> Tensor:
     """Random ids, past YaRN's original length of 8."""
-    return torch.randint(
-        config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(5)
-    )
+    return random_tokens(5, batch, length, config.vocab_size)
 
 
 def theirs(folder: Path, dtype: torch.dtype) -> Any:
     """A folder as transformers loads it; nothing may be missing, nor surplus beside the MTP
-    layer."""
+    layer.
+    """
     name = PREFIX[load_config(folder).model_type] + "ForCausalLM"
     peer, report = getattr(transformers, name).from_pretrained(
         folder,
@@ -79,19 +88,21 @@ def their_logits(peer: Any, ids: Tensor) -> Tensor:
 
 def distance(one: Tensor, other: Tensor) -> float:
     """Of two sets of logits (B, S, W): |one - other| / |other| for each token, and of these the
-    80th percentile."""
+    80th percentile.
+    """
     return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).quantile(0.8))
 
 
-# ------------------------------------------------------------------------------------------- ours, there
+# ---------------------------- ours, there
 @pytest.mark.parametrize("case", CASES)
 def test_our_checkpoint_loads_there(case: str, tmp_path: Path) -> None:
     """A bf16 checkpoint in two shards: the same logits in fp32, and in bf16 as near as bf16 can
-    tell."""
+    tell.
+    """
     config = CASES[case]
     made = model(config, mtp=config.num_nextn_predict_layers > 0)
-    size = sum(t.nbytes for t in checkpoint.places(made).values())
-    checkpoint.save(made, tmp_path / "ours", shard_bytes=int(size * 0.7))
+    size = sum(t.nbytes for t in places(made).values())
+    save(made, tmp_path / "ours", shard_bytes=int(size * 0.7))
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) == 2
 
     ids = tokens(config)
@@ -117,11 +128,12 @@ def test_our_checkpoint_loads_there(case: str, tmp_path: Path) -> None:
     assert distance(ours["bf16"] * 1.03, peers["bf16"]) > BF16 * error
 
 
-# ------------------------------------------------------------------------------------------- theirs, here
+# ---------------------------- theirs, here
 @pytest.mark.parametrize("case", CASES)
 def test_their_checkpoint_loads_here(case: str, tmp_path: Path) -> None:
     """`save_pretrained` of a model born there (transformers 5's spelling of config.json), sharded:
-    the same logits."""
+    the same logits.
+    """
     config = CASES[case]
     spelled = dump_config(config)
     spelled.pop("architectures")
@@ -151,14 +163,15 @@ def test_their_checkpoint_loads_here(case: str, tmp_path: Path) -> None:
             r1.load(tmp_path, Backend(device="cpu", dtype="fp32"), mtp=True, quiet=True)
 
 
-# ------------------------------------------------------------------------------------------- the MTP layer
+# ---------------------------- the MTP layer
 @torch.no_grad()
 def test_mtp_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' MtpModel reads our files and takes one step: its hidden states and logits are
-    ours."""
+    ours.
+    """
     mtp = pytest.importorskip("transformers.modeling_layers")
-    if not hasattr(mtp, "MtpModel"):
-        pytest.skip("transformers before 5.23 has no MTP layer")
+    if not hasattr(getattr(mtp, "MtpModel", None), "forward_layer"):
+        pytest.skip(f"transformers {transformers.__version__} has no MTP layer to call: 5.20 has")
     from transformers.cache_utils import MtpCache
 
     # It knows MTP weights by the model's list of keys to ignore, which has R1's layer 61 only; here
@@ -168,7 +181,7 @@ def test_mtp_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "_keys_to_ignore_on_load_unexpected",
         [r"model\.layers\.2\."],
     )
-    checkpoint.save(model(V3, dtype="fp32", mtp=True), tmp_path / "ours", shard_bytes=60_000)
+    save(model(V3, dtype="fp32", mtp=True), tmp_path / "ours", shard_bytes=60_000)
     peer = theirs(tmp_path / "ours", torch.float32)
     drafter = mtp.MtpModel.from_pretrained(peer).eval()
 
@@ -182,8 +195,9 @@ def test_mtp_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     ours, report = load(tmp_path / "ours", mtp=True, dtype="fp32")
     assert [key for keys in report.skipped.values() for key in keys] == [
-        "model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight",
-    ]  # fmt: skip
+        "model.layers.2.embed_tokens.weight",
+        "model.layers.2.shared_head.head.weight",
+    ]
     own = ours(ids[:, :-1], ours.step("prefill", positions - 1, 0))
     assert float((own - hidden).abs().max()) < FP32
     step = ours.step("prefill", positions, 0)

@@ -1,5 +1,9 @@
-"""The search for launch parameters: what it takes, what it refuses, what it keeps. Times here are
-told, not measured."""
+"""Tests the search for launch parameters: what it takes, what it refuses, what it keeps.
+
+Holds to account: r1/run/tune.py and r1/kernels/launches.py.
+
+Times here are made up, not measured.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,25 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from models import TINY
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
 from r1 import InputError
-from r1.kernels import Chip, tune
+from r1.kernels import launches
 from r1.kernels.attention import AttentionLaunch
-from r1.kernels.chip import Launch
+from r1.kernels.chip import Chip, Launch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
-from r1.model.shapes import shape
-from r1.switches.backend import Backend, resolve
+from r1.run import tune
+from r1.switches.backend import Backend
 from r1.switches.machine import Machine
+from r1.switches.resolve import resolve
 
 GPU = "NVIDIA H100 80GB HBM3"
 KEY = "LinearLaunch 1 64 32 2"
@@ -120,41 +127,66 @@ def test_a_tipped_expert_is_no_error() -> None:
 
 
 def test_what_was_found_is_kept_by_gpu(cache: Path) -> None:
-    assert tune.load(GPU) == {}
+    assert launches.load(GPU) == {}
     found: dict[str, Launch] = {
         KEY: LinearLaunch(1, 4, 512, 8),
         "LatentLaunch 1 16 128 512 2": LatentLaunch(16, 64),
     }
-    tune.keep(GPU, found)
-    tune.keep("another", {})
-    assert tune.load(GPU) == found and tune.load("another") == {}
-    assert [path.name for path in cache.iterdir()] == [tune.FILE], "nothing half-written is left"
+    launches.keep(GPU, found)
+    launches.keep("another", {})
+    assert launches.load(GPU) == found and launches.load("another") == {}
+    assert [path.name for path in cache.iterdir()] == [launches.FILE], (
+        "nothing half-written is left"
+    )
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[" * 10**5,
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 0, "warps": 4}}}',
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": "a", "warps": 4}}}',
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 48, "warps": 4}}}',
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": 64}}}',
-        "{",
-        "[]",
-        '{"NVIDIA H100 80GB HBM3": {"Other 1": {}}}',
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"x": 1}}}',
-        '{"NVIDIA H100 80GB HBM3": {"LatentLaunch 1 16 128 512 2": {"rows": 16, "columns": true, "warps": 4}}}',
-        '{"NVIDIA H100 80GB HBM3": {"AttentionLaunch 1": '
-        '{"heads": 16, "keys": 16, "splits": 1, "warps": 4, "stages": 1, "apart": 1, "early": false, "sum_rows": 16, '
-        '"values": 32, "latents": 128, "sum_warps": 4, "sum_stages": 2}}}',
-    ],
-)
-def test_a_file_that_is_not_ours_is_told(cache: Path, text: str) -> None:
+LATENT = "LatentLaunch 1 16 128 512 2"
+SOUND = {"rows": 16, "columns": 64, "warps": 4}
+ATTENTION = {
+    "heads": 16,
+    "keys": 16,
+    "splits": 1,
+    "warps": 4,
+    "stages": 1,
+    "apart": 1,
+    "early": False,
+    "sum_rows": 16,
+    "values": 32,
+    "latents": 128,
+    "sum_warps": 4,
+    "sum_stages": 2,
+}
+
+
+def told(name: str, launch: Any) -> str:
+    """A file that holds one launch for this GPU."""
+    return json.dumps({GPU: {name: launch}})
+
+
+NOT_OURS = {
+    "no end": "[" * 10**5,
+    "half of one": "{",
+    "a list": "[]",
+    "an unknown kernel": told("Other 1", {}),
+    "an unknown field": told(LATENT, {"x": 1}),
+    "a field too few": told(LATENT, {"rows": 16, "columns": 64}),
+    "zero": told(LATENT, {**SOUND, "columns": 0}),
+    "a word": told(LATENT, {**SOUND, "columns": "a"}),
+    "true for a number": told(LATENT, {**SOUND, "columns": True}),
+    "1 for true": told("AttentionLaunch 1", ATTENTION),
+    "no power of two": told(LATENT, {**SOUND, "columns": 48}),
+}
+
+
+def test_a_file_that_is_not_ours_is_told(cache: Path) -> None:
     cache.mkdir()
-    (cache / tune.FILE).write_text(text)
-    with pytest.raises(InputError, match="remove it"):
-        tune.load(GPU)
-    assert (cache / tune.FILE).read_text() == text
+    for text in NOT_OURS.values():
+        (cache / launches.FILE).write_text(text)
+        with pytest.raises(InputError, match="remove it"):
+            launches.load(GPU)
+        assert (cache / launches.FILE).read_text() == text
+    (cache / launches.FILE).write_text(told(LATENT, SOUND))
+    assert launches.load(GPU)[LATENT] == LatentLaunch(**SOUND)
 
 
 def test_a_folder_that_cant_be_written_is_told(
@@ -163,30 +195,32 @@ def test_a_folder_that_cant_be_written_is_told(
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("R1_CACHE", str(tmp_path / "file" / "folder"))
     with pytest.raises(InputError, match="name another folder in R1_CACHE"):
-        tune.keep(GPU, {})
+        launches.keep(GPU, {})
     with pytest.raises(InputError):
-        tune.load(GPU)
+        launches.load(GPU)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_every_kind_survives_the_file() -> None:
     sizes = {
-        "AttentionLaunch": (8, 128, 512, 64, 4096, 2), "ExpertsLaunch": (8, 6, 64, 2048, 1408, 2),
+        "AttentionLaunch": (8, 128, 512, 64, 4096, 2),
+        "ExpertsLaunch": (8, 6, 64, 2048, 1408, 2),
         "LatentLaunch": (8, 16, 128, 512, 2),
-        "LinearLaunch": (8, 2048, 2048, 2), "RouterLaunch": (8, 64, 2048),
-    }  # fmt: skip
+        "LinearLaunch": (8, 2048, 2048, 2),
+        "RouterLaunch": (8, 64, 2048),
+    }
     found: dict[str, Launch] = {
         f"{name} {' '.join(map(str, sizes[name]))}": kind.default(sizes[name], chip())
-        for name, kind in tune.KINDS.items()
+        for name, kind in launches.KINDS.items()
     }
-    tune.keep(GPU, found)
-    assert tune.load(GPU) == found
+    launches.keep(GPU, found)
+    assert launches.load(GPU) == found
     (attention,) = (launch for launch in found.values() if isinstance(launch, AttentionLaunch))
     assert attention.heads == 64 and attention.apart, "Hopper's warp groups are kept busy"
     assert all(launch.choices.keys() <= vars(launch).keys() for launch in found.values())
-    assert json.loads(tune.path().read_text())[GPU].keys() == found.keys()
+    assert json.loads(launches.path().read_text())[GPU].keys() == found.keys()
 
 
 def test_tune_is_of_the_fused_kernels() -> None:
     with pytest.raises(InputError, match="add kernels=triton"):
-        resolve(Backend(tune=True), shape("tiny"), Machine.here())
+        resolve(Backend(tune=True), TINY, Machine.here())

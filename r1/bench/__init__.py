@@ -1,2 +1,27 @@
-"""What `bench.py` is made of: arms (what is compared), worker (one arm's process), parity (is it
-still right), roofline (../roofline.py: what the hardware allows), report (what a person reads)."""
+"""The parts of `bench.py`.
+
+In the order in which a measurement uses them:
+
+flags            the command line's arguments
+commands         choose between measuring, --show, --compare and --explain
+plan             which arms on which workloads, checked before anything is measured
+arms, ablation   the arms: settings of the switches
+workload, exam   the work that each arm does; the problems that it is asked
+measure          all arms on all workloads
+compiler_checks  Inductor's test of the CPU, once for all arms
+reference        the fp32 reference, in its own process
+session          one arm's process, as the parent sees it
+process          a child process and the pipe to it
+worker/          the commands that run in the child: build, measure, parity, profile
+parity           compare logits with the reference's
+routing, upcast  changes to a model: even routing; fp32 arithmetic on bf16 weights
+timeline         the time of each kernel, from a profiler's trace
+result           a result file: how it begins, and how paths are kept out of it
+load_result      read a result file back, and check it
+report/          answers -> rows -> tables and text
+plot/            a result as a picture
+merge            --compare: results of several machines in one table
+
+The hardware's limits come from r1/roofline.py.
+Tested in tests/test_bench.py, test_bench_plot.py, test_bench_results.py and test_exam.py.
+"""

@@ -1,8 +1,9 @@
-"""Held-out problems that come with a checkpoint: what a switch costs is seen in right answers, too.
+"""Held-out problems of a checkpoint: they show whether a switch costs right answers.
 
 A checkpoint's folder may hold exam.json, a list of `{"question": text, "answer": number, "tokens":
-length}`: `tokens` is how long prompt, reasoning and answer are when they are right, so that only
-what fits a workload's cache is asked there."""
+length}`. `tokens` is the length of the prompt, the reasoning and the right answer together. A
+problem is asked only if a workload's cache has room for it.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1.errors import InputError
-from r1.run.generate import Engine
+from r1.run.engine import Engine
 
 FILE = "exam.json"
 SLACK = 24
-"""Tokens that a right answer may take beyond the one that `tokens` was counted on: it may begin
-with another sentence."""
+"""Room for right answers that are longer than `tokens`, as they may begin with another sentence."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One problem, as exam.json has it."""
+    """One entry of exam.json."""
 
     question: str
     answer: int
@@ -38,48 +38,49 @@ def write(directory: Path, questions: Sequence[Question]) -> None:
 
 
 def load(directory: str | Path) -> list[Question]:
-    """The problems of a checkpoint, none where it has no exam.json. Raises InputError where that
-    can't be read."""
+    """The problems of a checkpoint, or none if it has no exam.json.
+
+    Raises InputError if the file can't be read.
+    """
     path = Path(directory) / FILE
     if not path.is_file():
         return []
     try:
-        found = [Question(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        questions = [Question(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} can't be read ({error}): make it with tools/train/make_exam.py, or delete it"
         ) from None
-    for number, question in enumerate(found):
+    for number, question in enumerate(questions):
         if (
             not isinstance(question.question, str)
             or type(question.answer) is not int
             or type(question.tokens) is not int
         ):
             raise InputError(
-                f"{path}: entry {number} is no question with whole numbers for its answer and tokens"
+                f"{path}: entry {number} is no question with whole numbers for its answer "
+                "and tokens"
             )
         if question.tokens < 1:
             raise InputError(
                 f"{path}: entry {number} has tokens={question.tokens}: give at least 1"
             )
-    return found
+    return questions
 
 
 def fitting(questions: Sequence[Question], tokens: int, count: int) -> list[Question]:
-    """The first `count` that a cache of so many tokens has room for."""
+    """The first `count` problems that fit a cache of `tokens` tokens a row."""
     return [question for question in questions if question.tokens + SLACK <= tokens][:count]
 
 
 def correct(answer: str, number: int) -> bool:
-    """Whether an answer (behind its reasoning) ends in the right number, and says that it is the
-    end."""
+    """Whether an answer (the text after the reasoning) ends in the right number and a full stop."""
     last = re.search(r"(?<![\d.,\-−])(-?\d{1,18})\.\s*$", answer)
     return last is not None and int(last[1]) == number
 
 
 def right(engine: Engine, written: Sequence[int], number: int, think: bool = True) -> bool:
-    """Whether the tokens that were written behind a question came to their end, and to the right
-    number."""
+    """Whether the generated tokens end with a stop token, and answer with the right number."""
     assert engine.tokenizer is not None
     return (
         bool(written)
@@ -89,14 +90,15 @@ def right(engine: Engine, written: Sequence[int], number: int, think: bool = Tru
 
 
 def accuracy(engine: Engine, questions: Sequence[Question], tokens: int, batch: int) -> float:
-    """The share that is answered rightly: greedily, `batch` at a time in a cache of `tokens` tokens
-    a row.
+    """The share of right answers: greedy, `batch` at a time, `tokens` tokens a row of the cache.
 
-    Every batch is full, the last one by questions that are asked again: an arm that compiles knows
-    this shape only."""
+    Every batch is full: a compiled arm knows only this shape. To fill the last batch, a question is
+    asked again.
+    """
     if engine.tokenizer is None:
         raise InputError(
-            "this checkpoint has an exam.json and no tokenizer, so it can't be asked: use --problems 0"
+            "this checkpoint has an exam.json and no tokenizer, so it can't be asked: "
+            "use --problems 0"
         )
     count = 0
     for start in range(0, len(questions), batch):

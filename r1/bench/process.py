@@ -1,8 +1,9 @@
-"""A process of its own for whatever is measured, and a pipe to it: commands go in, dictionaries
-come out.
+"""A child process for each thing that is measured, and a pipe to it.
 
-So nothing inherits another's allocator, caches or compiled code. Signals are the parent's to
-handle: a child is deaf to them, and ends when it is told to."""
+Commands go in, dictionaries come out. A process of its own inherits no allocator, no caches and no
+compiled code. The parent handles signals: a child ignores them, and ends when the parent tells it
+to.
+"""
 
 from __future__ import annotations
 
@@ -21,48 +22,49 @@ import torch
 
 from r1.errors import InputError
 
-Found = dict[str, Any]
-"""What a command answered; `{"refused": sentence}` where it could not, with `"crashed": True` where
-it should have."""
+Answer = dict[str, Any]
+"""The answer to a command, or `{"refused": sentence}` if the command could not run.
+
+`"crashed": True` beside it marks a defect: the command should have run."""
 
 Handler = Callable[[int, Any], object] | signal.Handlers
 
 
 class Process:
-    """A child and the pipe to it. As a context it quits at the end: a child that nobody quits
-    outlives SIGTERM."""
+    """A child and the pipe to it.
+
+    Use it as a context, so that the child quits at the end: otherwise it outlives SIGTERM.
+    """
 
     def __init__(self, target: Callable[..., None], *arguments: object) -> None:
-        """`target(pipe, *arguments)` is the child's main: it ends in `answer`."""
+        """Start the child, whose main is `target(pipe, *arguments)`. It calls `answer_commands`."""
         context = multiprocessing.get_context("spawn")
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
             target=target, args=(theirs, *arguments), daemon=True
         )
-        with signals(signal.SIG_IGN):  # from its first moment, before it has imported anything
+        with signals(signal.SIG_IGN):  # the child inherits this before it has imported anything
             self.process.start()
         theirs.close()
         self.busy = False
 
-    def ask(self, command: str, *arguments: object) -> Found:
-        """Send a command and wait for its answer. A child that died is an answer too."""
+    def ask(self, command: str, *arguments: object) -> Answer:
+        """Send a command and wait for its answer. If the child died, the answer says so."""
         try:
-            if (
-                self.busy
-            ):  # an interrupt came between a question and its answer: that one is nobody's
+            if self.busy:  # an interrupt came before the last answer: discard that answer
                 self.pipe.recv()
             self.busy = True
             self.pipe.send((command, *arguments))
-            found: Found = self.pipe.recv()
+            answer: Answer = self.pipe.recv()
             self.busy = False
-            return found
+            return answer
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
-            said = (
+            refused = (
                 f"its process ended with status {self.process.exitcode} (its own words are above)"
             )
-            return {"refused": said, "crashed": True}
+            return {"refused": refused, "crashed": True}
 
     def quit(self) -> None:
         """End the process and wait until its memory is free again."""
@@ -82,11 +84,10 @@ class Process:
         self.quit()
 
 
-def answer(pipe: Connection, commands: Mapping[str, Callable[..., Found]]) -> None:
-    """In the child: run the commands that come through the pipe until "quit"."""
-    signal.signal(
-        signal.SIGUSR1, lambda *_: sys.exit()
-    )  # the parent's word in the middle of a command
+def answer_commands(pipe: Connection, commands: Mapping[str, Callable[..., Answer]]) -> None:
+    """In the child: run the commands that come through the pipe, until "quit"."""
+    # The parent sends SIGUSR1 to end the child in the middle of a command.
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
     while (asked := pipe.recv()) != "quit":
         command, *arguments = asked
         try:
@@ -95,7 +96,7 @@ def answer(pipe: Connection, commands: Mapping[str, Callable[..., Found]]) -> No
             pipe.send({"refused": str(error)})
         except torch.OutOfMemoryError:
             pipe.send({"refused": "out of memory on the GPU: use a smaller batch, dtype or model"})
-        except Exception as error:  # a defect, ours or torch's: it is told whole
+        except Exception as error:  # a defect, of r1 or of torch: print the whole traceback
             traceback.print_exc()
             first_line = str(error).strip().partition("\n")[0]
             pipe.send(
@@ -108,7 +109,7 @@ def answer(pipe: Connection, commands: Mapping[str, Callable[..., Found]]) -> No
 
 @contextmanager
 def signals(handler: Handler) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM are `handler`'s."""
+    """Inside this context `handler` handles Ctrl-C and SIGTERM."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -118,8 +119,10 @@ def signals(handler: Handler) -> Iterator[None]:
 
 
 def interrupt_once(_number: int, _frame: object) -> None:
-    """A handler for `signals`: raises KeyboardInterrupt, and a second one doesn't disturb what is
-    kept of the first."""
+    """A handler for `signals` that raises KeyboardInterrupt.
+
+    It ignores later signals, so that they do not disturb how the first one is handled.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

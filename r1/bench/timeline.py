@@ -1,10 +1,13 @@
 """Where a decode step's time goes, kernel by kernel, from the profiler's trace.
 
-A kernel that may start before the one ahead has ended waits for it, so durations count that waiting
-and add up to more than the step. What a kernel adds is the time from the end of all that ended
-before to its own end, but for when nothing ran, which is a line of its own. These add up to the
-step: of a kernel that ran from 0 to 10, one from 4 to 13 and one from 15 to 20, the first adds 10,
-the second 3, the third 5, and for 2 nothing ran."""
+A kernel may start before the one ahead of it has ended, and then it waits. Its duration counts this
+wait, so all durations add up to more than the step. Instead, a kernel *adds* the time from the end
+of all kernels that ended before it to its own end, less the time in which nothing ran. That time is
+a line of its own. All lines add up to the step.
+
+Example: one kernel runs from 0 to 10, one from 4 to 13 and one from 15 to 20. The first adds 10,
+the second 3, the third 5, and for 2 nothing ran.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,22 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from r1.bench.report import aligned
+from r1.bench.report.aligned import aligned
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-"""The trace's categories of what a GPU does."""
+"""The trace's categories of work on a GPU."""
 IDLE = "(nothing runs)"
-"""Between two kernels; also what the host takes to launch, of which the profiler makes more."""
+"""Time between two kernels. It includes the host's launches, which the profiler slows down."""
 
 
 def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """A Chrome trace as `{"kernel", "calls", "us"}`, the costliest first: `us` is what all its
-    calls add to the step.
+    """A Chrome trace as a list of `{"kernel", "calls", "us"}`, the costliest kernel first.
 
-    A kernel that is launched with several grids is told apart by the number of its programs; IDLE
-    has no calls."""
+    `us` is the time that all calls of the kernel add to the step, in microseconds. A kernel that
+    runs on several grids has one entry for each number of programs. IDLE has 0 calls.
+    """
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("cat") in ON_GPU]
-    found: dict[str, list[float]] = defaultdict(list)
+    added: dict[str, list[float]] = defaultdict(list)
     gaps = _gaps([(e["ts"], e["ts"] + e["dur"]) for e in events])
     over = min((e["ts"] for e in events), default=0.0)
     for event in sorted(events, key=lambda e: float(e["ts"] + e["dur"])):
@@ -39,25 +42,24 @@ def parts(trace: dict[str, Any]) -> list[dict[str, Any]]:
         idle = 0.0
         while gaps and gaps[0][0] < end:
             idle += gaps.popleft()[1]
-        found[_label(event)].append(end - over - idle)
+        added[_label(event)].append(end - over - idle)
         if idle:
-            found[IDLE].append(idle)
+            added[IDLE].append(idle)
         over = end
     rows = [
-        {"kernel": name, "calls": 0 if name == IDLE else len(added), "us": sum(added)}
-        for name, added in found.items()
+        {"kernel": name, "calls": 0 if name == IDLE else len(times), "us": sum(times)}
+        for name, times in added.items()
     ]
     return sorted(rows, key=lambda row: -float(row["us"]))
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """`parts` of a trace that the profiler wrote."""
+    """`parts` of a trace file that the profiler wrote."""
     return parts(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _gaps(spans: list[tuple[float, float]]) -> deque[tuple[float, float]]:
-    """When none of these spans (start, end) runs, between the first and the last: (start, length),
-    in time's order."""
+    """The gaps between these spans (start, end), as (start, length), in order of time."""
     gaps: deque[tuple[float, float]] = deque()
     spans = sorted(spans)
     over = spans[0][1] if spans else 0.0
@@ -69,8 +71,7 @@ def _gaps(spans: list[tuple[float, float]]) -> deque[tuple[float, float]]:
 
 
 def _label(event: dict[str, Any]) -> str:
-    """`vector_kernel, 1824 programs`: the function's name without its namespaces and template
-    arguments."""
+    """A kernel's name without namespaces and template arguments: `vector_kernel, 1824 programs`."""
     name = re.sub(r"\(anonymous namespace\)::", "", event["name"])
     name = re.split(r"[<(]", name.removeprefix("void "))[0].split("::")[-1].strip()
     grid = event.get("args", {}).get("grid")
@@ -78,7 +79,7 @@ def _label(event: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]], most: int = 16) -> list[str]:
-    """`parts` as lines of Markdown; what is beyond the costliest stands together in the last."""
+    """`parts` as lines of a Markdown table: the `most` costliest, then the sum of the others."""
     whole = sum(row["us"] for row in rows)
     shown, rest = list(rows[:most]), rows[most:]
     if rest:

@@ -1,44 +1,49 @@
 """The reference for models whose fp32 weights would not fit: bf16 storage, every product in fp32.
 
-A bf16 number is an fp32 number, so the results are those of fp32 weights; one matrix at a time is
-widened."""
+A bf16 number is an fp32 number, so the results are those of fp32 weights. One matrix at a time is
+widened.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from r1.model.layers import Embedding, Linear
+from r1.model.moe import Experts
 from r1.model.transformer import Transformer
+from r1.storage.matrix import Matrix
 
 
-class UpcastLinear(nn.Module):
-    """A Linear without bias whose weight is widened at each call."""
+class Widened(Matrix):
+    """Another matrix, whose numbers come out in fp32."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, narrow: Matrix) -> None:
         super().__init__()
-        self.weight = linear.weight
+        self.narrow, self.shape = narrow, narrow.shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.float())
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.narrow.dense(dtype or torch.float32)
 
+    def matmul(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.narrow.dense(torch.float32))
 
-class UpcastEmbedding(nn.Module):
-    """An embedding whose rows come out in fp32."""
+    def one(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.narrow.one(index, dtype or torch.float32)
 
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.weight = embedding.weight
+    def pick(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self.narrow.pick(ids, dtype or torch.float32)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight).float()
+    def stored(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        return self.narrow.stored(rows)
 
 
 def upcast(model: Transformer) -> None:
-    """Swap every Linear and the embedding; the experts' `loop`, the norms and the router follow
-    their input's dtype."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, UpcastLinear(child))
-            elif isinstance(child, nn.Embedding):
-                setattr(module, name, UpcastEmbedding(child))
+    """Widen every matrix; the norms and the router follow their input's dtype."""
+    for module in model.modules():
+        if isinstance(module, (Linear, Embedding)):
+            module.matrix = Widened(module.matrix)
+        elif isinstance(module, Experts):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(module, name, Widened(getattr(module, name)))

@@ -1,1 +1,4 @@
-"""Checkpoints: config.json, safetensors, saving."""
+"""Checkpoints: config.json, safetensors, saving.
+
+Tested in tests/: test_checkpoint.py, test_bad_files.py and test_transformers.py.
+"""

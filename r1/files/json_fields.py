@@ -1,4 +1,4 @@
-"""config.json's fields, read one by one: each of the right type and size, none overlooked."""
+"""Read the fields of a config.json one by one: check their values, and refuse unknown fields."""
 
 from __future__ import annotations
 
@@ -8,41 +8,51 @@ from typing import Any
 
 from r1.errors import InputError
 
-# An unknown field is ignored (configs carry notes and training settings) unless its name speaks of
-# the arithmetic: a model with an indexer, a soft cap or a sliding window must not load without it.
+# An unknown field is refused if its name suggests that it changes the arithmetic. A model with an
+# indexer, a soft cap or a sliding window must not load as if it had none. Other unknown fields are
+# ignored, because configs contain notes and training settings.
 ARITHMETIC = re.compile(
     r"attn|attention|rope|rotary|norm|expert|moe|gate|gating|router|rout|score|scal|cap|window|"
     r"bias|head|rank|dim|size|act\b|activation|layer|topk|top_k|index|mtp|nextn|residual|quant|"
     r"hash|conv|embed|logit|group|hidden|position|hc_"
 )
+# Known fields that r1 may leave unread.
 HARMLESS = frozenset(
     """
     _attn_implementation _experts_implementation add_cross_attention architectures attention_dropout
     attn_implementation auto_map aux_loss_alpha bad_words_ids base_model_ep_plan base_model_pp_plan
-    base_model_tp_plan begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty dtype embd_pdrop encoder_no_repeat_ngram_size eos_token_id ep_size
-    experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    base_model_tp_plan begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty dtype embd_pdrop
+    encoder_no_repeat_ngram_size eos_token_id ep_size experts_implementation
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
     hidden_dropout initializer_range is_decoder is_encoder_decoder layerdrop max_length min_length
-    model_parallel_size no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id pretraining_tp remove_invalid_values
-    resid_pdrop return_dict_in_generate router_aux_loss_coef router_jitter_noise router_z_loss_coef sep_token_id
-    seq_aux task_specific_params tensor_parallel_size tie_encoder_decoder tie_word_embeddings tokenizer_class top_k
-    torch_dtype torchscript transformers_version typical_p unsloth_fixed use_bfloat16 use_cache
+    model_parallel_size no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores pad_token_id
+    pretraining_tp remove_invalid_values resid_pdrop return_dict_in_generate router_aux_loss_coef
+    router_jitter_noise router_z_loss_coef sep_token_id seq_aux task_specific_params
+    tensor_parallel_size tie_encoder_decoder tie_word_embeddings tokenizer_class top_k torch_dtype
+    torchscript transformers_version typical_p unsloth_fixed use_bfloat16 use_cache
     """.split()  # noqa: SIM905
 )
 
 
 class Fields:
-    """Reads fields one by one and remembers which, so that the rest can be judged at the end."""
+    """Reads fields one by one.
+
+    It remembers which fields were read. In the end, `unknown` checks all the others. A null field
+    counts as missing. Every method but `fail` raises InputError for an unsuitable value.
+    """
 
     def __init__(self, raw: dict[str, Any], where: str) -> None:
         """`where` names the file in error messages."""
         self.raw, self.where, self.used = raw, where, set[str]()
 
     def fail(self, field: str, problem: str) -> InputError:
+        """The error for a field, ready to be raised."""
         return InputError(f"{self.where}: {field} {problem}")
 
     def get(self, field: str, default: Any = None) -> Any:
+        """The value of a field, of any type."""
         self.used.add(field)
         value = self.raw.get(field)
         return default if value is None else value
@@ -50,8 +60,11 @@ class Fields:
     def integer(
         self, field: str, default: int | None = None, least: int = 1, most: int = 10**6
     ) -> int:
-        """A size within `most`, such that no product of three overflows torch's 64 bits, and no
-        loop over it goes on for ever."""
+        """A whole number from `least` to `most`. Without a default, the field is required.
+
+        `most` is low enough that a product of three sizes fits in torch's 64 bits, and that a loop
+        over a size ends in reasonable time.
+        """
         value = self.get(field, default)
         if value is None:
             raise self.fail(field, "is missing: it is part of the model's shape")
@@ -66,6 +79,7 @@ class Fields:
     def number(
         self, field: str, default: float | None = None, source: dict[str, Any] | None = None
     ) -> float:
+        """A finite number of at least 0, from `source` if given. Without a default: required."""
         value = self.get(field, default) if source is None else source.get(field, default)
         if value is None:
             raise self.fail(field, "is missing: it is part of the model's arithmetic")
@@ -78,34 +92,40 @@ class Fields:
         return float(value)
 
     def boolean(self, field: str, default: bool) -> bool:
+        """True or false."""
         value = self.get(field, default)
         if not isinstance(value, bool):
             raise self.fail(field, f"is {value!r}, which is neither true nor false")
         return value
 
-    def choice(self, field: str, default: str, allowed: tuple[str, ...], why: str) -> str:
+    def choice(self, field: str, default: str, allowed: tuple[str, ...], family: str) -> str:
+        """One of the values that models of `family` allow."""
         value = self.get(field, default)
         if value not in allowed:
-            raise self.fail(field, f"is {value!r}, but {why} takes {' or '.join(allowed)}")
+            raise self.fail(field, f"is {value!r}, but {family} takes {' or '.join(allowed)}")
         return value
 
     def token_ids(self, field: str) -> tuple[int, ...]:
+        """Token ids: the file gives one, a list of them, or none."""
         value = self.get(field)
         ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise self.fail(field, f"is {value!r}, which is neither a token id nor a list of them")
         return ids
 
-    def no_more(self, field: str, found: dict[str, Any], known: set[str]) -> None:
-        surplus = sorted(key for key in found if key not in known and found[key] is not None)
+    def no_more(self, field: str, entries: dict[str, Any], known: set[str]) -> None:
+        """Refuse an object that has entries other than the `known` ones."""
+        surplus = sorted(key for key in entries if key not in known and entries[key] is not None)
         if surplus:
             raise self.fail(field, f"has {', '.join(surplus)}, which r1 does not know")
 
     def unknown(self) -> None:
+        """Refuse fields that were not read and whose names suggest the arithmetic."""
         for field, value in self.raw.items():
             known = field in self.used or field in HARMLESS or field.startswith("_")
             if value and not known and ARITHMETIC.search(field):
                 raise self.fail(
                     field,
-                    f"= {str(value)[:60]} is unknown to r1, and its name says that it changes the arithmetic",
+                    f"= {str(value)[:60]} is unknown to r1, and its name says that it changes the "
+                    "arithmetic",
                 )

@@ -1,5 +1,7 @@
-"""One line on stderr that says how far a long job is. Silent where nobody watches, and for the
-first second."""
+"""Show the progress of a long job as one line on stderr.
+
+Nothing is printed if stderr is not a terminal, or during the first second.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ import time
 
 
 class Progress:
-    """Counts bytes: `with Progress("loading", total) as p: p.add(n)`."""
+    """Counts the bytes that are done: `with Progress("loading", total) as p: p.add(n)`."""
 
-    def __init__(self, what: str, total: int, quiet: bool = False) -> None:
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, job: str, total: int, quiet: bool = False) -> None:
+        """`total` is in bytes."""
+        self.job, self.total, self.done = job, total, 0
         self.start = self.shown = time.monotonic()
         self.quiet = quiet or not sys.stderr.isatty()
 
@@ -19,6 +22,7 @@ class Progress:
         return self
 
     def add(self, count: int) -> None:
+        """Count `count` more bytes, and print the line at most ten times a second."""
         self.done += count
         now = time.monotonic()
         if self.quiet or now - self.start < 1 or now - self.shown < 0.1:
@@ -28,7 +32,7 @@ class Progress:
         bar = "█" * int(24 * share) + "░" * (24 - int(24 * share))
         left = (self.total - self.done) / rate
         sizes = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
-        line = f"\r{self.what} {bar} {sizes}, {rate / 1e9:.2f} GB/s, {left:.0f} s left \x1b[K"
+        line = f"\r{self.job} {bar} {sizes}, {rate / 1e9:.2f} GB/s, {left:.0f} s left \x1b[K"
         print(line, end="", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:

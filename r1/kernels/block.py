@@ -1,19 +1,18 @@
-"""A decoder layer's decode step, fused: the same function as model.py's Block, in 8 kernels for one
-token (R1: 9).
+"""A decoder layer's decode step, fused: the function of transformer.py's Block, in a few kernels.
 
-Read it beside `Block.forward`, `MLA.forward` and `MoE.forward`: the weights are theirs, and a line
-here is what the kernels' borders make of theirs. Norms stand in front of the product that follows,
-residuals behind the one before.
+Same weights as Block; one line per kernel. Each norm is fused into the projection after it, each
+residual into the one before. Read it beside `Block.forward`, `MLA.forward` and `MoE.forward`.
+One token of a sparse layer takes 8 kernels (R1: 9), if the matrices that read the same input are
+joined (r1/storage/joined.py).
 
-The cache of a layer is a tuple of one tensor here, the latents (B, T, C + R): kernels have no use
-for full keys and values.
-
-Shapes: B batch, S sequence (new tokens of a row), N = B S, D hidden_size, H heads, C latent, R
-rope, V value dim."""
+Shapes: B rows, S new tokens of a row, N = B S tokens, D hidden_size, I intermediate_size,
+W vocab_size, H heads, R rope dim, V value dim, C latent (kv_lora_rank), Q q_lora_rank, T slots of
+the cache. A layer's cache is one tensor here, the latents (B, T, C + R).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,14 +21,18 @@ from torch import Tensor, nn
 
 from r1.kernels.attention import ATTENTION
 from r1.kernels.chip import Chip
-from r1.kernels.experts import EXPERTS, Matrices
+from r1.kernels.experts import EXPERTS
 from r1.kernels.latent import LATENT
 from r1.kernels.linear import LINEAR, linear
 from r1.kernels.router import ROUTE
+from r1.kernels.tiles import why_not
 from r1.model.cache import LayerCache
-from r1.model.layers import MLP
+from r1.model.layers import MLP, Linear
 from r1.model.moe import MoE
-from r1.model.transformer import Block, Step
+from r1.model.step import Step
+from r1.model.transformer import Block
+from r1.storage.joined import products
+from r1.storage.matrix import Matrix
 
 
 class DecodeBlock:
@@ -45,50 +48,72 @@ class DecodeBlock:
         self.linear, self.latent, self.attention = pick(LINEAR), pick(LATENT), pick(ATTENTION)
         self.route, self.experts = pick(ROUTE), pick(EXPERTS)
 
+    @staticmethod
+    def why_not(block: nn.Module) -> str | None:
+        """One sentence that says which storage the kernels can't read; None if they read all."""
+        assert isinstance(block, Block)
+        return why_not(*_matrices(block))
+
     def __call__(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """(B, S, D) -> (B, S, D); the tokens' latents are written to `cache`."""
+        """(B, S, D) -> (B, S, D). Writes the tokens' latents to `cache`."""
         flat = self.attend(x.flatten(0, 1).contiguous(), step, cache)  # (N, D)
         mlp = self.block.mlp
-        return (self.mixture(flat, mlp) if isinstance(mlp, MoE) else self.dense(flat, mlp)).view_as(
-            x
-        )
+        y = self.mixture(flat, mlp) if isinstance(mlp, MoE) else self.dense(flat, mlp)
+        return y.view_as(x)
 
     def attend(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x + attention(norm(x)), (N, D)."""
         mla, norm = self.block.self_attn, self.block.input_layernorm
-        a = self.linear(x, mla.qkv_a_proj.weight, norm=norm.weight, eps=norm.eps)
-        q, kv = a.split([mla.a_split[0], sum(mla.a_split[1:])], dim=-1)  # (N, .), (N, C + R)
-        if mla.low_rank_q:
-            q = self.linear(
-                q, mla.q_b_proj.weight, norm=mla.q_a_layernorm.weight, eps=mla.q_a_layernorm.eps
-            )
-        w_uk, w_uv = mla.up_projections()
+        low_rank = mla.shape.q_lora_rank is not None
+        q_proj = mla.q_a_proj if low_rank else mla.q_proj
+        normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
+        q, kv = products(normed, [q_proj.matrix, mla.kv_a_proj_with_mqa.matrix])  # kv (N, C + R)
+        if low_rank:
+            gain, eps = mla.q_a_layernorm.weight, mla.q_a_layernorm.eps
+            q = self.linear(q, mla.q_b_proj.matrix, norm=gain, eps=eps)  # (N, Q) -> (N, H (P + R))
+        w_uk, w_uv = mla.kv_b_proj.by_head()
         gain, eps = mla.kv_a_layernorm.weight, mla.kv_a_layernorm.eps
         q_c, q_pe = self.latent(
             q, kv, w_uk, gain, eps, step.cos, step.sin, step.positions, cache[0]
         )  # (N, H, C), (N, H, R)
         o = self.attention(q_c, q_pe, cache[0], step.positions, w_uv, mla.scale)  # (N, H, V)
-        return self.linear(o.flatten(1), mla.o_proj.weight, residual=x)
+        return self.linear(o.flatten(1), mla.o_proj.matrix, residual=x)
 
     def dense(self, x: Tensor, mlp: MLP) -> Tensor:
         """x + mlp(norm(x)), (N, D)."""
         norm = self.block.post_attention_layernorm
-        gate_up = self.linear(x, mlp.gate_up_proj.weight, norm=norm.weight, eps=norm.eps)  # (N, 2I)
-        return self.linear(gate_up, mlp.down_proj.weight, swiglu=True, residual=x)
+        normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
+        gate, up = products(normed, [mlp.gate_proj.matrix, mlp.up_proj.matrix])  # (N, I) each
+        return self.linear(gate, mlp.down_proj.matrix, up=up, residual=x)
 
     def mixture(self, x: Tensor, moe: MoE) -> Tensor:
         """x + moe(norm(x)), (N, D)."""
-        norm, shared = self.block.post_attention_layernorm, moe.shared_experts
-        h, indices, weights = self.route(moe.gate, x, norm.weight, norm.eps)
-        routed = Matrices(moe.experts.gate_up_proj, moe.experts.down_proj)
-        always = Matrices(shared.gate_up_proj.weight, shared.down_proj.weight) if shared else None
-        return self.experts(
-            h, indices, weights, routed, always, residual=x, norm=norm.weight, eps=norm.eps
-        )
+        norm = self.block.post_attention_layernorm
+        h, indices, weights = self.route(moe.gate, x, norm.weight, norm.eps, moe.draws)
+        # The residual and the shared experts are added once: in one place, in its first pass.
+        once = {"residual": x, "norm": norm.weight, "eps": norm.eps, "shared": moe.shared_experts}
+        passes: list[Tensor] = []
+        for choices in moe.experts.here(indices, weights):
+            extra = once if moe.experts.leads and not passes else {}
+            passes.append(self.experts(h, *choices, moe.experts, **extra))
+        y = passes[0] if len(passes) == 1 else torch.stack(passes).sum(dim=0)
+        return moe.experts.combine(y)
 
 
-def head(lm_head: nn.Linear, chip: Chip, x: Tensor) -> Tensor:
-    """The output head of a decode step: normed hidden states (B, S, D) -> fp32 logits (B, S, W)."""
-    return linear(chip, x.flatten(0, 1), lm_head.weight, dtype=torch.float32).view(
-        *x.shape[:-1], -1
-    )
+def _matrices(block: Block) -> Iterator[Matrix]:
+    """The matrix objects that the kernels read. (kv_b_proj gives dense views: `by_head`.)"""
+    mla, mlp = block.self_attn, block.mlp
+    layers = [mla.kv_a_proj_with_mqa, mla.o_proj]
+    layers += [mla.q_proj] if mla.shape.q_lora_rank is None else [mla.q_a_proj, mla.q_b_proj]
+    feed_forward = mlp.shared_experts if isinstance(mlp, MoE) else mlp
+    if feed_forward is not None:
+        layers += [feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj]
+    yield from (layer.matrix for layer in layers)
+    if isinstance(mlp, MoE):
+        yield from (mlp.experts.gate_proj, mlp.experts.up_proj, mlp.experts.down_proj)
+
+
+def output_head(lm_head: Linear, chip: Chip, x: Tensor) -> Tensor:
+    """The output head of a decode step: normed hidden (B, S, D) -> fp32 logits (B, S, W)."""
+    logits = linear(chip, x.flatten(0, 1), lm_head.matrix, dtype=torch.float32)
+    return logits.view(*x.shape[:-1], -1)

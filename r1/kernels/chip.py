@@ -1,6 +1,7 @@
-"""What a launch needs to know of the machine, and the one place that launches.
+"""What a launch must know of the machine, and the only place that launches kernels.
 
-Nothing here assumes NVIDIA. What only some chips have is a constant that a kernel is compiled with.
+Nothing here assumes NVIDIA. A feature that only some chips have is a constant that kernels are
+compiled with.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ Choices = dict[str, tuple[int, ...]]
 
 
 class Launch(Protocol):
-    """A kernel's launch parameters: a frozen dataclass of whole numbers. What they may be hangs on
-    the chip and the sizes."""
+    """A kernel's launch parameters: a frozen dataclass of whole numbers.
+
+    Which values are possible depends on the chip and the sizes.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -44,75 +47,71 @@ class Chip:
     shared: int
     """Bytes of shared memory that one program may have."""
     dependent_launch: bool
-    """Whether a kernel may start before the one ahead of it has ended (NVIDIA calls it programmatic
-    dependent launch), and ask for bytes that nobody waits for (prefetch.py): Hopper, and what came
-    later."""
+    """True for Hopper and later NVIDIA chips. A kernel may start before the previous one has ended
+    (programmatic dependent launch), and may prefetch into the second-level cache (prefetch.py)."""
     tuned: dict[str, Launch] = field(default_factory=dict, compare=False)
-    """By `key`: parameters that tune.py found here. What isn't in it has its default."""
+    """By `key`: parameters that a search found here. Kernels without an entry use their default."""
     asked: dict[str, tuple[type[Launch], Sizes]] = field(default_factory=dict, compare=False)
-    """By `key`: what has been launched, in its order."""
+    """By `key`: the launches so far, in their order."""
+    defaults: dict[str, Launch] = field(default_factory=dict, compare=False)
+    """By `key`: default parameters, kept because they take longer to compute than to look up."""
 
     @staticmethod
     @cache
     def of(device: torch.device) -> Chip:
-        """The chip of a device; the CPU's is that of Triton's interpreter."""
+        """The chip of a device. For the CPU, the one that Triton's interpreter imitates."""
         if device.type == "cpu":
             return Chip(processors=4, shared=2**17, dependent_launch=False)
-        found = torch.cuda.get_device_properties(device)
+        facts = torch.cuda.get_device_properties(device)
         if torch.version.hip:
-            return Chip(found.multi_processor_count, 2**16, dependent_launch=False)
-        hopper = (found.major, found.minor) >= (9, 0)
-        shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stubs
-        return Chip(found.multi_processor_count, shared, dependent_launch=hopper)
+            return Chip(facts.multi_processor_count, 2**16, dependent_launch=False)
+        hopper = (facts.major, facts.minor) >= (9, 0)
+        shared = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in stubs
+        return Chip(facts.multi_processor_count, shared, dependent_launch=hopper)
 
     def launch(self, kind: type[AnyLaunch], *sizes: int) -> AnyLaunch:
         """A kernel's launch parameters, for its sizes."""
         key = f"{kind.__name__} {' '.join(map(str, sizes))}"
         self.asked.setdefault(key, (kind, sizes))
-        return cast(AnyLaunch, self.tuned.get(key) or kind.default(sizes, self))
+        launch = self.tuned.get(key) or self.defaults.get(key)
+        if launch is None:
+            launch = self.defaults[key] = kind.default(sizes, self)
+        return cast(AnyLaunch, launch)
 
     def run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        *arguments: Any,
-        warps: int,
-        stages: int = 1,
+        self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 1,
         **constants: Any,
-    ) -> None:
-        """Launch `kernel` on `grid`; `warps` of threads a program, loops pipelined `stages`
-        deep."""
+    ) -> None:  # fmt: skip
+        """Launch `kernel` on `grid`: `warps` warps a program, loops pipelined `stages` deep."""
         early = {"launch_pdl": True} if self.dependent_launch else {}
         kernel[grid](
-            *arguments,
-            **constants,
-            PDL=self.dependent_launch,
-            num_warps=warps,
-            num_stages=stages,
-            **early,
-        )
+            *arguments, **constants, PDL=self.dependent_launch, num_warps=warps,
+            num_stages=stages, **early,
+        )  # fmt: skip
 
 
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
-    """The next kernel may be scheduled as soon as all programs of this one have come here.
+    """Let the next kernel start, as soon as all programs of this one have called it.
 
-    First of all, in kernels of small programs. Behind the wait in those that need much of a
-    processor, where programs of the next kernel that wait would stand in the way of this one's; and
-    where the next kernel reads before its own wait what is older than this one."""
+    Call it first in small kernels. Call it after the wait in large ones, or waiting successors take
+    their processors. Call it after the wait, too, where the next kernel reads before its own wait
+    something that was written before this kernel.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Behind this, all that earlier kernels wrote can be seen. Before it nothing may be written,
-    and only be read what was written ahead of an ordinary kernel, such as torch's (weights;
-    positions, see runner.py), or ahead of one whose programs all let the next start behind their
-    own wait.
+    """Wait for all earlier kernels: after this call their outputs can be read.
 
-    Each kernel must come here in every program: that is what makes the wait reach back further than
-    one kernel."""
+    Before this call a kernel may not write. It may read only (a) weights, (b) what was finished
+    before the last ordinary (non-overlapping) kernel, such as torch's, (c) outputs of a kernel
+    whose successors could only start after its own wait.
+    Every program of every kernel must call it. Only so does the wait reach back further than one
+    kernel.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -123,8 +122,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def product(a, b, sums):
-    """sums + a b, in fp32. The interpreter multiplies the bits of bf16 numbers, so it gets wider
-    ones, which is the same."""
+    """sums + a b, in fp32.
+
+    The interpreter would multiply the bits of bf16 numbers. So it gets fp32, with the same result.
+    """
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision="ieee")
@@ -136,6 +137,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def power_of_two(n: int, least: int = 1) -> int:
-    """The first power of two that is neither below n nor below `least`: Triton's tiles have such
-    sizes, tl.dot's at least 16."""
+    """The smallest power of two that is at least n and `least`.
+
+    Triton's tiles have such sizes, and tl.dot's are at least 16.
+    """
     return max(least, 1 << (n - 1).bit_length())

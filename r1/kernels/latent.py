@@ -1,7 +1,7 @@
-"""Between the projections and the attention: the latent's norm, the rotation, the cache's new
-entry, and q W_UK.
+"""Between the projections and the attention: the latent's norm, rotation, cache entry, and q W_UK.
 
-Shapes: N tokens (B rows x S), H heads, P qk_nope_head_dim, R rope, C latent, T capacity.
+Shapes: B rows, S new tokens of a row, N = B S tokens, T slots of the cache, H heads,
+P qk_nope_head_dim, R rope dim, C latent (kv_lora_rank).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from r1.kernels.chip import (
     product,
     wait_for_previous,
 )
+from r1.kernels.tiles import load_tile, matrix_of, operand
 from r1.model.rope import rotate
 
 
@@ -38,9 +39,8 @@ class LatentLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LatentLaunch:
         tokens, _heads, _nope, latent, _itemsize = sizes
-        rows = min(
-            64, power_of_two(ceil_div(tokens, 2), 16)
-        )  # twice the programs are worth reading W_UK twice
+        # Twice the programs are worth reading W_UK twice.
+        rows = min(64, power_of_two(ceil_div(tokens, 2), 16))
         return LatentLaunch(rows, min(128, power_of_two(latent, 16)))
 
     @property
@@ -52,18 +52,19 @@ def latent(
     chip: Chip, q: Tensor, kv: Tensor, w_uk: Tensor, gain: Tensor, eps: float, cos: Tensor,
     sin: Tensor, positions: Tensor, cache: Tensor, launch: LatentLaunch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q (N, H (P + R)), kv (N, C + R): the projections' outputs, not yet normed or rotated -> q_c
-    (N, H, C), q_pe (N, H, R).
+    """q (N, H (P + R)), kv (N, C + R), W_UK (H, P, C) -> absorbed q_c (N, H, C), q_pe (N, H, R).
 
+    q and kv are the projections' outputs, not yet normed or rotated; q_pe is rotated.
     Writes each token's latent to `cache` (B, T, C + R) at its place in `positions`, int64 (B, S).
-    W_UK is (H, P, C), `gain` (C,), cos and sin are rope.py's, fp32 (B, S, 1, R)."""
+    `gain` (C,) is the norm's. cos and sin are rope.py's, fp32 (B, S, 1, R).
+    """
     tokens, (heads, nope, c), rope = q.shape[0], w_uk.shape, cos.shape[-1]
     q_c, q_pe = q.new_empty(tokens, heads, c), q.new_empty(tokens, heads, rope)
     use = launch or chip.launch(LatentLaunch, tokens, heads, nope, c, q.itemsize)
     absorbing = heads * ceil_div(c, use.columns) * ceil_div(tokens, use.rows)
     chip.run(
-        latent_kernel, (absorbing + tokens, ), q, q.stride(0), kv, kv.stride(0), w_uk,
-        w_uk.stride(0), gain, eps, cos, sin, positions, positions.shape[1], cache, cache.stride(0),
+        latent_kernel, (absorbing + tokens, ), q, q.stride(0), kv, kv.stride(0), operand(w_uk),
+        gain, eps, cos, sin, positions, positions.shape[1], cache, cache.stride(0),
         cache.stride(1), cache.shape[1], q_c, q_pe, tokens, absorbing, HEADS=heads, NOPE=nope,
         ROPE=rope, LATENT=c, NOPE_PAD=power_of_two(nope, 16), ROPE_PAD=power_of_two(rope),
         LATENT_PAD=power_of_two(c), ROWS=use.rows, BLOCK_C=use.columns, warps=use.warps,
@@ -72,16 +73,9 @@ def latent(
 
 
 def latent_torch(
-    q: Tensor,
-    kv: Tensor,
-    w_uk: Tensor,
-    gain: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    cache: Tensor,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, kv: Tensor, w_uk: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor,
+    positions: Tensor, cache: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The twin."""
     heads, nope, c = w_uk.shape
     rope = cos.shape[-1]
@@ -89,9 +83,8 @@ def latent_torch(
     c_kv, k_pe = kv.split([c, rope], dim=-1)
     cos, sin = cos.flatten(0, 1)[None], sin.flatten(0, 1)[None]  # (1, N, 1, R)
     pe = rotate(torch.cat((q_pe, k_pe[:, None]), dim=1)[None], cos, sin)[0]  # (N, H + 1, R)
-    entry = torch.cat(
-        (gain * F.rms_norm(c_kv, gain.shape, eps=eps), pe[:, -1]), dim=-1
-    )  # (N, C + R)
+    normed = gain * F.rms_norm(c_kv, gain.shape, eps=eps)
+    entry = torch.cat((normed, pe[:, -1]), dim=-1)  # (N, C + R)
     rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
     cache.index_put_((rows, positions), entry.view(*positions.shape, -1))
     return torch.einsum("nhp,hpc->nhc", q_nope, w_uk), pe[:, :-1].contiguous()
@@ -102,24 +95,25 @@ LATENT = {"torch": latent_torch, "triton": latent}
 
 @triton.jit
 def latent_kernel(
-    q, q_stride, kv, kv_stride, w_uk, w_uk_head, gain, eps, cos, sin, positions, new, cache,
+    q, q_stride, kv, kv_stride, w_uk, gain, eps, cos, sin, positions, new, cache,
     cache_row, cache_slot, capacity, q_c, q_pe, tokens, absorbing, HEADS: tl.constexpr,
     NOPE: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, NOPE_PAD: tl.constexpr,
     ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Two kinds of programs in one launch: the first `absorbing` make queries, the others a token's
-    cache entry each."""
+    """Two kinds of programs in one launch: the first `absorbing` make queries, each of the others
+    writes one token's cache entry.
+    """
     let_next_start(PDL)
     program = tl.program_id(0)
     if program < absorbing:
         absorb(
-            program, q, q_stride, w_uk, w_uk_head, cos, sin, q_c, q_pe, tokens,
+            program, q, q_stride, w_uk, cos, sin, q_c, q_pe, tokens,
             HEADS, NOPE, ROPE, LATENT, NOPE_PAD, ROPE_PAD, ROWS, BLOCK_C, PDL,
         )  # fmt: skip
     else:
         token = (program - absorbing).to(tl.int64)
-        remember(
+        write(
             kv + token * kv_stride, gain, eps, cos + token * ROPE, sin + token * ROPE,
             positions + token, cache + (token // new) * cache_row, cache_slot, capacity, ROPE,
             LATENT, ROPE_PAD, LATENT_PAD, PDL,
@@ -128,24 +122,23 @@ def latent_kernel(
 
 @triton.jit
 def absorb(
-    program, q, q_stride, w_uk, w_uk_head, cos, sin, q_c, q_pe, tokens, HEADS: tl.constexpr,
+    program, q, q_stride, w_uk, cos, sin, q_c, q_pe, tokens, HEADS: tl.constexpr,
     NOPE: tl.constexpr, ROPE: tl.constexpr, LATENT: tl.constexpr, NOPE_PAD: tl.constexpr,
     ROPE_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C columns of q_nope W_UK for one head and ROWS tokens; the first block also rotates the
-    head's q_pe."""
+    """BLOCK_C columns of q_nope W_UK for one head and ROWS tokens.
+
+    A head's first block of columns also rotates its q_pe.
+    """
     blocks: tl.constexpr = (LATENT + BLOCK_C - 1) // BLOCK_C
     block, head = program % blocks, program // blocks % HEADS
     row = (program // (blocks * HEADS) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    c, p, r = (
-        block * BLOCK_C + tl.arange(0, BLOCK_C),
-        tl.arange(0, NOPE_PAD),
-        tl.arange(0, ROPE_PAD),
-    )
-    place = w_uk + head.to(tl.int64) * w_uk_head + p[:, None] * LATENT + c[None, :]
-    w = tl.load(
-        place, mask=(p < NOPE)[:, None] & (c < LATENT)[None, :], other=0.0
-    )  # before the wait: weights
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    p, r = tl.arange(0, NOPE_PAD), tl.arange(0, ROPE_PAD)
+    matrix = matrix_of(w_uk, head.to(tl.int64))
+    w_mask = (p < NOPE)[:, None] & (c < LATENT)[None, :]
+    # A weight, so it is loaded before the wait.
+    w = load_tile(matrix, p[:, None], c[None, :], 0, w_mask, w_uk.FORMAT)
     wait_for_previous(PDL)
     real = (row < tokens)[:, None]
     q += row[:, None] * q_stride + head * (NOPE + ROPE)  # (ROWS, 1)
@@ -158,25 +151,25 @@ def absorb(
         turned = pair * tl.load(cos + angle, mask=mask, other=0.0) + swapped * tl.load(
             sin + angle, mask=mask, other=0.0
         )
-        tl.store(
-            q_pe + (row[:, None] * HEADS + head) * ROPE + r[None, :],
-            turned.to(q_pe.dtype.element_ty),
-            mask=mask,
-        )
+        place = q_pe + (row[:, None] * HEADS + head) * ROPE + r[None, :]
+        tl.store(place, turned.to(q_pe.dtype.element_ty), mask=mask)
     absorbed = product(q_nope, w, tl.zeros((ROWS, BLOCK_C), tl.float32))  # (ROWS, BLOCK_C)
-    place = q_c + (row[:, None] * HEADS + head) * LATENT + c[None, :]
-    tl.store(place, absorbed.to(q_c.dtype.element_ty), mask=real & (c < LATENT)[None, :])
+    at = q_c + (row[:, None] * HEADS + head) * LATENT + c[None, :]
+    tl.store(at, absorbed.to(q_c.dtype.element_ty), mask=real & (c < LATENT)[None, :])
 
 
 @triton.jit
-def remember(
+def write(
     kv, gain, eps, cos, sin, position, row, cache_slot, capacity, ROPE: tl.constexpr,
     LATENT: tl.constexpr, ROPE_PAD: tl.constexpr, LATENT_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token's normed latent and rotated key, into its slot of the cache's row. All is read
-    first: one latency, not five."""
+    """Write one token's normed latent and rotated key to its slot of the cache's row.
+
+    All inputs are loaded first: one latency, not five.
+    """
     c, r = tl.arange(0, LATENT_PAD), tl.arange(0, ROPE_PAD)
-    gains = tl.load(gain + c, mask=c < LATENT, other=0.0).to(tl.float32)  # before the wait: weights
+    # A weight, so it is loaded before the wait.
+    gains = tl.load(gain + c, mask=c < LATENT, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     at = tl.load(position)
     x = tl.load(kv + c, mask=c < LATENT, other=0.0).to(tl.float32)
@@ -185,12 +178,9 @@ def remember(
     turned = pair * tl.load(cos + r, mask=r < ROPE, other=0.0) + swapped * tl.load(
         sin + r, mask=r < ROPE, other=0.0
     )
-    normed = (x * tl.rsqrt(tl.sum(x * x, axis=0) / LATENT + eps)).to(
-        kv.dtype.element_ty
-    )  # rounded, as layers.py does
+    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / LATENT + eps)
+    normed = normed.to(kv.dtype.element_ty).to(tl.float32)  # rounded, as layers.py does
     if at < capacity:
         slot = row + at * cache_slot
-        tl.store(
-            slot + c, (normed.to(tl.float32) * gains).to(row.dtype.element_ty), mask=c < LATENT
-        )
+        tl.store(slot + c, (normed * gains).to(row.dtype.element_ty), mask=c < LATENT)
         tl.store(slot + LATENT + r, turned.to(row.dtype.element_ty), mask=r < ROPE)

@@ -1,13 +1,12 @@
-"""A projection with what stands before and behind it: y = residual + act(x) W^T, where act is a
-norm, SwiGLU, or nothing.
+"""A projection with its neighbours: y = residual + act(x) W^T, where act is a norm, SwiGLU or none.
 
-One token is a matrix-vector product: each program has a few rows of W, and all its threads stand
-along the columns. The norm costs no pass of its own then: its factor is one number, so it is
-multiplied in at the end, when the same loop that streams the weights has also added up the squares.
-Several tokens are `tl.dot` on tiles whose rows are padded to 16, behind a small kernel that norms
-them.
+One token is a matrix-vector product. Each program has a few rows of W, and all its threads stand
+along the columns. The norm costs no pass of its own: its factor is one number, which multiplies the
+sums at the end. The loop that streams W also adds up the squares for it.
+Several tokens are `tl.dot` on tiles whose rows are padded to 16. A small kernel before it applies
+the norm or SwiGLU.
 
-Shapes: N tokens, I inputs, O outputs.
+Shapes: N tokens; out and in are W's rows and columns.
 """
 
 from __future__ import annotations
@@ -30,13 +29,17 @@ from r1.kernels.chip import (
     product,
     wait_for_previous,
 )
-from r1.model.layers import swiglu as swiglu_torch
+from r1.kernels.tiles import load_tile, matrix_of, operand
+from r1.model.layers import swiglu
+from r1.storage.matrix import Matrix
 
 
 @dataclass(frozen=True)
 class LinearLaunch:
-    """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time;
-    one row: no tl.dot."""
+    """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time.
+
+    With one row it doesn't use tl.dot.
+    """
 
     rows: int
     outputs: int
@@ -50,8 +53,8 @@ class LinearLaunch:
         if tokens == 1:
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
-        # Large tiles read x less often, which pays where x is long, as long as a fifth of the
-        # processors has work; else there must first of all be work for every one.
+        # Large tiles read x less often. That pays where x is long, as long as a fifth of the
+        # processors has work. Elsewhere every processor must have work first.
         wide = outputs >= (12 if inputs >= 4096 else 128) * chip.processors
         block = 64 if wide else 16 if outputs <= 16 * chip.processors else 32
         columns = min(256 // itemsize, power_of_two(inputs, 16))
@@ -63,88 +66,55 @@ class LinearLaunch:
         if self.rows == 1:
             return {"outputs": (1, 2, 4, 8), "inputs": (512, 1024, 2048), "warps": (2, 4, 8)}
         return {
-            "outputs": (16, 32, 64, 128),
-            "inputs": (64, 128, 256),
-            "warps": (4, 8),
+            "outputs": (16, 32, 64, 128), "inputs": (64, 128, 256), "warps": (4, 8),
             "stages": (2, 3, 4, 5, 6),
-        }
+        }  # fmt: skip
 
 
 def linear(
-    chip: Chip, x: Tensor, weight: Tensor, *, norm: Tensor | None = None, eps: float = 0.0,
-    swiglu: bool = False, residual: Tensor | None = None, dtype: torch.dtype | None = None,
+    chip: Chip, x: Tensor, weight: Matrix, *, up: Tensor | None = None, norm: Tensor | None = None,
+    eps: float = 0.0, residual: Tensor | None = None, dtype: torch.dtype | None = None,
     launch: LinearLaunch | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (N, I), or with `swiglu` (N, 2I) whose first half is the gate; W (O, I) -> (N, O) in
-    `dtype`, or x's.
+    """x (N, in), W (out, in) -> (N, out) in `dtype`, or x's. Sums are in fp32.
 
-    `norm` (I,): x is RMS-normed with this gain. `residual` (N, O) is added. Sums are in fp32.
+    With `up` (N, in) the input is SwiGLU of x, the gate, and `up`. With `norm` (in,) it is x,
+    RMS-normed with this gain. `residual` (N, out) is added.
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs, dtype=dtype)
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize)
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
-    block = {
-        "BLOCK_OUT": use.outputs,
-        "BLOCK_IN": use.inputs,
-        "warps": use.warps,
-        "stages": use.stages,
-    }
+    blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
+    up_stride = 0 if up is None else up.stride(0)
     if use.rows == 1:
         chip.run(
-            vector_kernel,
-            grid,
-            x,
-            x.stride(0),
-            weight,
-            norm,
-            eps,
-            residual,
-            y,
-            outputs,
-            INPUTS=inputs,
-            SWIGLU=swiglu,
-            **block,
-        )
+            vector_kernel, grid, x, x.stride(0), up, up_stride, operand(weight), norm, eps,
+            residual, y, outputs, INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
+        )  # fmt: skip
         return y
-    if norm is not None or swiglu:
+    if norm is not None or up is not None:
         h = x.new_empty(tokens, inputs)
         chip.run(
-            prepare_kernel, (tokens,), x, x.stride(0), norm, eps, h, INPUTS=inputs, SWIGLU=swiglu,
+            prepare_kernel, (tokens,), x, x.stride(0), up, up_stride, norm, eps, h, INPUTS=inputs,
             BLOCK=min(2048, power_of_two(inputs)), warps=8,
         )  # fmt: skip
         x = h
     chip.run(
-        tile_kernel,
-        grid,
-        x,
-        x.stride(0),
-        weight,
-        residual,
-        y,
-        tokens,
-        outputs,
-        INPUTS=inputs,
-        ROWS=use.rows,
-        **block,
-    )
+        tile_kernel, grid, x, x.stride(0), operand(weight), residual, y, tokens, outputs,
+        INPUTS=inputs, ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
+    )  # fmt: skip
     return y
 
 
 def linear_torch(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    swiglu: bool = False,
-    residual: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The twin. A `dtype` other than x's comes too late to be more exact."""
+    x: Tensor, weight: Matrix, *, up: Tensor | None = None, norm: Tensor | None = None,
+    eps: float = 0.0, residual: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """The twin. It rounds to x's dtype before it converts to `dtype`."""
     if norm is not None:
         x = norm * F.rms_norm(x, norm.shape, eps=eps)
-    y = F.linear(swiglu_torch(x) if swiglu else x, weight)
+    y = weight.matmul(x if up is None else swiglu(x, up))
     return (y if residual is None else residual + y).to(dtype or x.dtype)
 
 
@@ -152,61 +122,68 @@ LINEAR = {"torch": linear_torch, "triton": linear}
 
 
 @triton.jit
-def inputs_at(x, at, INPUTS: tl.constexpr, SWIGLU: tl.constexpr):
-    """One token's inputs `at`, in fp32: x, or with SWIGLU what its two halves make."""
+def inputs_at(x, up, at, INPUTS: tl.constexpr):
+    """The inputs `at` of one token, in fp32: x, or SwiGLU of x and `up`."""
     v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-    if SWIGLU:
-        v *= tl.sigmoid(v) * tl.load(x + INPUTS + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+    if up is not None:
+        v *= tl.sigmoid(v) * tl.load(up + at, mask=at < INPUTS, other=0.0).to(tl.float32)
     return v
 
 
 @triton.jit
 def vector_kernel(
-    x, x_stride, weight, norm, eps, residual, y, outputs, INPUTS: tl.constexpr,
-    SWIGLU: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, up, up_stride, weight, norm, eps, residual, y, outputs, INPUTS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token, BLOCK_OUT rows of W. Weights depend on no kernel, so the first are under way
-    before the wait."""
+    """One token, BLOCK_OUT rows of W.
+
+    Weights depend on no kernel, so the first tile is loaded before the wait.
+    """
     let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
-    place = weight + out.to(tl.int64)[:, None] * INPUTS + columns[None, :]  # (BLOCK_OUT, BLOCK_IN)
+    matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     real = (out < outputs)[:, None]
-    w = tl.load(place, mask=real & (columns < INPUTS)[None, :], other=0.0)
+    mask = real & (columns < INPUTS)[None, :]
+    w = load_tile(matrix, w_row, columns[None, :], 0, mask, weight.FORMAT)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
     x += row * x_stride
+    if up is not None:
+        up += row * up_stride
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
-        v = inputs_at(x, at, INPUTS, SWIGLU)
+        v = inputs_at(x, up, at, INPUTS)
         if norm is not None:
             squares += v * v
             v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
         sums += w.to(tl.float32) * v[None, :]
-        w = tl.load(
-            place + start + BLOCK_IN, mask=real & (at + BLOCK_IN < INPUTS)[None, :], other=0.0
-        )
+        inside = real & (at + BLOCK_IN < INPUTS)[None, :]
+        w = load_tile(matrix, w_row, columns[None, :], start + BLOCK_IN, inside, weight.FORMAT)
     total = tl.sum(sums, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
         total *= tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
+    place = row * outputs + out
     if residual is not None:
-        total += tl.load(residual + row * outputs + out, mask=out < outputs, other=0.0).to(
-            tl.float32
-        )
-    tl.store(y + row * outputs + out, total.to(y.dtype.element_ty), mask=out < outputs)
+        total += tl.load(residual + place, mask=out < outputs, other=0.0).to(tl.float32)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=out < outputs)
 
 
 @triton.jit
 def prepare_kernel(
-    x, x_stride, norm, eps, h, INPUTS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_stride, up, up_stride, norm, eps, h, INPUTS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr
 ):  # fmt: skip
-    """One token's SwiGLU, or norm, once for all programs of the tiles: in their loop it would stand
-    between load and tl.dot, and keep the loads of x from being under way ahead of time."""
+    """One token's SwiGLU or norm, once for all programs of `tile_kernel`.
+
+    In their loop it would stand between load and tl.dot, and x couldn't be loaded ahead of time.
+    """
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
+    if up is not None:
+        up += row * up_stride
     columns = tl.arange(0, BLOCK)
     wait_for_previous(PDL)
     let_next_start(PDL)
@@ -214,14 +191,13 @@ def prepare_kernel(
     if norm is not None:
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, INPUTS, BLOCK):
-            v = tl.load(x + start + columns, mask=start + columns < INPUTS, other=0.0).to(
-                tl.float32
-            )
+            at = start + columns
+            v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
             squares += v * v
         factor = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
     for start in range(0, INPUTS, BLOCK):
         at = start + columns
-        v = inputs_at(x, at, INPUTS, SWIGLU)
+        v = inputs_at(x, up, at, INPUTS)
         if norm is not None:
             v *= factor * tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
         tl.store(h + row * INPUTS + at, v.to(h.dtype.element_ty), mask=at < INPUTS)
@@ -232,24 +208,24 @@ def tile_kernel(
     x, x_stride, weight, residual, y, tokens, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT rows of W for ROWS tokens; the tile is y transposed, so that W's rows are the
-    product's long side."""
+    """BLOCK_OUT rows of W for ROWS tokens.
+
+    The tile is y transposed, so W's rows are the product's long side.
+    """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
+    matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     wait_for_previous(PDL)
     let_next_start(PDL)
     sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
         w_mask = (out < outputs)[:, None] & (at < INPUTS)[None, :]
-        w = tl.load(
-            weight + out.to(tl.int64)[:, None] * INPUTS + at[None, :], mask=w_mask, other=0.0
-        )
+        w = load_tile(matrix, w_row, columns[None, :], start, w_mask, weight.FORMAT)
         mask = (at < INPUTS)[:, None] & (row < tokens)[None, :]
-        v = tl.load(
-            x + row[None, :] * x_stride + at[:, None], mask=mask, other=0.0
-        )  # (BLOCK_IN, ROWS)
+        # (BLOCK_IN, ROWS)
+        v = tl.load(x + row[None, :] * x_stride + at[:, None], mask=mask, other=0.0)
         sums = product(w, v, sums)
     mask = (out < outputs)[:, None] & (row < tokens)[None, :]
     place = row[None, :] * outputs + out[:, None]

@@ -1,9 +1,9 @@
-"""A request that bytes be brought from memory into the second-level cache, where the chip takes
-such requests.
+"""Prefetch: ask the chip to bring bytes from memory into its second-level cache.
 
-No result depends on it and nobody waits for it. So a kernel may ask before it waits for the one
-ahead (chip.py), even for bytes that the one ahead may still change: when they are read, after the
-wait, they are as they should be, and near by then."""
+No result depends on it, and no program waits for it. So a kernel may prefetch before it waits for
+the previous one (chip.py), even bytes that the previous kernel may still change. The kernel reads
+them after its wait: then they are right, and near.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ CHUNK = tl.constexpr(2048)
 
 @triton.jit
 def prefetch(start, nbytes, PDL: tl.constexpr):
-    """Ask for `nbytes` (int64) from the pointer `start` on, less what isn't aligned to 16 at their
-    ends.
+    """Ask for `nbytes` (int64) from the pointer `start` on, except ends that aren't aligned to 16.
 
-    The first warp does, with Hopper's instruction; where there is none (chip.py's
-    `dependent_launch`) nobody does."""
+    The first warp asks, with Hopper's instruction. Chips without dependent launch don't prefetch.
+    """
     if PDL:
         for done in range(0, nbytes, LANES * CHUNK):
             at, size = requests(start.to(tl.int64), nbytes, done)
@@ -42,8 +41,7 @@ def prefetch(start, nbytes, PDL: tl.constexpr):
 
 @triton.jit
 def requests(address, nbytes, done):
-    """Where each thread's next request begins, int64, and how long it is, int32: what is not above
-    0 is none."""
+    """Where each thread's next request begins, int64, and its length, int32; 0 or less is none."""
     end = (address + nbytes) // 16 * 16
     at = (address + 15) // 16 * 16 + done + tl.arange(0, LANES).to(tl.int64) * CHUNK
     return at, tl.minimum(end - at, CHUNK).to(tl.int32)

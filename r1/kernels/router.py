@@ -1,5 +1,7 @@
-"""The router in one kernel: the norm and the fp32 logits, spread over the chip; then each token's
-choice, by every rule of r1/model/router.py, made by the program that finishes last.
+"""The router in one kernel: norm, fp32 logits, and each token's choice of experts.
+
+The logits are spread over the chip. The program that finishes a token's last logit makes its
+choice, by every rule of r1/model/router.py.
 
 Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token.
 """
@@ -29,8 +31,10 @@ from r1.model.router import Router
 
 @dataclass(frozen=True)
 class RouterLaunch:
-    """Each program makes the logits of `experts` experts for one token, `columns` of the hidden
-    state at a time."""
+    """Each program makes the logits of `experts` experts for one token.
+
+    It reads `columns` of the hidden state at a time.
+    """
 
     experts: int
     columns: int
@@ -40,7 +44,7 @@ class RouterLaunch:
     def default(sizes: Sizes, chip: Chip) -> RouterLaunch:
         tokens, experts, dim = sizes
         columns = min(2048, power_of_two(dim))
-        # Each program reads its token twice to norm it: where that is much, few programs.
+        # Each program reads its token twice to norm it. Where that is much, there are few programs.
         return (
             RouterLaunch(8, min(512, columns), 4)
             if tokens * experts * dim > 2**23
@@ -53,44 +57,40 @@ class RouterLaunch:
 
 
 def route(
-    chip: Chip,
-    gate: Router,
-    x: Tensor,
-    gain: Tensor,
-    eps: float,
+    chip: Chip, gate: Router, x: Tensor, gain: Tensor, eps: float, draws: Tensor | None = None,
     launch: RouterLaunch | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, D), the norm's gain (D,) -> the normed x (N, D), expert indices, int64 (N, K), and
-    their weights, fp32 (N, K)."""
-    c, (tokens, dim) = gate.config, x.shape
-    experts, chosen = c.experts.n_routed_experts, c.experts.num_experts_per_tok
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x (N, D), the norm's gain (D,) -> normed x (N, D), indices int64 (N, K), weights fp32 (N, K).
+
+    With `draws`, fp32 (any number, E), tokens choose by them as `Router.forward` says.
+    """
+    e, (tokens, dim) = gate.shape, x.shape
+    experts, chosen = e.n_routed_experts, e.num_experts_per_tok
     use = launch or chip.launch(RouterLaunch, tokens, experts, dim)
     h, logits = torch.empty_like(x), x.new_empty(tokens, experts, dtype=torch.float32)
-    indices, weights = (
-        x.new_empty(tokens, chosen, dtype=torch.int64),
-        x.new_empty(tokens, chosen, dtype=torch.float32),
-    )
-    biased, draws = (
-        c.experts.topk_method == "noaux_tc",
-        getattr(gate, "draws", None),
-    )  # r1/bench/routing.py's routers have draws
+    indices = x.new_empty(tokens, chosen, dtype=torch.int64)
+    weights = x.new_empty(tokens, chosen, dtype=torch.float32)
+    biased = e.topk_method == "noaux_tc"
     chip.run(
         route_kernel, (ceil_div(experts, use.experts), tokens), x, gain, eps, gate.weight,
         gate.e_score_correction_bias if biased else None, draws,
-        0 if draws is None else draws.shape[0], h, logits, tickets(x.device, power_of_two(tokens,
-        64)), indices, weights, c.experts.routed_scaling_factor, DIM=dim, BLOCK_E=use.experts,
-        BLOCK_D=use.columns, EXPERTS=experts, PAD=power_of_two(experts), CHOSEN=chosen,
-        CHOSEN_PAD=power_of_two(chosen), GROUPS=c.experts.n_group if c.experts.topk_method != "greedy" else 1,
-        KEPT=c.experts.topk_group, BEST=2 if biased else 1, SIGMOID=c.experts.scoring_func == "sigmoid",
-        NORMED=c.experts.norm_topk_prob, EARLY=tokens > 1, warps=use.warps,
+        0 if draws is None else draws.shape[0], h, logits,
+        tickets(x.device, power_of_two(tokens, 64)), indices, weights, e.routed_scaling_factor,
+        DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, EXPERTS=experts,
+        PAD=power_of_two(experts), CHOSEN=chosen, CHOSEN_PAD=power_of_two(chosen),
+        GROUPS=e.n_group if e.topk_method != "greedy" else 1, KEPT=e.topk_group,
+        BEST=2 if biased else 1, SIGMOID=e.scoring_func == "sigmoid", NORMED=e.norm_topk_prob,
+        EARLY=tokens > 1, warps=use.warps,
     )  # fmt: skip
     return h, indices, weights
 
 
-def route_torch(gate: Router, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def route_torch(
+    gate: Router, x: Tensor, gain: Tensor, eps: float, draws: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The twin."""
     h = gain * F.rms_norm(x, gain.shape, eps=eps)
-    return h, *gate(h)
+    return h, *gate(h, draws)
 
 
 ROUTE = {"torch": route_torch, "triton": route}
@@ -98,8 +98,11 @@ ROUTE = {"torch": route_torch, "triton": route}
 
 @cache
 def tickets(device: torch.device, tokens: int) -> Tensor:
-    """Zeros, int32 (tokens,): how many programs have finished a token's logits. The last one sets
-    it back, so one tensor serves all launches, which on one device follow one another."""
+    """Zeros, int32 (tokens,): how many programs have finished a token's logits.
+
+    The last program sets the count back to 0. So one tensor serves all launches, which follow one
+    another on a device.
+    """
     return torch.zeros(tokens, dtype=torch.int32, device=device)
 
 
@@ -111,22 +114,20 @@ def route_kernel(
     KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
     EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_E experts' logits of one token; the first program of a token also writes the normed x,
-    the last one chooses.
+    """BLOCK_E experts' logits of one token.
 
-    The norm comes first and is rounded, as layers.py does: the choice between near-tied experts
-    hangs on such bits. EARLY lets the next kernel start early. One token's shouldn't:
-    up_vector_kernel reads megabytes before its own wait, and would crowd the few bytes that the
-    choice waits for."""
+    A token's first program also writes the normed x, and its last one chooses. The norm comes first
+    and is rounded, as layers.py does: the choice between near-tied experts depends on such bits.
+    EARLY lets the next kernel start early. For one token it must not: `up_vector_kernel` reads
+    megabytes before its own wait, and would delay the few bytes that the choice waits for.
+    """
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x += token * DIM
     place = weight + expert[:, None] * DIM + d[None, :]
-    w = tl.load(
-        place, mask=(expert < EXPERTS)[:, None] & (d < DIM)[None, :], other=0.0
-    )  # before the wait: weights
-    wait_for_previous(PDL)
+    w = tl.load(place, mask=(expert < EXPERTS)[:, None] & (d < DIM)[None, :], other=0.0)
+    wait_for_previous(PDL)  # weights don't need it
     if EARLY:
         let_next_start(PDL)
     squares = tl.zeros((BLOCK_D,), tl.float32)
@@ -143,11 +144,8 @@ def route_kernel(
         if tl.program_id(0) == 0:
             tl.store(h + token * DIM + at, v, mask=at < DIM)
         sums += w * v.to(tl.float32)[None, :]
-        w = tl.load(
-            place + start + BLOCK_D,
-            mask=(expert < EXPERTS)[:, None] & (at + BLOCK_D < DIM)[None, :],
-            other=0.0,
-        )
+        mask = (expert < EXPERTS)[:, None] & (at + BLOCK_D < DIM)[None, :]
+        w = tl.load(place + start + BLOCK_D, mask=mask, other=0.0)
     logits += token * EXPERTS
     tl.store(logits + expert, tl.sum(sums, axis=1), mask=expert < EXPERTS)
     tl.debug_barrier()  # all threads' logits stand before the ticket that says so
@@ -167,8 +165,7 @@ def choose(
     CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """One token's choice. Of equals the first wins. `draws`, where there are any, choose in the
-    scores' place."""
+    """One token's choice; of equals the first wins. `draws` stand in for the scores, if given."""
     expert = tl.arange(0, PAD)
     real = expert < EXPERTS
     logit = tl.load(logits + expert, mask=real, other=float("-inf"))
@@ -182,9 +179,8 @@ def choose(
         choice = tl.load(draws + expert, mask=real, other=0.0)
     if bias is not None:
         choice += tl.load(bias + expert, mask=real, other=0.0)
-    choice = tl.where(
-        choice == choice, choice, -1e30
-    )  # of NaN too an expert there is; its weight stays NaN
+    # NaN scores still select valid experts. Their weight stays NaN.
+    choice = tl.where(choice == choice, choice, -1e30)
     choice = tl.where(real, choice, float("-inf"))
     if GROUPS > 1:
         group = expert // (EXPERTS // GROUPS)
@@ -194,15 +190,12 @@ def choose(
             members = tl.where(group == g, choice, float("-inf"))
             worth = tl.max(members, axis=0)
             if BEST == 2:
-                worth += tl.max(
-                    tl.where(expert == tl.argmax(members, axis=0), float("-inf"), members), axis=0
-                )
+                first = expert == tl.argmax(members, axis=0)
+                worth += tl.max(tl.where(first, float("-inf"), members), axis=0)
             worths = tl.where((group == g) & real, worth, worths)
         for _ in tl.static_range(KEPT):
-            winner = tl.argmax(tl.where(open_, float("-inf"), worths), axis=0) // (
-                EXPERTS // GROUPS
-            )
-            open_ = open_ | (group == winner)
+            winner = tl.argmax(tl.where(open_, float("-inf"), worths), axis=0)
+            open_ = open_ | (group == winner // (EXPERTS // GROUPS))
         choice = tl.where(open_, choice, float("-inf"))
     k = tl.arange(0, CHOSEN_PAD)
     index = tl.full((CHOSEN_PAD,), -1, tl.int32)
@@ -210,9 +203,8 @@ def choose(
         best = tl.argmax(choice, axis=0)
         index = tl.where(k == i, best, index)
         choice = tl.where(expert == best, float("-inf"), choice)
-    weight = tl.sum(
-        tl.where(index[:, None] == expert[None, :], scores[None, :], 0.0), axis=1
-    )  # (CHOSEN_PAD,)
+    is_chosen = index[:, None] == expert[None, :]
+    weight = tl.sum(tl.where(is_chosen, scores[None, :], 0.0), axis=1)  # (CHOSEN_PAD,)
     if NORMED:
         weight /= tl.sum(weight, axis=0) + 1e-20
     tl.store(indices + k, index.to(tl.int64), mask=k < CHOSEN)

@@ -1,10 +1,9 @@
-"""What every layer of a decode step needs to know, in one kernel: where its tokens stand, and the
-rotation there.
+"""The inputs that all layers of a decode step share, in one kernel: positions and rotations.
 
-The dozen small operators that make it in r1/model/transformer.py and r1/model/rope.py are nothing
+r1/model/transformer.py and r1/model/rope.py make them with a dozen small operators. That is nothing
 beside an eager step, but 1% of a captured one.
 
-Shapes: B rows, S tokens of a row, R rope.
+Shapes: B rows, S new tokens of a row, R rope dim.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from r1.model.rope import angles
 def begin_step(
     chip: Chip, lengths: Tensor, new: int, frequency: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 lengths (B,), fp32 frequency (R/2,) -> positions of `new` tokens behind each row, int64
-    (B, S); cos and sin, fp32 (B, S, 1, R), sin negative at even places: as r1/model/rope.py's
-    `angles` has them, for a rotation of pairs."""
+    """int64 lengths (B,), fp32 frequency (R/2,) -> positions of `new` tokens after each row, int64
+    (B, S), and cos and sin, fp32 (B, S, 1, R), as r1/model/rope.py's `angles` makes them.
+    """
     rows, rope = len(lengths), 2 * len(frequency)
     positions = lengths.new_empty(rows, new)
     cos, sin = frequency.new_empty(rows, new, 1, rope), frequency.new_empty(rows, new, 1, rope)
@@ -47,9 +46,11 @@ def step_kernel(
     lengths, new, frequency, factor, positions, cos, sin, ROPE: tl.constexpr, PAD: tl.constexpr,
     PDL: tl.constexpr
 ):  # fmt: skip
-    """One token. It never lets the next kernel start early: the attention reads positions before
-    its own wait, so they have to be older than any kernel that may still be running then
-    (chip.py)."""
+    """One token.
+
+    It never lets the next kernel start early. The attention reads positions before its own wait, so
+    they must be older than any kernel that may still be running then (chip.py).
+    """
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(lengths + token // new) + token % new
@@ -57,8 +58,5 @@ def step_kernel(
     theta = position.to(tl.float32) * tl.load(frequency + r // 2, mask=r < ROPE, other=0.0)
     tl.store(positions + token, position)
     tl.store(cos + token * ROPE + r, tl.cos(theta) * factor, mask=r < ROPE)
-    tl.store(
-        sin + token * ROPE + r,
-        tl.where(r % 2 == 0, -1.0, 1.0) * tl.sin(theta) * factor,
-        mask=r < ROPE,
-    )
+    signed = tl.where(r % 2 == 0, -1.0, 1.0) * tl.sin(theta) * factor
+    tl.store(sin + token * ROPE + r, signed, mask=r < ROPE)

@@ -1,122 +1,157 @@
-"""Three ways to fill the slot `attend` over one set of weights. They compute the same function.
+"""Three strategies for the slot `attend`, over one set of weights. They compute the same function.
 
-| strategy | cache of one token | work of one new token against T cached ones | for |
+| strategy | keeps of one token | one new token against T cached ones | good for |
 |---|---|---|---|
-| `naive` | keys and values of every head, H (N + R + V) | reads all of it | reading; the reference |
-| `expand` | the latent, C + R | expands T latents to keys and values, then fused attention | prefill |
-| `absorbed` | the latent, C + R | moves W_UK to the query and W_UV behind the sum: reads the T latents, once | decode |
+| `naive` | keys and values of every head, H (P + R + V) | reads all of it | reading |
+| `expand` | the latent, C + R | expands T latents, then fused attention | prompts |
+| `absorbed` | the latent, C + R | moves W_UK to the query and W_UV after the sum | decode |
 
 A fourth, `triton`, is `absorbed` as hand-written kernels for decode: r1/kernels/attention.py.
 
-A mask of None means that the keys are the step's own tokens and position i sees 0..i, so fused
-causal kernels apply: padding stands at the *end* of a row, where no real token sees it.
-
-Shapes: B batch, S sequence (queries), T keys, H heads, N nope, R rope, V value dim, C latent.
+Shapes: B rows, S tokens of a row (the queries), T keys, H heads, P nope dim, R rope dim, V value
+dim, C latent.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from r1.model.cache import LayerCache
-    from r1.model.mla import MLA
-    from r1.model.transformer import Step
+from r1.model.cache import Entry, LayerCache
+from r1.model.config import AttentionShape
+from r1.model.layers import Linear
+from r1.model.step import Step
+from r1.model.strategy import Strategy
 
 
-class Attend(Protocol):
-    """q_nope (B, S, H, N), q_pe (B, S, H, R), c_kv (B, S, C), k_pe (B, S, R) -> (B, S, H, V).
+class UpProjection(Linear):
+    """`kv_b_proj`, (H (P + V), C): for each head W_UK (P, C) above W_UV (V, C)."""
 
-    Writes the step's tokens into the layer's cache, where there is one, before it looks at them.
-    """
+    def __init__(self, shape: AttentionShape) -> None:
+        self.heads, self.nope = shape.num_attention_heads, shape.qk_nope_head_dim
+        self.value = shape.v_head_dim
+        super().__init__(shape.kv_lora_rank, self.heads * (self.nope + self.value))
+
+    def keys_values(self, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, T, C), rotated keys (B, T, R) -> keys (B, T, H, P + R), values (B, T, H,
+        V).
+        """
+        kv = self(c_kv).unflatten(-1, (self.heads, -1))  # (B, T, H, P + V)
+        k_nope, v = kv.split([self.nope, self.value], dim=-1)
+        k_pe = k_pe.to(kv.dtype)[:, :, None].expand(-1, -1, self.heads, -1)  # (B, T, H, R)
+        return torch.cat((k_nope, k_pe), dim=-1), v
+
+    def by_head(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, P, C) and W_UV (H, V, C), as views of the dense weight."""
+        weight = self.matrix.dense().unflatten(0, (self.heads, -1))  # (H, P + V, C)
+        w_uk, w_uv = weight.split([self.nope, self.value], dim=1)
+        return w_uk, w_uv
+
+
+class Attend(Strategy):
+    """Attention of a call's tokens to their keys: how, and with which cache."""
+
+    needs: str | None = None
+    """What it needs of a step to hide keys: "mask", "bias" or None (see step.py)."""
+    keeps: str = "the latent"
+    """What it caches of a token, in words."""
+
+    def entry(self, shape: AttentionShape) -> Entry:
+        """The shapes that one token leaves in a layer's cache. Both phases must keep the same."""
+        return [(shape.latent_dim,)]
+
+    def flops(self, shape: AttentionShape) -> float:
+        """Operations of one query and one key, of all heads: score and weighted sum."""
+        return 2.0 * shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
 
     def __call__(
-        self,
-        mla: MLA,
-        q_nope: Tensor,
-        q_pe: Tensor,
-        c_kv: Tensor,
-        k_pe: Tensor,
-        step: Step,
-        cache: LayerCache | None,
-    ) -> Tensor: ...
+        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, up: UpProjection,
+        scale: float, step: Step, cache: LayerCache | None,
+    ) -> Tensor:  # fmt: skip
+        """q_nope (B, S, H, P), q_pe (B, S, H, R), c_kv (B, S, C), k_pe (B, S, R) -> (B, S, H, V).
+
+        `scale` multiplies the scores. Where there is a cache, the call's tokens are first written
+        to it.
+        """
+        raise NotImplementedError
 
 
-def naive(
-    mla: MLA,
-    q_nope: Tensor,
-    q_pe: Tensor,
-    c_kv: Tensor,
-    k_pe: Tensor,
-    step: Step,
-    cache: LayerCache | None,
-) -> Tensor:
-    """Attention as the textbook has it, over a cache of full keys and values."""
-    k, v = keys_values(mla, c_kv, k_pe)
-    if cache is not None:
-        k, v = step.remember(cache, k, v)  # (B, T, H, N + R), (B, T, H, V)
-    q = torch.cat((q_nope, q_pe), dim=-1)  # (B, S, H, N + R)
-    scores = torch.einsum("bshd,bthd->bhst", q, k)
-    return torch.einsum(
-        "bhst,bthv->bshv", probabilities(scores, mla.scale, step.bias).to(v.dtype), v
-    )
+class Naive(Attend):
+    """Textbook attention, over a cache of full keys and values."""
+
+    name, needs, keeps = "naive", "bias", "every head's keys and values"
+
+    def entry(self, shape: AttentionShape) -> Entry:
+        heads = shape.num_attention_heads
+        return [(heads, shape.qk_head_dim), (heads, shape.v_head_dim)]
+
+    def __call__(
+        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, up: UpProjection,
+        scale: float, step: Step, cache: LayerCache | None,
+    ) -> Tensor:  # fmt: skip
+        k, v = up.keys_values(c_kv, k_pe)
+        if cache is not None:
+            k, v = step.write(cache, k, v)  # (B, T, H, P + R), (B, T, H, V)
+        q = torch.cat((q_nope, q_pe), dim=-1)  # (B, S, H, P + R)
+        scores = torch.einsum("bshd,bthd->bhst", q, k)
+        p = probabilities(scores, scale, step.bias).to(v.dtype)  # (B, H, S, T)
+        return torch.einsum("bhst,bthv->bshv", p, v)
 
 
-def expand(
-    mla: MLA,
-    q_nope: Tensor,
-    q_pe: Tensor,
-    c_kv: Tensor,
-    k_pe: Tensor,
-    step: Step,
-    cache: LayerCache | None,
-) -> Tensor:
-    """Keys and values made anew from the latents, then torch's fused attention: the cheapest in
-    FLOPs for many queries."""
-    if cache is not None:
-        (latent,) = step.remember(cache, torch.cat((c_kv, k_pe), dim=-1))  # (B, T, C + R)
-        c_kv, k_pe = latent.split(mla.kv_split, dim=-1)
-    k, v = keys_values(mla, c_kv, k_pe)
-    q = torch.cat((q_nope, q_pe.to(q_nope.dtype)), dim=-1)
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H, S or T, ...)
-    o = F.scaled_dot_product_attention(
-        q, k, v, step.mask, is_causal=step.mask is None, scale=mla.scale
-    )
-    return o.transpose(1, 2)
+class Expand(Attend):
+    """Keys and values made from the latents at each call, then torch's fused attention.
+
+    Of the three it needs the fewest operations where there are many queries.
+    """
+
+    name, needs = "expand", "mask"
+
+    def __call__(
+        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, up: UpProjection,
+        scale: float, step: Step, cache: LayerCache | None,
+    ) -> Tensor:  # fmt: skip
+        if cache is not None:
+            (latent,) = step.write(cache, torch.cat((c_kv, k_pe), dim=-1))  # (B, T, C + R)
+            c_kv, k_pe = latent.split([c_kv.shape[-1], k_pe.shape[-1]], dim=-1)
+        k, v = up.keys_values(c_kv, k_pe)
+        q = torch.cat((q_nope, q_pe.to(q_nope.dtype)), dim=-1)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H, S or T, .)
+        causal = step.starts_rows
+        o = F.scaled_dot_product_attention(q, k, v, step.mask, is_causal=causal, scale=scale)
+        return o.transpose(1, 2)
 
 
-def absorbed(
-    mla: MLA,
-    q_nope: Tensor,
-    q_pe: Tensor,
-    c_kv: Tensor,
-    k_pe: Tensor,
-    step: Step,
-    cache: LayerCache | None,
-) -> Tensor:
-    """Attention among latents: q.(W_UK c) = (W_UK^T q).c, and sum p (W_UV c) = W_UV sum p c (V2
-    paper, section 2.1.2).
+class Absorbed(Attend):
+    """Attention among latents (V2 paper, section 2.1.2).
 
-    All heads share the latent keys, so it is one matrix product with S H rows, and the same latents
-    serve as values."""
-    latent = torch.cat((c_kv, k_pe), dim=-1)  # (B, S, C + R)
-    if cache is not None:
-        (latent,) = step.remember(cache, latent)  # (B, T, C + R)
-    w_uk, w_uv = mla.up_projections()
-    q_c = by_head(q_nope, w_uk)  # (B, S, H, C)
-    q = torch.cat((q_c, q_pe.to(q_c.dtype)), dim=-1)  # (B, S, H, C + R)
-    scores = torch.bmm(q.flatten(1, 2), latent.to(q.dtype).mT)  # (B, S H, T)
-    scores = scores.view(*q.shape[:3], -1).transpose(1, 2)  # (B, H, S, T)
-    p = probabilities(scores, mla.scale, step.bias).transpose(1, 2).flatten(1, 2)  # (B, S H, T)
-    c = torch.bmm(p.to(latent.dtype), latent[..., : mla.kv_split[0]])  # (B, S H, C)
-    return by_head(c.view(*q.shape[:3], -1), w_uv.mT)
+    q (W_UK c) = (W_UK^T q) c, and sum p (W_UV c) = W_UV (sum p c). All heads share the latent keys,
+    so the scores are one matrix product of S H rows, and the same latents serve as values.
+    """
+
+    name, needs = "absorbed", "bias"
+
+    def flops(self, shape: AttentionShape) -> float:
+        return 2.0 * shape.num_attention_heads * (shape.latent_dim + shape.kv_lora_rank)
+
+    def __call__(
+        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, up: UpProjection,
+        scale: float, step: Step, cache: LayerCache | None,
+    ) -> Tensor:  # fmt: skip
+        latent = torch.cat((c_kv, k_pe), dim=-1)  # (B, S, C + R)
+        if cache is not None:
+            (latent,) = step.write(cache, latent)  # (B, T, C + R)
+        w_uk, w_uv = up.by_head()
+        q_c = by_head(q_nope, w_uk)  # (B, S, H, C)
+        q = torch.cat((q_c, q_pe.to(q_c.dtype)), dim=-1)  # (B, S, H, C + R)
+        scores = torch.bmm(q.flatten(1, 2), latent.to(q.dtype).mT)  # (B, S H, T)
+        scores = scores.view(*q.shape[:3], -1).transpose(1, 2)  # (B, H, S, T)
+        p = probabilities(scores, scale, step.bias).transpose(1, 2).flatten(1, 2)
+        c = torch.bmm(p.to(latent.dtype), latent[..., : c_kv.shape[-1]])  # (B, S H, C)
+        return by_head(c.view(*q.shape[:3], -1), w_uv.mT)
 
 
-STRATEGIES: dict[str, Attend] = {"naive": naive, "expand": expand, "absorbed": absorbed}
+STRATEGIES: tuple[Attend, ...] = (Naive(), Expand(), Absorbed())
 
 
 def by_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -125,18 +160,14 @@ def by_head(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(rows, weight).transpose(0, 1).view(*x.shape[:3], -1)
 
 
-def keys_values(mla: MLA, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents (B, T, C) and shared rotated keys (B, T, R) -> keys (B, T, H, N + R) and values (B,
-    T, H, V)."""
-    kv = mla.kv_b_proj(c_kv).unflatten(-1, (mla.heads, -1))  # (B, T, H, N + V)
-    k_nope, v = kv.split([mla.nope, mla.v_dim], dim=-1)
-    k_pe = k_pe.to(kv.dtype)[:, :, None].expand(-1, -1, mla.heads, -1)  # (B, T, H, R)
-    return torch.cat((k_nope, k_pe), dim=-1), v
-
-
 def probabilities(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Softmax over the keys in fp32: scores (B, H, S, T), bias (B, 1, S, T) of 0 and -inf, or None
-    -> fp32 (B, H, S, T)."""
+    """Softmax over the keys, in fp32: scores (B, H, S, T) -> (B, H, S, T).
+
+    `bias` (B, 1, S, T) hides keys. None: the keys are the queries' own tokens, in order.
+    """
     if bias is None:
-        bias = torch.full(scores.shape[-2:], float("-inf"), device=scores.device).triu(1)
+        hidden = torch.full(
+            scores.shape[-2:], float("-inf"), dtype=torch.float32, device=scores.device
+        )
+        bias = hidden.triu(1)
     return torch.add(bias, scores, alpha=scale).softmax(dim=-1)

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN's settings (arXiv 2309.00071; DeepSeek-V2 paper, section 3.1.4), as in `rope_scaling`."""
+    """YaRN's settings (arXiv 2309.00071; V2 paper, section 3.1.4), as in `rope_scaling`."""
 
     factor: float
     original_max_position_embeddings: int

@@ -1,25 +1,69 @@
-"""The two layers that every transformer has: RMSNorm and the SwiGLU feed-forward.
+"""The layers that every transformer has: Linear, Embedding, RMSNorm and the SwiGLU feed-forward.
 
-Shapes: B batch, S sequence, D hidden_size, I intermediate_size.
+Shapes: B rows, S tokens of a row, D hidden_size, I intermediate_size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from r1.storage.dense import Dense
+from r1.storage.joined import products
+from r1.storage.matrix import Matrix
+
+
+class Linear(nn.Module):
+    """y = x W^T, without a bias. How W lies in memory is up to its matrix object."""
+
+    matrix: Matrix
+    """(out, in)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.matrix = Dense.empty(outputs, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.matrix.matmul(x)
+
+
+def project(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
+    """The output of each layer for the same x; a single product where storage joins their
+    weights.
+    """
+    return products(lambda matrix: matrix.matmul(x), [layer.matrix for layer in layers])
+
+
+class Embedding(nn.Module):
+    """A row of the matrix for each token."""
+
+    matrix: Matrix
+    """(vocab_size, D)."""
+
+    def __init__(self, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.matrix = Dense.empty(tokens, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 (B, S) -> (B, S, D)."""
+        return self.matrix.pick(tokens.flatten()).unflatten(0, tokens.shape)
+
 
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight`, the statistics in fp32 (arXiv 1910.07467).
 
-    Rounds to x's dtype *before* the multiplication, as transformers does and DeepSeek's demo (and
-    `F.rms_norm` with its weight) doesn't: the two differ by one rounding in bf16, and checkpoints
-    are compared with transformers."""
+    It rounds to x's dtype *before* the multiplication, as transformers does. DeepSeek's demo (and
+    `F.rms_norm` with its weight) rounds after it. In bf16 the two differ by one rounding, and
+    checkpoints are compared with transformers.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
         self.shape, self.eps = (dim,), eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,9 +71,8 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, self.shape, eps=self.eps)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """(..., 2I) whose first half is the gate -> (..., I): `silu(gate) * up` (arXiv 2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)  # (..., I) each
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """(..., I) and (..., I) -> (..., I): `silu(gate) * up` (arXiv 2002.05202)."""
     return F.silu(gate) * up
 
 
@@ -38,11 +81,11 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, intermediate: int) -> None:
         super().__init__()
-        # The checkpoint's gate_proj above its up_proj, as one matrix: one product where two would
-        # read x twice.
-        self.gate_up_proj = nn.Linear(dim, 2 * intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, dim, bias=False)
+        self.gate_proj = Linear(dim, intermediate)
+        self.up_proj = Linear(dim, intermediate)
+        self.down_proj = Linear(intermediate, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        gate, up = project(x, self.gate_proj, self.up_proj)  # (B, S, I) each
+        return self.down_proj(swiglu(gate, up))

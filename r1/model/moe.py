@@ -1,190 +1,103 @@
-"""Mixture of experts (V3 paper, section 2.1.2): a router, stacked experts behind one slot, and
-shared experts.
+"""Mixture of experts (V3 paper, section 2.1.2): a router, routed experts, and shared experts.
 
-| strategy | how | for |
-|---|---|---|
-| `loop` | one expert after the other over its tokens; reads the counts on the host | reading; the reference |
-| `gather` | copies the chosen experts' weights beside each token: N K of them | decode with few tokens |
-| `grouped` | sorts tokens by expert, then torch's grouped matrix product reads each expert once | prefill, large batches |
+How the chosen experts are computed is the slot `dispatch`: see dispatch.py.
 
-A fourth, `triton`, reads experts in place, for any number of tokens, and has SwiGLU and the weights
-in its two products: r1/kernels/experts.py.
-
-Shapes: N tokens, K experts per token, E experts, D hidden_size, I moe_intermediate_size.
+Shapes: B rows, S tokens of a row, N = B S, K experts per token, E experts, D hidden_size,
+I moe_intermediate_size, M rows of draws.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from r1.model.config import Config
 from r1.model.layers import MLP, swiglu
 from r1.model.router import Router
+from r1.storage.dense import Dense
+from r1.storage.joined import products
+from r1.storage.matrix import Matrix
 
-GATHER_BYTES = 256 * 2**20
-"""What `gather` copies at most at a time; longer inputs are cut."""
+Run = Callable[["Experts", Tensor, Tensor, Tensor], Tensor]
+"""A strategy of dispatch.py, as a function."""
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked; gate above up, as `F.linear` wants them: (out, in)."""
+    """The SwiGLU experts of one layer, all on this device.
 
-    def __init__(self, config: Config) -> None:
+    Where they lie elsewhere, a subclass overrides `here` and `combine`: experts spread over several
+    GPUs, or kept in host memory. The strategies of dispatch.py and the kernels stay as they are.
+    """
+
+    gate_proj: Matrix
+    up_proj: Matrix
+    down_proj: Matrix
+    """(E, I, D), (E, I, D), (E, D, I)."""
+    leads: bool = True
+    """Whether this place adds the terms that all places hold alike, such as a fused residual."""
+
+    def __init__(self, config: Config, ids: range | None = None) -> None:
+        """`ids`: the experts that are held, by their number in the checkpoint. None: all."""
         super().__init__()
-        experts, dim, inner = (
-            config.experts.n_routed_experts,
-            config.hidden_size,
-            config.experts.moe_intermediate_size,
-        )
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, dim))
-        self.down_proj = nn.Parameter(torch.empty(experts, dim, inner))
+        self.ids = range(config.experts.n_routed_experts) if ids is None else ids
+        dim, inner = config.hidden_size, config.experts.moe_intermediate_size
+        self.gate_proj = Dense.empty(len(self.ids), inner, dim)
+        self.up_proj = Dense.empty(len(self.ids), inner, dim)
+        self.down_proj = Dense.empty(len(self.ids), dim, inner)
 
+    @property
+    def count(self) -> int:
+        """How many experts the stacks hold."""
+        return self.down_proj.shape[0]
 
-class Dispatch(Protocol):
-    """x (N, D), indices (N, K), fp32 weights (N, K) -> the weighted sum of the chosen experts'
-    outputs, (N, D)."""
+    def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Map choices to the stacks: int64 (N, K), fp32 (N, K) -> the same of one or more passes.
 
-    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor: ...
+        A choice that a pass does not hold gets weight 0 and any valid index. Each pass is run
+        before the next is asked for.
+        """
+        return [(indices, weights)]
+
+    def combine(self, y: Tensor) -> Tensor:
+        """Add up the outputs (N, D) of several places; here there is one."""
+        return y
+
+    def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts, (N, D), as the strategy `run` computes it."""
+        passes = [run(self, x, *choices) for choices in self.here(indices, weights)]
+        return self.combine(passes[0] if len(passes) == 1 else torch.stack(passes).sum(dim=0))
+
+    def inner(self, product: Callable[[Matrix], Tensor]) -> Tensor:
+        """SwiGLU of `product` by gate_proj and by up_proj: (..., I)."""
+        gate, up = products(product, [self.gate_proj, self.up_proj])  # (..., I) each
+        return swiglu(gate, up)
+
+    def inner_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one expert's gate_proj and up_proj in `dtype`."""
+        return 2 * self.gate_proj.shape[1] * self.gate_proj.shape[2] * dtype.itemsize
 
 
 class MoE(nn.Module):
     """The feed-forward of a sparse layer."""
 
-    dispatch: dict[str, Dispatch]
-    """The strategy for each phase, "prefill" and "decode"; filled by build.py."""
+    dispatch: dict[str, Run]
+    """The strategy for each phase, "prefill" and "decode"; build.py fills it."""
+    draws: Tensor | None = None
+    """fp32 (M, E): scores to choose by instead of the token's own (bench/routing.py); usually
+    None."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        shared = config.experts.n_shared_experts
-        self.shared_experts = (
-            MLP(config.hidden_size, shared * config.experts.moe_intermediate_size)
-            if shared
-            else None
-        )
+        width = config.experts.n_shared_experts * config.experts.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, width) if width else None
 
     def forward(self, x: Tensor, phase: str) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         flat = x.flatten(0, 1)  # (N, D)
-        indices, weights = self.gate(flat)
-        y = self.dispatch[phase](self.experts, flat, indices, weights).view_as(x)
+        indices, weights = self.gate(flat, self.draws)
+        y = self.experts(self.dispatch[phase], flat, indices, weights).view_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x)
-
-
-def loop(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The definition, written out. One host sync (the counts): no graph can hold it."""
-    order, token, ends = by_expert(indices, experts.gate_up_proj.shape[0])
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            rows = token[start:end]  # the tokens that chose this expert
-            h = swiglu(F.linear(x[rows], experts.gate_up_proj[expert].to(x.dtype)))
-            y = F.linear(h, experts.down_proj[expert].to(x.dtype))  # (rows, D)
-            out.index_add_(0, rows, y * weights.flatten()[order[start:end], None])
-        start = end
-    return out.to(x.dtype)
-
-
-def gather(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """A matrix-vector product for each token and choice, over copies of the chosen weights; no
-    sync, any shape."""
-    rows = max(1, GATHER_BYTES // (indices.shape[1] * experts.gate_up_proj[0].nbytes))
-    if x.shape[0] > rows:
-        parts = zip(x.split(rows), indices.split(rows), weights.split(rows), strict=True)
-        return torch.cat([gather(experts, *part) for part in parts])
-    chosen = indices.flatten()  # (N K,)
-    xs = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1)  # (N K, D)
-    h = swiglu(
-        torch.bmm(experts.gate_up_proj.index_select(0, chosen), xs[..., None]).squeeze(-1)
-    )  # (N K, I)
-    y = torch.bmm(experts.down_proj.index_select(0, chosen), h[..., None]).unflatten(
-        0, indices.shape
-    )  # (N, K, D, 1)
-    return (y.squeeze(-1) * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32: the weights are
-
-
-def grouped(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Sorted by expert, two grouped matrix products, and back; no sync, each expert's weights are
-    read once."""
-    order, token, ends = by_expert(indices, experts.gate_up_proj.shape[0])
-    h = swiglu(grouped_mm(x.index_select(0, token), experts.gate_up_proj, ends))  # (N K, I)
-    y = grouped_mm(h, experts.down_proj, ends)  # (N K, D)
-    place = torch.empty_like(order).index_copy_(
-        0, order, torch.arange(len(order), device=order.device)
-    )  # order's inverse
-    y = y.index_select(0, place).unflatten(0, indices.shape)  # (N, K, D): back in the tokens' order
-    return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32: the weights are
-
-
-STRATEGIES: dict[str, Dispatch] = {"loop": loop, "gather": gather, "grouped": grouped}
-
-
-def by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the N K choices (N, K) by expert.
-
-    Returns `order` (N K), a sorted choice's place among the unsorted; `token` (N K), the token it
-    came from; and `ends`, int32 (E,): expert e owns the sorted choices from ends[e - 1] to ends[e].
-    """
-    narrow = torch.int16 if experts <= 2**15 else torch.int64  # a GPU sorts byte by byte
-    sorted_experts, order = indices.flatten().to(narrow).sort(stable=True)
-    ids = torch.arange(experts, dtype=narrow, device=indices.device)
-    ends = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
-    return order, order // indices.shape[1], ends
-
-
-@torch.library.custom_op("r1::grouped_mm", mutates_args=())
-def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.mT, offs=ends)
-
-
-@_grouped_mm.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("r1::grouped_outer", mutates_args=())
-def _grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """Each group's y^T x: (M, out) and (M, in) -> (E, out, in)."""
-    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-    # A product over no tokens is 0, but on some GPUs torch's kernel leaves it unwritten (pytorch
-    # issue 172439).
-    return F.grouped_mm(y.mT, x, offs=ends).masked_fill(empty[:, None, None], 0)
-
-
-@_grouped_outer.register_fake
-def _(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(ends.shape[0], y.shape[1], x.shape[1])
-
-
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    """y = x W^T in each group, so dx = dy W and dW = dy^T x: grouped products both."""
-    x, weight, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    return (
-        _grouped_mm(grad, weight.mT, ends) if ctx.needs_input_grad[0] else None,
-        _grouped_outer(grad, x, ends) if ctx.needs_input_grad[1] else None,
-        None,
-    )
-
-
-_grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_remember)
-
-
-def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of x (M, in), sorted by group, times their group's weight (E, out, in) -> (M, out).
-
-    An operator of ours around torch's, whose shape inference knows bf16 only, and which autocast
-    doesn't know at all."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return _grouped_mm(x, weight, ends)

@@ -1,11 +1,12 @@
-"""Which experts a token visits: grouped top-k, in fp32 whatever the rest of the model runs in.
+"""The router chooses each token's experts: grouped top-k, in fp32 whatever the model runs in.
 
-R1 and V3 (`noaux_tc`, V3 paper section 2.1.2): sigmoid scores; a learned bias is added to *choose*
-experts, which balances their load without an auxiliary loss, and the weights come from the unbiased
-scores. A group of experts is worth its two best biased scores. V2 (`greedy`,
-`group_limited_greedy`, V2 paper section 2.2): softmax, no bias, a group is worth its best.
+R1 and V3 (`noaux_tc`, V3 paper, section 2.1.2): scores are sigmoids. A learned bias is added to
+*choose* experts, which balances their load without an auxiliary loss. The weights come from the
+scores without the bias. A group's score is the sum of its two best biased scores. V2 (`greedy`,
+`group_limited_greedy`, V2 paper, section 2.2): scores are a softmax, there is no bias, and a
+group's score is its best one.
 
-Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token.
+Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token, M rows of draws.
 """
 
 from __future__ import annotations
@@ -22,54 +23,48 @@ class Router(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        c = self.config = config
-        # Both stay fp32 under every dtype switch. The weight is small, and the logits are computed
-        # in fp32 anyway; bf16 steps of the bias are as large as the gaps that it decides.
-        self.weight = nn.Parameter(
-            torch.empty(c.experts.n_routed_experts, c.hidden_size, dtype=torch.float32)
-        )
-        if c.experts.topk_method == "noaux_tc":
-            self.e_score_correction_bias = nn.Parameter(
-                torch.zeros(c.experts.n_routed_experts, dtype=torch.float32), requires_grad=False
-            )
+        e = self.shape = config.experts
+        # Both stay fp32 under every dtype switch. The weight is small, and its logits are computed
+        # in fp32 anyway. One bf16 step of the bias is as large as the gaps that it decides.
+        weight = torch.empty(e.n_routed_experts, config.hidden_size, dtype=torch.float32)
+        self.weight = nn.Parameter(weight)
+        if e.topk_method == "noaux_tc":
+            bias = torch.zeros(e.n_routed_experts, dtype=torch.float32)
+            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D) -> expert indices, int64 (N, K), and their weights, fp32 (N, K), in no particular
-        order."""
+    def forward(self, x: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N, D) -> expert indices, int64 (N, K), and weights, fp32 (N, K), in no particular order.
+
+        With `draws`, fp32 (M, E), token n chooses by row n % M of them instead of by its scores.
+        """
         if torch.is_autocast_enabled(
             x.device.type
-        ):  # entering a context costs the host as much as three kernels
+        ):  # to enter a context costs as much as 3 kernels
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x)
+                return self.forward(x, draws)
+        e = self.shape
         logits = F.linear(x.float(), self.weight)  # (N, E)
-        scores = (
-            logits.sigmoid()
-            if self.config.experts.scoring_func == "sigmoid"
-            else logits.softmax(dim=-1)
-        )
-        indices = self.choose(scores)
+        scores = logits.sigmoid() if e.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        ranking = scores
+        if draws is not None:
+            ranking = draws[torch.arange(len(x), device=x.device) % len(draws)]  # (N, E)
+        indices = self.choose(ranking)
         weights = scores.gather(1, indices)  # (N, K)
-        if self.config.experts.norm_topk_prob:
+        if e.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return indices, weights * self.config.experts.routed_scaling_factor
+        return indices, weights * e.routed_scaling_factor
 
     def choose(self, scores: Tensor) -> Tensor:
         """fp32 scores (N, E) -> indices (N, K) of the best experts within the best groups."""
-        c = self.config
-        if c.experts.topk_method == "noaux_tc":
+        e = self.shape
+        if e.topk_method == "noaux_tc":
             scores = scores + self.e_score_correction_bias
-        if c.experts.topk_method != "greedy" and c.experts.n_group > 1:
-            grouped = scores.unflatten(-1, (c.experts.n_group, -1))  # (N, G, E / G)
-            best = 2 if c.experts.topk_method == "noaux_tc" else 1
-            groups = (
-                grouped.topk(best, dim=-1)
-                .values.sum(dim=-1)
-                .topk(c.experts.topk_group, dim=-1)
-                .indices
-            )  # (N, topk_group)
-            shut = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(
-                1, groups, False
-            )  # (N, G)
+        if e.topk_method != "greedy" and e.n_group > 1:
+            grouped = scores.unflatten(-1, (e.n_group, -1))  # (N, G, E / G)
+            best = 2 if e.topk_method == "noaux_tc" else 1
+            worth = grouped.topk(best, dim=-1).values.sum(dim=-1)  # (N, G)
+            groups = worth.topk(e.topk_group, dim=-1).indices  # (N, topk_group)
+            shut = torch.ones_like(worth, dtype=torch.bool).scatter(1, groups, False)  # (N, G)
             # -inf and not 0: biased scores may be negative, and then a shut group's 0 would win.
             scores = grouped.masked_fill(shut[..., None], float("-inf")).flatten(1)
-        return scores.topk(c.experts.num_experts_per_tok, dim=-1, sorted=False).indices
+        return scores.topk(e.num_experts_per_tok, dim=-1, sorted=False).indices

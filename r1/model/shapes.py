@@ -10,38 +10,19 @@ from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat, Yar
 _R1_YARN = Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
 
 R1 = Config(
-    model_type="deepseek_v3",
-    vocab_size=129280,
-    hidden_size=7168,
-    intermediate_size=18432,
-    num_hidden_layers=61,
-    max_position_embeddings=163840,
-    rms_norm_eps=1e-6,
+    model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432,
+    num_hidden_layers=61, max_position_embeddings=163840, rms_norm_eps=1e-6,
     attention=AttentionShape(
-        num_attention_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope_theta=10000.0,
-        yarn=_R1_YARN,
+        num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, rope_theta=10000.0, yarn=_R1_YARN,
     ),
     experts=ExpertShape(
-        n_routed_experts=256,
-        n_shared_experts=1,
-        num_experts_per_tok=8,
-        moe_intermediate_size=2048,
-        n_group=8,
-        topk_group=4,
-        first_k_dense_replace=3,
-        routed_scaling_factor=2.5,
+        n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048,
+        n_group=8, topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5,
     ),
-    files=FileFormat(fp8_block=(128, 128)),
-    num_nextn_predict_layers=1,
-    bos_token_id=0,
-    eos_token_ids=(1,),
-)
+    files=FileFormat(fp8_block=(128, 128)), num_nextn_predict_layers=1,
+    bos_token_id=0, eos_token_ids=(1,),
+)  # fmt: skip
 
 SHAPES: dict[str, Config] = {
     "r1": R1,

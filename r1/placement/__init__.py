@@ -1,1 +1,4 @@
-"""Where a weight lies."""
+"""Where a weight lies.
+
+Nothing is here yet, so nothing is tested.
+"""

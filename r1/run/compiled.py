@@ -1,10 +1,12 @@
-"""torch.compile, a block at a time, and what a decode step on a GPU wants of it.
+"""torch.compile, one block at a time, with two rules of ours for decode steps on a GPU.
 
-With one row, a matrix product is a matrix-vector product, bound by reading the weights; the
-library's matrix kernels pad the row to a tile and can't take the gather of the chosen experts in.
-So a decode step is compiled with two rules of ours: such a product *is* a multiplication and a sum,
-from which Inductor makes a reduction that reads each weight once, straight from the stacked
-experts."""
+With one row, a matrix product is a matrix-vector product, whose time is the reading of the weights.
+The library's matrix kernels pad the row to a tile, and can't fuse the gather of the chosen experts.
+The rules turn such a product into a multiplication and a sum. Inductor makes a reduction of them
+that reads each weight once, straight from the stacked experts.
+
+Shapes: as in matrix products, (n, k) times (k, m); b matrices in a batch.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,25 @@ from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 
+# The router's products are fp32 on purpose: TensorFloat32 would round what decides between experts.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+
+RECOMPILE_LIMIT = 64
+"""Each shape of a decode step is compiled anew; beyond this limit fullgraph makes it an error."""
+
 aten = torch.ops.aten
 GPU_OPTIONS = {
-    # Inputs of a reduction that were computed elementwise (SwiGLU, a norm) are stored before it:
-    # else every row of the matrix computes them again.
+    # Store the inputs of a reduction that were computed elementwise (SwiGLU, a norm); otherwise
+    # every row of the matrix computes them again.
     "realize_reads_threshold": 1,
 }
 
 
 def compile_block(block: nn.Module, phase: str, device: torch.device) -> Callable[..., Tensor]:
-    """One block as a compiled callable; blocks of one kind share the code. A graph break is an
-    error."""
-    # The router's fp32 products are fp32 on purpose: TensorFloat32 would round what decides between
-    # experts.
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    """One block as a compiled callable; blocks of one kind share the code.
+
+    A graph break is an error.
+    """
     if phase == "prefill":
         return torch.compile(block, fullgraph=True, dynamic=True)
     if device.type == "cpu":
@@ -45,14 +52,20 @@ def matrix_vector_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """(1, K) @ (K, N), summed in fp32."""
+    """(1, k) @ (k, m), summed in fp32."""
     if a.shape[0] != 1:
         return NotImplemented
     return (a.float().unsqueeze(2) * b.float().unsqueeze(0)).sum(dim=1).to(a.dtype)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """(B, 1, K) @ (B, K, N) or (B, M, K) @ (B, K, 1), summed in fp32."""
+    """(b, 1, k) @ (b, k, m) or (b, n, k) @ (b, k, 1), summed in fp32."""
     if a.shape[1] != 1 and b.shape[2] != 1:
         return NotImplemented
     return (a.float().unsqueeze(3) * b.float().unsqueeze(1)).sum(dim=2).to(a.dtype)
+
+
+def limits() -> Any:
+    """A context in which dynamo compiles as many shapes as we need; outside it nothing changes."""
+    most = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    return torch._dynamo.config.patch(recompile_limit=most)

@@ -1,9 +1,9 @@
-"""CUDA graphs of our own: a decode step or a prompt recorded once, then replayed with a single
-launch.
+"""CUDA graphs: a decode step or a prompt is recorded once, then replayed with a single launch.
 
-A graph repeats the same kernels on the same addresses, so everything that changes from step to step
-must change *in* memory that the graph knows: its inputs are copied into buffers of its own,
-positions and lengths are tensors of the cache."""
+A graph repeats the same kernels on the same addresses. So everything that changes from step to step
+must change *in* memory that the graph knows: inputs are copied into the graph's own buffers, and
+positions and lengths are tensors of the cache.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ WARM_UPS = 3
 compiled, outside of it."""
 
 
-Call = Callable[..., tuple[Tensor, ...]]
-"""What can be captured: `step(*tensors, cache)`, which returns tensors and reads no value on the
-host."""
+Step = Callable[..., tuple[Tensor, ...]]
+"""A function that can be captured: `step(*tensors, cache)` returns tensors and reads no value on
+the host."""
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Captured:
 
     def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the step on `inputs`; the tensors returned are the graph's own, and change with the
-        next replay."""
+        next replay.
+        """
         for static, given in zip(self.inputs, inputs, strict=True):
             if given.shape != static.shape or given.dtype != static.dtype:
                 raise ValueError(
@@ -53,10 +54,11 @@ at the same time."""
 
 
 def capture(
-    step: Call, inputs: tuple[Tensor, ...], cache: Cache, pool: Pool | None = None
+    step: Step, inputs: tuple[Tensor, ...], cache: Cache, pool: Pool | None = None
 ) -> Captured:
     """Record `step(*inputs, cache)`. The cache's lengths are as before afterwards; slots behind
-    them may be written."""
+    them may be written.
+    """
     static, lengths = tuple(tensor.clone() for tensor in inputs), cache.lengths.clone()
     outputs: list[tuple[Tensor, ...]] = []
 
@@ -84,7 +86,8 @@ def record(
     call: Callable[[], None], undo: Callable[[], object] = lambda: None, pool: Pool | None = None
 ) -> torch.cuda.CUDAGraph:
     """Run `call` some times on a stream beside, then record it; `undo` follows each of these, and
-    is not recorded."""
+    is not recorded.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

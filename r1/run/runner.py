@@ -1,231 +1,156 @@
-"""How one step is called: the model as it is, under autocast, or with its blocks compiled.
+"""One model and one way to call it: prompts and decode steps over a cache.
 
-Shapes: B batch, S sequence, W vocab_size, D hidden_size.
+Shapes: B rows, S tokens of a row, W vocab_size, D hidden_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from r1.device import DTYPES, available_bytes, torch_device
 from r1.errors import InputError
 from r1.model.cache import Cache, LayerCache, bytes_per_token
 from r1.model.config import Config
-from r1.model.mtp import MTPLayer
-from r1.model.transformer import Step, Transformer
-from r1.run.graphs import Call, capture
+from r1.model.step import Step
+from r1.model.transformer import Transformer
+from r1.run.callers import Caller, Captured, Plain
+from r1.run.ways import ways_of
 from r1.switches.backend import Backend
-
-if TYPE_CHECKING:
-    from r1.kernels import Chip
-
+from r1.switches.strategies import ATTENTION
 
 MOST_TOKENS = 2**16
-"""What a prefill call reads of all rows together: its activations must fit beside the weights."""
+"""Tokens of all rows together in a prefill call: its activations must fit beside the weights."""
+CHUNK = {"bias": 2048}
+"""Tokens of a row in a prefill call, by what attention needs: scores and fp32 bias are in
+memory."""
+FUSED_CHUNK = 8192
+"""The same for fused attention; grouped experts want prompts whole, too."""
+
+Along = Callable[[Tensor, Tensor, Step, list[LayerCache]], object]
+"""Runs along with a prompt: `along(following tokens, hidden states, step, cache layers)`."""
 
 
 def round_rows(rows: int) -> int:
-    """The rows of a cache whose decode step is captured: a power of two, so that few graphs serve
-    all batches."""
+    """Rows of a cache whose steps are captured: a power of two, so few graphs serve all batches."""
     return 2 ** (rows - 1).bit_length()
 
 
 def round_capacity(tokens: int) -> int:
-    """A cache's capacity for at least `tokens`: each is a shape of its own to compile, so there are
-    four an octave."""
+    """Capacity of a cache for `tokens`: four sizes an octave, as each one is compiled anew."""
     step = max(128, 2 ** (tokens.bit_length() - 1) // 4)
     return -(-tokens // step) * step
 
 
 class Runner:
-    """One model and one way to call it."""
+    """Calls a model as the resolved switches say."""
 
     def __init__(
-        self, model: Transformer, backend: Backend, prefill_chunk: int | None = None
+        self,
+        model: Transformer,
+        backend: Backend,
+        prefill_chunk: int | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.backend = model, backend
-        # Fused attention and grouped experts want prompts whole; naive's scores are as many as the
-        # chunk times the context.
-        self.prefill_chunk = prefill_chunk or (
-            2048 if backend.prefill_attention == "naive" else 8192
-        )
         self.config: Config = model.config
         self.device = torch_device(backend.device)
-        self.full_cache, self.cache_dtype = backend.attention == "naive", DTYPES[backend.dtype]
-        if backend.memory == "expandable":
-            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-        self.blocks: dict[str, list[Callable[..., Tensor]]] = {
-            p: list(model.layers) for p in ("prefill", "decode")
+        strategy = ATTENTION[backend.prefill_attention]
+        self.prefill_chunk = prefill_chunk or CHUNK.get(strategy.needs or "", FUSED_CHUNK)
+        self.entry = ATTENTION[backend.attention].entry(self.config.attention)
+        self.cache_dtype = cache_dtype or DTYPES[backend.dtype]
+        self.ways = ways_of(model, backend, self.device)
+        self.blocks = {p: [way.block(b) for b in model.layers] for p, way in self.ways.items()}
+        self.plain = Plain(backend, self.device)
+        self.context = self.plain.context
+        captured = {"prefill": backend.prefill_graphs, "decode": backend.cuda_graphs}
+        self.callers: dict[str, Caller] = {
+            phase: Captured(self.plain) if asked else self.plain
+            for phase, asked in captured.items()
         }
-        # The drafter of `speculate` (speculate.py): R1 has one MTP layer; of a model with several
-        # the first is used.
-        self.drafts = backend.draft_tokens if backend.speculate == "mtp" else 0
-        self.drafter: dict[str, Callable[..., Tensor]] = (
-            {p: model.mtp[0] for p in self.blocks} if self.drafts else {}
-        )
-        self.lm_head: Callable[[Tensor], Tensor] = model.lm_head
-        """A decode step's; prompts have the model's own."""
-        if backend.compile:
-            from r1.run.compiled import (
-                compile_block,  # the compiler takes seconds to import, so only who uses it does
-            )
-
-            # Each shape of a decode step is compiled anew, and where this limit is reached,
-            # fullgraph makes it an error.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            for phase in self.blocks:
-                self.blocks[phase] = [
-                    compile_block(block, phase, self.device) for block in model.layers
-                ]
-            for phase in self.drafter:
-                self.drafter[phase] = compile_block(model.mtp[0], phase, self.device)
-        self.chip: Chip | None = None
-        self.begin_step: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
-        """Where a decode step's tokens stand, and the rotation there, in one kernel; None:
-        model.py's own operators."""
-        if backend.kernels == "triton":
-            from r1.kernels import (  # Triton is optional: only who asks for it imports it
-                Chip,
-                DecodeBlock,
-                begin_step,
-                head,
-            )
-
-            self.chip = Chip.of(self.device)
-            if backend.tune:
-                from r1.kernels import tune
-
-                self.chip = replace(
-                    self.chip, tuned=tune.load(torch.cuda.get_device_name(self.device)), asked={}
-                )
-            self.begin_step = partial(begin_step, self.chip)
-            self.lm_head = partial(head, model.lm_head, self.chip)
-            self.blocks["decode"] = [DecodeBlock(block, self.chip) for block in model.layers]
-            if self.drafter:
-                mtp = cast(MTPLayer, model.mtp[0])
-                self.drafter["decode"] = partial(mtp, block=DecodeBlock(mtp.block, self.chip))
 
     def cache_size(self, rows: int, tokens: int) -> tuple[int, int]:
         """The rows and the capacity of `cache`."""
-        return round_rows(rows) if self.backend.cuda_graphs else rows, round_capacity(
-            tokens + self.drafts
-        )
+        return round_rows(rows) if self.backend.cuda_graphs else rows, round_capacity(tokens)
 
-    def cache(self, rows: int, tokens: int) -> Cache:
-        """A cache for `rows` rows of at least `tokens` tokens, and what a last step may draft
-        beyond them.
+    def cache(self, rows: int, tokens: int, extra_layers: int = 0) -> Cache:
+        """A cache for `rows` rows of at least `tokens` tokens, in the model's layers and some more.
 
-        Under `speculate` it has one layer more, the drafter's. Raises InputError where it would not
-        fit the memory."""
+        Raises InputError where it would not fit the memory.
+        """
         rows, capacity = self.cache_size(rows, tokens)
-        layers = self.config.num_hidden_layers + (self.drafts > 0)
-        dtype = self.cache_dtype
-        needed = rows * capacity * bytes_per_token(self.config, dtype, self.full_cache, layers)
+        layers = self.config.num_hidden_layers + extra_layers
+        needed = rows * capacity * bytes_per_token(self.entry, self.cache_dtype, layers)
         available = available_bytes(self.device)
         if needed > available:
-            raise InputError(
-                f"the cache of {rows} x {capacity} tokens needs {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are free: "
-                "use fewer prompts, or shorter ones"
-            )
-        cache = Cache(
-            self.config,
-            rows,
-            capacity,
-            device=self.device,
-            dtype=dtype,
-            full=self.full_cache,
-            layers=layers,
-        )
-        if self.backend.tune:
-            from r1.kernels import tune
-
-            tune.tune(self, cache)
-        return cache
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """What surrounds every call of the model."""
-        amp = self.backend.amp
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, DTYPES.get(amp), enabled=amp != "off"),
-        ):
-            yield
+            free = f"{available / 1e9:.1f} GB are free: use fewer prompts, or shorter ones"
+            size = f"the cache of {rows} x {capacity} tokens needs {needed / 1e9:.1f} GB"
+            raise InputError(f"{size} and {free}")
+        return Cache(self.entry, rows, capacity, layers, device=self.device, dtype=self.cache_dtype)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """int64 (B, S) -> fp32 (B, S, W): one full forward without a cache, each position seeing
-        what is before it."""
+        """int64 (B, S) -> fp32 (B, S, W): one forward without a cache, each token after earlier
+        ones.
+        """
         with self.context():
             tokens = tokens.to(self.device)
             positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-            hidden = self.model(
-                tokens, self.model.step("prefill", positions, 0), None, self.blocks["prefill"]
-            )
+            step = self.model.step("prefill", positions, 0)
+            hidden = self.model(tokens, step, None, self.blocks["prefill"])
             return self.model.lm_head(hidden).float()
 
     def prefill(self, prompts: list[list[int]], cache: Cache, depth: int = 0) -> Tensor:
-        """Read prompts of any lengths, by chunks; returns each row's next-token logits, fp32 (B,
-        W).
+        """Read prompts of any lengths, in chunks; returns each row's next logits, fp32 (B, W).
 
-        Every row of the cache holds `depth` tokens before, and its own prompt's behind them
-        afterwards."""
+        Every row of the cache holds `depth` tokens before, and its prompt after them afterwards.
+        """
         hidden = self.read(prompts, cache, depth)
         with self.context():
             return self.model.lm_head(hidden).float()
 
-    def read(self, prompts: list[list[int]], cache: Cache, depth: int = 0) -> Tensor:
+    def read(
+        self,
+        prompts: list[list[int]],
+        cache: Cache,
+        depth: int = 0,
+        along: Along | None = None,
+    ) -> Tensor:
         """`prefill` without the output head: each row's last hidden state (B, D).
 
-        Shorter rows are padded at their end: padding sees real tokens and no real token sees it,
-        and what it leaves in the cache lies behind the row's length. Under `prefill_graphs` all
-        are, so that few graphs serve all lengths. Where there is a drafter it reads along: its
-        entry i is made of the hidden state at i and the token at i + 1, so each row's last one
-        waits for a token that isn't known yet (and the one at `depth` - 1 was made without knowing
-        this prompt)."""
+        Shorter rows are padded at their end: no real token sees the padding, and its cache entries
+        lie after the row's length. With prefill_graphs every row is padded, to one of a few
+        lengths. `along` reads the same chunks, with the token that follows each one. The token
+        after a row's last is not known yet; `along` gets 0 there.
+        """
         with torch.inference_mode():
             longest = max(map(len, prompts))
             if depth + longest > cache.capacity:
-                raise InputError(
-                    f"{depth + longest} tokens are more than the cache's {cache.capacity}: make a larger one"
-                )
-            width = (
-                min(round_capacity(longest), cache.capacity - depth)
-                if self.backend.prefill_graphs
-                else longest
-            )
+                more = f"are more than the cache's {cache.capacity}: make a larger one"
+                raise InputError(f"{depth + longest} tokens {more}")
+            width = longest
+            if self.backend.prefill_graphs:
+                width = min(round_capacity(longest), cache.capacity - depth)
             padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
-            tokens = torch.tensor(padded, device=self.device)  # (B, width)
-            following = torch.nn.functional.pad(tokens[:, 1:], (0, 1))  # (B, width)
-            lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+            tokens = torch.tensor(padded, dtype=torch.int64, device=self.device)  # (B, width)
+            following = F.pad(tokens[:, 1:], (0, 1))  # (B, width)
+            sizes = [len(prompt) for prompt in prompts]
+            lengths = torch.tensor(sizes, dtype=torch.int64, device=self.device)  # (B,)
             final = None
             chunk = max(1, min(self.prefill_chunk, MOST_TOKENS // len(prompts)))
             for start in range(0, longest, chunk):
-                stop = min(width, start + chunk)
-                piece = (
-                    tokens[:, start:stop],
-                    following[:, start:stop],
-                    (lengths - 1 - start).clamp(0, stop - start - 1),
-                )
-                key = ("prefill", *piece[0].shape, depth + start)
-                (last,) = self.call(
-                    key,
-                    partial(self._read, depth + start),
-                    piece,
-                    cache,
-                    self.backend.prefill_graphs,
-                )
-                final = (
-                    last.clone()
-                    if final is None
-                    else torch.where((lengths > start)[:, None], last, final)
-                )
+                piece = slice(start, min(width, start + chunk))
+                last = (lengths - 1 - start).clamp(0, piece.stop - start - 1)
+                inputs = tokens[:, piece], following[:, piece], last
+                key = ("prefill", *inputs[0].shape, depth + start, along is not None)
+                read = partial(self._read, depth + start, along)
+                (state,) = self.callers["prefill"](key, read, inputs, cache)
+                fresh = (lengths > start)[:, None]
+                final = state.clone() if final is None else torch.where(fresh, state, final)
             cache.lengths[: len(prompts)].copy_(lengths + depth)
             if self.backend.memory == "empty-cache":
                 torch.cuda.empty_cache()
@@ -233,100 +158,50 @@ class Runner:
             return final
 
     def _read(
-        self, at: int, tokens: Tensor, following: Tensor, last: Tensor, cache: Cache
-    ) -> tuple[Tensor, ...]:
-        """A piece of prompts, int64 (B, S), which comes to stand at `at` in each row: the hidden
-        states (B, D) at `last` (B,)."""
+        self, at: int, along: Along | None, tokens: Tensor, following: Tensor, last: Tensor,
+        cache: Cache,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """A chunk of prompts, int64 (B, S), at place `at` of each row -> hidden states (B, D) of
+        its tokens `last` (B,).
+        """
         rows, stop = tokens.shape[0], at + tokens.shape[1]
         positions = torch.arange(at, stop, device=self.device).expand(rows, -1)
         step = self.model.step("prefill", positions, stop if at else 0)
-        layers = cache.head(rows, stop)
+        layers = cache.first(rows, stop)
         hidden = self.model(tokens, step, layers, self.blocks["prefill"])
-        if self.drafter:
-            self.foresee(following, hidden, step, layers)
+        if along:
+            along(following, hidden, step, layers)
         return (hidden[torch.arange(rows, device=self.device), last],)
 
-    def foresee(
-        self, following: Tensor, hidden: Tensor, step: Step, layers: list[LayerCache]
-    ) -> Tensor:
-        """The drafter on int64 (B, S) tokens, each `following` one of the hidden states (B, S, D)
-        -> hidden states (B, S, D), of which `lm_head` makes logits for the token after it. `layers`
-        are the cache's, the drafter's last."""
-        return self.drafter[step.phase](
-            self.model.embed_tokens(following), hidden, step, layers[-1]
-        )
-
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """One step: tokens (B, S) come to stand behind each row's; returns fp32 logits (B, S, W),
-        and the rows grow.
+        """One step: tokens (B, S) follow each row's; returns fp32 logits (B, S, W); rows grow.
 
-        Under `cuda_graphs` the logits are the graph's own memory, which the next step overwrites,
-        and rows that the cache has beyond B are decoded too, to nobody."""
+        With cuda_graphs the logits are the graph's own memory, which the next step overwrites.
+        Rows of the cache beyond B are computed and discarded.
+        """
         rows = tokens.shape[0]
         if self.backend.cuda_graphs:
-            tokens = torch.nn.functional.pad(tokens, (0, 0, 0, cache.rows - rows))
-        (logits,) = self.call(
-            ("decode", *tokens.shape), self._decode, (tokens,), cache, self.backend.cuda_graphs
-        )
+            tokens = F.pad(tokens, (0, 0, 0, cache.rows - rows))
+        key = ("decode", *tokens.shape)
+        (logits,) = self.callers["decode"](key, self._decode, (tokens,), cache)
         return logits[:rows]
 
     def _decode(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, ...]:
-        step = self.behind(cache, tokens.shape[1])
+        step = self.next_step(cache, tokens.shape[1])
         hidden = self.model(tokens, step, cache.layers, self.blocks["decode"])
         cache.lengths += tokens.shape[1]
         return (self.lm_head(hidden).float(),)
 
-    def behind(self, cache: Cache, tokens: int) -> Step:
-        """A decode step for so many tokens of each row, which come to stand behind those that the
-        cache holds."""
-        if self.begin_step:
-            positions, cos, sin = self.begin_step(
-                cache.lengths, tokens, self.model.frequency, self.model.table_factor
-            )
-            # Fused blocks know their rows. But behind an ordinary kernel they may read positions
-            # before they wait.
-            rows = torch.arange(cache.rows, device=self.device)[:, None]
-            return Step("decode", positions, cos, sin, None, None, rows)
-        positions = cache.lengths[:, None] + torch.arange(tokens, device=self.device)  # (B, S)
-        return self.step(positions, cache)
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """A decode step's output head: (B, S, D) -> (B, S, W). Prompts use the model's own."""
+        return self.ways["decode"].head(hidden)
 
-    def step(self, positions: Tensor, cache: Cache) -> Step:
-        """A decode step for tokens at `positions` (B, S); the kernels see by positions alone, and
-        need no mask."""
-        return self.model.step(
-            "decode", positions, 0 if self.backend.attention == "triton" else cache.capacity
-        )
+    def next_step(self, cache: Cache, tokens: int) -> Step:
+        """A decode step for `tokens` tokens of each row, after those that the cache holds."""
+        return self.ways["decode"].next_step(cache, tokens)
 
     def call(
-        self,
-        key: tuple[Any, ...],
-        step: Call,
-        inputs: tuple[Tensor, ...],
-        cache: Cache,
-        captured: bool,
+        self, key: tuple[Any, ...], step: Any, inputs: tuple[Tensor, ...], cache: Cache
     ) -> tuple[Tensor, ...]:
-        """`step(*inputs, cache)`; if `captured` recorded the first time that the cache meets `key`,
-        and replayed from then on.
-
-        `key` begins with what is done. Graphs of one kind share the memory of what they compute on
-        the way."""
-
-        def within(*arguments: Any) -> tuple[Tensor, ...]:
-            with self.context():
-                return step(*arguments)
-
-        if not captured:
-            return within(*inputs, cache)
-        with torch.inference_mode():
-            if key not in cache.graphs:
-                pool = next(
-                    (
-                        made.graph.pool()
-                        for other, made in cache.graphs.items()
-                        if other[0] == key[0]
-                    ),
-                    None,
-                )
-                cache.graphs[key] = capture(within, inputs, cache, pool)
-            outputs: tuple[Tensor, ...] = cache.graphs[key].replay(*inputs)
-            return outputs
+        """Run `step(*inputs, cache)` as decode steps are run: captured under cuda_graphs."""
+        return self.callers["decode"](key, step, inputs, cache)

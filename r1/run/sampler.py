@@ -5,6 +5,7 @@ Shapes: W vocab_size; ... any leading dimensions (rows, positions).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +19,10 @@ TEMPERATURE, TOP_P = 0.6, 0.95
 
 @dataclass
 class Sampler:
-    """Picks a token from each row's logits. Temperature 0 is greedy; a seed makes the same choices
-    again."""
+    """Picks a token from each row's logits.
+
+    Temperature 0 is greedy. A seed makes the same choices again.
+    """
 
     temperature: float = TEMPERATURE
     top_p: float = TOP_P
@@ -27,9 +30,7 @@ class Sampler:
     _generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float(
-            "inf"
-        ):
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature={self.temperature!r}: give 0 (greedy) or more")
         if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p!r}: give more than 0 and at most 1")
@@ -41,36 +42,40 @@ class Sampler:
         """fp32 (..., W) -> int64 (...), on the same device and without a sync."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        race = torch.empty_like(logits).exponential_(generator=self.generator(logits.device))
-        return draw(self.probabilities(logits), race)
+        random = torch.empty_like(logits).exponential_(generator=self.generator(logits.device))
+        return draw(self.probabilities(logits), random)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """fp32 (..., W) -> what a token is drawn from, fp32 (..., W) of sum 1; all of it on the
-        best token where greedy."""
+        """fp32 (..., W) -> the distribution to draw from, fp32 (..., W) of sum 1.
+
+        When greedy, all of it is on the best token.
+        """
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-        below = logits - logits.amax(
-            dim=-1, keepdim=True
-        )  # no temperature, however small, makes them overflow
-        p, order = (below / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-        # The nucleus: the likeliest tokens up to the one with which top_p is reached (arXiv
-        # 1904.09751).
+        best = logits.amax(dim=-1, keepdim=True)
+        # Relative to the best, so that no temperature, however small, makes them overflow.
+        p, order = (
+            ((logits - best) / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        )
+        # The nucleus: the likeliest tokens up to the one that reaches top_p (arXiv 1904.09751).
         p = p.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, 0.0)
         return torch.zeros_like(p).scatter_(-1, order, p / p.sum(dim=-1, keepdim=True))
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The source of this sampler's random numbers; made where they are first wanted."""
+        """The source of this sampler's random numbers, made at its first use."""
         if self._generator is None:
             self._generator = torch.Generator(device)
-            self._generator.manual_seed(
-                self.seed
-            ) if self.seed is not None else self._generator.seed()
+            if self.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(self.seed)
         return self._generator
 
 
-def draw(p: Tensor, race: Tensor) -> Tensor:
+def draw(p: Tensor, exponential: Tensor) -> Tensor:
     """Weights p (..., W), which need not sum to 1, and Exp(1) numbers (..., W) -> int64 (...).
 
-    p / Exp(1) is largest at i with probability p[i] / sum(p): a draw that needs no sync, and never
-    takes what has p = 0."""
-    return (p / race).argmax(dim=-1)
+    p / Exp(1) is largest at i with probability p[i] / sum(p). So a draw needs no sync, and never
+    takes a token with p = 0.
+    """
+    return (p / exponential).argmax(dim=-1)

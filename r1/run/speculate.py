@@ -1,41 +1,41 @@
-"""MTP self-speculation: the MTP layer drafts k tokens, one step of the model judges them all (V3
-paper, sections 2.2, 5.4.3).
+"""MTP self-speculation: the MTP layer drafts k tokens, one step of the model judges all of them.
 
-A decode step reads the same weights for k + 1 tokens as for one, or few more, so tokens that were
-guessed right are nearly free. One turn, for a row whose cache holds L tokens; t is the token that
-was chosen last, k = 2, and d_2 will be refused:
+(V3 paper, sections 2.2 and 5.4.3.) A decode step reads about the same weights for k + 1 tokens as
+for one, so tokens that are guessed right are nearly free. One turn, for a row whose cache holds L
+tokens; t is the last chosen token, k = 2, and d_2 will be rejected:
 
-    position          ...  L-1    L      L+1    L+2
-    model reads                   t      d_1    d_2     one decode step of S = k + 1 tokens, also where all are refused
-    hidden states          h      h      h      h
-    model says                    p_0    p_1    p_2     distributions of the token behind each
-    judged                        d_1 +  d_2 -          accepted: a = 1
-    follows                       d_1    n      .       n is drawn from what p_1 leaves: a + 1 = 2 new tokens. L grows by 2
-    drafter reads                 h,d_1  h,n    .       the MTP layer, S = k + 1, at the same positions
-    drafter says                         d'_1           from where n came in: the next turn's first draft
-    again                                       d'_2    the MTP layer's output is its next hidden state, S = 1: k - 1 times
+    position       ...  L-1    L      L+1    L+2
+    model reads                t      d_1    d_2   one decode step of S = k + 1 tokens, in any case
+    hidden states       h      h      h      h
+    model gives                p_0    p_1    p_2   the distribution of the token after each
+    judgement                  d_1 +  d_2 -        accepted: a = 1
+    new tokens                 d_1    n      .     n is drawn from what p_1 leaves; L grows by a + 1
+    drafter reads              h,d_1  h,n    .     the MTP layer, S = k + 1, at the same positions
+    first draft                       d'_1         the next turn's, from the place of n
+    second draft                             d'_2  from the MTP layer's own output, k - 1 times
 
 Two rules make it right:
 
-- *Each row keeps what was accepted, by its length alone.* What was refused stays behind the length in every layer's cache
-  and is overwritten by the tokens that come to stand there. The drafter's entry i is made of the model's hidden state at i
-  and the token at i + 1, and stands at position i. (V3's reference counts from i + 1; rope sees only distances, so that is
-  the same layer.) Entries that were made of the drafter's own output, or of a refused token, are made anew from true
-  hidden states in the next turn, which starts at the first of them.
-- *Judging changes no distribution* (Leviathan et al., arXiv 2211.17192, section 2.3). A draft d was drawn from q; the model
-  says p. It is accepted with probability min(1, p(d) / q(d)); the first that is refused is replaced by a draw from
-  max(p - q, 0), normed, and behind the last a token is drawn from p itself. So each token is distributed by p, whatever
-  the drafter is worth. p and q are *after* temperature and nucleus. Greedy is the case where both have all on one token:
-  a draft is accepted where it is the model's own choice.
+- *Each row keeps the accepted tokens by its length alone.* Rejected ones stay after the length in
+  every layer's cache, and the next tokens overwrite them. The drafter's entry i is made of the
+  model's hidden state at i and the token at i + 1, and stands at position i. (V3's reference counts
+  from i + 1. Rotation sees only distances, so that is the same layer.) Entries made of the
+  drafter's own output, or of a rejected token, are made again in the next turn, from true hidden
+  states.
+- *Judging changes no distribution* (Leviathan et al., arXiv 2211.17192, section 2.3). A draft d was
+  drawn from q; the model gives p. It is accepted with probability min(1, p(d) / q(d)). The first
+  rejected one is replaced by a draw from max(p - q, 0), normed. If all are accepted, one more token
+  is drawn from p itself. So each token is distributed as p, whatever the drafter is worth. p and q
+  are *after* temperature and nucleus. In greedy decoding both have all weight on one token: a draft
+  is accepted where it is the model's own choice.
 
-How exact is that? The rule adds nothing, but a step of k + 1 tokens may sum in another order than
-one of a single token. In fp32 the logits differ by some 1e-6, so greedy text is the same unless two
-tokens are as close as that. In bf16 they differ in the third digit: text may part at near ties, as
-it does between batch sizes or kernels, and each is as right as the other.
+How exact is it? The rule adds no error, but a step of k + 1 tokens may sum in another order than a
+step of one. In fp32 logits differ by some 1e-6, so greedy text is the same unless two tokens are as
+close as that. In bf16 they differ in the third digit, and text may part at near ties, as it does
+between batch sizes or kernels. Each such text is as right as the other.
 
-No value is read on the host: how many drafts a row accepts is a tensor, so a turn can be captured
-as a CUDA graph. Its random numbers are drawn outside of that, which is all the capture would not
-repeat.
+No value is read on the host: the number of accepted drafts is a tensor, so a turn can be captured
+as a CUDA graph. Random numbers are drawn outside the graph; inside, a replay would reuse them.
 
 Shapes: B rows of the cache, k drafts, W vocab_size, D hidden_size.
 """
@@ -44,180 +44,167 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from r1.model.cache import Cache
-from r1.model.transformer import Step
+from r1.model.step import Step
+from r1.run.drafter import Drafter
 from r1.run.runner import Runner
 from r1.run.sampler import Sampler, draw
 
 
-def launch(
-    runner: Runner,
+def speculate(
+    drafter: Drafter,
     prompts: list[list[int]],
     sampler: Sampler,
     cache: Cache,
     depth: int = 0,
     assumed: float | None = None,
 ) -> Iterator[Tensor]:
-    """Continue `prompts` without end; yields int64 (prompts, k + 2) on the device: tokens, and how
-    many drafts were accepted.
+    """Continue `prompts` without end; yields int64 (prompts, k + 2) on the device.
 
-    The first `accepted + 1` tokens of a row are new. The first turn is the prompt's, and gives one
-    token. A row that fills the cache stays at its end, and what it gives there means nothing.
-    `assumed`: see Turn."""
-    rows = len(prompts)
-    turn = Turn(runner, sampler, assumed)
-    hidden = runner.read(prompts, cache, depth)  # (prompts, D)
+    These are k + 1 tokens, and how many drafts were accepted: the first `accepted + 1` tokens are
+    new. The first yield is the prompt's, with one token. A row that fills the cache stays at its
+    end, and its tokens are meaningless from there on. `assumed`: see Turn.
+    """
+    runner = drafter.runner
+    turn = Turn(drafter, sampler, assumed)
+    hidden = runner.read(prompts, cache, depth, drafter.run)  # (prompts, D)
     with runner.context():
         token = sampler(runner.model.lm_head(hidden).float())  # (prompts,)
-    yield F.pad(token[:, None], (0, runner.drafts + 1))
+    yield F.pad(token[:, None], (0, drafter.count + 1))
     tokens, q = turn.begin(hidden, token, cache)
     for other in [key for key in cache.graphs if key[0] == "turn" and key != turn.key]:
-        del cache.graphs[
-            other
-        ]  # of another distribution: there may be as many as there are questions
+        del cache.graphs[other]  # of another distribution: there may be as many as questions
     while True:
-        inputs = (tokens, q, *turn.chance(cache))
-        following, accepted, tokens, q = runner.call(
-            turn.key, turn, inputs, cache, runner.backend.cuda_graphs
-        )
-        yield torch.cat((following, accepted[:, None]), dim=1)[:rows]
+        inputs = (tokens, q, *turn.random(cache))
+        following, accepted, tokens, q = runner.call(turn.key, turn, inputs, cache)
+        yield torch.cat((following, accepted[:, None]), dim=1)[: len(prompts)]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn as the diagram has it: verify, judge, draft."""
+    """One turn as the diagram shows it: verify, judge, draft."""
 
-    runner: Runner
+    drafter: Drafter
     sampler: Sampler
     assumed: float | None = None
-    """Accept drafts with this probability, whatever the model says: to measure speed on weights
-    whose drafts are worth nothing. The text is then worth nothing either."""
+    """Accept drafts with this probability whatever the model says, to measure speed on weights that
+    draft badly. The text is then meaningless."""
+
+    @property
+    def runner(self) -> Runner:
+        return self.drafter.runner
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells captured turns on one cache apart."""
+        """Tells captured turns on one cache apart."""
         return ("turn", self.sampler.temperature, self.sampler.top_p, self.assumed)
 
     def __call__(
-        self, tokens: Tensor, q: Tensor, coins: Tensor, races: Tensor, cache: Cache
+        self, tokens: Tensor, q: Tensor, uniform: Tensor, exponential: Tensor, cache: Cache
     ) -> tuple[Tensor, ...]:
-        """Read a row's last token and its drafts, int64 (B, k + 1), which were drawn from q, fp32
-        (B, k, W).
+        """Read each row's last token and its drafts, int64 (B, k + 1), drawn from q (B, k, W).
 
-        Returns `following` (B, k + 1), of which the first `accepted` + 1 (B,) are new; and the next
-        turn's tokens and q."""
-        step = self.runner.behind(cache, tokens.shape[1])
-        hidden = self.runner.model(
-            tokens, step, cache.layers, self.runner.blocks["decode"]
-        )  # (B, k + 1, D)
+        Returns `following` (B, k + 1), of which the first `accepted` + 1 are new, `accepted` (B,),
+        and the next turn's tokens and q.
+        """
+        step = self.runner.next_step(cache, tokens.shape[1])
+        blocks = self.runner.blocks["decode"]
+        hidden = self.runner.model(tokens, step, cache.layers, blocks)  # (B, k + 1, D)
         p = self.sampler.probabilities(self.runner.lm_head(hidden).float())  # (B, k + 1, W)
-        accepted, rest = judge(p, q, tokens[:, 1:], coins, self.assumed)
-        token = draw(rest, races[:, -1])[:, None]  # (B, 1)
-        following = torch.cat((tokens[:, 1:], token), dim=1).scatter(1, accepted[:, None], token)
-        # A row that has its tokens goes on with the others: it must not leave the cache.
-        cache.lengths.copy_(
-            (cache.lengths + accepted + 1).clamp(max=cache.capacity - tokens.shape[1])
-        )
-        drafts, q = self.draft(hidden, following, accepted, step, cache, races)
+        accepted, rest = judge(p, q, tokens[:, 1:], uniform, self.assumed)
+        token = draw(rest, exponential[:, -1])[:, None]  # (B, 1)
+        drafts = torch.cat((tokens[:, 1:], token), dim=1)  # (B, k + 1)
+        following = drafts.scatter(1, accepted[:, None], token)
+        # A row that has all its tokens goes on with the others: it must not leave the cache.
+        most = cache.capacity - tokens.shape[1]
+        cache.lengths.copy_((cache.lengths + accepted + 1).clamp(max=most))
+        drafts, q = self.draft(hidden, following, accepted, step, cache, exponential)
         return following, accepted, torch.cat((token, drafts), dim=1), q
 
     def draft(
-        self,
-        hidden: Tensor,
-        following: Tensor,
-        last: Tensor,
-        step: Step,
-        cache: Cache,
-        races: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The drafter reads hidden states (B, k + 1, D), each with the token following it, up to
-        the `last` (B,) true one.
+        self, hidden: Tensor, following: Tensor, last: Tensor, step: Step, cache: Cache,
+        exponential: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The drafter reads hidden states (B, k + 1, D), each with its following token.
 
-        Returns drafts (B, k) and the distributions (B, k, W) that they were drawn from. `cache` has
-        its new lengths."""
-        x = self.runner.foresee(following, hidden, step, cache.layers)  # (B, k + 1, D)
+        `last` (B,) is the last true one of each row. `cache` has its new lengths. Returns drafts
+        (B, k) and the distributions that they were drawn from (B, k, W).
+        """
+        x = self.drafter.run(following, hidden, step, cache.layers)  # (B, k + 1, D)
         x = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[2]))  # (B, 1, D)
         drafts: list[Tensor] = []
         distributions: list[Tensor] = []
-        for number in range(self.runner.drafts):
+        for number in range(self.drafter.count):
             if number:
                 positions = cache.lengths[:, None] + number - 1  # (B, 1)
-                again = self.runner.step(positions, cache)
-                x = self.runner.foresee(drafts[-1], x, again, cache.layers)
-            distributions.append(
-                self.sampler.probabilities(self.runner.lm_head(x).float())
-            )  # (B, 1, W)
-            drafts.append(draw(distributions[-1], races[:, number, None]))  # (B, 1)
+                again = self.runner.model.step("decode", positions, cache.capacity)
+                x = self.drafter.run(drafts[-1], x, again, cache.layers)
+            logits = self.runner.lm_head(x).float()
+            distributions.append(self.sampler.probabilities(logits))  # (B, 1, W)
+            drafts.append(draw(distributions[-1], exponential[:, number, None]))  # (B, 1)
         return torch.cat(drafts, dim=1), torch.cat(distributions, dim=1)
 
     def begin(self, hidden: Tensor, token: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        """The first drafts, from each prompt's last hidden state (B, D) and the token (B,) behind
-        it: as if a turn had been.
+        """The first drafts, from each prompt's last hidden state (B, D) and its next token (B,).
 
         Rows that the cache has beyond the prompts (for a CUDA graph) run along.
         """
-        more = (0, cache.rows - len(token))
+        count = self.drafter.count
+        more, unknown = (0, cache.rows - len(token)), (0, count)
         token = F.pad(token, more)[:, None]  # (B, 1)
-        unknown = (0, self.runner.drafts)
         with self.runner.context():
-            positions = (cache.lengths - 1).clamp(min=0)[:, None] + torch.arange(
-                self.runner.drafts + 1, device=token.device
-            )
-            step = self.runner.step(positions, cache)
-            states, following = (
-                F.pad(hidden[:, None], (0, 0, *unknown, *more)),
-                F.pad(token, unknown),
-            )  # (B, k + 1, ...)
-            _, races = self.chance(cache)
-            drafts, q = self.draft(
-                states, following, torch.zeros_like(cache.lengths), step, cache, races
-            )
+            offsets = torch.arange(count + 1, device=token.device)
+            positions = (cache.lengths - 1).clamp(min=0)[:, None] + offsets  # (B, k + 1)
+            step = self.runner.model.step("decode", positions, cache.capacity)
+            states = F.pad(hidden[:, None], (0, 0, *unknown, *more))  # (B, k + 1, D)
+            following = F.pad(token, unknown)  # (B, k + 1)
+            _, exponential = self.random(cache)
+            last = torch.zeros_like(cache.lengths)
+            drafts, q = self.draft(states, following, last, step, cache, exponential)
         return torch.cat((token, drafts), dim=1), q
 
-    def chance(self, cache: Cache) -> tuple[Tensor, Tensor]:
-        """A turn's random numbers: coins in [0, 1), (B, k), for judging, and Exp(1) for draws: (B,
-        k + 1, W).
+    def random(self, cache: Cache) -> tuple[Tensor, Tensor]:
+        """A turn's random numbers: uniform in [0, 1), (B, k), and Exp(1), (B, k + 1, W).
 
-        Greedy draws leave nothing to chance: (B, k + 1, 1) of ones, and coins of 0.
+        The first judge, the second draw. When greedy: zeros (B, k) and ones (B, k + 1, 1), so draws
+        become argmax.
         """
-        device, k = cache.lengths.device, self.runner.drafts
+        device, k = cache.lengths.device, self.drafter.count
+        fp32 = partial(torch.ones, dtype=torch.float32, device=device)
         with torch.inference_mode():
-            coins, races = (
-                torch.zeros(cache.rows, k, device=device),
-                torch.ones(cache.rows, k + 1, 1, device=device),
-            )
+            uniform, exponential = fp32(cache.rows, k).zero_(), fp32(cache.rows, k + 1, 1)
             if self.sampler.temperature or self.assumed is not None:
-                coins.uniform_(generator=self.sampler.generator(device))
+                uniform.uniform_(generator=self.sampler.generator(device))
             if self.sampler.temperature:
-                races = races.repeat(1, 1, self.runner.config.vocab_size)
-                races.exponential_(generator=self.sampler.generator(device))
-        return coins, races
+                exponential = exponential.repeat(1, 1, self.runner.config.vocab_size)
+                exponential.exponential_(generator=self.sampler.generator(device))
+        return uniform, exponential
 
 
 def judge(
-    p: Tensor, q: Tensor, drafts: Tensor, coins: Tensor, assumed: float | None = None
+    p: Tensor, q: Tensor, drafts: Tensor, uniform: Tensor, assumed: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The acceptance rule. The model's p (B, k + 1, W), the drafter's q (B, k, W), drafts and coins
-    (B, k).
+    """The acceptance rule: the model's p (B, k + 1, W), the drafter's q (B, k, W), drafts (B, k).
 
-    Returns how many drafts are accepted before the first that isn't, int64 (B,), and weights (B,
-    W), not normed, to draw the token that follows those from."""
-    said, offered = (
-        each.gather(2, drafts[..., None]).squeeze(2) for each in (p[:, :-1], q)
-    )  # (B, k)
-    agree = coins * offered < said if assumed is None else coins < assumed
+    Returns how many drafts are accepted before the first rejected one, int64 (B,), and weights
+    (B, W), not normed, to draw the token after them from.
+    """
+    p_draft, q_draft = (
+        each.gather(2, drafts[..., None]).squeeze(2)  # (B, k)
+        for each in (p[:, :-1], q)
+    )
+    agree = uniform * q_draft < p_draft if assumed is None else uniform < assumed
     accepted = agree.long().cumprod(dim=1).sum(dim=1)
     row = torch.arange(len(p), device=p.device)
-    p, q = (
-        p[row, accepted],
-        F.pad(q, (0, 0, 0, 1))[row, accepted],
-    )  # (B, W); behind the last draft nothing was offered
+    q = F.pad(q, (0, 0, 0, 1))  # after the last draft nothing was drafted
+    p, q = p[row, accepted], q[row, accepted]  # (B, W)
     rest = (p - q).clamp(min=0)
-    # Nothing is left only where p and q are equal, and a draft was refused by rounding (or by an
-    # assumed coin).
+    # Nothing is left only where p and q are equal, and a draft was rejected by rounding (or by an
+    # assumed probability).
     return accepted, torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)

@@ -1,10 +1,12 @@
-"""What every layer puts out, and where two implementations part: the first question of any parity
-hunt.
+"""Each layer's outputs, and the first one where two implementations differ.
 
-Names of the traced tensors, the same as in tests/reference: `attn.I`, `mlp.I` and `hidden.I` are
-the outputs of layer I's attention, feed-forward and whole block, (B, S, D); `router_indices.I`
-(ascending for each token) and `router_weights.I` (ordered alike), (B, S, K); `final_norm` (B, S, D)
-and `logits` (B, S, W)."""
+Names of the traced tensors, for layer i:
+- `attn.i`, `mlp.i`, `hidden.i`: outputs of its attention, feed-forward and whole block, (B, S, D);
+- `router_indices.i` (ascending for each token) and `router_weights.i` (in that order), (B, S, K);
+- `final_norm` (B, S, D) and `logits` (B, S, W) of the whole model.
+
+Shapes: B rows, S tokens of a row, K experts per token, D hidden_size, W vocab_size.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,7 @@ from r1.run.runner import Runner
 
 
 def trace(runner: Runner, tokens: Tensor) -> dict[str, Tensor]:
-    """Run int64 (B, S) through the model without a cache and return every layer's outputs, fp32 on
-    the CPU, in order."""
+    """Run int64 (B, S) without a cache: every layer's outputs, fp32 on the CPU, in order."""
     seen: dict[str, Tensor] = {}
     model, shape = runner.model, tuple(tokens.shape)
 
@@ -69,7 +70,8 @@ def compare(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float
 ) -> list[Difference]:
     """Every tensor that both have, in our order of computation. Raises KeyError where the reference
-    has none of ours."""
+    has none of ours.
+    """
     names = [name for name in ours if name in theirs]
     if not names:
         raise KeyError("the reference has no tensor that the model puts out")

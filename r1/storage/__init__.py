@@ -1,1 +1,4 @@
-"""How a matrix lies in memory."""
+"""How a matrix lies in memory.
+
+Tested in tests/: test_checkpoint.py and test_traps.py.
+"""

@@ -2,7 +2,8 @@
 3.3).
 
 A matrix (out, in) has a grid of ceil(out / 128) x ceil(in / 128) scales, named `weight_scale_inv`:
-what *multiplies* the stored numbers. Blocks at the lower and right edges are cropped."""
+what *multiplies* the stored numbers. Blocks at the lower and right edges are cropped.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from r1.errors import InputError
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -23,9 +26,18 @@ def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
+def part(scale: Tensor, block: tuple[int, int], rows: slice, columns: slice) -> Tensor:
+    """The scales of a part of a matrix, which must start at whole blocks. Raises InputError."""
+    if rows.start % block[0] or columns.start % block[1]:
+        raise InputError(f"a cut at ({rows.start}, {columns.start}) splits a block of {block}")
+    (height, width), (first, left) = block, (rows.start // block[0], columns.start // block[1])
+    return scale[first : -(-rows.stop // height), left : -(-columns.stop // width)]
+
+
 def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int], out: Tensor) -> None:
     """e4m3 (out, in) and fp32 scales (grid) -> `out` (out, in) of any float dtype, by bands of
-    whole blocks."""
+    whole blocks.
+    """
     rows, columns = q.shape
     wide = (scale * 256).repeat_interleave(block[1], dim=1)[
         :, :columns
@@ -47,7 +59,8 @@ def _widen(q: Tensor) -> Tensor:
 
     e4m3 is SEEEEMMM and fp16 SEEEEEMMMMMMMMMM, with exponents biased by 7 and 15. So the same bits,
     the sign apart and the others moved up by 7, are the same number times 2^(7 - 15), subnormal
-    numbers too."""
+    numbers too.
+    """
     bits = (
         q.view(torch.int8).to(torch.int16).mul_(128).bitwise_and_(~0x4000)
     )  # the sign is copied upwards: leave bit 15
@@ -59,7 +72,8 @@ def _widen(q: Tensor) -> Tensor:
 
 def quantize(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A matrix (out, in) -> e4m3 (out, in) and fp32 scales (grid), each block's largest magnitude
-    at 448."""
+    at 448.
+    """
     rows, columns = weight.shape
     q = torch.empty(rows, columns, dtype=E4M3, device=weight.device)
     scale = torch.empty(grid(weight.shape, block), dtype=torch.float32, device=weight.device)
@@ -81,7 +95,8 @@ def quantize(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def _bands(rows: int, columns: int, height: int) -> list[tuple[int, int]]:
     """Cut rows into runs of whole blocks that fit the scratch, and at the end what is left of a
-    block."""
+    block.
+    """
     step = max(1, BAND_BYTES // (4 * columns * height)) * height
     whole = rows // height * height
     cuts = [*range(0, whole, step), whole] + ([rows] if rows > whole else [])

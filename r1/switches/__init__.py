@@ -1,1 +1,4 @@
-"""What is asked, what this machine can do, and what that makes."""
+"""What is asked, what this machine can do, and what that makes.
+
+Tested in tests/: test_bad_input.py and test_pairs.py.
+"""

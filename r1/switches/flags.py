@@ -1,5 +1,4 @@
-"""The switches as command-line flags: one flag for each field of Backend, under the same name with
-dashes."""
+"""The switches as command-line flags: one for each field of Backend, its name with dashes."""
 
 from __future__ import annotations
 
@@ -7,32 +6,24 @@ import argparse
 import dataclasses
 from typing import Any
 
-from r1.switches.backend import CHOICES, NOT_YET, PARALLEL, Backend
+from r1.switches.backend import Backend, choices
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each switch; those not given stay out of the namespace, so that "given" can be
-    told from "default"."""
+    """Add a flag for each switch. Those not given stay out of the namespace."""
     group = parser.add_argument_group(
         "switches (what each means: r1/switches/backend.py; one machine may not do all)"
     )
+    values = choices()
     for field in dataclasses.fields(Backend):
-        flag = "--" + field.name.replace("_", "-")
-        if field.name in CHOICES:
+        flag, absent = "--" + field.name.replace("_", "-"), argparse.SUPPRESS
+        if field.name in values:
             text = f"default {field.default}"
-            text += (
-                f"; not built yet: {', '.join(NOT_YET[field.name])}"
-                if field.name in NOT_YET
-                else ""
-            )
-            group.add_argument(
-                flag, choices=CHOICES[field.name], default=argparse.SUPPRESS, help=text
-            )
+            group.add_argument(flag, choices=values[field.name], default=absent, help=text)
         elif field.default is False:
-            group.add_argument(flag, action="store_true", default=argparse.SUPPRESS)
+            group.add_argument(flag, action="store_true", default=absent)
         else:
-            text = "default 1" + ("; not built yet" if field.name in PARALLEL else "")
-            group.add_argument(flag, type=int, metavar="N", default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag, type=int, metavar="N", default=absent, help="default 1")
 
 
 def seed(text: str) -> int:

@@ -1,8 +1,8 @@
-"""What this machine can do, and why not: one table, which the switches ask and `bench.py --explain`
-prints.
+"""The features that this machine supports, and reasons for those that it lacks.
 
-Nothing else in r1 looks at a GPU's make. NVIDIA and AMD differ here: torch calls both "cuda", and a
-ROCm build says so in `torch.version.hip`."""
+The switches consult this table, and `bench.py --explain` prints it. Torch calls the GPUs of both
+NVIDIA and AMD "cuda". Only a ROCm build of torch, for AMD, has a version in `torch.version.hip`.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """What the table needs to know of where we run. `Machine.here()` looks; tests make up
-    others."""
+    """The facts about a machine that the table needs.
+
+    `Machine.here()` describes this machine. Tests describe other ones.
+    """
 
     cuda: bool = False
-    """torch sees a GPU (NVIDIA's or, in a ROCm build, AMD's)."""
+    """Whether torch has a GPU: NVIDIA's or, in a ROCm build, AMD's."""
     hip: str | None = None
-    """The ROCm version that torch was built for."""
+    """The ROCm version that torch was built for. None without ROCm."""
     torch_version: str = torch.__version__
     name: str = "CPU"
     capability: tuple[int, int] = (0, 0)
@@ -31,12 +33,13 @@ class Machine:
     arch: str = ""
     """AMD's architecture, such as gfx942."""
     memory: int = 0
-    """Bytes of the GPU, or of the host."""
+    """Bytes of memory: the GPU's, or the host's if there is no GPU."""
     compiler: bool = True
-    """torch.compile has what it needs: a C++ compiler for the CPU, Triton for a GPU."""
+    """Whether torch.compile has its compiler: C++ for a CPU, Triton for a GPU."""
 
     @staticmethod
     def here() -> Machine:
+        """The machine that runs this process. The first GPU counts."""
         if not torch.cuda.is_available():
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             return Machine(name=cpu_name(), memory=memory, compiler=_has_cxx())
@@ -53,19 +56,17 @@ class Machine:
 
     @property
     def device(self) -> str:
-        """The device that "auto" takes: cuda, rocm or cpu."""
+        """The device that device=auto chooses: cuda, rocm or cpu."""
         return ("rocm" if self.hip else "cuda") if self.cuda else "cpu"
 
     def without_gpu(self) -> Machine:
-        """The same machine as device=cpu sees it."""
-        return (
-            self
-            if not self.cuda
-            else Machine(torch_version=self.torch_version, compiler=_has_cxx())
-        )
+        """The same machine for device=cpu."""
+        if not self.cuda:
+            return self
+        return Machine(torch_version=self.torch_version, compiler=_has_cxx())
 
     def why_not(self, feature: str) -> str | None:
-        """Why this machine can't do one of FEATURES, and what to do instead; None where it can."""
+        """Why this machine lacks one of FEATURES, and what to do instead. None if it has it."""
         return FEATURES[feature](self)
 
 
@@ -76,24 +77,21 @@ def _bf16(m: Machine) -> str | None:
 
 
 def _fp8(m: Machine) -> str | None:
-    """e4m3fnuz is what gfx942 multiplies: the same bytes mean half there."""
     if not m.cuda:
         return "a CPU has no FP8 products: FP8 checkpoints are dequantized while loading"
     if m.hip:
-        return (
-            None
-            if m.arch in ("gfx942", "gfx950", "gfx1200", "gfx1201")
-            else f"{m.arch} has no FP8 products: use bf16"
-        )
-    return (
-        None
-        if m.capability >= (8, 9)
-        else f"FP8 products need compute capability 8.9, and {m.name} has {m.capability}: use bf16"
-    )
+        has_fp8 = m.arch in ("gfx942", "gfx950", "gfx1200", "gfx1201")
+        return None if has_fp8 else f"{m.arch} has no FP8 products: use bf16"
+    if m.capability >= (8, 9):
+        return None
+    return f"FP8 products need compute capability 8.9, and {m.name} has {m.capability}: use bf16"
 
 
 def fp8_format(m: Machine) -> torch.dtype | None:
-    """The 8-bit format that this machine multiplies; None where it multiplies none."""
+    """The 8-bit float format that this machine can multiply. None if it can multiply none.
+
+    On gfx942 it is e4m3fnuz. The same byte has half the value there that it has in e4m3fn.
+    """
     if _fp8(m):
         return None
     return torch.float8_e4m3fnuz if m.arch == "gfx942" else torch.float8_e4m3fn
@@ -117,25 +115,28 @@ def _compile(m: Machine) -> str | None:
 
 
 def _graphs(m: Machine) -> str | None:
+    if m.cuda:
+        return None
     return (
-        None
-        if m.cuda
-        else "cuda_graphs capture launches on a GPU, and this runs on a CPU, which has none: use compile"
+        "cuda_graphs capture launches on a GPU, and this runs on a CPU, which has none: use compile"
     )
 
 
 def _memory(m: Machine) -> str | None:
+    if m.cuda:
+        return None
     return (
-        None
-        if m.cuda
-        else "memory is the policy of the GPU's allocator, and this runs on a CPU: leave it at default"
+        "memory is the policy of the GPU's allocator, and this runs on a CPU: leave it at default"
     )
 
 
 def _triton(m: Machine) -> str | None:
     if m.cuda and m.compiler:
         return None
-    return "Triton's kernels need a GPU and the triton package: leave attention, moe, prefill_moe and kernels at their defaults"
+    return (
+        "Triton's kernels need a GPU and the triton package: leave attention, moe, prefill_moe and "
+        "kernels at their defaults"
+    )
 
 
 FEATURES: dict[str, Callable[[Machine], str | None]] = {
@@ -147,18 +148,18 @@ FEATURES: dict[str, Callable[[Machine], str | None]] = {
     "memory": _memory,
     "triton": _triton,
 }
+"""Each feature by name, and the function that says why a machine lacks it (None if it has it)."""
 
 
 def explain(m: Machine) -> str:
-    """The table as a person reads it."""
-    found = (
-        f"compute capability {m.capability[0]}.{m.capability[1]}"
-        if m.cuda and not m.hip
-        else m.arch or "no GPU"
-    )
+    """The table as text: a line for the machine, then a line for each feature."""
+    gpu = m.arch or "no GPU"
+    if m.cuda and not m.hip:
+        gpu = f"compute capability {m.capability[0]}.{m.capability[1]}"
     hip = f", ROCm {m.hip}" if m.hip else ""
     lines = [
-        f"{m.name} ({found}, {m.memory / 1e9:.0f} GB), torch {m.torch_version}{hip}, device={m.device}",
+        f"{m.name} ({gpu}, {m.memory / 1e9:.0f} GB), torch {m.torch_version}{hip}, "
+        f"device={m.device}",
         "",
     ]
     details = {
@@ -167,18 +168,17 @@ def explain(m: Machine) -> str:
     }
     for feature in FEATURES:
         why = m.why_not(feature)
-        answer = (
-            "no: " + why
-            if why
-            else "yes" + (f" ({details[feature]})" if feature in details else "")
-        )
+        yes = f"yes ({details[feature]})" if feature in details else "yes"
+        answer = f"no: {why}" if why else yes
         lines.append(f"{feature:<12} {answer}")
     return "\n".join(lines)
 
 
 def clocks_and_power() -> dict[str, float]:
-    """The GPU's clocks (MHz) and power (W) at this moment, where nvidia-smi or rocm-smi's twin
-    tells; else empty."""
+    """The GPU's current clocks (MHz), power (W) and temperature (degrees C), from nvidia-smi.
+
+    Empty without a GPU, without nvidia-smi, or if it does not report all of them.
+    """
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         return {}
     query = {
@@ -187,18 +187,18 @@ def clocks_and_power() -> dict[str, float]:
         "power_w": "power.draw",
         "temperature_c": "temperature.gpu",
     }
-    asked = subprocess.run(
+    result = subprocess.run(
         ["nvidia-smi", f"--query-gpu={','.join(query.values())}", "--format=csv,noheader,nounits",
         "-i", "0"], capture_output=True, text=True, check=False,
     )  # fmt: skip
     try:
-        return dict(zip(query, (float(value) for value in asked.stdout.split(",")), strict=True))
+        return dict(zip(query, (float(value) for value in result.stdout.split(",")), strict=True))
     except ValueError:
         return {}
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it, and how many threads torch uses."""
+    """The processor's name if the system provides it, and the number of torch's threads."""
     name = "CPU"
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -206,7 +206,7 @@ def cpu_name() -> str:
                 line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
             )
     except (OSError, StopIteration):
-        pass  # not Linux, or a processor that has no such line
+        pass  # not Linux, or /proc/cpuinfo has no such line
     return f"{name}, {torch.get_num_threads()} threads"
 
 

@@ -1,1 +1,4 @@
-"""Tokenizers, chat templates, reasoning."""
+"""Tokenizers, chat templates, reasoning.
+
+Tested in tests/: test_tokenizer.py.
+"""

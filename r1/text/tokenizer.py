@@ -1,29 +1,35 @@
 """Text <-> token ids.
 
-The one rule: *text never becomes a control token*. `<｜Assistant｜>` typed by a user is harmless
-text; the control token of that name gets into a prompt only by its id, placed by our own template
-(chat.py). So there are two encoders of one vocabulary (vocabulary.py): the library's
-(`control=True`, for people who know what they paste) and one that does not know the control tokens
-at all (`control=False`, the default)."""
+One rule holds everywhere: *text never becomes a control token*. If a user types `<｜Assistant｜>`,
+it is harmless text. The control token of that name enters a prompt only by its id, and only our own
+template (chat.py) places it.
+
+So each vocabulary (vocabulary.py) has two encoders. The default one does not know the control
+tokens at all (`control=False`). The other one is the library's (`control=True`), for callers who
+trust their text.
+"""
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from r1.errors import InputError
 from r1.text import vocabulary
-from r1.text.chat import BOS, EOS, IM_END, TEMPLATES, Control, ReasoningSplitter, check_messages
+from r1.text.chat import TEMPLATES, Control, check_messages
+from r1.text.control_tokens import BOS, EOS, IM_END
+from r1.text.reasoning import ReasoningSplitter
+from r1.text.stream_decoder import StreamDecoder
 from r1.text.vocabulary import Codec
 
 
 class Tokenizer:
-    """A vocabulary, its control tokens, and the chat template that goes with them.
+    """A vocabulary, its control tokens, and its chat template.
 
-    `bos_id` and `eos_id` are None where neither the folder nor the caller names one. `control` maps
-    the text of each control token to its id."""
+    `control` maps the text of each control token to its id. `bos_id` and `eos_id` are None if
+    neither the tokenizer's files nor the caller names one.
+    """
 
     def __init__(self, codec: Codec, bos_id: int | None, eos_id: int | None) -> None:
         self._codec = codec
@@ -40,51 +46,55 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read the tokenizer in `directory`.
 
-        `bos_id` and `eos_id`, config.json's, count where the tokenizer's own files name none.
-        Raises InputError as vocabulary.load does."""
+        `bos_id` and `eos_id` come from config.json. They are used only if the tokenizer's own files
+        name none. Raises InputError as `vocabulary.load` does.
+        """
         codec, named = vocabulary.load(Path(directory))
         bos_id = named.get("bos_token", codec.control.get(BOS, bos_id))
         return cls(codec, bos_id, named.get("eos_token", codec.control.get(EOS, eos_id)))
 
     def check(self, vocab_size: int) -> None:
-        """InputError if this tokenizer has an id that a model of `vocab_size` embeddings has no row
-        for.
+        """Raise InputError if the tokenizer has more ids than the model has embeddings.
 
         The reverse is normal: R1 has 128,815 tokens in a vocabulary of 129,280.
         """
         if self.vocab_size > vocab_size:
             raise InputError(
-                f"the tokenizer has {self.vocab_size} tokens but config.json's vocab_size is {vocab_size}: "
-                "they belong to different checkpoints; use the tokenizer that came with this one"
+                f"the tokenizer has {self.vocab_size} tokens but config.json's vocab_size is "
+                f"{vocab_size}: they belong to different checkpoints; use the tokenizer that came "
+                "with this one"
             )
 
     def encode(self, text: str, control: bool = False) -> list[int]:
-        """Token ids of `text`; no BOS is added.
+        """Token ids of `text`. No BOS is added.
 
-        With `control` the names of control tokens in the text become those tokens, as in the
-        library. Without it they are plain text, and no control id can come out, whatever the text.
+        With `control`, names of control tokens in the text become those tokens, as in the library.
+        Without it, they are plain text, and the result never contains a control id.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"the text holds half a surrogate pair at position {error.start}; pass valid Unicode "
-                "(was it read with errors='surrogateescape'?)"
+                f"the text holds half a surrogate pair at position {error.start}; pass valid "
+                "Unicode (was it read with errors='surrogateescape'?)"
             ) from None
         return self._codec.encode(text, control)
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
-        """The text of `ids`; what isn't UTF-8 becomes U+FFFD, ids without a token (R1 has 465)
-        nothing."""
+        """The text of `ids`.
+
+        Bytes that are not UTF-8 become U+FFFD. An id without a token becomes an empty text. R1 has
+        465 such ids.
+        """
         stream = self.stream(skip_control)
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def stream(self, skip_control: bool = False) -> StreamDecoder:
-        """A decoder that is given one token at a time."""
+        """A decoder that takes one token at a time."""
         hidden = self.control_ids if skip_control else frozenset()
         return StreamDecoder(
             lambda token: b"" if token in hidden else self._codec.pieces.get(token, b""),
-            self._codec.pads,
+            drop_space=self._codec.pads,
         )
 
     # -- chat --------------------------------------------------------------------------------------
@@ -95,18 +105,20 @@ class Tokenizer:
         return frozenset(i for i in (self.eos_id, self.control.get(IM_END)) if i is not None)
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], *, think: bool = True) -> list[int]:
-        """Ids of a conversation, ready to be continued by the assistant.
+        """Ids of a conversation, ready for the assistant to continue.
 
-        `messages` are dicts of `role` (system, user or assistant) and `content` (str); the last is
-        the user's. R1's prompt ends in an opened `<think>`, or with `think=False` in an empty,
-        closed one; models that don't think ignore `think`. The ids are those of the published
-        template, except that contents can't forge control tokens."""
+        `messages` are dicts of `role` (system, user or assistant) and `content` (str). The last
+        message is the user's. R1's prompt ends with an open `<think>`. With `think=False` it ends
+        with an empty, closed one. Models without reasoning ignore `think`. The ids equal those of
+        the published template, except that contents can't forge control tokens. Raises InputError
+        for unusable messages, and if the vocabulary matches no template.
+        """
         if self.template is None:
             missing = ", ".join(sorted(TEMPLATES[0].markers - self.control.keys()))
             others = ", ".join(t.name for t in TEMPLATES[1:])
             raise InputError(
-                f"this tokenizer can't chat: of R1's control tokens it lacks {missing}, and it hasn't "
-                f"those of {others} either; use plain completion instead"
+                f"this tokenizer can't chat: of R1's control tokens it lacks {missing}, and it "
+                f"hasn't those of {others} either; use plain completion instead"
             )
         check_messages(messages)
         ids: list[int] = []
@@ -116,48 +128,22 @@ class Tokenizer:
                 ids += [*self.encode(text), self.control[part.name]]
                 text = ""
             else:
-                # Neighbouring texts are encoded as one, because the published template encodes the
-                # rendered string: in V2's "User: hi\n\nAssistant:" a token may straddle the
-                # content's edge.
+                # Neighbouring texts are encoded together, because the published template encodes
+                # the rendered string. In V2's "User: hi\n\nAssistant:" one token may contain the
+                # end of the content and the start of the template's text.
                 text += part
         return ids + self.encode(text)
 
     def splitter(self, think: bool = True) -> ReasoningSplitter:
         """A splitter for the completion of `chat_prompt(..., think=think)`."""
-        return ReasoningSplitter(self, think and self.template is not None and self.template.thinks)
+        thinking = think and self.template is not None and self.template.thinks
+        return ReasoningSplitter(self.stream(skip_control=True), self.control, thinking)
 
     def split(self, ids: Iterable[int], think: bool = True) -> tuple[str, str]:
-        """(reasoning, answer) of a completion of `chat_prompt(..., think=think)`, newlines around
-        trimmed."""
+        """(reasoning, answer) of a completion of `chat_prompt(..., think=think)`.
+
+        Newlines at the start and the end of each are removed.
+        """
         splitter = self.splitter(think)
         parts = [*map(splitter.push, ids), splitter.flush()]
         return "".join(r for r, _ in parts).strip("\n"), "".join(a for _, a in parts).strip("\n")
-
-
-class StreamDecoder:
-    """Decodes token by token, in constant time each: a token is bytes, and UTF-8 decodes
-    incrementally.
-
-    What `push` and `flush` return adds up to `Tokenizer.decode` of the same ids. A character comes
-    out whole, with its last byte; bytes that can't be one come out as U+FFFD each, at most two
-    bytes late."""
-
-    def __init__(self, piece: Callable[[int], bytes], pads: bool) -> None:
-        self._piece = piece
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drop_space = pads
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, often but not always its own."""
-        data = self._piece(token)
-        if self._drop_space and data:
-            data = data.removeprefix(b" ")
-            self._drop_space = False
-        return self._utf8.decode(data)
-
-    def flush(self) -> str:
-        """The end: U+FFFD for a character left unfinished. The decoder may be used anew after
-        it."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text

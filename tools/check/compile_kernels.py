@@ -1,12 +1,17 @@
-"""Compile every Triton kernel for GPUs that aren't here, as it would be launched there.
+"""Compile every Triton kernel for GPUs that this machine does not have, as they would launch it.
 
-    python tools/check/compile_kernels.py --shape moonlight-16b,r1 --batch 1,32 --target sm_90,gfx942
+    python tools/check/compile_kernels.py --shape r1 --batch 1,32 --target sm_90,gfx942
 
-The launches are not listed anywhere: the fused block runs on tensors without storage, with a chip
-that writes launches down instead of making them. Fails where a program wants more shared memory
-than the target has; says what was spilled. Where kernels may start before the one ahead has ended
-(chip.py), it says in which order a program waits for that one, lets the next start and writes,
-branch after branch, and fails where the first thing it does is write."""
+There is no list of launches. The fused block runs on tensors without storage, and a recorder stands
+in for the chip: it records each launch and launches nothing.
+
+For each kernel the tool prints the shared memory, the registers, and how much the compiler spilled.
+A kernel fails if it needs more shared memory than the target has.
+
+On some GPUs a kernel may start before the one ahead of it has ended (r1/kernels/chip.py). There the
+tool prints the order, branch after branch, in which the program waits for the kernel ahead, lets
+the next one start, and writes. A kernel fails if it writes before it waits.
+"""
 
 from __future__ import annotations
 
@@ -17,35 +22,37 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
-os.environ.setdefault(
-    "TRITON_DEFAULT_FP_FUSION", "1"
-)  # as it was before Triton asked for an answer, with a warning
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
+# Triton's old default. Without an answer, new versions warn.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import shared
 import torch
 
-from r1 import Config, InputError
-from r1.model.shapes import SHAPES, shape
+from r1 import Backend, Config, InputError, build
 
 CONTEXT = 4096
-"""Tokens of the cache that the attention is launched for, and of a prompt."""
+"""Tokens in the cache of a decode step, and tokens of a prompt."""
 KB = 1024
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU that people have, as Triton names it, and the facts that r1/kernels/chip.py asks of
-    one."""
+    """A GPU as Triton names it, with the facts that r1/kernels/chip.py needs."""
 
     backend: str
     arch: int | str
     warp: int
+    """Threads of a warp."""
     processors: int
     shared: int
+    """Bytes of shared memory that a program may use."""
     dependent_launch: bool = False
 
 
@@ -61,35 +68,32 @@ TARGETS = {
 
 @dataclass
 class Launch:
-    """One kernel as it was to be launched."""
+    """One launch of a kernel, recorded."""
 
     kernel: Any
-    signature: dict[str, str]
-    aligned: tuple[int, ...]
-    """Numbers of the arguments that are multiples of 16, which makes wide loads: the launcher would
-    tell the compiler too."""
-    constants: dict[str, Any]
+    signature: dict[str, Any]
+    aligned: tuple[tuple[int, ...], ...]
+    """The places of arguments that are multiples of 16. The compiler uses wide loads for them;
+    a real launch tells it too."""
+    constants: dict[tuple[int, ...], Any]
+    """By place: an argument's number, and in an operand (r1/kernels/tiles.py) a field's number."""
     warps: int
     stages: int
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is compiled once."""
-        name = self.kernel.fn.__name__
-        return (
-            name,
-            *self.signature.items(),
-            self.aligned,
-            *self.constants.items(),
-            self.warps,
-            self.stages,
-        )
+        """Launches with equal keys need one compilation."""
+        types, constants = self.signature.items(), self.constants.items()
+        return (self.name, *types, self.aligned, *constants, self.warps, self.stages)
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
 
 
 @dataclass
 class Recorder:
-    """Stands in for r1.kernels.Chip: writes launches down instead of making them, with the defaults
-    of a chip like `target`."""
+    """Stands in for r1.kernels.Chip: it records launches, with a target's default parameters."""
 
     processors: int
     shared: int
@@ -108,27 +112,39 @@ class Recorder:
         stages: int = 1,
         **constants: Any,
     ) -> None:
-        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        from triton.language import constexpr
+
         constants |= {"PDL": self.dependent_launch}
-        constants |= {
-            name: value
-            for name, value in given.items()
-            if value is None or (type(value) is int and value == 1)
+        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        given |= {name: constexpr(value) for name, value in constants.items()}
+        signature = {name: type_of(given[name]) for name in kernel.arg_names}
+        leaves = {
+            (i, *place): leaf
+            for i, name in enumerate(kernel.arg_names)
+            for place, leaf in fields(given[name])
         }
-        signature = {
-            name: "constexpr" if name in constants else type_of(given[name])
-            for name in kernel.arg_names
+        fixed = {
+            place: leaf.value if isinstance(leaf, constexpr) else leaf
+            for place, leaf in leaves.items()
+            if type_of(leaf) == "constexpr"
         }
         aligned = tuple(
-            i
-            for i, name in enumerate(kernel.arg_names)
-            if name not in constants and is_aligned(given[name])
+            place for place, leaf in leaves.items() if place not in fixed and is_aligned(leaf)
         )
-        self.launches.append(Launch(kernel, signature, aligned, constants, warps, stages))
+        self.launches.append(Launch(kernel, signature, aligned, fixed, warps, stages))
 
 
-def type_of(value: Any) -> str:
-    """An argument's type by Triton's name."""
+def fields(value: Any) -> list[tuple[tuple[int, ...], Any]]:
+    """An operand's fields with their numbers; another argument as it is."""
+    if isinstance(value, tuple):
+        return [((i,), field) for i, field in enumerate(value)]
+    return [((), value)]
+
+
+def type_of(value: Any) -> Any:
+    """Triton's name for an argument's type; for an operand, those of its fields."""
+    from triton.language import constexpr
+
     names = {
         torch.bfloat16: "bf16",
         torch.float16: "fp16",
@@ -136,194 +152,184 @@ def type_of(value: Any) -> str:
         torch.int64: "i64",
         torch.int32: "i32",
     }
+    if isinstance(value, tuple):
+        return type(value)(*map(type_of, value))
+    if value is None or isinstance(value, constexpr) or (type(value) is int and value == 1):
+        return "constexpr"
     if isinstance(value, torch.Tensor):
         return f"*{names[value.dtype]}"
     return "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
 
 
 def is_aligned(value: Any) -> bool:
-    """Whether an address (of a tensor whose storage would be aligned) or a whole number is a
-    multiple of 16."""
+    """Whether a whole number or a tensor's address is a multiple of 16.
+
+    The tensor has no storage here. A real storage is aligned.
+    """
     if isinstance(value, torch.Tensor):
         return value.storage_offset() * value.itemsize % 16 == 0
     return isinstance(value, int) and value % 16 == 0
 
 
 def launches(config: Config, batch: int, target: Target) -> list[Launch]:
-    """What one decode step of `batch` tokens launches, in bf16, with a dense layer and then a
-    sparse one."""
-    from r1.kernels import DecodeBlock, begin_step, head
-    from r1.model.transformer import Block, Step
+    """The launches of one decode step of `batch` tokens, in bf16: a dense layer, a sparse layer."""
+    from r1.kernels.block import DecodeBlock, output_head
+    from r1.kernels.step import begin_step
+    from r1.model.step import Step
 
     recorder = Recorder(target.processors, target.shared, target.dependent_launch)
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     frequency = torch.empty(config.attention.qk_rope_head_dim // 2, device="meta")
     positions, cos, sin = begin_step(recorder, lengths, 1, frequency, 1.0)  # type: ignore[arg-type]
-    step = Step("decode", positions, cos, sin, None, None, positions)
+    step = Step("decode", positions, cos, sin, positions)
     cache = torch.empty(
         batch, CONTEXT, config.attention.latent_dim, dtype=torch.bfloat16, device="meta"
     )
     x = torch.empty(batch, 1, config.hidden_size, dtype=torch.bfloat16, device="meta")
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            blocks = [Block(config, layer) for layer in (0, config.num_hidden_layers - 1)]
-            lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    finally:
-        torch.set_default_dtype(default)
-    for block in blocks:
+    model = build.sketch(config, Backend(dtype="bf16", join="on"))
+    for block in (model.layers[0], model.layers[-1]):
         DecodeBlock(block, recorder)(x, step, (cache,))  # type: ignore[arg-type]
-    head(lm_head, recorder, x)  # type: ignore[arg-type]
+    output_head(model.lm_head, recorder, x)  # type: ignore[arg-type]
     return recorder.launches
 
 
 def launches_of_experts(config: Config, batch: int, target: Target) -> list[Launch]:
-    """What `moe=triton`, or `prefill_moe=triton`, launches for `batch` tokens: the routed experts
-    alone, in bf16.
+    """The launches of `moe=triton` or `prefill_moe=triton`: the routed experts alone, in bf16.
 
-    (`attention=triton` is the block's.)
+    (`attention=triton` launches kernels that the block launches too.)
     """
-    from r1.kernels.experts import Matrices, experts
+    from r1.kernels.experts import experts
     from r1.model.moe import Experts
 
     recorder = Recorder(target.processors, target.shared, target.dependent_launch)
     chosen = (batch, config.experts.num_experts_per_tok)
     with torch.device("meta"):
         weights = Experts(config).bfloat16()
+        build.join_matrices(weights)
         x = torch.empty(batch, config.hidden_size, dtype=torch.bfloat16)
         indices, shares = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
-        experts(recorder, x, indices, shares, Matrices(weights.gate_up_proj, weights.down_proj))  # type: ignore[arg-type]
+        experts(recorder, x, indices, shares, weights)  # type: ignore[arg-type]
     return recorder.launches
 
 
 @dataclass
 class Compiled:
-    """What the compiler says of one kernel."""
+    """The compiler's report on one kernel."""
 
     shared: int
     registers: int
     spilled: int
     """NVIDIA: bytes of stack per thread; AMD: registers."""
     order: tuple[str, ...] = ()
-    """Where the launch is dependent: "wait", "let" and "write" as the code has them, branch after
-    branch."""
+    """On targets with dependent launches: "wait", "let" and "write" in the order of the code."""
+
+    @property
+    def writes_early(self) -> bool:
+        """Whether the program writes before it waits for the kernel ahead."""
+        return self.order[:1] == ("write",) or self.order[:2] == ("let", "write")
 
 
 def compile_one(launch: Launch, target: Target) -> Compiled:
-    """Compile for a GPU that need not be here."""
+    """Compile for a GPU that this machine need not have."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
+    attributes = {place: [["tt.divisibility", 16]] for place in launch.aligned}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     if target.dependent_launch:
         options["launch_pdl"] = True
-    found = triton.compile(
-        source, target=GPUTarget(target.backend, target.arch, target.warp), options=options
-    )
+    gpu = GPUTarget(target.backend, target.arch, target.warp)
+    program = triton.compile(source, target=gpu, options=options)
     if target.backend == "hip":
-        text = found.asm["amdgcn"]
+        text = program.asm["amdgcn"]
         registers, spilled = (
             int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
             for name in ("vgpr_count", "vgpr_spill_count")
         )
-        return Compiled(found.metadata.shared, registers, spilled)
+        return Compiled(program.metadata.shared, registers, spilled)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
+        file.write(program.asm["cubin"])
         file.flush()
-        said = subprocess.run(
+        usage = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack = (int(re.findall(rf"{name}:(\d+)", said)[-1]) for name in ("REG", "STACK"))
-    return Compiled(
-        found.metadata.shared,
-        registers,
-        stack,
-        order_of(found.asm["ptx"]) if target.dependent_launch else (),
-    )
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
+    order = order_of(program.asm["ptx"]) if target.dependent_launch else ()
+    return Compiled(program.metadata.shared, registers, stack, order)
 
 
 def order_of(ptx: str) -> tuple[str, ...]:
-    """What Compiled calls order."""
+    """The `order` of a compiled program, from its assembly. Repeated words are one."""
     words = {"griddepcontrol.wait": "wait", "griddepcontrol.launch_dependents": "let"}
-    found = re.findall(r"griddepcontrol\.\w+|\b(?:st|red|atom)\.(?:\w+\.)*global", ptx)
-    return tuple(
-        word for word, _repeated in itertools.groupby(words.get(each, "write") for each in found)
-    )
+    stores = re.findall(r"griddepcontrol\.\w+|\b(?:st|red|atom)\.(?:\w+\.)*global", ptx)
+    order = (words.get(instruction, "write") for instruction in stores)
+    return tuple(word for word, _repeated in itertools.groupby(order))
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    made.add_argument(
-        "--shape", default="moonlight-16b,r1", help="comma list of " + ", ".join(SHAPES)
-    )
-    made.add_argument("--batch", default="1,32", help="comma list of rows in a decode step")
-    made.add_argument("--target", default=",".join(TARGETS), help="comma list (default: all)")
-    return made
+def wanted(
+    shapes: dict[str, Config], batches: list[int], target: Target
+) -> Iterator[tuple[str, Launch]]:
+    """Every different launch, with the shape and size that it is for."""
+    seen: set[tuple[Any, ...]] = set()
+    for name, config in shapes.items():
+        found = [(f"{name} prompt", launches_of_experts(config, CONTEXT, target))]
+        for batch in batches:
+            step = launches(config, batch, target) + launches_of_experts(config, batch, target)
+            found.append((f"{name} batch {batch}", step))
+        for where, recorded in found:
+            for launch in recorded:
+                if launch.key not in seen:
+                    seen.add(launch.key)
+                    yield where, launch
+
+
+def verdict(launch: Launch, target: Target) -> tuple[str, bool]:
+    """Compile one launch. Returns the text of its line, and whether the kernel is fit for use."""
+    try:
+        program = compile_one(launch, target)
+    except Exception as error:  # the compiler's own errors have no common type
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}", False
+    over = program.shared > target.shared
+    unit = "B" if target.backend == "cuda" else "registers"
+    text = f"{program.shared / KB:.1f} KB shared, {program.registers} registers"
+    text += f", SPILLS {program.spilled} {unit}" if program.spilled else ""
+    text += f" ({' '.join(program.order)})" if program.order else ""
+    text += f", TOO MUCH: {target.shared / KB:.0f} KB there are" if over else ""
+    text += ", WRITES BEFORE IT WAITS" if program.writes_early else ""
+    return text, not over and not program.writes_early
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where a kernel doesn't fit a target, 2 for input that can't be
-    used."""
-    arguments = parser().parse_args(argv)
-    try:
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            raise InputError("the triton package is not installed: pip install triton") from None
-        if os.environ.get("TRITON_INTERPRET", "0") != "0":
-            raise InputError("TRITON_INTERPRET is set, which makes Python of the kernels: unset it")
-        shapes = {name: shape(name) for name in arguments.shape.split(",")}
-        if not all(each.isdecimal() and int(each) for each in arguments.batch.split(",")):
-            raise InputError(
-                f"--batch {arguments.batch}: give whole numbers of at least 1, such as 1,32"
-            )
-        if unknown := [name for name in arguments.target.split(",") if name not in TARGETS]:
-            raise InputError(f"--target {unknown[0]}: choose of {', '.join(TARGETS)}")
-    except InputError as error:
-        print(f"compile_kernels: {error}", file=sys.stderr)
-        return 2
+    """Returns the exit status: 0, 1 if a kernel doesn't fit a target, 2 for bad input."""
+    parser = shared.parser(__doc__)
+    shared.add_shapes_and_batches(parser, "moonlight-16b,r1", "1,32")
+    parser.add_argument(
+        "--target",
+        default=",".join(TARGETS),
+        metavar="GPU,..",
+        help=f"of {', '.join(TARGETS)} (default: all)",
+    )
+    return shared.run(__file__, work, parser.parse_args(argv))
+
+
+def work(arguments: argparse.Namespace) -> int:
+    if find_spec("triton") is None:
+        raise InputError("the triton package is not installed: pip install triton")
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise InputError("TRITON_INTERPRET is set, which makes Python of the kernels: unset it")
+    shapes = shared.shapes(arguments.shape)
+    batches = shared.numbers("--batch", arguments.batch)
     failures = 0
-    for name in arguments.target.split(","):
+    for name in shared.names("--target", arguments.target, TARGETS):
         target = TARGETS[name]
-        wanted: dict[tuple[Any, ...], tuple[str, Launch]] = {}
-        for label, config in shapes.items():
-            for each in launches_of_experts(config, CONTEXT, target):
-                wanted.setdefault(each.key, (f"{label} prompt", each))
-            for batch in map(int, arguments.batch.split(",")):
-                for each in launches(config, batch, target) + launches_of_experts(
-                    config, batch, target
-                ):
-                    wanted.setdefault(each.key, (f"{label} batch {batch}", each))
-        for where, launch in wanted.values():
-            what = f"{name:8} {launch.kernel.fn.__name__:20} {where:24} {launch.warps} warps, {launch.stages} stages"
-            try:
-                found = compile_one(launch, target)
-            except Exception as error:  # the compiler's own errors have no common type
-                failures += 1
-                print(
-                    f"{what}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}",
-                    flush=True,
-                )
-                continue
-            over, early = (
-                found.shared > target.shared,
-                found.order[:1] == ("write",) or found.order[:2] == ("let", "write"),
-            )
-            failures += over or early
-            unit = "B" if target.backend == "cuda" else "registers"
-            spills = f", SPILLS {found.spilled} {unit}" if found.spilled else ""
-            order = f" ({' '.join(found.order)})" if found.order else ""
-            verdict = f", TOO MUCH: {target.shared / KB:.0f} KB there are" if over else ""
-            verdict += ", WRITES BEFORE IT WAITS" if early else ""
-            print(
-                f"{what}: {found.shared / KB:.1f} KB shared, {found.registers} registers{spills}{order}{verdict}",
-                flush=True,
-            )
+        for where, launch in wanted(shapes, batches, target):
+            text, fits = verdict(launch, target)
+            failures += not fits
+            size = f"{launch.warps} warps, {launch.stages} stages"
+            print(f"{name:8} {launch.name:20} {where:24} {size}: {text}", flush=True)
     print(f"{failures} of the kernels failed" if failures else "all kernels fit")
     return 1 if failures else 0
 

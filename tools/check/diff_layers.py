@@ -1,12 +1,12 @@
-"""Compare our model with a reference layer by layer, and name the first that diverges.
+"""Compare r1 with a reference, layer by layer, and name the first tensor that diverges.
 
     python tools/check/diff_layers.py tests/reference/v3-yarn
-    python tools/check/diff_layers.py tests/reference/v3-yarn --prefill-attention absorbed --tolerance 1e-5
+    python tools/check/diff_layers.py tests/reference/v3-yarn --prefill-moe loop --tolerance 1e-5
 
-The folder is a checkpoint (config.json, *.safetensors) that also holds reference.safetensors:
-`tokens` (B, S) and what another implementation made of them, under the names that r1/run/trace.py
-lists. Runs in fp32 on the CPU unless a switch says otherwise. Exit status: 0 all agree, 1 something
-diverges, 2 input that can't be used."""
+The folder is a checkpoint (config.json, *.safetensors) that also holds reference.safetensors. That
+file has `tokens` (B, S) and the tensors that another implementation computed from them, under the
+names that r1/run/trace.py lists. r1 runs in fp32 on the CPU unless a switch changes that.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
+
+import shared
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,14 +28,16 @@ from r1.files.config_json import load_config
 from r1.run.runner import Runner
 from r1.run.trace import Difference, compare, first_divergence, trace
 from r1.switches import flags
-from r1.switches.backend import resolve
+from r1.switches.resolve import resolve
 
 REFERENCE = "reference.safetensors"
 
 
 def read_reference(directory: Path, config: Config) -> dict[str, Tensor]:
-    """The reference's tensors, floats as fp32. Raises InputError for what can't be compared with
-    `config`'s model."""
+    """The reference's tensors, floats as fp32.
+
+    Raises InputError for a file that can't be compared with a model of `config`.
+    """
     path = directory / REFERENCE
     if not path.is_file():
         raise InputError(
@@ -57,8 +62,10 @@ def read_reference(directory: Path, config: Config) -> dict[str, Tensor]:
 def differences(
     directory: Path, backend: Backend, tolerance: float
 ) -> tuple[list[Difference], list[str]]:
-    """Every traced tensor beside its reference, in order of computation, and the names that only
-    one side has."""
+    """Compare each traced tensor with its reference, in the order of computation.
+
+    Also returns the names that only one side has.
+    """
     config = load_config(directory)
     theirs = read_reference(directory, config)
     tokens = theirs.pop("tokens")
@@ -69,27 +76,26 @@ def differences(
         return compare(ours, theirs, tolerance), sorted(ours.keys() ^ theirs.keys())
     except KeyError:
         raise InputError(
-            f"{directory / REFERENCE} has none of the names that r1/run/trace.py lists: make it again"
+            f"{directory / REFERENCE} has none of the names that r1/run/trace.py lists: "
+            "make it again"
         ) from None
 
 
 def table(rows: list[Difference]) -> str:
-    """One line for each tensor; for router indices the difference is the number of tokens that
-    chose otherwise."""
+    """One line for each tensor. For router indices, the difference counts tokens that differ."""
     wide = max(len(row.name) for row in rows)
     lines = [f"{'tensor':{wide}}  {'max abs diff':>12}  {'scale':>9}"]
     for row in rows:
         exact = row.name.startswith("router_indices") and math.isfinite(row.max_abs)
         gap = f"{row.max_abs:.0f} tokens" if exact else f"{row.max_abs:.2e}"
-        lines.append(
-            f"{row.name:{wide}}  {gap:>12}  {row.scale:>9.3g}  {'DIVERGES' if row.diverges else 'ok'}"
-        )
+        verdict = "DIVERGES" if row.diverges else "ok"
+        lines.append(f"{row.name:{wide}}  {gap:>12}  {row.scale:>9.3g}  {verdict}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Returns the exit status: 0 all agree, 1 something diverges, 2 input that can't be used."""
+    parser = shared.parser(__doc__)
     parser.add_argument(
         "directory", type=Path, metavar="CASE_DIR", help="a checkpoint with a reference.safetensors"
     )
@@ -101,15 +107,14 @@ def main(argv: list[str] | None = None) -> int:
         help="largest difference allowed (default 1e-4)",
     )
     flags.add_flags(parser)
-    arguments = parser.parse_args(argv)
-    try:
-        if not 0 <= arguments.tolerance < math.inf:
-            raise InputError(f"--tolerance {arguments.tolerance}: give 0 or more")
-        chosen = {"device": "cpu", "dtype": "fp32"} | flags.given(arguments)
-        rows, alone = differences(arguments.directory, Backend(**chosen), arguments.tolerance)
-    except InputError as error:
-        print(f"diff_layers: {error}", file=sys.stderr)
-        return 2
+    return shared.run(__file__, work, parser.parse_args(argv))
+
+
+def work(arguments: argparse.Namespace) -> int:
+    if not 0 <= arguments.tolerance < math.inf:
+        raise InputError(f"--tolerance {arguments.tolerance}: give 0 or more")
+    chosen = {"device": "cpu", "dtype": "fp32"} | flags.given(arguments)
+    rows, alone = differences(arguments.directory, Backend(**chosen), arguments.tolerance)
     print(table(rows))
     if alone:
         print(f"not compared, one side has none: {', '.join(alone)}")

@@ -1,38 +1,46 @@
-"""Make tests/reference/: outputs of an implementation that is not ours, for ours to be compared
-with.
+"""Make tests/reference: outputs of transformers' DeepseekV3 and DeepseekV2, to compare r1 with.
 
-    python tools/check/make_reference.py                 # write every case
-    python tools/check/make_reference.py --only v3-odd   # write one
-    # regenerate, compare with stored; exit 1 if different
+    # write every case, or one
+    python tools/check/make_reference.py
+    python tools/check/make_reference.py --only v3-odd
+    # make every case again and compare it with the stored one; exit status 1 if one differs
     python tools/check/make_reference.py --check
 
-The implementation is transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM (fp32, CPU,
-eager) on tiny random models. The tests need the files only; transformers is needed here alone. A
-case:
+The models are tiny and random. They run in fp32, eager, on the CPU. Only this tool needs
+transformers; the tests need only the files. A case is a folder:
 
-    config.json             as DeepSeek's repositories spell it, or (cases *-hf5) as transformers 5 writes it
+    config.json             as DeepSeek's repositories spell it, or (cases *-hf5) as
+                            transformers 5 writes it
     model.safetensors       fp32 weights under the published names, one tensor per expert
-    reference.safetensors   tokens (B, S), logits (B, S, V), final_norm (B, S, D), and for each layer i
-                            attn.{i}, mlp.{i}   (B, S, D) what self_attn and mlp (dense or MoE) return
-                            hidden.{i}          (B, S, D) what the layer returns, before any final norm
+    reference.safetensors   tokens (B, S), logits (B, S, W), final_norm (B, S, D), and for
+                            each layer i:
+                            attn.{i}, mlp.{i}   (B, S, D) outputs of self_attn and mlp
+                            hidden.{i}          (B, S, D) the layer's output, no final norm
                             router_indices.{i}  (B, S, K) ascending, MoE layers only
                             router_weights.{i}  (B, S, K) in the same order
 
-A reference proves nothing if the wrong formula gives it too. So each case asserts that no routing
-decision is a near tie, that attention is far from uniform, and that each mistake we know of would
-show: `check_routing`, `check_attention`, `check_rope`. If one fails, change the case's seed or
-sizes, not the assertion.
+A reference proves nothing if a wrong formula gives it too. So each case asserts that no routing
+decision is a near tie, that attention is far from uniform, and that each known mistake would change
+the result: `check_routing`, `check_attention`, `check_rope`. If one fails, change the case's seed
+or sizes, not the assertion.
 
-Where transformers 5.23 departs from DeepSeek's own code, the cases keep to where both agree:
-- DeepseekV2's gate ignores norm_topk_prob. Case v2-norm normalizes by a hook: `normalize_v2_gate`. DeepSeek's
-  V2 file then skips routed_scaling_factor, its VL2 file applies it: with factor 1 they agree.
-- DeepseekV3's gate normalizes top-1 too, DeepSeek's only K > 1: here K > 1.
-- With only one of mscale, mscale_all_dim, transformers has another factor on cos/sin: here both are given.
-- moe_layer_freq, scoring_func and (V3) topk_method are not read: here they have the value it implements.
-- DeepSeek's VL2 file masks the excluded groups with 0, transformers with -inf. They differ where biased
-  scores are negative: case v3-negative holds -inf to be right.
-Both agree, surprisingly: the latent norms (q_a, kv_a) have eps 1e-6 whatever rms_norm_eps says (see
-v3-odd)."""
+transformers 5.23 departs from DeepSeek's own code. The cases keep to where both agree:
+
+- DeepseekV2's gate ignores norm_topk_prob. Case v2-norm normalizes by a hook: `normalize_v2_gate`.
+  DeepSeek's V2 file then skips routed_scaling_factor, and its VL2 file applies it. With factor 1
+  they agree.
+- DeepseekV3's gate also normalizes the weight of a single expert. DeepSeek's does so only for
+  K > 1. Here K > 1.
+- If only one of mscale and mscale_all_dim is given, transformers has another factor on cos and sin.
+  Here both are given.
+- transformers does not read moe_layer_freq, scoring_func and (V3) topk_method. Here they have the
+  values that it implements.
+- DeepSeek's VL2 file masks the excluded groups with 0, transformers with -inf. They differ where
+  biased scores are negative. Case v3-negative takes -inf as right.
+
+Both agree on a surprising point: the norms of the latents (q_a, kv_a) have eps 1e-6, whatever
+rms_norm_eps is (see v3-odd).
+"""
 
 from __future__ import annotations
 
@@ -43,20 +51,27 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
+
+import shared
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-OUT = Path(__file__).resolve().parent.parent / "tests" / "reference"
-SIZE_LIMIT = 1_500_000  # bytes, all cases together: they live in git
-MARGIN = 1e-4  # least distance between the last chosen and the first rejected score
-TOLERANCE = (
-    1e-4  # --check: other CPUs sum in another order; a wrong formula is off by 1e-2 and more
-)
+from r1 import InputError
+
+OUTPUT = shared.ROOT / "tests" / "reference"
+SIZE_LIMIT = 1_500_000
+"""Bytes of all cases together, because they are committed."""
+MARGIN = 1e-4
+"""The least distance between the last chosen score and the first rejected one."""
+TOLERANCE = 1e-4
+"""For --check. Other CPUs sum in another order; a wrong formula is off by 1e-2 and more."""
 FILES = ("config.json", "model.safetensors", "reference.safetensors")
 
 YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
@@ -68,7 +83,7 @@ class Case:
     name: str
     family: str  # "v3" or "v2"
     seed: int
-    config: dict[str, Any] = field(default_factory=dict)  # what differs from BASE and FAMILY
+    config: dict[str, Any] = field(default_factory=dict)  # changes to BASE and FAMILY
     batch: int = 2
     length: int = 20
     bias: tuple[float, float] = (0.0, 0.3)  # mean and deviation of e_score_correction_bias
@@ -101,7 +116,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 
 
 def yarn(original: int, base: dict[str, Any] = YARN, **changes: Any) -> dict[str, Any]:
-    """The two config fields of YaRN; `original` is the length the model was first trained at."""
+    """The two config fields of YaRN. `original` is the length of the first training."""
     scaling = dict(base, original_max_position_embeddings=original)
     scaling.update(changes)
     return dict(rope_scaling=scaling, max_position_embeddings=original * scaling["factor"])
@@ -136,9 +151,8 @@ CASES = (
         first_k_dense_replace=3, num_hidden_layers=4, hidden_size=20, intermediate_size=22),
         batch=1, length=24, bias=(0.0, 0.15)),
     # Biased scores below 0: a mask of 0 would choose from the excluded groups.
-    Case("v3-negative", "v3", 1, dict(n_group=4, topk_group=2, first_k_dense_replace=0,
-    num_hidden_layers=1),
-        bias=(-0.8, 0.3)),
+    Case("v3-negative", "v3", 1, dict(
+        n_group=4, topk_group=2, first_k_dense_replace=0, num_hidden_layers=1), bias=(-0.8, 0.3)),
     # The same architecture as transformers 5 spells it: rope_parameters, no scoring_func, no
     # topk_method.
     Case("v3-hf5", "v3", 2, dict(**yarn(16), n_group=2), batch=1, length=36, hf5=True),
@@ -150,55 +164,64 @@ CASES = (
         **yarn(16, YARN_V2), topk_method="group_limited_greedy", n_routed_experts=12, n_group=4,
         topk_group=2, n_shared_experts=2, routed_scaling_factor=16.0), batch=1, length=40),
     # Normalized weights: see `normalize_v2_gate`.
-    Case("v2-norm", "v2", 1, dict(norm_topk_prob=True, first_k_dense_replace=0,
-    num_hidden_layers=1)), Case("v2-hf5", "v2", 1, dict(
+    Case("v2-norm", "v2", 1, dict(
+        norm_topk_prob=True, first_k_dense_replace=0, num_hidden_layers=1)),
+    # As transformers 5 spells it.
+    Case("v2-hf5", "v2", 1, dict(
         **yarn(16, YARN_V2), topk_method="group_limited_greedy", n_group=4, topk_group=2,
         routed_scaling_factor=16.0), batch=1, length=32, hf5=True),
 )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------- the checkpoint
+# ----------------------------------------------------------------------------------- the checkpoint
 def write_checkpoint(case: Case, folder: Path) -> None:
-    """Write config.json and model.safetensors: random weights under the names save_pretrained gives
-    them."""
+    """Write config.json and model.safetensors: random weights under save_pretrained's names."""
     published = dict(BASE, **FAMILY[case.family])
     published.update(case.config)
-    config_class, model_class = classes(case.family)
-    if case.hf5:  # a model born in transformers 5 has no field which its config class doesn't know
+    if case.hf5:  # a model saved by transformers 5 has no field that its config class doesn't know
         unknown = {"aux_loss_alpha", "moe_layer_freq", "scoring_func", "seq_aux"}
         unknown |= {"topk_method"} if case.family == "v3" else set()
         published = {key: value for key, value in published.items() if key not in unknown}
     (folder / "config.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
+    weights = random_weights(case, published_shapes(case, folder))
+    moe_layers = published["num_hidden_layers"] - published["first_k_dense_replace"]
+    experts = sum(".mlp.experts." in name for name in weights)
+    assert experts == 3 * moe_layers * published["n_routed_experts"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
+
+def published_shapes(case: Case, folder: Path) -> dict[str, torch.Size]:
+    """The names and shapes of the weights that save_pretrained writes.
+
+    For a case spelled by transformers 5, its config.json replaces the folder's.
+    """
+    config_class, model_class = classes(case.family)
     with tempfile.TemporaryDirectory() as scratch:
         model = model_class(config_class.from_pretrained(folder))
         model.save_pretrained(scratch)
-        shapes = {
-            name: t.shape for name, t in load_file(Path(scratch) / "model.safetensors").items()
-        }
+        saved = load_file(Path(scratch) / "model.safetensors")
         if case.hf5:
             text = (Path(scratch) / "config.json").read_text()
             (folder / "config.json").write_text(text)
+    return {name: tensor.shape for name, tensor in saved.items()}
 
+
+def random_weights(case: Case, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """fp32 weights that make a mistake in any of them visible."""
     generator = torch.Generator().manual_seed(case.seed)
     weights = {}
-    for name in sorted(shapes):  # sorted: the random numbers depend on names and shapes only
+    for name in sorted(shapes):  # so the random numbers depend on names and shapes only
         noise = torch.randn(shapes[name], generator=generator)
         if name.endswith("e_score_correction_bias"):
             mean, deviation = case.bias
             weights[name] = mean + deviation * noise
         elif name.endswith("norm.weight"):
-            weights[name] = 1 + 0.3 * noise  # 1 would hide a norm's weight left out
+            weights[name] = 1 + 0.3 * noise  # 1 would hide a forgotten weight of a norm
         elif ".q_proj." in name or ".q_b_proj." in name:
             weights[name] = 0.4 * noise  # sharper attention
         else:
             weights[name] = 0.2 * noise
-    moe_layers = published["num_hidden_layers"] - published["first_k_dense_replace"]
-    assert (
-        sum(".mlp.experts." in name for name in weights)
-        == 3 * moe_layers * published["n_routed_experts"]
-    )
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
 
 
 def classes(family: str) -> tuple[Any, Any]:
@@ -208,26 +231,27 @@ def classes(family: str) -> tuple[Any, Any]:
     return getattr(transformers, prefix + "Config"), getattr(transformers, prefix + "ForCausalLM")
 
 
-# --------------------------------------------------------------------------------------------- the reference
+# ------------------------------------------------------------------------------------ the reference
 def normalize_v2_gate(gate: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
-    """Forward hook: what norm_topk_prob means in DeepSeek's V2 gate and transformers leaves out."""
+    """Forward hook: norm_topk_prob as DeepSeek's V2 gate has it, which transformers leaves out."""
     logits, weights, indices = output
     return logits, weights / (weights.sum(-1, keepdim=True) + 1e-20), indices
 
 
 @dataclass
 class Trace:
-    """What the hooks saw."""
+    """The tensors that the hooks kept."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # what is stored
-    logits: dict[int, Tensor] = field(default_factory=dict)  # router logits of layer i (B*S, E)
-    attention: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # probabilities of layer i (B, H, S, S)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Those of reference.safetensors."""
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """The router's logits of layer i, (B*S, E)."""
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    """The attention probabilities of layer i, (B, H, S, S)."""
 
 
 def attach(model: Any, trace: Trace, shape: tuple[int, int]) -> None:
-    """Register the hooks which fill `trace`."""
+    """Register the hooks that fill `trace`."""
 
     def keep(key: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -265,8 +289,7 @@ def attach(model: Any, trace: Trace, shape: tuple[int, int]) -> None:
 
 
 def run(case: Case, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Load the folder's checkpoint as transformers does, run it -> (tensors to store, numbers to
-    print)."""
+    """Load the checkpoint with transformers and run it -> (tensors to store, numbers to print)."""
     _, model_class = classes(case.family)
     model, report = model_class.from_pretrained(
         folder,
@@ -300,15 +323,15 @@ def run(case: Case, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     return trace.tensors, numbers
 
 
-# ------------------------------------------------------------------------------------------------ the checks
+# --------------------------------------------------------------------------------------- the checks
 def choose(
     scores: Tensor, k: int, groups: int, kept: int, best: int, fill: float = -math.inf
 ) -> tuple[Tensor, float]:
-    """Grouped top-k of scores (N, E) -> (indices (N, k) ascending, the least margin of any
-    decision).
+    """Grouped top-k of scores (N, E) -> ascending indices (N, k), and the least margin.
 
-    A group scores the sum of its `best` best experts; all but the `kept` best are masked with
-    `fill`."""
+    A group's score is the sum of its `best` best experts. All groups but the `kept` best ones are
+    masked with `fill`. The margin is that of the closest decision.
+    """
     n, experts = scores.shape
     margin = math.inf
     if kept < groups:
@@ -323,8 +346,7 @@ def choose(
 
 
 def check_routing(case: Case, model: Any, trace: Trace, i: int, numbers: dict[str, float]) -> None:
-    """No near ties; and each known mistake of the router would choose other experts for some
-    token."""
+    """Check for near ties, and that each known mistake chooses other experts for some token."""
     c, gate, logits = model.config, model.model.layers[i].mlp.gate, trace.logits[i]
     k, groups, kept = c.num_experts_per_tok, c.n_group, c.topk_group
     if case.family == "v3":
@@ -364,20 +386,18 @@ def check_routing(case: Case, model: Any, trace: Trace, i: int, numbers: dict[st
 
 
 def check_attention(trace: Trace, numbers: dict[str, float]) -> None:
-    """Attention is neither uniform nor one-hot: its entropy, relative to the uniform one's."""
+    """Check that attention is neither uniform nor one-hot, by its entropy relative to uniform."""
     ratios = []
     for p in trace.attention.values():
-        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)[
-            ..., 4:
-        ]  # (B, H, S-4): early rows see too few keys
+        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)  # (B, H, S)
+        entropy = entropy[..., 4:]  # (B, H, S-4): the first queries see too few keys
         ratios.append(float((entropy / torch.arange(5, p.shape[-1] + 1).log()).mean()))
     assert min(ratios) > 0.1 and max(ratios) < 0.9, f"attention entropy {ratios}"
     numbers["entropy"] = max(ratios)
 
 
 def check_rope(case: Case, model: Any, numbers: dict[str, float]) -> None:
-    """YaRN: positions pass the original length, the softmax scale has mscale^2, frequencies
-    differ."""
+    """Check YaRN: positions beyond the original length, mscale^2 in the scale, new frequencies."""
     c = model.config
     attn, rope = model.model.layers[0].self_attn, model.model.rotary_emb
     scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
@@ -400,7 +420,7 @@ def check_rope(case: Case, model: Any, numbers: dict[str, float]) -> None:
     numbers["on ramp"] = int(((kept < 0.999) & (kept * r["factor"] > 1.001)).sum())
 
 
-# ----------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 def make(case: Case, folder: Path) -> dict[str, float]:
     """Write one case to `folder` -> the checks' numbers."""
     import transformers
@@ -417,7 +437,7 @@ def make(case: Case, folder: Path) -> dict[str, float]:
 
 
 def compare(new: Path, old: Path) -> str:
-    """Compare two case folders -> what differs, or ''."""
+    """Compare two case folders -> a description of the difference, or ''."""
     if missing := [f for f in FILES if not (old / f).is_file()]:
         return f"{', '.join(missing)} missing"
     configs = [json.loads((folder / "config.json").read_text()) for folder in (new, old)]
@@ -439,8 +459,7 @@ def compare(new: Path, old: Path) -> str:
 
 
 def largest_difference(new: Path, old: Path) -> float:
-    """The largest absolute difference of any tensor of two references which `compare` found
-    alike."""
+    """The largest absolute difference of any tensor of two references with the same names."""
     a, b = (load_file(folder / "reference.safetensors") for folder in (new, old))
     return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
 
@@ -456,48 +475,63 @@ def size_of(folder: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Make or check the reference outputs under tests/reference."
-    )
-    parser.add_argument("--out", type=Path, default=OUT, help="default: tests/reference")
-    parser.add_argument("--only", choices=[c.name for c in CASES], help="just this case")
+    """Returns the exit status: 0, 1 for a difference or too many bytes, 2 without transformers."""
+    parser = shared.parser(__doc__)
+    parser.add_argument("--only", choices=[case.name for case in CASES], help="only this case")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; compare with what is stored"
+        "--check", action="store_true", help="write nothing; compare with the stored cases"
     )
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        metavar="DIR",
+        help="where the cases are stored (default: tests/reference)",
+    )
+    return shared.run(__file__, work, parser.parse_args(argv))
 
+
+def work(arguments: argparse.Namespace) -> int:
+    if find_spec("transformers") is None:
+        raise InputError("transformers is not installed: pip install -e '.[peers]'")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    failed = False
-    for case in CASES:
-        if args.only not in (None, case.name):
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) if args.check else args.out / case.name
-            numbers = make(case, folder)
-            line = f"{case.name:12s} {size_of(folder) / 1e3:6.1f} kB  " + ", ".join(
-                f"{key} {value:.2g}" for key, value in numbers.items()
-            )
-            if args.check:
-                difference = compare(folder, args.out / case.name)
-                failed |= bool(difference)
-                if difference:
-                    line = f"{case.name:12s} DIFFERS: {difference}"
-                    if (args.out / case.name / FILES[-1]).is_file():
-                        line += f" (stored: {stored_versions(args.out / case.name)})"
-                else:
-                    line += f"; same within {largest_difference(folder, args.out / case.name):.1e}"
-        print(line, flush=True)
-    if not args.check:
-        total = sum(
-            size_of(args.out / c.name) for c in CASES if (args.out / c.name / FILES[-1]).is_file()
-        )
-        print(f"{'total':12s} {total / 1e3:6.1f} kB")
-        failed = total > SIZE_LIMIT
-    return int(failed)
+    cases = [case for case in CASES if arguments.only in (None, case.name)]
+    if arguments.check:
+        return int(any([not check(case, arguments.output / case.name) for case in cases]))
+    for case in cases:
+        folder = arguments.output / case.name
+        print(line(case, folder, make(case, folder)), flush=True)
+    stored = [arguments.output / case.name for case in CASES]
+    total = sum(size_of(folder) for folder in stored if (folder / FILES[-1]).is_file())
+    print(f"{'total':12s} {total / 1e3:6.1f} kB")
+    return int(total > SIZE_LIMIT)
+
+
+def check(case: Case, stored: Path) -> bool:
+    """Make a case again, print how it compares with the stored one -> whether they are the same."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        numbers = make(case, folder)
+        difference = compare(folder, stored)
+        if not difference:
+            same = f"; same within {largest_difference(folder, stored):.1e}"
+            print(line(case, folder, numbers) + same, flush=True)
+            return True
+    kept = (stored / FILES[-1]).is_file()
+    versions = f" (stored: {stored_versions(stored)})" if kept else ""
+    print(f"{case.name:12s} DIFFERS: {difference}{versions}", flush=True)
+    return False
+
+
+def line(case: Case, folder: Path, numbers: dict[str, float]) -> str:
+    """A case's size and the numbers of its checks."""
+    each = ", ".join(f"{key} {value:.2g}" for key, value in numbers.items())
+    return f"{case.name:12s} {size_of(folder) / 1e3:6.1f} kB  {each}"
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Time every decode kernel alone, on a GPU: in a CUDA graph, with cold weights, its torch twin
-beside it.
+"""Time each decode kernel alone, on a GPU, beside the torch function that it replaces.
 
-    python tools/measure/bench_kernels.py --shape moonlight-16b --batch 1,8,32 -o moonlight.json
-    python tools/measure/bench_kernels.py --shape moonlight-16b --batch 1 --only attention,experts --sweep 120
+    python tools/measure/bench_kernels.py --batch 1,8,32 -o moonlight.json
+    python tools/measure/bench_kernels.py --batch 1 --only attention,experts --sweep 120
 
-A graph runs a kernel over several copies of its weights, more than the second-level cache holds, as
-a model's layers would, and so often that what starting a graph costs, once for a whole step, is not
-counted as the kernel's. `--sweep` changes one launch parameter at a time, as long as that helps and
-the seconds given (for all cases) last."""
+Each kernel runs in a CUDA graph, over several copies of its weights. The copies are larger than the
+second-level cache, so the weights are cold, as in a model of many layers. A graph has many calls,
+because starting a graph takes time once for a whole step: that time must not count as the kernel's.
+
+`--sweep` searches launch parameters. It changes one at a time, and stops when no change helps or
+when the given seconds (for all cases together) are over.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import os
-import shlex
 import statistics
 import sys
 import time
@@ -23,25 +23,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
+import shared
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from r1 import Config, InputError, roofline
-from r1.bench import report
-from r1.model.shapes import SHAPES, shape
+from r1 import Config, InputError, build
+from r1.bench import rates
+from r1.bench.report.aligned import aligned
+from r1.storage.dense import Dense
 
 REPETITIONS = 21
 COLD = 3
-"""How many times what the second-level cache holds a graph's weights take."""
+"""The weights of one graph take so many times the size of the second-level cache."""
 MOST_COPIES = 128
 LEAST_CALLS = 27
-"""In one graph: Moonlight's layers. Where the copies are fewer, it goes through them again."""
+"""The least number of calls in one graph, Moonlight's number of layers. Fewer copies are reused."""
 EPS = 1e-6
+MOST_OFF = 0.05
+"""A kernel that is farther off its twin is wrong."""
 KERNELS = (
     "step",
     "qkv_a",
@@ -55,25 +59,27 @@ KERNELS = (
     "lm_head",
     "experts",
 )
-"""q_b is of models that compress their queries."""
+"""q_b exists only in models that compress their queries."""
 
 
 @dataclass
 class Case:
-    """One kernel (or the few that make one function) at one size."""
+    """One kernel, or the few kernels of one function, at one size."""
 
     name: str
     nbytes: int
-    """What must be read and written once."""
+    """Bytes that must be read and written, each once."""
     flops: int
     copies: list[Any]
-    """Of the weights, or what else must be cold."""
+    """Copies of the weights, or of other inputs that must be cold."""
     run: Callable[[Any, Any], Any]
-    """The kernel, on one of the copies, with launch parameters or None for the default."""
+    """Runs the kernel on one of the copies. Launch parameters come second; None: the default."""
     twin: Callable[[Any], Any]
+    """The same function in torch."""
     default: Any
-    outputs: Callable[[Any], Sequence[Tensor]] = lambda found: [found]
-    """All that the kernel makes, of what it returns: comparable tensors."""
+    """The default launch parameters; None for a kernel without any."""
+    outputs: Callable[[Any], Sequence[Tensor]] = lambda result: [result]
+    """From the kernel's result to all tensors that it made, for comparison with the twin's."""
 
 
 def randn(*size: int, scale: float = 1.0) -> Tensor:
@@ -82,12 +88,12 @@ def randn(*size: int, scale: float = 1.0) -> Tensor:
 
 @dataclass
 class Place:
-    """Where the cases run: on torch's default device."""
+    """The GPU on which the cases run: torch's default device."""
 
     chip: Any
     cold: int
-    """Bytes that a graph's weights take at least, so that none are found in the second-level
-    cache."""
+    """The least bytes that a graph's weights take, so that the second-level cache has none of
+    them."""
 
     def copies(self, nbytes: int) -> int:
         return max(2, min(MOST_COPIES, -(-self.cold // nbytes)))
@@ -104,9 +110,8 @@ def step_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     def twin(lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return begin_step_torch(lengths, 1, frequency, 1.0)
 
-    nbytes = tokens * (
-        2 * 8 + 2 * 4 * c.attention.qk_rope_head_dim
-    )  # no launch parameters to choose, and nothing that must be cold
+    # It has no launch parameters, and no input that must be cold.
+    nbytes = tokens * (2 * 8 + 2 * 4 * c.attention.qk_rope_head_dim)
     return Case(
         "step",
         nbytes,
@@ -125,25 +130,26 @@ def linear_case(
 ) -> Case:  # fmt: skip
     from r1.kernels.linear import LinearLaunch, linear, linear_torch
 
-    x = randn(tokens, inputs * (2 if swiglu else 1))
+    x, up = randn(tokens, 2 * inputs).split(inputs, dim=-1) if swiglu else (None, None)
+    x = randn(tokens, inputs) if x is None else x
     given: dict[str, Any] = {
-        "swiglu": swiglu,
+        "up": up,
         "norm": randn(inputs) if norm else None,
         "eps": EPS,
         "dtype": dtype,
     }
     given["residual"] = randn(tokens, outputs) if residual else None
 
-    def run(weight: Tensor, use: LinearLaunch | None) -> Tensor:
+    def run(weight: Dense, use: LinearLaunch | None) -> Tensor:
         return linear(place.chip, x, weight, **given, launch=use)
 
-    def twin(weight: Tensor) -> Tensor:
+    def twin(weight: Dense) -> Tensor:
         return linear_torch(x, weight, **given)
 
-    nbytes, weights = 2 * outputs * inputs, [randn(outputs, inputs, scale=inputs**-0.5)]
-    weights += [weights[0].clone() for _ in range(place.copies(nbytes) - 1)]
+    nbytes, weight = 2 * outputs * inputs, randn(outputs, inputs, scale=inputs**-0.5)
+    weights = [Dense(weight.clone()) for _ in range(place.copies(nbytes))]
     default = LinearLaunch.default((tokens, inputs, outputs, 2), place.chip)
-    nbytes += 2 * x.numel() + dtype.itemsize * tokens * outputs
+    nbytes += 2 * x.numel() * (2 if swiglu else 1) + dtype.itemsize * tokens * outputs
     return Case(name, nbytes, 2 * tokens * outputs * inputs, weights, run, twin, default)
 
 
@@ -166,26 +172,18 @@ def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     cache = randn(tokens, context, c.attention.latent_dim)
 
     def run(weight: Tensor, use: LatentLaunch | None) -> tuple[Tensor, Tensor]:
+        w_uk = weight[:, :nope]
         return latent(
-            place.chip,
-            q,
-            kv,
-            weight[:, :nope],
-            gain,
-            EPS,
-            angle,
-            angle,
-            positions,
-            cache,
-            launch=use,
+            place.chip, q, kv, w_uk, gain, EPS, angle, angle, positions, cache, launch=use
         )
 
     def twin(weight: Tensor) -> tuple[Tensor, Tensor]:
         return latent_torch(q, kv, weight[:, :nope], gain, EPS, angle, angle, positions, cache)
 
     def outputs(queries: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """The cache's entries too, which are forgotten here: the next one to be compared has to
-        write them."""
+        """The queries and the new cache entries. They are cleared here, so that the next kernel
+        compared must write them itself.
+        """
         written = cache[:, context - 1].clone()
         cache[:, context - 1] = 0
         return [*queries, written]
@@ -242,14 +240,13 @@ def route_case(place: Place, c: Config, tokens: int) -> Case:
     x, gain = randn(tokens, c.hidden_size), randn(c.hidden_size)
 
     def run(gate: Router, use: RouterLaunch | None) -> tuple[Tensor, Tensor, Tensor]:
-        return route(place.chip, gate, x, gain, EPS, use)
+        return route(place.chip, gate, x, gain, EPS, launch=use)
 
     def twin(gate: Router) -> tuple[Tensor, Tensor, Tensor]:
         return route_torch(gate, x, gain, EPS)
 
     def outputs(found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        """The choices as weights of all experts, 0 for most: the order of a token's choices is
-        free."""
+        """The choices as weights of all experts, most 0: a token's choices have no order."""
         h, indices, weights = found
         return [h, torch.zeros(tokens, c.experts.n_routed_experts).scatter(1, indices, weights)]
 
@@ -262,10 +259,23 @@ def route_case(place: Place, c: Config, tokens: int) -> Case:
     return Case("route", nbytes + 4 * x.numel(), flops, gates, run, twin, default, outputs)
 
 
+def filled(make: Callable[[], nn.Module], scale: float) -> Any:
+    """A module of bf16 numbers, its gate and up matrices joined as a model's are."""
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        module = make().bfloat16().requires_grad_(False)
+        build.join_matrices(module)
+    module.to_empty(device=device)
+    for parameter in module.parameters():
+        parameter.normal_(0.0, scale)
+    return module
+
+
 def experts_case(place: Place, c: Config, tokens: int) -> Case:
-    from r1.kernels.experts import ExpertsLaunch, Matrices, experts, experts_torch
-    from r1.model.layers import swiglu
-    from r1.model.moe import Experts, grouped
+    from r1.kernels.experts import ExpertsLaunch, experts, experts_torch
+    from r1.model.dispatch import Grouped
+    from r1.model.layers import MLP
+    from r1.model.moe import Experts
 
     dim, inner, count, chosen = (
         c.hidden_size,
@@ -277,26 +287,21 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
         c.experts.n_shared_experts,
         2 * 3 * c.hidden_size * c.experts.moe_intermediate_size,
     )  # bytes of an expert
-    routed = Matrices(
-        randn(count, 2 * inner, dim, scale=0.02), randn(count, dim, inner, scale=0.02)
-    )
+    routed = filled(lambda: Experts(c), 0.02)
     weights, residual, gain = torch.rand(tokens, chosen), randn(tokens, dim), randn(dim)
     x = F.rms_norm(residual, (dim,), gain, EPS)
 
-    def run(cold: tuple[Tensor, Matrices], use: ExpertsLaunch | None) -> Tensor:
+    def run(cold: tuple[Tensor, MLP], use: ExpertsLaunch | None) -> Tensor:
         return experts(place.chip, x, cold[0], weights, routed, cold[1], residual, gain, EPS, use)
 
-    def twin(cold: tuple[Tensor, Matrices]) -> Tensor:
+    def twin(cold: tuple[Tensor, MLP]) -> Tensor:
         if tokens == 1:
             return experts_torch(x, cold[0], weights, routed, cold[1], residual)
-        y = grouped(cast(Experts, routed), x, cold[0], weights)  # what torch has for several tokens
-        return residual + y + F.linear(swiglu(F.linear(x, cold[1].gate_up_proj)), cold[1].down_proj)
+        # torch's way for several tokens
+        return residual + Grouped()(routed, x, cold[0], weights) + cold[1](x)
 
     drawn = [torch.rand(tokens, count).topk(chosen).indices for _ in range(8)]
-    shared = [
-        Matrices(randn(2 * more * inner, dim, scale=0.02), randn(dim, more * inner, scale=0.02))
-        for _ in drawn
-    ]
+    shared = [filled(lambda: MLP(dim, more * inner), 0.02) for _ in drawn]
     hit = sum(i.unique().numel() for i in drawn) / len(drawn)
     default = ExpertsLaunch.default((tokens, chosen, count, dim, inner, 2), place.chip)
     moved, flops = int((hit + more) * one + 4 * x.numel()), tokens * (chosen + more) * one
@@ -310,8 +315,10 @@ Maker = Callable[[], Case]
 def makers(
     place: Place, c: Config, tokens: int, contexts: Sequence[int], only: Sequence[str]
 ) -> list[Maker]:
-    """What makes the cases, of all kernels that the model runs or `only` those: one after the
-    other, for they take gigabytes."""
+    """Functions that make the cases: of all kernels that the model runs, or of `only` those.
+
+    Functions, because a case takes gigabytes: make one case, run it, drop it.
+    """
     q, dim, o = (
         c.attention.num_attention_heads * c.attention.qk_head_dim,
         c.hidden_size,
@@ -357,7 +364,7 @@ def makers(
 
 
 def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Microseconds of one call, by repetition: all calls in one graph."""
+    """Microseconds of one call, for each repetition. All calls are in one graph."""
     from r1.run.graphs import record, replay_seconds
 
     calls = [*calls] * -(-LEAST_CALLS // len(calls))
@@ -377,10 +384,12 @@ def ours(case: Case, use: Any) -> list[Callable[[], Tensor]]:
 
 
 def off(case: Case, use: Any) -> float:
-    """The largest difference from the twin, relative to the twin's largest value: the worst
-    output's."""
-    found = case.outputs(case.run(case.copies[0], use)), case.outputs(case.twin(case.copies[0]))
-    pairs = [(got.float(), twin.float()) for got, twin in zip(*found, strict=True)]
+    """The largest difference from the twin, relative to the twin's largest value.
+
+    The worst of all outputs.
+    """
+    both = case.outputs(case.run(case.copies[0], use)), case.outputs(case.twin(case.copies[0]))
+    pairs = [(got.float(), twin.float()) for got, twin in zip(*both, strict=True)]
     return max(float((got - twin).abs().max() / twin.abs().max()) for got, twin in pairs)
 
 
@@ -393,30 +402,31 @@ def figures(case: Case, times: list[float], copy_gb_s: float) -> dict[str, float
 
 
 def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
-    """The best launch parameters found by changing one at a time, and all that was tried."""
-    from r1.kernels.tune import climb
+    """Search launch parameters, one change at a time. Returns the best, and all that were tried."""
+    from r1.run.tune import climb
 
     tried: dict[Any, dict[str, Any]] = {}
 
     def measure(use: Any) -> float:
         if use not in tried:
-            found: dict[str, Any] = {"launch": dataclasses.asdict(use)}
+            trial: dict[str, Any] = {"launch": dataclasses.asdict(use)}
             try:
                 wrong = off(case, use)
-                found["us"] = statistics.median(timed(ours(case, use))) if wrong < 0.05 else None
-                found["off"] = wrong
+                right = wrong < MOST_OFF
+                trial["us"] = statistics.median(timed(ours(case, use))) if right else None
+                trial["off"] = wrong
             except Exception as error:  # too much shared memory, too many registers: no common type
-                found |= {"us": None, "error": f"{type(error).__name__}: {str(error)[:200]}"}
-            tried[use] = found
+                trial |= {"us": None, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+            tried[use] = trial
         return tried[use]["us"] or float("inf")
 
     best = climb(case.default, measure, 0.005, lambda: time.monotonic() < deadline)
     return best, list(tried.values())
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """A result as Markdown, a line for each kernel."""
-    rows = found["rows"]
+def table(result: dict[str, Any]) -> list[str]:
+    """A result file's content as Markdown, a line for each kernel."""
+    rows = result["rows"]
 
     def column(cell: str) -> list[str]:
         return [
@@ -435,65 +445,52 @@ def table(found: dict[str, Any]) -> list[str]:
         "of the copy rate": "{of_copy_rate:.0%}", "TFLOP/s": "{tflop_s:.1f}",
         "torch µs": "{twin:.1f}", "times": "{gain:.1f}",
     }  # fmt: skip
-    return report.aligned({name: column(cell) for name, cell in cells.items()})
+    return aligned({name: column(cell) for name, cell in cells.items()})
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--shape", default="moonlight-16b", help="comma list of " + ", ".join(SHAPES))
-    made.add_argument("--batch", default="1,8,32", help="comma list of rows in a decode step")
-    made.add_argument("--context", default="256,4096", help="comma list of tokens in the cache")
-    made.add_argument("--only", default="", help=f"comma list of {', '.join(KERNELS)}")
-    made.add_argument(
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 if a kernel is off its twin, 2 for input that can't be used."""
+    parser = shared.parser(__doc__)
+    shared.add_shapes_and_batches(parser, "moonlight-16b", "1,8,32")
+    parser.add_argument(
+        "--context",
+        default="256,4096",
+        metavar="N,..",
+        help="tokens in the cache (default 256,4096)",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="KERNEL,..", help=f"of {', '.join(KERNELS)} (default: all)"
+    )
+    parser.add_argument(
         "--sweep",
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="search launch parameters, so long in all",
+        help="search launch parameters too, for so long in all",
     )
-    made.add_argument("-o", "--output", type=Path, help="write JSON there")
-    return made
+    shared.add_output(parser, "write the figures as JSON")
+    arguments = parser.parse_args(argv)
+    arguments.command = shared.command(__file__, argv)
+    return shared.run(__file__, work, arguments)
 
 
-def numbers(flag: str, text: str) -> list[int]:
-    if not all(each.isdecimal() and int(each) for each in text.split(",")):
-        raise InputError(f"{flag} {text}: give whole numbers of at least 1, such as 1,32")
-    return list(map(int, text.split(",")))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where a kernel is off its twin, or 2 for input that can't be
-    used."""
-    arguments = parser().parse_args(argv)
-    try:
-        batches, contexts = (
-            numbers("--batch", arguments.batch),
-            numbers("--context", arguments.context),
+def work(arguments: argparse.Namespace) -> int:
+    batches = shared.numbers("--batch", arguments.batch)
+    contexts = shared.numbers("--context", arguments.context)
+    shapes = shared.shapes(arguments.shape)
+    only = shared.names("--only", arguments.only, KERNELS)
+    shared.check_output(arguments.output)
+    if not torch.cuda.is_available():
+        raise InputError(
+            "the kernels are timed on a GPU, and torch sees none: "
+            "use tools/check/compile_kernels.py to compile them"
         )
-        shapes = {name: shape(name) for name in arguments.shape.split(",")}
-        only = [name for name in arguments.only.split(",") if name]
-        if unknown := [name for name in only if name not in KERNELS]:
-            raise InputError(f"--only {unknown[0]}: choose of {', '.join(KERNELS)}")
-        if arguments.output and (
-            arguments.output.is_dir() or not os.access(arguments.output.parent, os.W_OK)
-        ):
-            raise InputError(f"-o {arguments.output}: no file can be written there")
-        if not torch.cuda.is_available():
-            raise InputError(
-                "the kernels are timed on a GPU, and torch sees none: use tools/check/compile_kernels.py to compile them"
-            )
-    except InputError as error:
-        print(f"bench_kernels: {error}", file=sys.stderr)
-        return 2
-    from r1.kernels import Chip
+    from r1.kernels.chip import Chip
 
+    device = torch.device("cuda")
     torch.set_default_device("cuda")
-    place = Place(
-        Chip.of(torch.device("cuda")), COLD * torch.cuda.get_device_properties(0).L2_cache_size
-    )
-    copy = roofline.copy_rate(torch.device("cuda")) / 1e9
-    rows: list[dict[str, Any]] = []
-    bad = 0
+    place = Place(Chip.of(device), COLD * torch.cuda.get_device_properties(0).L2_cache_size)
+    copy, rows = rates.copy_rate(device) / 1e9, []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.0f} GB/s")
     plan = [
         (name, batch, make)
@@ -503,42 +500,38 @@ def main(argv: list[str] | None = None) -> int:
     ]
     with torch.inference_mode():
         for name, batch, make in plan:
-            case = make()
-            row: dict[str, Any] = {
-                "shape": name,
-                "batch": batch,
-                "kernel": case.name,
-                "mb": case.nbytes / 1e6,
-            }
-            row["off"] = off(case, None)
-            row["triton"] = figures(case, timed(ours(case, None)), copy)
-            row["torch"] = figures(
-                case, timed([partial(case.twin, cold) for cold in case.copies]), copy
-            )
-            row["launch"] = case.default and dataclasses.asdict(case.default)
-            fast, twin = row["triton"], row["torch"]
-            verdict = "" if row["off"] < 0.05 else f"  OFF BY {row['off']:.2g}"
-            bad += bool(verdict)
-            print(
-                f"{name:14} batch {batch:<3} {case.name:24} {row['mb']:8.1f} MB {fast['us']:8.1f} us "
-                f"({fast['us_min']:.1f}-{fast['us_max']:.1f}) {fast['gb_s']:6.0f} GB/s {fast['of_copy_rate']:4.0%} "
-                f"{fast['tflop_s']:6.1f} TFLOP/s | torch {twin['us']:8.1f} us{verdict}",
-                flush=True,
-            )
-            if arguments.sweep and case.default:
-                best, tried = sweep(case, time.monotonic() + arguments.sweep / len(plan))
-                us = min((t["us"] for t in tried if t["us"]), default=None)
-                row["sweep"] = {"best": dataclasses.asdict(best), "us": us, "tried": tried}
-                print(f"    best of {len(tried)}: {us} us with {best}", flush=True)
-            rows.append(row)
-            if arguments.output:  # after each, so that a limit on time loses one row
-                found = {
-                    "command": shlex.join(["python", *sys.argv]),
-                    "machine": torch.cuda.get_device_name(), "torch": torch.__version__,
-                    "copy_gb_s": copy, "rows": rows,
+            rows.append(measure(name, batch, make(), copy, arguments.sweep / len(plan)))
+            if arguments.output:  # after each row, so that a time limit loses one row at most
+                result = {
+                    "command": arguments.command, "machine": torch.cuda.get_device_name(),
+                    "torch": torch.__version__, "copy_gb_s": copy, "rows": rows,
                 }  # fmt: skip
-                arguments.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return 1 if bad else 0
+                arguments.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return int(any(row["off"] >= MOST_OFF for row in rows))
+
+
+def measure(name: str, batch: int, case: Case, copy: float, seconds: float) -> dict[str, Any]:
+    """Measure one case and print its line; with `seconds`, search launch parameters for so long."""
+    row: dict[str, Any] = {"shape": name, "batch": batch, "kernel": case.name}
+    row |= {"mb": case.nbytes / 1e6, "off": off(case, None)}
+    fast = row["triton"] = figures(case, timed(ours(case, None)), copy)
+    twins = [partial(case.twin, cold) for cold in case.copies]
+    twin = row["torch"] = figures(case, timed(twins), copy)
+    row["launch"] = case.default and dataclasses.asdict(case.default)
+    verdict = "" if row["off"] < MOST_OFF else f"  OFF BY {row['off']:.2g}"
+    print(
+        f"{name:14} batch {batch:<3} {case.name:24} {row['mb']:8.1f} MB {fast['us']:8.1f} us "
+        f"({fast['us_min']:.1f}-{fast['us_max']:.1f}) {fast['gb_s']:6.0f} GB/s "
+        f"{fast['of_copy_rate']:4.0%} {fast['tflop_s']:6.1f} TFLOP/s | "
+        f"torch {twin['us']:8.1f} us{verdict}",
+        flush=True,
+    )
+    if seconds and case.default:
+        best, tried = sweep(case, time.monotonic() + seconds)
+        us = min((trial["us"] for trial in tried if trial["us"]), default=None)
+        row["sweep"] = {"best": dataclasses.asdict(best), "us": us, "tried": tried}
+        print(f"    best of {len(tried)}: {us} us with {best}", flush=True)
+    return row
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Measure r1.load: its speed against a plain read of the same files, its peak memory against the
-finished model.
+"""Measure the speed and the peak memory of r1.load.
 
-    # makes a checkpoint of 5 GB in bf16 and in FP8, and deletes it
+    # make a checkpoint of 5 GB in bf16 and in FP8, measure, and delete it
     python tools/measure/bench_load.py
-    # makes it there, or reuses what is there
+    # make it in this folder and keep it, or reuse the one that is there
     python tools/measure/bench_load.py --keep /data/bench
 
-Three arms, each run in a process of its own, interleaved over the repetitions, the page cache warm
-for all of them:
+It compares three arms:
 
-- read: every file of the bf16 checkpoint whole, by readinto, each into a buffer of its own, all kept: the same bytes
-  to memory that is as fresh as the model's, without anything that makes a model of them;
-- bf16: r1.load of that checkpoint to bf16;
-- fp8: r1.load of the same shape stored as FP8 blocks, to bf16.
+- read: read every file of the bf16 checkpoint, whole, into a new buffer of its own. These are the
+  same bytes, and the memory is as fresh as the model's, but no model is made
+- bf16: r1.load of that checkpoint to bf16
+- fp8: r1.load of the same shape stored as FP8 blocks, to bf16
 
-GB are 10^9 bytes of the files. Peak memory is the process's highest RSS, which counts mapped file
-pages too, less its RSS before. The bounds: bf16 at 0.8 of read or more, and both at most the
-finished model + 1 GB; else the exit status is
-1. Linux only, as the peak is read from /proc.
+Each run has a process of its own. The arms alternate, and the page cache is warm for all of them.
+GB are 10^9 bytes of the files. The peak memory is the highest RSS of the process, which also counts
+mapped file pages, less its RSS before.
+
+There are two bounds: bf16 has 0.8 or more of the speed of read, and no peak exceeds the finished
+model by more than 1 GB. Where one is missed, the exit status is 1. The peak is read from /proc, so
+the tool needs Linux.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
+import safetensors
+import shared
+import torch
 from make_checkpoint import make
 
 import r1
@@ -67,15 +68,16 @@ def prepare(directory: Path, layers: int) -> None:
     for name in configs.keys() - missing:
         if load_config(directory / name) != configs[name]:
             raise r1.InputError(
-                f"{directory / name} is not {SHAPE} of {layers} layers in {name}: give --keep another folder"
+                f"{directory / name} is not {SHAPE} of {layers} layers in {name}: "
+                "give --keep another folder"
             )
     with torch.device("meta"):
         needed = 2 * parameters(Transformer(config)) * len(missing)  # bytes; FP8 takes less
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise r1.InputError(
-            f"{directory} has {free / 1e9:.1f} GB free and the checkpoints take up to {needed / 1e9:.1f} GB: "
-            "name another folder with --dir, or take fewer --layers"
+            f"{directory} has {free / 1e9:.1f} GB free and the checkpoints take up to "
+            f"{needed / 1e9:.1f} GB: name another folder with --dir, or take fewer --layers"
         )
     for name in missing:
         print(f"making {directory / name}", file=sys.stderr)
@@ -83,10 +85,10 @@ def prepare(directory: Path, layers: int) -> None:
 
 
 def read(directory: Path) -> list[bytearray]:
-    """The plain read."""
+    """Read every file whole into memory: what r1.load is compared with."""
     buffers = []
     for path in files(directory):
-        buffer = bytearray(path.stat().st_size)  # of untouched pages, as the model's
+        buffer = bytearray(path.stat().st_size)  # pages untouched so far, as the model's are
         rest = memoryview(buffer)
         with path.open("rb", buffering=0) as file:
             while rest:
@@ -96,8 +98,10 @@ def read(directory: Path) -> list[bytearray]:
 
 
 def run_arm(arm: str, directory: Path, device: str) -> dict[str, float]:
-    """In the arm's own process: seconds, of the clock and of all cores, and bytes: the files', the
-    model's, the peaks'."""
+    """One run, in the arm's own process.
+
+    Returns seconds (by the clock, and of all cores) and bytes (files, model and peaks).
+    """
     nbytes = sum(path.stat().st_size for path in files(directory))
     cuda = arm != "read" and device == "cuda"
     if cuda:
@@ -133,33 +137,24 @@ def memory(name: str) -> int:
 
 
 def excess(run: dict[str, float]) -> float:
-    """Bytes over the finished model at the peak: on its device, and on a GPU the host's as well,
-    the larger of both."""
+    """Bytes of the peak over the finished model. On a GPU: the larger of GPU's and host's."""
     if "device_peak" in run:
         return max(run["device_peak"] - run["model_bytes"], run["host_peak"])
     return run["host_peak"] - run["model_bytes"]
 
 
 def measure(directory: Path, device: str, repetitions: int) -> dict[str, list[dict[str, float]]]:
-    """Each arm's runs; exits as an arm does that finds its input unusable."""
+    """Run all arms in turn. Returns each arm's runs; exits with 2 if an arm refuses its input."""
     for name in set(ARMS.values()):
         read(directory / name)  # into the page cache
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     for _ in range(repetitions):
         for arm, folder in ARMS.items():
-            command = [
-                sys.executable,
-                __file__,
-                "--arm",
-                arm,
-                "--dir",
-                str(directory / folder),
-                "--device",
-                device,
-            ]
+            command = [sys.executable, __file__, "--arm", arm, "--device", device]
+            command += ["--dir", str(directory / folder)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode == 2:
-                sys.exit(2)  # it has said why
+                sys.exit(2)  # the arm has printed why
             done.check_returncode()
             runs[arm].append(json.loads(done.stdout))
     return runs
@@ -167,19 +162,16 @@ def measure(directory: Path, device: str, repetitions: int) -> dict[str, list[di
 
 def summarize(runs: dict[str, list[dict[str, float]]]) -> tuple[list[str], bool]:
     """The table's lines, and whether the bounds hold."""
-    lines = [
-        f"{'arm':6} {'files':>8} {'seconds, median (min-max)':>27} {'GB/s':>6} {'peak over the model, highest':>29}"
-    ]
+    titles = ("files", "seconds, median (min-max)", "GB/s", "peak over the model, highest")
+    lines = [f"{'arm':6} {titles[0]:>8} {titles[1]:>27} {titles[2]:>6} {titles[3]:>29}"]
     for arm, results in runs.items():
         seconds = sorted(run["seconds"] for run in results)
         size, middle = results[0]["file_bytes"] / 1e9, statistics.median(seconds)
         spread = f"{middle:.2f} ({seconds[0]:.2f}-{seconds[-1]:.2f})"
-        lines.append(
-            f"{arm:6} {size:5.2f} GB {spread:>27} {size / middle:6.2f} {max(map(excess, results)) / 1e9:26.3f} GB"
-        )
-    shares = sorted(
-        a["seconds"] / b["seconds"] for a, b in zip(runs["read"], runs["bf16"], strict=True)
-    )
+        peak = f"{max(map(excess, results)) / 1e9:26.3f} GB"
+        lines.append(f"{arm:6} {size:5.2f} GB {spread:>27} {size / middle:6.2f} {peak}")
+    pairs = zip(runs["read"], runs["bf16"], strict=True)
+    shares = sorted(read["seconds"] / bf16["seconds"] for read, bf16 in pairs)
     share, worst = statistics.median(shares), max(map(excess, runs["bf16"] + runs["fp8"]))
     fast, small = share >= MIN_SHARE, worst <= MAX_EXCESS
     lines += [
@@ -193,53 +185,53 @@ def summarize(runs: dict[str, list[dict[str, float]]]) -> tuple[list[str], bool]
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a bound is missed, or 2 for input that can't be used."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = shared.parser(__doc__)
     parser.add_argument(
         "--layers",
         type=int,
         default=4,
         metavar="N",
-        help=f"of {SHAPE}; 4, the default, are 5 GB in bf16",
+        help=f"only the first N layers of {SHAPE} (default 4: 5 GB in bf16)",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("-r", "--repetitions", type=int, default=3, metavar="N")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    parser.add_argument("-r", "--repetitions", type=int, default=3, metavar="N", help="default 3")
     parser.add_argument(
-        "--dir", type=Path, metavar="DIR", help="where the temporary checkpoints go"
-    )
-    parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="make them in DIR, or reuse those there; they stay"
+        "--dir", type=Path, metavar="DIR", help="make the temporary checkpoints in this folder"
     )
     parser.add_argument(
-        "-o",
-        "--output",
-        choices=["text", "json"],
-        default="text",
-        help="json: every run's raw numbers",
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="make the checkpoints in DIR and keep them, or reuse",
     )
+    shared.add_output(parser, "write every run's figures as JSON")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    return shared.run(__file__, work, parser.parse_args(argv))
+
+
+def work(arguments: argparse.Namespace) -> int:
+    if arguments.arm:
+        print(json.dumps(run_arm(arguments.arm, arguments.dir, arguments.device)))
+        return 0
+    if arguments.repetitions < 1:
+        raise r1.InputError(f"-r {arguments.repetitions}: take 1 or more")
+    if not Path("/proc/self/clear_refs").exists():
+        raise r1.InputError(
+            "the peak memory is read from /proc, which this system lacks: run it on Linux"
+        )
+    shared.check_output(arguments.output)
     try:
-        if arguments.arm:
-            print(json.dumps(run_arm(arguments.arm, arguments.dir, arguments.device)))
-            return 0
-        if arguments.repetitions < 1:
-            raise r1.InputError(f"-r {arguments.repetitions}: take 1 or more")
-        if not Path("/proc/self/clear_refs").exists():
-            raise r1.InputError(
-                "the peak memory is read from /proc, which this system lacks: run it on Linux"
-            )
         if arguments.keep:
             arguments.keep.mkdir(parents=True, exist_ok=True)
             return report(arguments.keep, arguments)
         with tempfile.TemporaryDirectory(prefix="r1-bench-", dir=arguments.dir) as directory:
             return report(Path(directory), arguments)
-    except (r1.InputError, OSError) as error:
-        print(f"bench_load: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:  # a folder that can't be made, a full disk
+        raise r1.InputError(str(error)) from error
 
 
 def report(directory: Path, arguments: argparse.Namespace) -> int:
-    """Prepare, measure, print; the exit status."""
+    """Prepare, measure, print. Returns the exit status."""
     prepare(directory, arguments.layers)
     runs = measure(directory, arguments.device, arguments.repetitions)
     lines, held = summarize(runs)
@@ -251,26 +243,13 @@ def report(directory: Path, arguments: argparse.Namespace) -> int:
         "safetensors": safetensors.__version__,
         "kernel": platform.release(),
     }
-    if arguments.output == "json":
-        print(
-            json.dumps(
-                {
-                    "machine": machine,
-                    "shape": SHAPE,
-                    "layers": arguments.layers,
-                    "held": held,
-                    "runs": runs,
-                },
-                indent=1,
-            )
-        )
-    else:
-        print(", ".join(f"{key} {value}" for key, value in machine.items() if value))
-        print(
-            f"{SHAPE}, {arguments.layers} layers, page cache warm, device {arguments.device}\n",
-            *lines,
-            sep="\n",
-        )
+    if arguments.output:
+        result = {"machine": machine, "shape": SHAPE, "layers": arguments.layers}
+        result |= {"held": held, "runs": runs}
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    how = f"{SHAPE}, {arguments.layers} layers, page cache warm, device {arguments.device}"
+    print(", ".join(f"{key} {value}" for key, value in machine.items() if value))
+    print(f"{how}\n", *lines, sep="\n")
     return 0 if held else 1
 
 

@@ -1,29 +1,35 @@
-"""Write the README's tables anew from the files that the benchmarks wrote.
+"""Write the README's tables anew from the committed result files.
 
     python tools/measure/make_tables.py
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, and comes from
-tools/measure/results/h100/NAME.json: a result of bench.py, compare_peers.py or bench_kernels.py; or
-from the folder NAME, where several runs of bench.py make one table. Above it stands the command
-that made it. `tiny-r1` is the accuracy on its model card, `step-N` a profiled step of the last arm
-of kernels/N."""
+A table of the README stands between `<!-- NAME -->` and `<!-- /NAME -->`, below the command that
+made it. NAME says where it comes from, in tools/measure/results/h100:
+
+- NAME.json: a result of bench.py, compare_peers.py or bench_kernels.py
+- NAME, a folder: several results of bench.py, in one table
+- `step-N`: a profiled step of the last arm in kernels/N.json
+- `tiny-r1`: the accuracies on its model card (tools/train/card.py)
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
 import bench_kernels
 import card
 import compare_peers
+import shared
 
-from r1.bench import report, timeline
+from r1.bench import timeline
+from r1.bench.report import text
+from r1.bench.report.table import table
 
 RESULTS = Path(__file__).parent / "results" / "h100"
 README = Path(__file__).parents[2] / "README.md"
@@ -40,9 +46,9 @@ COLUMNS = [
 ]
 COLUMNS += ["start s (warm)", "KL (bound)"]
 PREFILL = ["arm", "batch", "TTFT ms", "prefill MFU", "start s (warm)", "KL (bound)"]
-"""Of runs with a prompt of a thousand tokens and more, which are about nothing else."""
+"""The columns of runs with prompts of 1,000 tokens and more: they measure the prompt alone."""
 LAUNCHED = (timeline.IDLE, "Memcpy", "step_kernel")
-"""Of a captured step that was profiled: what stands behind the host, which is slow then."""
+"""Parts of a profiled captured step that wait for the host, which the profiler slows down."""
 
 Found = dict[str, Any]
 
@@ -67,40 +73,40 @@ def lines(found: Found) -> list[str]:
 
 
 def together(results: list[Found]) -> list[str]:
-    """bench.py's results, of which each is about a batch size of its own, as one table."""
+    """Results of bench.py, each of another batch size, as one table."""
     results = sorted(results, key=lambda found: found["rows"][0]["batch"])
     rows = [row for found in results for row in found["rows"]]
     how = [line for found in results for line in (conditions(found), "")]
     drafting = [row for row in rows if row.get("acceptance") is not None]
-    drafts = [
-        line for row in drafting for line in ("", f"{row['arm']}: {report.drafts(row, rows)}")
-    ]
+    drafts = [line for row in drafting for line in ("", f"{row['arm']}: {text.drafts(row, rows)}")]
     notes = [
         line
         for note in dict.fromkeys(note for found in results for note in found["notes"])
         for line in ("", note)
     ]
     columns = PREFILL if min(row["prompt"] for row in rows) >= 1000 else COLUMNS
-    return [*how, *report.table(rows, columns), *drafts, *notes]
+    return [*how, *table(rows, columns), *drafts, *notes]
 
 
 def conditions(found: Found) -> str:
-    """The command and what it ran on."""
+    """The command, and the machine that it ran on."""
     m = found["machine"]
     products = ", ".join(
         f"{rate:.0f} TFLOP/s in {dtype}" for dtype, rate in m["matmul_tflop_s"].items()
     )
-    machine = f"{m['name']}, torch {m['torch']}; copy {m['copy_gb_s']:.0f} GB/s, matrix products {products}"
-    return f"`{without_output(found['command'])}` ({machine}; medians of {found['repetitions']} repetitions)"
+    machine = f"{m['name']}, torch {m['torch']}; copy {m['copy_gb_s']:.0f} GB/s"
+    medians = f"medians of {found['repetitions']} repetitions"
+    command = without_output(found["command"])
+    return f"`{command}` ({machine}, matrix products {products}; {medians})"
 
 
 def without_output(command: str) -> str:
-    """Where the result went is nobody's business."""
-    return re.sub(r" -o \S+", "", command)
+    """The command without its output file, which says nothing about the measurement."""
+    return re.sub(r" (-o|--output)[ =]\S+", "", command)
 
 
 def peers_command(how: dict[str, Any]) -> str:
-    """The command that these arguments of compare_peers.py were given with."""
+    """The command line of compare_peers.py that gives these arguments."""
     defaults = vars(compare_peers.parser().parse_args([]))
     changed = {
         name: value
@@ -115,7 +121,7 @@ def peers_command(how: dict[str, Any]) -> str:
 
 
 def tables() -> dict[str, list[str]]:
-    """All of them by name."""
+    """All tables by name."""
     found = {path.stem: lines(read(path)) for path in sorted(RESULTS.glob("*.json"))}
     found |= {
         path.name: together([read(run) for run in path.glob("*.json")])
@@ -137,11 +143,23 @@ def filled(text: str) -> str:
         table = "\n".join(rows)
         opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
         place = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
-        text, places = place.subn(lambda _, between=f"{opening}\n{table}\n{closing}": between, text)  # type: ignore[misc]
+        section = f"{opening}\n{table}\n{closing}"
+        text, places = place.subn(section.replace("\\", r"\\"), text)
         if places != 1:
             raise ValueError(f"README.md has {places} places for {name}")
     return text
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return shared.run(__file__, work, shared.parser(__doc__).parse_args(argv))
+
+
+def work(_arguments: argparse.Namespace) -> int:
     README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(README)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,13 @@
-"""Examine tiny-r1 on held-out problems, under any switches: accuracy, perplexity, the experts'
-load, the MTP layer's foresight.
+"""Examine a trained tiny-r1 on held-out problems, under any switches.
 
     # 1000 problems, with thinking and without
     python tools/train/eval.py
     python tools/train/eval.py -n 200 --dtype bf16 --compile -o bf16.json
 
-Every figure is of problems that training never saw (tools/train/tasks.py). Answers are greedy. Exit
-status: 0, or 2 for input that can't be used.
+It reports accuracy, perplexity, the experts' load, and how often the MTP layer predicts the model's
+own token. Training never saw these problems (tools/train/tasks.py). Answers are greedy.
 
-Shapes: B rows, S tokens, K experts per token, E experts.
+Shapes: B rows, S tokens, K experts per token, E experts, W vocab_size.
 """
 
 from __future__ import annotations
@@ -28,39 +27,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
+import shared
 from packing import encode
-from tasks import TESTED, Example, Problem, exam, kinds, phrased
+from tasks import TESTED, Example, Problem, add_kinds, exam, phrased
 
 import r1
 from r1 import Backend, Engine, InputError
 from r1.__main__ import EMBEDDED
 from r1.bench.exam import right
 from r1.model.router import Router
-from r1.run.generate import Completion
+from r1.run.completion import Completion
 from r1.switches import flags
 
 Pair = tuple[list[int], list[int]]
-"""A prompt, and what stands behind it."""
+"""A prompt, and the tokens after it."""
 NEW_TOKENS = 320
 """Longer than any reasoning and answer that the problems ask for."""
 
 
 @dataclass
 class Reading:
-    """What the model makes of whole texts that it is given."""
+    """How well the model predicts whole texts that it is given."""
 
     nats: float = 0.0
+    """The loss, summed over `tokens`."""
     tokens: int = 0
-    """The loss, summed over the tokens that the model would have to write."""
+    """Tokens that the model would have to write: all but the prompts'."""
     agreed: int = 0
+    """Drafts that are the model's own first choice. `agreed / drafts` is the acceptance of greedy
+    drafts."""
     drafts: int = 0
-    """How often the MTP layer's first choice was the model's own, one token later; the acceptance
-    of greedy drafts."""
+    """First choices of the MTP layer: one for each of `tokens`."""
     loads: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """Tokens that each expert was given, (layers, E); the MTP layer last."""
+    """How many tokens each expert was given, (layers, E). The MTP layer is the last one."""
 
     @property
     def perplexity(self) -> float:
@@ -70,7 +71,7 @@ class Reading:
 def answers(
     engine: Engine, examples: Sequence[Example], *, think: bool, batch: int
 ) -> tuple[list[Pair], list[Completion]]:
-    """Each question's prompt and what the model writes behind it; how it went."""
+    """Ask each question. Returns each prompt with its answer's tokens, and the completions."""
     assert engine.tokenizer is not None
     prompts = [encode(engine.tokenizer, example, think)[0] for example in examples]
     completions: list[Completion] = []
@@ -78,18 +79,16 @@ def answers(
         completions += engine.generate(
             prompts[start : start + batch], max_new_tokens=NEW_TOKENS, temperature=0.0
         )
-    return [
-        (prompt, done.tokens) for prompt, done in zip(prompts, completions, strict=True)
-    ], completions
+    written = [done.tokens for done in completions]
+    return list(zip(prompts, written, strict=True)), completions
 
 
 def speculation(completions: Sequence[Completion]) -> dict[str, float] | None:
-    """How drafts fared in all answers together; None where none were made."""
-    drafted, steps = (
-        sum(getattr(done, name) for done in completions) for name in ("drafted", "steps")
-    )
+    """The share of accepted drafts in all answers together; None without drafts."""
+    drafted = sum(done.drafted for done in completions)
     if not drafted:
         return None
+    steps = sum(done.steps for done in completions)
     return {
         "acceptance": sum(done.accepted for done in completions) / drafted,
         "tokens_per_step": sum(len(done.tokens) - 1 for done in completions) / steps,
@@ -98,61 +97,80 @@ def speculation(completions: Sequence[Completion]) -> dict[str, float] | None:
 
 @torch.inference_mode()
 def read(engine: Engine, pairs: Sequence[Pair], batch: int) -> Reading:
-    """Read prompts and what stands behind them, without a cache."""
-    model, device = engine.model, engine.runner.device
+    """Read prompts and the tokens after them, without a cache."""
     reading = Reading()
-    loads: dict[nn.Module, Tensor] = {}
-    real = torch.zeros(0)
-
-    def count(router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        chosen = (
-            F.one_hot(output[0], model.config.experts.n_routed_experts)
-            * real.flatten()[:, None, None]
-        )  # (B S, K, E)
-        loads[router] = loads.get(router, 0) + chosen.sum(dim=(0, 1))
-
-    hooks = [
-        module.register_forward_hook(count)
-        for module in model.modules()
-        if isinstance(module, Router)
-    ]
-    try:
+    with ExpertLoads(engine) as loads:
         for start in range(0, len(pairs), batch):
-            part = pairs[start : start + batch]
-            longest = max(len(prompt) + len(rest) for prompt, rest in part)
-            tokens = torch.zeros(len(part), longest, dtype=torch.int64)
-            real, learned = torch.zeros(2, len(part), longest, dtype=torch.bool).unbind()
-            for row, (prompt, rest) in enumerate(part):
-                end = len(prompt) + len(rest)
-                tokens[row, :end] = torch.tensor(prompt + rest)
-                real[row, :end] = True
-                learned[row, len(prompt) : end] = True
-            tokens, real, learned = tokens.to(device), real.to(device), learned.to(device)
+            tokens, real, learned = padded(pairs[start : start + batch], engine.runner.device)
+            loads.real = real
             with engine.runner.context():
-                positions = torch.arange(longest, device=device).expand_as(tokens)
-                step = model.step("prefill", positions, 0)
-                hidden = model(tokens, step)
-                logits = model.lm_head(hidden).float()  # (B, S, W)
-                nats = F.cross_entropy(
-                    logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
-                )
-                reading.nats += float(nats[learned[:, 1:]].sum())
-                reading.tokens += int(learned.sum())
-                if len(model.mtp):
-                    following = F.pad(tokens[:, 1:], (0, 1))
-                    draft = model.lm_head(
-                        model.mtp[0](model.embed_tokens(following), hidden, step)
-                    ).argmax(dim=-1)
-                    # From place i the draft is of i + 2; the model's own choice for i + 2 is made
-                    # at i + 1.
-                    same = draft[:, :-2] == logits[:, 1:-1].argmax(dim=-1)
-                    reading.agreed += int((same & learned[:, 2:]).sum())
-                    reading.drafts += int(learned[:, 2:].sum())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    reading.loads = torch.stack(list(loads.values())).float().cpu() if loads else reading.loads
+                read_batch(engine, tokens, learned, reading)
+    reading.loads = loads.stacked()
     return reading
+
+
+def padded(pairs: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of one length, (B, S) each: tokens, masks of real tokens and of those to be written."""
+    longest = max(len(prompt) + len(rest) for prompt, rest in pairs)
+    tokens = torch.zeros(len(pairs), longest, dtype=torch.int64)
+    real, learned = torch.zeros(2, len(pairs), longest, dtype=torch.bool).unbind()
+    for row, (prompt, rest) in enumerate(pairs):
+        end = len(prompt) + len(rest)
+        tokens[row, :end] = torch.tensor(prompt + rest)
+        real[row, :end] = True
+        learned[row, len(prompt) : end] = True
+    return tokens.to(device), real.to(device), learned.to(device)
+
+
+def read_batch(engine: Engine, tokens: Tensor, learned: Tensor, reading: Reading) -> None:
+    """Add one batch to `reading`: the model's loss, and where the MTP layer agrees with it."""
+    model = engine.model
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    step = model.step("prefill", positions, 0)
+    hidden = model(tokens, step)
+    logits = model.lm_head(hidden).float()  # (B, S, W)
+    nats = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    reading.nats += float(nats[learned[:, 1:]].sum())
+    reading.tokens += int(learned.sum())
+    if not len(model.mtp):
+        return
+    following = F.pad(tokens[:, 1:], (0, 1))
+    drafted = model.mtp[0](model.embed_tokens(following), hidden, step)
+    draft = model.lm_head(drafted).argmax(dim=-1)  # (B, S)
+    # The draft at i is of token i + 2. The model's own choice for i + 2 is made at i + 1.
+    same = draft[:, :-2] == logits[:, 1:-1].argmax(dim=-1)
+    reading.agreed += int((same & learned[:, 2:]).sum())
+    reading.drafts += int(learned[:, 2:].sum())
+
+
+class ExpertLoads:
+    """Counts the tokens of each expert, by a hook on every router, for as long as it is open."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.model = engine.model
+        self.real = torch.zeros(0)
+        """Which tokens of the batch are no padding, bool (B, S). Set it before each batch."""
+        self.loads: dict[nn.Module, Tensor] = {}
+
+    def __enter__(self) -> ExpertLoads:
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        self.hooks = [router.register_forward_hook(self.count) for router in routers]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def count(self, router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        chosen = F.one_hot(output[0], self.model.config.experts.n_routed_experts)  # (B S, K, E)
+        load = (chosen * self.real.flatten()[:, None, None]).sum(dim=(0, 1))
+        self.loads[router] = self.loads.get(router, 0) + load
+
+    def stacked(self) -> Tensor:
+        """fp32 (layers, E) on the CPU; empty for a model without experts."""
+        return (
+            torch.stack(list(self.loads.values())).float().cpu() if self.loads else torch.zeros(0)
+        )
 
 
 def accuracy(
@@ -174,7 +192,10 @@ def examine(
     kinds: Sequence[str] = TESTED,
     batch: int = 250,
 ) -> dict[str, Any]:
-    """All figures, ready for JSON; those of the MTP layer only where `engine` has it loaded."""
+    """All figures, ready for JSON. Those of the MTP layer are there if `engine` has loaded it.
+
+    Raises InputError for a checkpoint without a tokenizer.
+    """
     if engine.tokenizer is None:
         raise InputError("this checkpoint has no tokenizer, so it can't be asked anything")
     problems = exam(count, seed, kinds)
@@ -212,58 +233,60 @@ def report(figures: dict[str, Any]) -> str:
     if figures["mtp_agreement"] is not None:
         lines.append(f"MTP agreement at k = 1   {figures['mtp_agreement']:.1%}")
     if drafts := figures["speculation"]:
-        per_step = drafts["tokens_per_step"]
+        accepted = f"{drafts['acceptance']:.1%} accepted"
         lines.append(
-            f"speculation              {drafts['acceptance']:.1%} accepted, {per_step:.2f} tokens a step"
+            f"speculation              {accepted}, {drafts['tokens_per_step']:.2f} tokens a step"
         )
     lines.append(f"tokens per answer        {figures['tokens_per_answer']:.0f}")
     lines.append(
         f"text                     {figures['text'][:16]} (the same wherever every token is)"
     )
     for number, layer in enumerate(figures["load"]):
-        lines.append(
-            f"experts, MoE layer {number}     {layer['min']:.2f} to {layer['max']:.2f} of the mean, {layer['dead']} dead"
-        )
+        share = f"{layer['min']:.2f} to {layer['max']:.2f} of the mean"
+        lines.append(f"experts, MoE layer {number}     {share}, {layer['dead']} dead")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Returns the exit status: 0, or 2 for input that can't be used."""
+    parser = shared.parser(__doc__)
     parser.add_argument(
         "--model",
         type=Path,
         default=EMBEDDED,
         metavar="DIR",
-        help="a checkpoint's folder (default: tiny-r1)",
+        help="a checkpoint's folder (default: the embedded tiny-r1)",
     )
-    parser.add_argument("-n", type=int, default=1000, help="problems (default 1000)")
+    parser.add_argument("-n", type=int, default=1000, metavar="N", help="problems (default 1000)")
+    add_kinds(parser, TESTED)
     parser.add_argument(
-        "--kinds", type=kinds, default=list(TESTED), help=f"default {','.join(TESTED)}"
+        "--seed", type=flags.seed, default=0, help="of the problems and their phrasings (default 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the problems and their phrasings")
     parser.add_argument(
-        "--batch", type=int, default=250, help="problems asked at a time (default 250)"
+        "--batch",
+        type=int,
+        default=250,
+        metavar="N",
+        help="problems answered together (default 250)",
     )
-    parser.add_argument("-o", type=Path, metavar="FILE", help="write the figures as JSON")
+    shared.add_output(parser, "write the figures as JSON")
     flags.add_flags(parser)
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.n < 1 or arguments.batch < 1:
-            raise InputError(f"-n {arguments.n} --batch {arguments.batch}: give at least 1 of each")
-        config = r1.load_config(arguments.model)
-        backend = Backend(**flags.given(arguments))
-        mtp = config.num_nextn_predict_layers > 0
-        engine = r1.load(arguments.model, backend, batch=min(arguments.n, arguments.batch), mtp=mtp)
-        figures = examine(
-            engine, arguments.n, seed=arguments.seed, kinds=arguments.kinds, batch=arguments.batch
-        )
-    except InputError as error:
-        print(f"eval: {error}", file=sys.stderr)
-        return 2
+    return shared.run(__file__, work, parser.parse_args(argv))
+
+
+def work(arguments: argparse.Namespace) -> int:
+    count, batch, directory = arguments.n, arguments.batch, arguments.model
+    if count < 1 or batch < 1:
+        raise InputError(f"-n {count} --batch {batch}: give at least 1 of each")
+    shared.check_output(arguments.output)
+    mtp = r1.load_config(directory).num_nextn_predict_layers > 0
+    backend = Backend(**flags.given(arguments))
+    engine = r1.load(directory, backend, batch=min(count, batch), mtp=mtp)
+    figures = examine(engine, count, seed=arguments.seed, kinds=arguments.kinds, batch=batch)
     print(report(figures))
-    if arguments.o:
-        arguments.o.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if arguments.output:
+        record = {"model": directory.resolve().name, **figures}
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,11 +1,14 @@
-"""Make a checkpoint of random weights in R1's own format: any named shape, FP8 blocks, shards, MTP
-layer, tokenizer.
+"""Make a checkpoint of random weights, of any named shape, in R1's own format.
 
-    python tools/train/make_checkpoint.py tiny /tmp/random                # the embedded one's shape
+    # the embedded checkpoint's shape
+    python tools/train/make_checkpoint.py tiny /tmp/random
     python tools/train/make_checkpoint.py moonlight-16b /data/moonlight --layers 4
 
-Random weights say nothing, but they are read, dequantized and computed with as real ones are. The
-gate's bias is not zero, so that an implementation that forgets it is found out."""
+The format includes FP8 blocks, shards and the MTP layer. The `tiny` shape gets its tokenizer too.
+
+Random weights write no meaningful text. But a program reads, dequantizes and multiplies them as it
+does real ones. The gate's bias is not zero, so a program that forgets the bias gives other logits.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,19 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
+
+import shared
 import torch
+from make_tokenizer import make_tokenizer
 
 from r1 import InputError, build
-from r1.files import checkpoint
+from r1.files.save import save
 from r1.model.config import Config
 from r1.model.shapes import SHAPES, shape
 from r1.switches import flags
-from r1.switches.backend import Backend, resolve
-
-sys.path.insert(0, str(Path(__file__).parent))
-from make_tokenizer import make_tokenizer
+from r1.switches.backend import Backend
+from r1.switches.resolve import resolve
 
 
 def make(
@@ -45,16 +50,16 @@ def make(
             parameter.normal_(0.0, 0.1, generator=generator)
         elif name.endswith("norm.weight"):
             parameter.normal_(1.0, 0.1, generator=generator)
-    checkpoint.save(model, directory, shard_bytes=shard_bytes)
+    save(model, directory, shard_bytes=shard_bytes)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for input that can't be used."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = shared.parser(__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("directory", type=Path, help="a new folder")
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
-    parser.add_argument("--seed", type=flags.seed, default=0)
+    parser.add_argument("--seed", type=flags.seed, default=0, help="of the weights (default 0)")
     parser.add_argument(
         "--shard-mb", type=float, metavar="MB", help="largest shard (default 5000; tiny: 1)"
     )
@@ -63,31 +68,28 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="store bf16 where the shape's own checkpoint stores FP8 blocks",
     )
-    arguments = parser.parse_args(argv)
+    return shared.run(__file__, work, parser.parse_args(argv))
+
+
+def work(arguments: argparse.Namespace) -> int:
+    config, directory = shape(arguments.shape, arguments.layers), arguments.directory
+    if arguments.no_fp8:
+        config = config.change(fp8_block=None)
+    shard_mb = arguments.shard_mb
+    if shard_mb is None:
+        shard_mb = 1 if arguments.shape == "tiny" else 5000
+    if not 0 < shard_mb < math.inf:
+        raise InputError(f"--shard-mb {shard_mb}: give megabytes, more than 0")
     try:
-        config = shape(arguments.shape, arguments.layers)
-        if arguments.no_fp8:
-            config = config.change(fp8_block=None)
-        shard_mb = (
-            (1 if arguments.shape == "tiny" else 5000)
-            if arguments.shard_mb is None
-            else arguments.shard_mb
-        )
-        if not 0 < shard_mb < math.inf:
-            raise InputError(f"--shard-mb {shard_mb}: give megabytes, more than 0")
-        make(config, arguments.directory, seed=arguments.seed, shard_bytes=int(shard_mb * 1e6))
-        if config.vocab_size == SHAPES["tiny"].vocab_size:
-            make_tokenizer(arguments.directory)
-    except InputError as error:
-        shutil.rmtree(
-            arguments.directory.with_name(arguments.directory.name + ".partial"), ignore_errors=True
-        )
-        print(f"make_checkpoint: {error}", file=sys.stderr)
-        return 2
-    size = sum(file.stat().st_size for file in arguments.directory.iterdir())
-    print(
-        f"{arguments.directory}: {len(list(arguments.directory.glob('*.safetensors')))} shards, {size / 1e6:.2f} MB"
-    )
+        make(config, directory, seed=arguments.seed, shard_bytes=int(shard_mb * 1e6))
+    except InputError:
+        shutil.rmtree(directory.with_name(directory.name + ".partial"), ignore_errors=True)
+        raise
+    if config.vocab_size == SHAPES["tiny"].vocab_size:
+        make_tokenizer(directory)
+    shards = len(list(directory.glob("*.safetensors")))
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    print(f"{directory}: {shards} shards, {size / 1e6:.2f} MB")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Write exam.json beside a checkpoint that tools/train/train_tiny.py made: held-out problems for
-bench.py's accuracy column.
+"""Write exam.json into a checkpoint: held-out problems for bench.py's accuracy column.
 
     python tools/train/make_exam.py weights/tiny-r1
 
-They are the first of those that tools/train/eval.py asks.
+The checkpoint is one that tools/train/train_tiny.py made. The problems are the first of those that
+tools/train/eval.py asks.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
+import shared
 from packing import encode
 from tasks import exam, phrased
 
-from r1 import InputError
 from r1.bench.exam import FILE, Question, write
 from r1.text.tokenizer import Tokenizer
 
@@ -26,7 +25,7 @@ COUNT = 100
 
 
 def make_exam(directory: Path) -> None:
-    """Write the file. Raises InputError where the folder has no tokenizer."""
+    """Write the file. Raises InputError for a folder without a tokenizer."""
     tokenizer = Tokenizer.load(directory)
     problems = exam(COUNT)
     examples = phrased(problems)
@@ -40,15 +39,14 @@ def make_exam(directory: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for input that can't be used."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = shared.parser(__doc__)
     parser.add_argument("directory", type=Path, help="the checkpoint's folder")
-    directory = parser.parse_args(argv).directory
-    try:
-        make_exam(directory)
-    except InputError as error:
-        print(f"make_exam: {error}", file=sys.stderr)
-        return 2
-    print(f"{directory / FILE}: {COUNT} problems")
+    return shared.run(__file__, work, parser.parse_args(argv))
+
+
+def work(arguments: argparse.Namespace) -> int:
+    make_exam(arguments.directory)
+    print(f"{arguments.directory / FILE}: {COUNT} problems")
     return 0
 
 

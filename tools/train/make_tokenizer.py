@@ -1,10 +1,9 @@
-"""Write the tokenizer of the embedded checkpoint: the 256 bytes, and R1's control tokens under R1's
-own names.
-
-There are no merges, so a token is a byte and digits stand apart. Ids 0 to 2 are R1's; the bytes
-follow at 3 + byte.
+"""Write the tokenizer of the embedded checkpoint: the 256 bytes and R1's control tokens.
 
     python tools/train/make_tokenizer.py weights/tiny-r1
+
+There are no merges, so each byte is one token, and each digit too. The control tokens have R1's
+names. Ids 0 to 2 are R1's. Byte b has id 3 + b.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
-from r1.text.chat import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER
-from r1.text.vocabulary import BYTE_TO_SYMBOL
+import shared
+
+from r1.text.byte_alphabet import BYTE_TO_SYMBOL
+from r1.text.control_tokens import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER
 
 FIRST = [BOS, EOS, PAD]
 LAST = [USER, ASSISTANT, THINK, END_THINK, "<|EOT|>"]
@@ -27,19 +28,16 @@ LAST += [
     for end in ("begin", "end")
 ]
 LAST += ["<｜tool▁sep｜>", "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"]
-SPECIAL = {
-    *FIRST,
-    "<|EOT|>",
-}  # flagged so in R1's file; its other control tokens, <think> among them, are not
+SPECIAL = {*FIRST, "<|EOT|>"}
+"""The tokens that R1's file marks as special. It does not mark <think>, nor the other ones."""
 
 
 def make_tokenizer(directory: Path) -> int:
-    """Write tokenizer.json and tokenizer_config.json to `directory`; returns the size of the
-    vocabulary."""
+    """Write tokenizer.json and tokenizer_config.json to a folder; returns the vocabulary's size."""
     directory.mkdir(parents=True, exist_ok=True)
     symbols = [BYTE_TO_SYMBOL[byte] for byte in range(256)]
-    # As in R1's file, the first three are in the BPE's vocabulary too: the library gives added
-    # tokens that are not there the ids after it, whatever the file says.
+    # As in R1's file, the BPE's vocabulary holds the first three too. The library ignores the
+    # file's ids for added tokens outside that vocabulary, and numbers them after it.
     vocab = {token: i for i, token in enumerate(FIRST + symbols)}
     ids = {token: vocab.get(token, i) for i, token in enumerate(FIRST + symbols + LAST)}
     byte_level = {
@@ -83,13 +81,17 @@ def make_tokenizer(directory: Path) -> int:
     return len(ids)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the embedded checkpoint's tokenizer.")
-    parser.add_argument(
-        "directory", type=Path, help="where tokenizer.json and tokenizer_config.json go"
-    )
-    print(make_tokenizer(parser.parse_args().directory), "tokens")
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = shared.parser(__doc__)
+    parser.add_argument("directory", type=Path, help="the folder to write the two files to")
+    return shared.run(__file__, work, parser.parse_args(argv))
+
+
+def work(arguments: argparse.Namespace) -> int:
+    print(f"{arguments.directory}: {make_tokenizer(arguments.directory)} tokens")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,9 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied (Keller Jordan, 2024;
-Moonlight, arXiv 2502.16982).
+"""Muon: an optimizer that makes each matrix of momentum orthogonal before it applies it.
 
-A gradient's few large directions drown the many small ones; with all singular values near 1, each
-direction is learned at the same speed. For hidden matrices only: embeddings, norms and the head's
-rows are not maps between hidden spaces.
+A gradient has a few large directions and many small ones. With all singular values near 1, each
+direction is learned at the same speed. Muon is for hidden matrices only: embeddings, norms and the
+output head are not maps between hidden spaces. Sources: Keller Jordan, 2024; Moonlight, arXiv
+2502.16982.
 
 Shapes: M matrices of one shape, R rows, C columns.
 """
@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Newton-Schulz coefficients that lift small singular values fast and leave them all within 0.7 to
-1.2."""
+"""Newton-Schulz coefficients. They raise small singular values fast; all end near 0.7 to 1.2."""
 ADAM_RMS = 0.2
-"""The typical size of an entry of Adam's update: scaled to it, one learning rate suits both
-(Moonlight, section 2.2)."""
+"""The typical size of an entry of Adam's update (Moonlight, section 2.2).
+
+Muon's update is scaled to it, so one learning rate suits both optimizers."""
 
 
 class Muon:
-    """Parameters (R, C), or stacks of them (E, R, C), are grouped by shape: one batch of products
-    for all of a shape."""
+    """The optimizer. It takes matrices (R, C) and stacks of matrices (E, R, C).
+
+    Matrices of one shape are a group, so that one batched product serves all of them.
+    """
 
     def __init__(
         self,
@@ -64,10 +66,10 @@ class Muon:
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """(M, R, C) -> matrices with the same singular vectors, and singular values near 1; fp32."""
+    """Set the singular values of matrices (M, R, C) near 1 and keep their vectors. Returns fp32."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    # Half precision suffices, because each step corrects the one before; but on a CPU it is slower.
+    # bf16 suffices, because each step corrects the one before. On a CPU bf16 is slower than fp32.
     x = x.bfloat16() if x.is_cuda else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = QUINTIC

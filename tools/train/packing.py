@@ -1,8 +1,8 @@
-"""Examples as the model will see them, packed into rows of one length.
+"""Training batches: examples as the model will see them, packed into rows of one length.
 
-Every example starts with its own BOS at position 0, as at inference, and sees only itself. What
-lies behind a row's last example is padding. A batch follows from the seed and its number alone, so
-any process can make it, and training that is resumed goes on with the batch that was next.
+Every example starts with its own BOS at position 0, as at inference, and sees only itself. Padding
+fills the end of a row. A batch depends on the seed and its number alone. So any process can make
+it, and a resumed run continues with the next batch.
 
 Shapes: B rows, S tokens of a row.
 """
@@ -18,23 +18,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from r1 import InputError
-from r1.text.chat import END_THINK, PAD
+from r1.text.control_tokens import END_THINK, PAD
 from r1.text.tokenizer import Tokenizer
 
 IGNORE = -100
-"""The target of what is not to be learned: questions and padding. It is what torch's cross_entropy
-leaves out."""
+"""The target of questions and padding, which are not learned: torch's cross_entropy skips it."""
 AROUND = 10
-"""Tokens of the template around question, reasoning and answer: control tokens and newlines."""
+"""Tokens that the template adds to question, reasoning and answer: control tokens, newlines."""
 POOL = 16
-"""Examples that wait for a row with room for them: the more, the less padding."""
+"""How many examples wait for a row with enough room. A larger pool means less padding."""
 
 
 def encode(
     tokenizer: Tokenizer, example: Example, think: bool = True
 ) -> tuple[list[int], list[int]]:
-    """The prompt's ids, exactly as `chat_prompt` makes them, and the ids that the model is to write
-    behind it."""
+    """The ids of the prompt, as `chat_prompt` makes them, and the ids that the model must write."""
     prompt = tokenizer.chat_prompt([{"role": "user", "content": example.question}], think=think)
     if not think:
         return prompt, [*tokenizer.encode(example.answer), *tokenizer.stop_ids]
@@ -43,8 +41,10 @@ def encode(
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Batch number i of a seed: tokens and targets, int16 (B, S) each; a target is its own token,
-    or IGNORE."""
+    """The batches of a seed, by number: tokens and targets, int16 (B, S) each.
+
+    A target is the token at its own place, or IGNORE.
+    """
 
     def __init__(
         self,
@@ -56,11 +56,14 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         direct: float,
         kinds: Sequence[str] = tuple(KINDS),
     ) -> None:
-        """`direct` is the share of examples that are answered behind an empty `<think>` block.
-        Raises InputError."""
+        """`direct` is the share of examples whose answer follows an empty `<think>` block.
+
+        Raises InputError for rows too short for the longest example.
+        """
         if length < LONGEST + AROUND:
             raise InputError(
-                f"rows of {length} tokens can't hold the longest examples: take at least {LONGEST + AROUND}"
+                f"rows of {length} tokens can't hold the longest examples: "
+                f"take at least {LONGEST + AROUND}"
             )
         self.tokenizer, self.rows, self.length = tokenizer, rows, length
         self.seed, self.direct, self.kinds = seed, direct, list(kinds)
@@ -89,7 +92,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return tokens, targets
 
     def example(self, rng: random.Random) -> tuple[list[int], list[int]]:
-        """A training problem, asked and answered."""
+        """A random training problem: the ids of its prompt, and of its answer."""
         (kind,) = rng.choices(self.kinds, self.weights)
         return encode(
             self.tokenizer, phrase(draw(rng, "train", kind), rng), think=rng.random() >= self.direct
@@ -97,8 +100,10 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
 
 def layout(tokens: Tensor, bos: int) -> tuple[Tensor, Tensor]:
-    """Packed int64 (B, S) -> each token's position in its example, int64 (B, S), and what it sees,
-    bool (B, 1, S, S)."""
+    """Packed tokens (B, S) -> positions within examples, int64 (B, S), and the attention mask.
+
+    The mask is bool (B, 1, S, S): a token sees itself and the earlier tokens of its example.
+    """
     index = torch.arange(tokens.shape[1], device=tokens.device)
     starts = tokens == bos
     example = starts.cumsum(dim=1)  # (B, S)
@@ -108,6 +113,5 @@ def layout(tokens: Tensor, bos: int) -> tuple[Tensor, Tensor]:
 
 
 def shift(tokens: Tensor, by: int, fill: int) -> Tensor:
-    """Each place gets what stands `by` places later in its row (B, S); behind the end comes
-    `fill`."""
+    """Move each row of (B, S) to the left by `by` places, and fill its end with `fill`."""
     return torch.nn.functional.pad(tokens[:, by:], (0, by), value=fill)

@@ -1,8 +1,8 @@
-"""Training that knows of the rounding to come: forward and backward see the weights as their FP8
-blocks will have them.
+"""Train with rounded weights: forward and backward see each weight as FP8 blocks will store it.
 
-The gradient found there moves the exact weights (a straight-through estimate: rounding is taken for
-the identity), so they settle where rounding does little harm.
+The gradient at the rounded weights moves the exact weights. (This is a straight-through estimate:
+the backward pass treats rounding as the identity.) So the weights settle where rounding changes the
+loss little.
 
 Shapes: M matrices of one shape, R rows, C columns.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.files import checkpoint
+from r1.files.names import is_projection, places
 from r1.model.transformer import Transformer
 from r1.storage import fp8
 
@@ -30,14 +30,13 @@ class Rounding:
         )
         self.block = model.config.files.fp8_block
         self.groups: dict[tuple[int, ...], list[Tensor]] = {}
-        for key, matrix in checkpoint.places(model).items():
-            if checkpoint.is_projection(key):
+        for key, matrix in places(model).items():
+            if is_projection(key):
                 self.groups.setdefault(tuple(matrix.shape), []).append(matrix)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the weights are rounded in place; afterwards they are what they were, bit for
-        bit."""
+        """Round the weights in place, and restore them bit for bit at the end of the block."""
         exact = {shape: torch.stack(group) for shape, group in self.groups.items()}  # (M, R, C)
         with torch.no_grad():
             for shape, group in self.groups.items():
@@ -51,7 +50,7 @@ class Rounding:
 
 
 def round_blocks(matrices: Tensor, block: tuple[int, int]) -> Tensor:
-    """fp32 (M, R, C) -> the same rounded as fp8.quantize would, all matrices at once."""
+    """Round fp32 matrices (M, R, C) as fp8.quantize does, all at once. Same shape, still fp32."""
     _, rows, columns = matrices.shape
     padded = F.pad(matrices, (0, -columns % block[1], 0, -rows % block[0]))
     blocks = padded.unflatten(2, (-1, block[1])).unflatten(

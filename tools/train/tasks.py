@@ -1,12 +1,15 @@
-"""Arithmetic problems with written-out reasoning: what tiny-r1 learns, and is examined on.
+"""Print arithmetic problems with written-out reasoning: the data on which tiny-r1 is trained.
 
-    python tools/train/tasks.py --kinds mul,expr -n 5          # look at some
+    python tools/train/tasks.py --kinds mul,expr -n 5
 
-A problem is an expression. It is asked in one of many phrasings, in symbols or in words, and worked
-out digit by digit, the way it is done on paper: so a small model never has to make a step that is
-larger than a fact it can know by heart. Test problems are held out by a hash of the expression
-itself, whatever the phrasing and the order or grouping of what is added, subtracted or multiplied:
-no training text asks one, or works one out on the way to something else."""
+A problem is an expression. An example asks it in one of many phrasings, in symbols or in words, and
+works it out digit by digit, as one does on paper. So a small model never needs a step that is
+larger than a fact that it can know by heart.
+
+A hash of the expression chooses the test problems. The phrasing does not change the hash, and
+neither does the order or the grouping of terms and factors. No training text asks a test problem,
+or works one out on the way to another result.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # runs from a checkout, without installing r1
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
+
+import shared
 
 from r1 import InputError
+from r1.switches import flags
 
 TEST_SHARE = 10
-"""One problem in so many is a test problem."""
+"""One problem in TEST_SHARE is a test problem."""
 KINDS = {"fact": 4, "add": 18, "sub": 18, "mul": 34, "expr": 26}
-"""The kinds of problems, and how often each is drawn for training. Facts have one digit on each
-side: none is held out."""
+"""The kinds of problems, and how often each is drawn for training.
+
+Facts have one digit on each side. No fact is held out."""
 TESTED = ("add", "sub", "mul", "expr")
 SPLITS = ("train", "test")
 LONGEST = 288
-"""Bytes of question, reasoning and answer: a phrasing that takes more is not used."""
+"""The most bytes of question, reasoning and answer. A phrasing that takes more is not used."""
 NAMES = {"+": "plus", "-": "minus", "*": "times"}
 RANK = {"+": 0, "-": 0, "*": 1}
 
 
-# ----------------------------------------------------------------------------------------------- expressions
+# -------------------------------------------------------------------------------------- expressions
 @dataclass(frozen=True)
 class Operation:
-    """Two expressions and what joins them."""
+    """Two expressions and the sign between them."""
 
     left: Expression
     sign: str
@@ -50,7 +57,7 @@ Expression = int | Operation
 
 
 def value(e: Expression) -> int:
-    """What it comes to."""
+    """The result of an expression."""
     if isinstance(e, int):
         return e
     a, b = value(e.left), value(e.right)
@@ -58,7 +65,7 @@ def value(e: Expression) -> int:
 
 
 def text(e: Expression) -> str:
-    """As one writes it, with no more parentheses than are needed."""
+    """An expression as people write it, with only the parentheses that it needs."""
     if isinstance(e, int):
         return str(e)
     left, right = text(e.left), text(e.right)
@@ -70,8 +77,7 @@ def text(e: Expression) -> str:
 
 
 def canonical(e: Expression) -> str:
-    """The same for expressions that differ only in the order or grouping of what is added,
-    subtracted or multiplied."""
+    """A text that is the same whatever the order and the grouping of terms and factors."""
     if isinstance(e, int):
         return str(e)
     if e.sign == "*":
@@ -80,26 +86,24 @@ def canonical(e: Expression) -> str:
 
 
 def _factors(e: Expression) -> list[Expression]:
-    return (
-        [*_factors(e.left), *_factors(e.right)]
-        if isinstance(e, Operation) and e.sign == "*"
-        else [e]
-    )
+    if isinstance(e, int) or e.sign != "*":
+        return [e]
+    return [*_factors(e.left), *_factors(e.right)]
 
 
 def _terms(e: Expression, sign: str) -> list[tuple[str, Expression]]:
-    """What is added up, each with its sign."""
+    """The terms of a sum, each with its sign."""
     if isinstance(e, int) or e.sign == "*":
         return [(sign, e)]
-    return [
-        *_terms(e.left, sign),
-        *_terms(e.right, sign if e.sign == "+" else "-+"["+-".index(sign)]),
-    ]
+    other = {"+": "-", "-": "+"}[sign]
+    return [*_terms(e.left, sign), *_terms(e.right, sign if e.sign == "+" else other)]
 
 
 def is_fact(e: Expression) -> bool:
-    """Whether a column of some longer problem may come upon it: one number of two digits at most,
-    and that is no factor."""
+    """Whether the columns of a longer problem may contain it.
+
+    Such an expression has at most one number of two digits, which is no factor.
+    """
     large = [n for n in _numbers(e) if n > 9]
     return not large or (
         len(large) == 1 and large[0] < 100 and large[0] in (term for _, term in _terms(e, "+"))
@@ -111,8 +115,10 @@ def _numbers(e: Expression) -> list[int]:
 
 
 def is_held_out(e: Expression) -> bool:
-    """Whether it is a test problem, by the hash of its canonical form. Facts never are: all the
-    others are made of them."""
+    """Whether it is a test problem, by the hash of its canonical form.
+
+    Facts never are, because all other problems are made of them.
+    """
     if is_fact(e):
         return False
     digest = hashlib.blake2b(canonical(e).encode(), digest_size=4).digest()
@@ -121,7 +127,7 @@ def is_held_out(e: Expression) -> bool:
 
 @dataclass(frozen=True)
 class Problem:
-    """One expression to work out."""
+    """An expression to work out."""
 
     kind: str
     expression: Expression
@@ -136,17 +142,15 @@ class Problem:
 
     @cached_property
     def split(self) -> str | None:
-        """ "test" where it is held out, "train" where all that it makes one work out isn't, else
-        neither."""
+        """ "test" if it is held out; "train" if its reasoning needs no test problem; else None."""
         if is_held_out(self.expression):
             return "test"
         return None if any(map(is_held_out, worked_out(self.expression))) else "train"
 
 
-# ----------------------------------------------------------------------------------------------- drawing problems
+# --------------------------------------------------------------------------------- drawing problems
 def draw(rng: random.Random, split: str, kind: str) -> Problem:
-    """A random problem of a split and kind. Raises InputError for facts to be tested on, of which
-    there are none."""
+    """A random problem of a split and kind. Raises InputError for test facts: there are none."""
     if kind == "fact" and split == "test":
         raise InputError(
             f"facts are all trained on, so there are none to test: choose {', '.join(TESTED)}"
@@ -158,8 +162,10 @@ def draw(rng: random.Random, split: str, kind: str) -> Problem:
 
 
 def exam(count: int, seed: int = 0, kinds: Sequence[str] = TESTED) -> list[Problem]:
-    """`count` different test problems, as many of each kind. Raises InputError where there are not
-    so many."""
+    """`count` different test problems, equally many of each kind.
+
+    Raises InputError if there are not so many.
+    """
     rng = random.Random(f"test {seed}")
     found: dict[str, Problem] = {}
     for i in range(count):
@@ -186,7 +192,7 @@ def _fact(rng: random.Random) -> Expression:
 
 
 def _sum(rng: random.Random, sign: str) -> Expression:
-    """Up to four digits on each side, two at least on one; a difference is rarely negative."""
+    """Up to four digits on each side, and two at least on one. Few differences are negative."""
     sizes = rng.choices((1, 2, 3, 4), (1, 3, 4, 3), k=2)
     a, b = (_number(rng, digits) for digits in ((2, sizes[1]) if max(sizes) == 1 else sizes))
     if sign == "-" and a < b and rng.random() < 0.8:
@@ -200,8 +206,10 @@ def _product(rng: random.Random) -> Expression:
 
 
 def _chain(rng: random.Random) -> Expression:
-    """Two or three operations, a few of them in parentheses; no step goes below 0 (the last may) or
-    needs a long product."""
+    """Two or three operations, a few of them in parentheses.
+
+    No step needs a long product, and only the last step may go below 0.
+    """
     while True:
         signs = [rng.choice("++--**") for _ in range(rng.choice((2, 2, 3)))]
         beside = [c == "*" or d == "*" for c, d in zip(["", *signs], [*signs, ""], strict=True)]
@@ -242,10 +250,10 @@ DRAWS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------- reasoning
+# ---------------------------------------------------------------------------------------- reasoning
 @dataclass(frozen=True)
 class Voice:
-    """How a step is put: tersely in symbols, or in words."""
+    """The wording of a step: in symbols, or in words."""
 
     plus: str
     minus: str
@@ -261,7 +269,7 @@ WORDS = Voice(" plus ", " minus ", " times ", " is ", "; ", ", carry 1", ". That
 
 
 def reason(e: Expression, voice: Voice) -> str:
-    """The expression worked out, a line for each step; the last line ends in the result."""
+    """Work out an expression, with a line for each step. The last line ends in the result."""
     if isinstance(e, int) or (isinstance(e.left, int) and isinstance(e.right, int)):
         return _step(e, voice) if isinstance(e, Operation) else str(e)
     lines = [text(e)]
@@ -274,8 +282,7 @@ def reason(e: Expression, voice: Voice) -> str:
 
 
 def worked_out(e: Expression) -> Iterator[Operation]:
-    """Every expression that `reason` finds the value of on its way: steps, what they leave, and
-    what a step itself takes."""
+    """Every expression whose value `reason` computes: the steps, their parts, and what is left."""
     while isinstance(e, Operation):
         step = _next(e)
         yield from (e, step)
@@ -284,43 +291,35 @@ def worked_out(e: Expression) -> Iterator[Operation]:
             yield Operation(b, "-", a)
         if step.sign == "*" and a > 9 and b > 9:
             tens, ones = Operation(a, "*", b // 10 * 10), Operation(a, "*", b % 10)
-            yield from (
-                tens,
-                Operation(a, "*", b // 10),
-                Operation(Operation(a, "*", b // 10), "*", 10),
-            )
+            by_digit = Operation(a, "*", b // 10)
+            yield from (tens, by_digit, Operation(by_digit, "*", 10))
             if b % 10:
-                yield from (
-                    ones,
-                    Operation(tens, "+", ones),
-                    Operation(value(tens), "+", value(ones)),
-                )
+                sums = Operation(tens, "+", ones), Operation(value(tens), "+", value(ones))
+                yield from (ones, *sums)
         e = _replace(e, step)
 
 
 def _next(e: Operation) -> Operation:
-    """What is done first: products and what stands in parentheses, else from the left."""
+    """The operation to do first: a product or one in parentheses, else the leftmost one."""
     steps = [(side, e) for side in _leaves(e)]
     inner = [step for step, _ in steps if step.sign == "*" or f"({text(step)})" in text(e)]
     return inner[0] if inner else steps[0][0]
 
 
 def _leaves(e: Expression) -> list[Operation]:
-    """The operations between two numbers, from the left."""
+    """The operations whose both sides are numbers, from the left."""
     if isinstance(e, int):
         return []
     return [*_leaves(e.left), *_leaves(e.right)] or [e]
 
 
 def _replace(e: Expression, step: Operation) -> Expression:
-    """`e` with `step`'s value in its place."""
+    """`e` with the value of `step` in the place of `step`."""
     if e is step:
         return value(step)
-    return (
-        e
-        if isinstance(e, int)
-        else Operation(_replace(e.left, step), e.sign, _replace(e.right, step))
-    )
+    if isinstance(e, int):
+        return e
+    return Operation(_replace(e.left, step), e.sign, _replace(e.right, step))
 
 
 def _step(e: Operation, voice: Voice) -> str:
@@ -329,7 +328,7 @@ def _step(e: Operation, voice: Voice) -> str:
 
 
 def add(a: int, b: int, voice: Voice) -> str:
-    """Column by column from the right, with carries."""
+    """Add column by column from the right, with carries."""
     if a < 10 and b < 10:
         return f"{a} + {b} = {a + b}"
     columns, carry = [], 0
@@ -339,16 +338,16 @@ def add(a: int, b: int, voice: Voice) -> str:
         terms = [row[i] for row in rows if i < len(row)] + ["1"] * carry
         total = sum(map(int, terms))
         carry = int(total > 9)
-        columns.append(
-            f"{voice.plus.join(terms)}{voice.gives}{total}"
-            + voice.carry * (carry and i < width - 1)
-        )
+        carried = voice.carry * (carry and i < width - 1)
+        columns.append(f"{voice.plus.join(terms)}{voice.gives}{total}{carried}")
     return f"{a} + {b}: {voice.then.join(columns)}{voice.total}{a + b}"
 
 
 def subtract(a: int, b: int, voice: Voice) -> str:
-    """Column by column from the right; a column that borrowed has ten more, and the next has one
-    less."""
+    """Subtract column by column from the right.
+
+    A column that borrows has ten more, and the next column has one less.
+    """
     if a < b:
         return f"{b} is more than {a}. {subtract(b, a, voice)}, so {a} - {b} = {a - b}"
     if a < 10:
@@ -366,11 +365,11 @@ def subtract(a: int, b: int, voice: Voice) -> str:
 
 
 def multiply(a: int, b: int, voice: Voice) -> str:
-    """By each digit of the second factor, then the sum of the partial products."""
+    """Multiply by each digit of the second factor, then add the partial products."""
     if a < 10:
-        return (
-            f"{a} * {b} = {a * b}" if b < 10 else f"{a} * {b} = {b} * {a}\n{multiply(b, a, voice)}"
-        )
+        if b < 10:
+            return f"{a} * {b} = {a * b}"
+        return f"{a} * {b} = {b} * {a}\n{multiply(b, a, voice)}"
     if b < 10:
         return _times_digit(a, b, voice) if b else f"{a} * 0 = 0"
     tens, ones = b // 10, b % 10
@@ -385,7 +384,7 @@ def multiply(a: int, b: int, voice: Voice) -> str:
 
 
 def _times_digit(a: int, digit: int, voice: Voice) -> str:
-    """From the right, each product with the tens of the one before."""
+    """Multiply digit by digit from the right. Each product takes the tens of the one before."""
     columns, carry = [], 0
     for d in map(int, reversed(str(a))):
         product = f"{d}{voice.times}{digit}"
@@ -396,7 +395,7 @@ def _times_digit(a: int, digit: int, voice: Voice) -> str:
     return f"{a} * {digit}: {voice.then.join(columns)}{voice.total}{a * digit}"
 
 
-# ----------------------------------------------------------------------------------------------- phrasings
+# ---------------------------------------------------------------------------------------- phrasings
 FRAMES = (
     "What is {}?", "What is {}?", "What is {}?", "What's {}?", "How much is {}?", "Compute {}.",
     "Calculate {}.", "Evaluate {}.", "Work out {}.", "Solve {}.", "What does {} equal?",
@@ -408,26 +407,30 @@ FRAMES = (
 BARE = ("{}", "{} = ?", "{}=?", "{}?")
 ASKED = {
     "+": ("Add {a} and {b}.", "Add {b} to {a}.", "What is the sum of {a} and {b}?",
-    "Find the sum of {a} and {b}.",
-          "Please add {a} and {b}.", "What do {a} and {b} make together?",
+          "Find the sum of {a} and {b}.", "Please add {a} and {b}.",
+          "What do {a} and {b} make together?",
           "I have {a} apples and buy {b} more. How many do I have?",
           "There are {a} cars and {b} bikes. How many vehicles is that?",
           "Anna read {a} pages, then {b} more. How many pages did she read?"),
     "-": ("Subtract {b} from {a}.", "Take {b} away from {a}.",
-    "What is the difference of {a} and {b}?",
+          "What is the difference of {a} and {b}?",
           "What is left of {a} if you take away {b}?", "Reduce {a} by {b}.",
           "Please subtract {b} from {a}."),
     "*": ("Multiply {a} by {b}.", "What is the product of {a} and {b}?",
-    "Find the product of {a} and {b}.",
-          "Please multiply {a} and {b}.",
+          "Find the product of {a} and {b}.", "Please multiply {a} and {b}.",
           "There are {a} boxes with {b} pens each. How many pens is that?",
           "A ticket costs {a} dollars. What do {b} tickets cost?",
           "How many seats are in {a} rows of {b}?"),
 }  # fmt: skip
 STEPS = {"+": "add {}", "-": "subtract {}", "*": "multiply by {}"}
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()  # noqa: SIM905
-ONES += ["seventeen", "eighteen", "nineteen"]
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen",
+)  # fmt: skip
+TENS = (
+    "", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+)  # fmt: skip
 OPENINGS = {
     SYMBOLS: ("", "", "", "Step by step.\n", "From the right.\n"),
     WORDS: ("", "", "", "Let me work it out.\n", "Okay, step by step.\n"),
@@ -436,7 +439,7 @@ OPENINGS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A problem as one conversation tells it."""
+    """A problem as a conversation: question, reasoning and answer."""
 
     question: str
     reasoning: str
@@ -444,7 +447,7 @@ class Example:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The bytes of all three."""
         return len(f"{self.question}{self.reasoning}{self.answer}".encode())
 
 
@@ -456,12 +459,12 @@ def phrase(problem: Problem, rng: random.Random) -> Example:
 
 
 def phrased(problems: Sequence[Problem], seed: int = 0) -> list[Example]:
-    """Each problem in one phrasing, which follows from the seed and the problem alone."""
+    """Each problem in one phrasing, which depends on the seed and the problem alone."""
     return [phrase(problem, random.Random(f"{seed} {problem.text}")) for problem in problems]
 
 
 def _phrase(problem: Problem, rng: random.Random) -> Example:
-    """What is asked in words is worked out in words too, unless that is long."""
+    """Choose a phrasing. The reasoning uses words if the question does and the steps are short."""
     e = problem.expression
     in_words = rng.random() < 0.4 and "(" not in problem.text
     voice = WORDS if in_words and _short(e) else SYMBOLS
@@ -497,9 +500,7 @@ def _in_words(e: Expression, rng: random.Random) -> str:
         return _loosely(asked, rng)
     parts = [NAMES.get(part) or _say(int(part), spell) for part in text(e).split()]
     signs = text(e).split()[1::2]
-    if (
-        len(signs) > 1 and "*" not in signs and rng.random() < 0.5
-    ):  # one after the other, from the left
+    if len(signs) > 1 and "*" not in signs and rng.random() < 0.5:  # "Start with 3, add 4, ..."
         start, *rest = text(e).split()[::2]
         told = [
             STEPS[sign].format(_say(int(operand), spell))
@@ -510,7 +511,7 @@ def _in_words(e: Expression, rng: random.Random) -> str:
 
 
 def _say(number: int, spell: bool) -> str:
-    """Numbers below a hundred may be spelled out."""
+    """A number in digits, or spelled out if `spell` and below a hundred."""
     if not spell or number > 99:
         return str(number)
     if number < 20:
@@ -519,32 +520,33 @@ def _say(number: int, spell: bool) -> str:
 
 
 def _loosely(asked: str, rng: random.Random) -> str:
-    """Now and then as people type: no capitals, no full stop."""
+    """Sometimes write as people type: no capitals, no full stop."""
     return asked.lower().rstrip(".?") if rng.random() < 0.1 else asked
 
 
-# ----------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for input that can't be used."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--kinds", type=kinds, default=list(KINDS), help=f"default {','.join(KINDS)}"
-    )
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("-n", type=int, default=10, help="how many (default 10)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    parser = shared.parser(__doc__)
+    add_kinds(parser, list(KINDS))
+    parser.add_argument("--split", choices=SPLITS, default="train", help="default train")
+    parser.add_argument("-n", type=int, default=10, metavar="N", help="problems (default 10)")
+    parser.add_argument("--seed", type=flags.seed, default=0, help="default 0")
+    return shared.run(__file__, work, parser.parse_args(argv))
+
+
+def work(arguments: argparse.Namespace) -> int:
     rng = random.Random(arguments.seed)
-    try:
-        for _ in range(arguments.n):
-            example = phrase(draw(rng, arguments.split, rng.choice(arguments.kinds)), rng)
-            print(
-                f"{example.question}\n<think>\n{example.reasoning}\n</think>\n\n{example.answer}\n"
-            )
-    except InputError as error:
-        print(f"tasks: {error}", file=sys.stderr)
-        return 2
+    for _ in range(arguments.n):
+        example = phrase(draw(rng, arguments.split, rng.choice(arguments.kinds)), rng)
+        print(f"{example.question}\n<think>\n{example.reasoning}\n</think>\n\n{example.answer}\n")
     return 0
+
+
+def add_kinds(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """The flag that chooses kinds of problems."""
+    text = f"kinds of problems (default {','.join(default)})"
+    parser.add_argument("--kinds", type=kinds, default=default, metavar="KIND,..", help=text)
 
 
 def kinds(names: str) -> list[str]:

@@ -1,44 +1,28 @@
-"""`tune`: search the kernels' launch parameters on the GPU that is here, for the shapes that are
-asked for, and keep them.
+"""Tuning: search the kernels' launch parameters on this GPU, for the shapes that are asked for.
 
-A decode step's blocks are captured with one parameter of one kernel changed, and timed as they will
-run: with cold weights, and with the kernels before and after beside. So nobody has to guess what a
-chip likes; the search takes minutes, once for each GPU, model shape and batch. What it finds is
-kept in a file, by the GPU's name."""
+A decode step's blocks are captured with one parameter of one kernel changed. They are timed as they
+will run: with cold weights, and between the kernels before and after. The search takes minutes,
+once for each GPU, model shape and batch. Its result is kept in a file (kernels/launches.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 from torch import Tensor
 
-from r1.errors import InputError
-from r1.kernels.attention import AttentionLaunch
+from r1.kernels import launches
 from r1.kernels.chip import AnyLaunch, Chip, Launch
-from r1.kernels.experts import ExpertsLaunch
-from r1.kernels.latent import LatentLaunch
-from r1.kernels.linear import LinearLaunch
-from r1.kernels.router import RouterLaunch
+from r1.model.cache import Cache
 from r1.run import graphs
+from r1.run.runner import Runner
+from r1.run.ways import Fused
 
-if TYPE_CHECKING:
-    from r1.model.cache import Cache
-    from r1.run.runner import Runner
-
-KINDS: dict[str, type[Launch]] = {
-    kind.__name__: kind
-    for kind in (AttentionLaunch, ExpertsLaunch, LatentLaunch, LinearLaunch, RouterLaunch)
-}
-FILE = "launches.json"
 REPLAYS = 15
 GAIN = 0.001
 """A change must save so much of the step's time to be kept: timings of the same thing differ by
@@ -46,75 +30,6 @@ less."""
 CLOSE = 0.05
 """How far a change may move a block's output, relative to the largest: another order of bf16 sums,
 and no more."""
-
-
-def path() -> Path:
-    """Where the launches are kept: in $R1_CACHE, or the user's cache folder."""
-    base = (
-        os.environ.get("R1_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r1"
-    )
-    return Path(base) / FILE
-
-
-def load(gpu: str) -> dict[str, Launch]:
-    """What was found on such a GPU, by Chip's keys. Raises InputError for a file that isn't
-    ours."""
-    return {key: KINDS[key.split()[0]](**values) for key, values in _kept().get(gpu, {}).items()}
-
-
-def keep(gpu: str, tuned: dict[str, Launch]) -> None:
-    """Write what was found, whole or not at all, beside what is kept already. Raises InputError
-    where it can't."""
-    everything = _kept()
-    everything[gpu] = everything.get(gpu, {}) | {
-        key: dataclasses.asdict(launch) for key, launch in tuned.items()
-    }
-    partial = path().with_suffix(f".{os.getpid()}")
-    try:
-        path().parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path())
-    except OSError as error:
-        raise InputError(
-            f"{path()} can't be written ({error.strerror}): name another folder in R1_CACHE"
-        ) from None
-
-
-def _kept() -> dict[str, dict[str, dict[str, int]]]:
-    """The file, by GPU, key and parameter; empty where there is none. Raises InputError for one
-    that isn't ours."""
-    try:
-        text = path().read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise InputError(
-            f"{path()} can't be read ({error.strerror}): name another folder in R1_CACHE"
-        ) from None
-    try:
-        found: dict[str, dict[str, dict[str, int]]] = json.loads(text)
-        for launches in found.values():
-            for key, values in launches.items():
-                kind = KINDS[key.split()[0]]
-                if missing := {each.name for each in dataclasses.fields(kind)} - values.keys():
-                    raise ValueError(f"{key} has no {min(missing)}")
-                kind(**values)
-                flags = [each.name for each in dataclasses.fields(kind) if each.type == "bool"]
-                for name, value in values.items():
-                    # Tiles are powers of two; pipelines have a few stages.
-                    sound = type(value) is (bool if name in flags else int) and (
-                        1 <= value <= 8
-                        if name.endswith("stages")
-                        else name in flags or value.bit_count() == 1 <= value
-                    )
-                    if not sound:
-                        raise ValueError(f"{key} has {name}={value!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise InputError(
-            f"{path()} doesn't hold launch parameters of this version ({error}): remove it"
-        ) from None
-    return found
 
 
 def captured_seconds(step: Callable[[], object]) -> float:
@@ -151,7 +66,8 @@ def off(ours: list[Tensor], right: list[Tensor]) -> float:
     token.
 
     Not the worst token's: another order of sums tips near ties between experts, and then a token's
-    output is another."""
+    output is another.
+    """
     gaps = [
         (a.float() - b.float()).abs().amax(dim=-1) / b.float().abs().amax(dim=-1)
         for a, b in zip(ours, right, strict=True)
@@ -170,7 +86,8 @@ def search(
     first, and after each.
 
     One parameter at a time, as long as that helps; what doesn't compile or fit the chip, or makes
-    `check` (some blocks' outputs, each from the same input) something else, is passed over."""
+    `check` (some blocks' outputs, each from the same input) something else, is passed over.
+    """
     chip.asked.clear()
     step()
     right = check()
@@ -208,8 +125,9 @@ def tune(runner: Runner, cache: Cache) -> None:
 
     A step of all layers, one behind the other; rows are as long as they are late in an answer.
     """
-    assert runner.chip is not None
-    chip, gpu = runner.chip, torch.cuda.get_device_name(runner.device)
+    way = runner.ways["decode"]
+    assert isinstance(way, Fused)
+    chip, gpu = way.chip, torch.cuda.get_device_name(runner.device)
     count = cache.rows * runner.backend.step_tokens
     tokens = (
         torch.arange(count, device=runner.device).view(cache.rows, -1) % runner.config.vocab_size
@@ -222,18 +140,21 @@ def tune(runner: Runner, cache: Cache) -> None:
 
     def step() -> None:
         with runner.context():
-            now = runner.behind(cache, tokens.shape[1])
+            now = runner.next_step(cache, tokens.shape[1])
             hidden = runner.model.embed_tokens(tokens)
             for block, layer in blocks:
                 hidden = block(hidden, now, layer)
-            if runner.drafts > 1:  # the drafter's second pass reads one token of a row
-                blocks[last][0](hidden[:, :1], runner.behind(cache, 1), blocks[last][1])
+            if runner.backend.step_tokens > 2:  # the drafter's second pass reads one token of a row
+                blocks[last][0](hidden[:, :1], runner.next_step(cache, 1), blocks[last][1])
 
     def check() -> list[Tensor]:
         with runner.context():
-            now, hidden = runner.behind(cache, tokens.shape[1]), runner.model.embed_tokens(tokens)
+            now, hidden = (
+                runner.next_step(cache, tokens.shape[1]),
+                runner.model.embed_tokens(tokens),
+            )
             return [blocks[i][0](hidden, now, blocks[i][1]).flatten(0, 1) for i in kinds]
 
     cache.lengths.fill_(cache.capacity * 3 // 4)
-    search(chip, step, check, found=lambda: keep(gpu, chip.tuned))
+    search(chip, step, check, found=lambda: launches.keep(gpu, chip.tuned))
     cache.reset()

@@ -1,0 +1,149 @@
+"""`--ablate`: the ladder of all optimizations that this machine can run, and its arms."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from r1.bench.arms import KINDS, TEXTBOOK, Arm, Settings, common_settings, label
+from r1.switches.backend import Backend
+from r1.switches.machine import Machine
+
+
+def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings]:
+    """The optimizations that this machine can run.
+
+    They are in the order in which one would add them to the textbook's model.
+    """
+    gpu = machine.cuda and given.get("device") != "cpu"
+    storage = common_settings(given).get("dtype", "auto")
+    amp = storage == "fp32" or (storage == "auto" and not gpu)
+    grouped = batch > 1 and (not gpu or _captures_grouped(given, machine))
+    steps: list[Settings] = [{"attention": "absorbed", "prefill_attention": "expand"}]
+    steps += [{"moe": "grouped" if grouped else "gather", "prefill_moe": "grouped"}]
+    steps += [{"join": "on"}]
+    steps += [{"cuda_graphs": True}] if gpu else []
+    steps += [{"compile": True}] if not machine.why_not("compile") else []
+    steps += [{"memory": "expandable"}] if gpu else []
+    # The kernels read weights as they are stored, so they do not work with amp.
+    if gpu and not amp and not machine.why_not("triton"):
+        attention = {"attention": "triton", "prefill_attention": "expand"}
+        experts = {"moe": "triton", "prefill_moe": "grouped"}
+        steps += [
+            attention,
+            experts,
+            {"kernels": "triton", **attention, **experts},
+            {"prefill_moe": "triton"},
+        ]
+        steps += [{"prefill_graphs": True}, {"tune": True}]
+    steps += [{"amp": "bf16"}] if amp else []
+    return steps
+
+
+def ablation(
+    given: Settings, machine: Machine, batch: int, kinds: Sequence[str] = KINDS
+) -> list[Arm]:
+    """The textbook's model as baseline, and the arms of `kinds` made from the ladder's steps.
+
+    alone         each step alone
+    ladder        each step with all steps before it
+    all-but-one   the whole ladder without one step
+    pairs         every two steps, for correctness only
+
+    An "all-but-one" arm is left out if a later step sets the same switches again. Arms with the
+    same switches are timed once: the ladder's first rung is also a step alone, and its last but
+    one is also "all but" the last step.
+    """
+    ladder = _Ladder(given, machine, batch)
+    arms = [Arm("baseline", "baseline", ladder.base)]
+    arms += ladder.rungs()
+    full = arms[-1].backend
+    arms += [ladder.arm_with_needs("alone", step) for step in ladder.steps]
+    left_out = [ladder.all_but(step) for step in ladder.steps]
+    arms += [arm for arm in left_out if arm.backend != full]
+    pairs = itertools.combinations(ladder.steps, 2)
+    arms += [ladder.arm_with_needs("pairs", *pair) for pair in pairs]
+    unique: dict[tuple[Backend, bool], Arm] = {}
+    for each in arms:
+        if each.is_of(kinds):
+            unique.setdefault((each.backend, each.timed), each)
+    return list(unique.values())
+
+
+class _Ladder:
+    """The steps that one machine can run, and arms made from them."""
+
+    def __init__(self, given: Settings, machine: Machine, batch: int) -> None:
+        self.steps = ladder_steps(given, machine, batch)
+        self.base = Backend(**common_settings(given), **TEXTBOOK)
+        self.experts = next(step for step in self.steps if "moe" in step)
+        self.kernels: Settings = next((step for step in self.steps if "kernels" in step), {})
+        self.prompts: Settings = (
+            self.experts if _captures_grouped(given, machine) else {"prefill_moe": "triton"}
+        )
+        """The step whose prefill experts a CUDA graph can hold."""
+
+    def arm(self, kind: str, parts: Sequence[Settings], name: str) -> Arm:
+        """The arm with these steps. A later step overrides an earlier one."""
+        settings = {key: value for part in parts for key, value in part.items()}
+        return Arm(name, kind, dataclasses.replace(self.base, **settings))
+
+    def rungs(self) -> list[Arm]:
+        """Each step with all steps before it."""
+        return [
+            self.arm("ladder", self.steps[: i + 1], f"+ {step_label(step)}")
+            for i, step in enumerate(self.steps)
+        ]
+
+    def all_but(self, step: Settings) -> Arm:
+        """The whole ladder without one step. Without kernels, tune is left out too."""
+        others = [
+            other
+            for other in self.steps
+            if other is not step and not (step is self.kernels and "tune" in other)
+        ]
+        arm = self.arm("all-but-one", others, f"all but {step_label(step)}")
+        return dataclasses.replace(arm, without=step)
+
+    def arm_with_needs(self, kind: str, *parts: Settings) -> Arm:
+        """The arm with these steps, and with the steps that they need."""
+        needed = self._needed(parts)
+        taken = [step for step in self.steps if step in (*parts, *needed)]
+        name = " & ".join(map(step_label, parts))
+        more = " and ".join(step_label(step) for step in taken if step not in parts)
+        return self.arm(kind, taken, f"{name} (with {more})" if more else name)
+
+    def _needed(self, parts: Sequence[Settings]) -> list[Settings]:
+        """The steps without which these can't run.
+
+        A loop over experts can be neither compiled nor captured, so compile and CUDA graphs need
+        the experts' step. tune needs the kernels that it tunes.
+        """
+        switches = {name for part in parts for name in part}
+        needed = [self.kernels] if "tune" in switches and "kernels" not in switches else []
+        if not needed and "moe" not in switches and switches & {"compile", "cuda_graphs"}:
+            needed = [self.experts]
+        if (
+            "prefill_graphs" in switches
+            and self.prompts not in parts
+            and (self.prompts != self.experts or "prefill_moe" not in switches)
+        ):
+            needed += [self.prompts]
+        return needed
+
+
+def _captures_grouped(given: Settings, machine: Machine) -> bool:
+    """Whether CUDA graphs can hold grouped experts.
+
+    The host must not read their counts. Only torch's own kernel does without them.
+    """
+    return common_settings(given).get("dtype", "auto") in ("auto", "bf16") and not machine.why_not(
+        "grouped_mm"
+    )
+
+
+def step_label(step: Settings) -> str:
+    """A step of the ladder as a row names it: by its first switch."""
+    name, value = next(iter(step.items()))
+    return label({name: value})

@@ -1,0 +1,115 @@
+"""Which arms on which workloads, and which problems: checked before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+from r1.bench import ablation, arms, exam
+from r1.bench.arms import Arm, Settings
+from r1.bench.exam import Question
+from r1.bench.workload import Workload
+from r1.errors import InputError
+from r1.model.config import Config
+from r1.switches import flags
+from r1.switches.machine import Machine
+from r1.switches.resolve import resolve
+
+PROBLEMS = 16
+"""Problems that each arm is asked by default: two CPU cores answer them in a few seconds."""
+
+Plan = tuple[Workload, list[Arm]]
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise InputError if the arguments contradict one another."""
+    if arguments.repetitions < 1:
+        raise InputError(f"-r {arguments.repetitions}: give a whole number above 0")
+    if arguments.layers is not None and arguments.shape is None:
+        raise InputError("--layers cuts a --shape, and none is given: a checkpoint is run whole")
+    acceptance = arguments.assume_acceptance
+    if acceptance is not None:
+        if flags.given(arguments).get("speculate") != "mtp":
+            raise InputError(
+                "--assume-acceptance is about drafts, and nothing drafts: add --speculate mtp"
+            )
+        if not 0 <= acceptance <= 1:
+            raise InputError(f"--assume-acceptance {acceptance}: give a probability, 0 to 1")
+
+
+def workloads(arguments: argparse.Namespace) -> list[Workload]:
+    """Every combination of the sizes in the comma lists."""
+    source = (checkpoint(arguments), arguments.shape, arguments.layers)
+    return [
+        Workload(*source, *sizes, arguments.seed, arguments.routing, arguments.assume_acceptance)
+        for sizes in itertools.product(
+            arguments.batch, arguments.prompt, arguments.new, arguments.depth
+        )
+    ]
+
+
+def checkpoint(arguments: argparse.Namespace) -> str | None:
+    """The checkpoint's folder. None: random weights of a shape."""
+    return None if arguments.shape else str(arguments.model)
+
+
+def plans(arguments: argparse.Namespace, machine: Machine, work: list[Workload]) -> list[Plan]:
+    """Each workload with its arms. Raises InputError if nothing could be measured."""
+    given, config = flags.given(arguments), work[0].config()
+    planned = [(each, arms_of(given, machine, each, arguments)) for each in work]
+    if not arguments.ablate:  # --ablate takes only what can run here
+        check_possible(planned, config, machine)
+    return planned
+
+
+def arms_of(
+    given: Settings, machine: Machine, workload: Workload, arguments: argparse.Namespace
+) -> list[Arm]:
+    """The arms on this workload, the baseline first.
+
+    Raises InputError if --only names a kind that has no arm.
+    """
+    if arguments.ablate:
+        compared = ablation.ablation(given, machine, workload.batch, arguments.only or arms.KINDS)
+    else:
+        compared = arms.from_switches(given, arguments.only or arms.USUAL)
+    for kind in arguments.only or ():
+        if not any(each.is_of([kind]) for each in compared[1:]):
+            raise InputError(f"--only {kind}: with these switches no arm is of this kind")
+    return compared
+
+
+def check_possible(planned: list[Plan], config: Config, machine: Machine) -> None:
+    """Raise InputError if the baseline can't run here, or if none of the other arms can.
+
+    If some of them can, each of the others gets a row that says why it can't.
+    """
+    reasons = []
+    for workload, (base, *asked) in planned:
+        resolve(base.backend, config, machine, batch=workload.batch)
+        for arm in asked:
+            try:
+                resolve(arm.backend, config, machine, batch=workload.batch)
+                return
+            except InputError as error:
+                reasons.append(str(error))
+    if reasons:
+        raise InputError(
+            f"nothing beside the baseline can be run: {'; '.join(dict.fromkeys(reasons))}"
+        )
+
+
+def questions_of(model: str | None, count: int | None) -> list[Question]:
+    """The checkpoint's problems. Each workload takes the first `count` that fit.
+
+    Raises InputError if `count` is not possible.
+    """
+    if count is not None and count < 0:
+        raise InputError(f"--problems {count}: give 0 or more")
+    questions = exam.load(model) if model is not None and count != 0 else []
+    if count and not questions:
+        raise InputError(
+            f"--problems {count}: {model or 'a shape of random weights'} has no {exam.FILE}: "
+            "leave it out"
+        )
+    return questions

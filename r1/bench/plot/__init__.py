@@ -1,0 +1,1 @@
+"""`--plot`: a result as a picture."""

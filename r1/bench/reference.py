@@ -1,0 +1,56 @@
+"""The fp32 reference, made in its own process before any arm is measured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1.bench.arms import TEXTBOOK, Arm
+from r1.bench.compiler_checks import CompilerChecks
+from r1.bench.process import Answer, Process
+from r1.bench.session import keep
+from r1.bench.worker.serve import serve
+from r1.bench.workload import Workload
+from r1.errors import InputError
+from r1.model.config import Config
+from r1.switches.backend import Backend
+from r1.switches.resolve import resolve
+
+NAME = "fp32 reference"
+
+
+def make_reference(
+    compared: Sequence[Arm],
+    workload: Workload,
+    config: Config,
+    folder: Path,
+    checks: CompilerChecks,
+) -> Answer:
+    """Write the text and the logits that every arm is compared with into `folder`.
+
+    Returns the answers of the reference's process, by command: "reference" has the experts that its
+    steps hit, "rates" the machine's rates in the arms' dtypes. Starts the compiler's checks after
+    the rates are measured, so that they do not disturb them.
+    """
+    plain = Backend(device=compared[0].backend.device, dtype="fp32", **TEXTBOOK)
+    dtypes = sorted(dtypes_of(compared, workload, config))
+    answers: Answer = {}
+    with Process(serve, plain, workload, folder, "inductor-reference") as process:
+        if keep(answers, process, NAME, "build_reference") and keep(
+            answers, process, NAME, "rates", dtypes
+        ):
+            checks.start()
+            keep(answers, process, NAME, "reference", dtypes)
+    if "refused" in answers:
+        raise InputError(answers["refused"])
+    return answers
+
+
+def dtypes_of(compared: Sequence[Arm], workload: Workload, config: Config) -> set[str]:
+    """The dtypes that the arms compute in, of the arms that can run here."""
+    dtypes = set()
+    for arm in compared:
+        with contextlib.suppress(InputError):  # the arm's own process reports it, in its row
+            dtypes.add(resolve(arm.backend, config, batch=workload.batch).compute)
+    return dtypes or {"fp32"}

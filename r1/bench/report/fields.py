@@ -1,0 +1,142 @@
+"""The fields of a row, and their units.
+
+A row is flat. If an arm can't run, its row says why in `refused`, and has only the fields that
+identify it. If parity fails there is no speed-up: a wrong answer has no speed.
+"""
+
+from __future__ import annotations
+
+SCHEMA = 1
+"""The version of the result files. A file of another version is refused."""
+FIELDS: dict[str, str] = {
+    "arm": "the switches that are on",
+    "kind": "baseline, alone, together, ladder (with all rungs before it), all-but-one",
+    "model": "the name of the checkpoint's folder, or the shape of random weights",
+    "batch": "rows decoded together",
+    "prompt": "tokens of each row's prompt",
+    "new": "new tokens of each row",
+    "depth": "tokens in the cache before the prompt",
+    "refused": "why this arm can't run here; null if it can, and then the other fields are there",
+    "crashed": "true if the arm should have run and broke down: a defect",
+    "ttft_ms": "time to the first token, median",
+    "tpot_ms": "(end to end - TTFT) / (new - 1), median over repetitions",
+    "tpot_p90_ms": (
+        "90th percentile of the single steps of all repetitions; a step of speculation gives "
+        "several tokens"
+    ),
+    "decode_tok_s": "batch / TPOT",
+    "prefill_tok_s": "batch x prompt / TTFT",
+    "speedup": (
+        "the baseline's TPOT / this arm's, median over repetitions run in turn; null if "
+        "parity fails"
+    ),
+    "speedup_low": "smallest of those ratios",
+    "speedup_high": "largest of those ratios",
+    "within_noise": (
+        "true if the ratios lie on both sides of 1; null with one repetition, which has no spread"
+    ),
+    "acceptance": "share of drafts that were accepted, all repetitions; null without speculation",
+    "assumed": (
+        "the probability with which drafts were accepted at random, not by the model: the "
+        "row's text means nothing"
+    ),
+    "tokens_per_step": (
+        "new tokens per step and row, of rows that were not done; 1 without speculation"
+    ),
+    "predicted_speedup": (
+        "the speed-up of this many tokens per step over steps of one token, from the bytes "
+        "moved alone"
+    ),
+    "pays_from": (
+        "the acceptance from which that is more than 1; null if even accepting all drafts "
+        "would not pay"
+    ),
+    "floor_ms": (
+        "the least TPOT that the measured copy bandwidth and matmul rate allow for this "
+        "step's bytes and FLOPs"
+    ),
+    "mbu": (
+        "bytes that a step must move / time of a step (TPOT, without speculation) / measured "
+        "copy bandwidth"
+    ),
+    "mfu_prefill": "FLOPs of the prompt / TTFT / measured matmul rate",
+    "bottleneck": (
+        "what limits a step: memory, compute, launches (kernels x gap) or, on a CPU, framework"
+    ),
+    "step_gb": (
+        "bytes that a step must move; with speculation those of a verification and its "
+        "drafts, for uniform routing"
+    ),
+    "moe_layer_us": (
+        "one MoE layer of a decode step, with its attention, run as this arm runs its steps; "
+        "null without one"
+    ),
+    "moe_layer_floor_us": "the least time that the measured rates allow for it",
+    "experts_hit": (
+        "different experts that a MoE layer uses in a step of one token per row, on average, "
+        "as the reference routed"
+    ),
+    "kernels": "kernels of one decode step; null on a CPU",
+    "kernel_times": (
+        "the microseconds that each of them adds to the step (timeline.py), as profiled; null "
+        "on a CPU"
+    ),
+    "allocated_gb": "peak of the GPU's allocator; null on a CPU",
+    "reserved_gb": "peak of what it took from the GPU; null on a CPU",
+    "host_gb": "peak of the process's resident memory, from its start to the last repetition",
+    "start_cold_s": (
+        "first call - second, with nothing cached (except the test of the CPU): compilation "
+        "and capture; null without either"
+    ),
+    "start_warm_s": (
+        "the same in a new process that finds the code the first one compiled; null without "
+        "--warm-start"
+    ),
+    "break_even_tokens": (
+        "decode steps after which the cold start has paid for itself; null if it never does"
+    ),
+    "parity": (
+        "true if median_kl is within kl_bound, and mean_kl within a bound that leaves room "
+        "for flipped experts"
+    ),
+    "kl_bound": (
+        "the largest median_kl that passes: the KL that rounding to this arm's dtype "
+        "explains, measured on this model and text"
+    ),
+    "median_kl": (
+        "nats, of the median position; null in older results, whose kl_bound is for mean_kl"
+    ),
+    "mean_kl": "nats, next-token distributions against the fp32 eager reference on the same tokens",
+    "max_logit_diff": "largest difference of one logit",
+    "top1": "share of positions where both give the same token the highest logit",
+    "positions": "how many positions were compared",
+    "same_text": (
+        "share of the reference's greedy text that this arm wrote before its first other "
+        "token; null if acceptance is assumed"
+    ),
+    "accuracy": (
+        "share of held-out problems (the checkpoint's exam.json) with a right answer, greedy; "
+        "null if none was asked"
+    ),
+    "problems": "how many were asked, the same in all arms; null if none was",
+    "load_s": "seconds to load or make the model",
+    "sm_mhz": "GPU clock after the last repetition, if it can be read",
+    "power_w": "GPU power at the same time",
+    "backend": "every switch as it was resolved",
+    "repetitions": "raw: TTFT and total seconds of each repetition",
+}
+NESTED = ("kernel_times", "backend", "repetitions")
+"""Fields that are lists or objects, which csv leaves out."""
+ALWAYS = (
+    "ttft_ms",
+    "tpot_ms",
+    "floor_ms",
+    "bottleneck",
+    "experts_hit",
+    "host_gb",
+    "mean_kl",
+    "kl_bound",
+    "max_logit_diff",
+    "top1",
+)
+"""Fields that are never null in a row that is not refused."""

@@ -1,0 +1,85 @@
+"""The fields of a row that compare its times with the hardware's limits (../../roofline.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any
+
+from r1 import roofline
+from r1.bench.process import Answer
+from r1.bench.rates import Rates, bottleneck
+from r1.bench.workload import Workload
+from r1.model.config import Config
+from r1.switches.backend import Backend
+
+
+def speculation(
+    w: Workload, backend: Backend, config: Config, repetitions: list[Answer]
+) -> dict[str, Any]:
+    """Accepted drafts, and what they are worth by the bytes that they move."""
+    if backend.speculate == "off":
+        return {"tokens_per_step": 1.0}
+    turns, accepted = (sum(r[name] for r in repetitions) for name in ("turns", "accepted"))
+    if not turns:
+        return {}
+    model = roofline.speculation(config, backend, w.batch, _context(w))
+    return {
+        "acceptance": accepted / turns / backend.draft_tokens,
+        "assumed": w.assumed,
+        "tokens_per_step": 1 + accepted / turns,
+        "predicted_speedup": model.speedup(1 + accepted / turns),
+        "pays_from": model.pays_from(),
+    }
+
+
+def against_limits(
+    w: Workload,
+    backend: Backend,
+    config: Config,
+    reference: Answer,
+    kernels: int | None,
+    repetitions: list[Answer],
+) -> dict[str, Any]:
+    """The least times that the measured rates allow, and the shares of them that were reached.
+
+    `kernels`: how many a decode step runs, if that is known.
+    """
+    rates = Rates(**reference["rates"][backend.compute])
+    hit = reference["reference"]["experts_hit"]
+    work = roofline.step_work(config, backend, w.batch, 1, _context(w), hit)
+    # The last layer is a MoE layer: its work is the difference to a model without it.
+    fewer = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
+    layer = work - roofline.step_work(fewer, backend, w.batch, 1, _context(w), hit)
+    if backend.speculate != "off":
+        work = roofline.speculation(config, backend, w.batch, _context(w)).turn
+    ttft = statistics.median(r["ttft"] for r in repetitions)
+    seconds = statistics.median(  # per step
+        (r["total"] - r["ttft"]) / max(1, len(r["gaps"])) for r in repetitions
+    )
+    steps = statistics.median(  # per token
+        len(r["gaps"]) / max(1, r["tokens"] - 1) for r in repetitions
+    )
+    prompt = _prompt_work(w, backend, config)
+    return {
+        "floor_ms": 1e3 * rates.seconds(work) * (steps or 1),
+        "mbu": work.nbytes / seconds / rates.copy if seconds else None,
+        "mfu_prefill": prompt.flops / ttft / rates.matmul,
+        "bottleneck": bottleneck(work, rates, kernels, backend.cuda_graphs, seconds),
+        "step_gb": work.nbytes / 1e9,
+        "moe_layer_floor_us": 1e6 * rates.seconds(layer) if hit else None,
+        "experts_hit": hit,
+        "kernels": kernels,
+    }
+
+
+def _prompt_work(w: Workload, backend: Backend, config: Config) -> roofline.Work:
+    """The work of reading the prompts, which hit as many experts as they can."""
+    experts = config.experts
+    hit = min(experts.n_routed_experts, w.batch * w.prompt * experts.num_experts_per_tok)
+    return roofline.step_work(config, backend, w.batch, w.prompt, w.depth, hit)
+
+
+def _context(w: Workload) -> float:
+    """The average number of tokens that a decode step's attention reads."""
+    return w.depth + w.prompt + w.new / 2

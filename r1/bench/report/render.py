@@ -1,0 +1,33 @@
+"""A result in the form that `-o` names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+from r1.bench.report.fields import FIELDS, NESTED
+from r1.bench.report.text import markdown
+
+
+def render(result: dict[str, Any], form: str) -> str:
+    """The result as md, json, jsonl (one line a row) or csv (without the nested fields)."""
+    rows = result["rows"]
+    if form == "json":
+        return json.dumps(result, indent=1)
+    if form == "jsonl":
+        return "\n".join(json.dumps({**r, "machine": result["machine"]["name"]}) for r in rows)
+    if form == "csv":
+        return _csv(rows)
+    return markdown(result)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """A line for each row, below a line of names."""
+    out = io.StringIO()
+    names = [name for name in FIELDS if name not in NESTED]
+    writer = csv.DictWriter(out, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip()

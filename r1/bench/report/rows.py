@@ -1,0 +1,141 @@
+"""An arm's answers -> its row. The fields are in fields.py."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from r1.bench.arms import Arm
+from r1.bench.process import Answer
+from r1.bench.report.fields import FIELDS
+from r1.bench.report.limits import against_limits, speculation
+from r1.bench.workload import Workload
+from r1.model.config import Config
+from r1.switches.backend import Backend
+
+
+def row(
+    arm: Arm, workload: Workload, answers: Answer, reference: Answer, config: Config
+) -> dict[str, Any]:
+    """One arm's row. `answers` and `reference` are answers of the two processes, by command."""
+    identity = {"arm": arm.name, "kind": arm.kind, "model": workload.name, **workload.sizes}
+    if "refused" in answers:
+        crashed = answers.get("crashed", False)
+        return identity | {"refused": answers["refused"], "crashed": crashed}
+    backend = Backend(**answers["build"]["backend"])
+    repetitions = answers["measure"]
+    if workload.assumed is not None and backend.speculate != "off":
+        identity["arm"] = f"{arm.name} (acceptance of {workload.assumed:g} assumed)"
+    started = _start_up(answers, backend)
+    kernels, moe_layer = answers["kernels"], answers["moe_layer"]["seconds"]
+    fields = {
+        **identity,
+        "refused": None,
+        "crashed": False,
+        **_times(workload, repetitions),
+        **speculation(workload, backend, config, repetitions),
+        **against_limits(workload, backend, config, reference, kernels["count"], repetitions),
+        "kernel_times": kernels["parts"],
+        "moe_layer_us": moe_layer and 1e6 * moe_layer,
+        **_memory(repetitions[-1]["memory"]),
+        **started,
+        **_numerics(answers),
+        "load_s": answers["build"]["load_seconds"],
+        "sm_mhz": repetitions[-1].get("sm_mhz"),
+        "power_w": repetitions[-1].get("power_w"),
+        "backend": answers["build"]["backend"],
+        "repetitions": [{"ttft": r["ttft"], "total": r["total"]} for r in repetitions],
+        **_speedup(answers, started["start_cold_s"]),
+    }
+    return {name: fields.get(name) for name in FIELDS}
+
+
+def _times(workload: Workload, repetitions: list[Answer]) -> dict[str, Any]:
+    """Latency and throughput."""
+    tpot = statistics.median(_tpot(r) for r in repetitions)
+    ttft = statistics.median(r["ttft"] for r in repetitions)
+    gaps = sorted(gap for r in repetitions for gap in r["gaps"])
+    return {
+        "ttft_ms": 1e3 * ttft,
+        "tpot_ms": 1e3 * tpot,
+        "tpot_p90_ms": 1e3 * gaps[int(0.9 * (len(gaps) - 1))] if gaps else None,
+        "decode_tok_s": workload.batch / tpot if tpot else None,
+        "prefill_tok_s": workload.batch * workload.prompt / ttft,
+    }
+
+
+def _memory(memory: dict[str, Any]) -> dict[str, Any]:
+    """Peaks in GB. None, on a CPU, stays None."""
+    return {
+        "allocated_gb": memory["allocated"] and memory["allocated"] / 1e9,
+        "reserved_gb": memory["reserved"] and memory["reserved"] / 1e9,
+        "host_gb": memory["host"] / 1e9,
+    }
+
+
+def _start_up(answers: Answer, backend: Backend) -> dict[str, Any]:
+    """Seconds of compilation and capture."""
+    cold, last = answers["cold"], answers["warm"]["start_seconds"]
+    if cold is not None:  # started twice: with a cold cache, then with a warm one
+        return {"start_cold_s": cold, "start_warm_s": last}
+    starts = backend.compile or backend.cuda_graphs or backend.prefill_graphs
+    return {"start_cold_s": last if starts else None, "start_warm_s": None}
+
+
+def _numerics(answers: Answer) -> dict[str, Any]:
+    """Distance from the reference, and right answers."""
+    parity, accuracy = answers["parity"], answers.get("accuracy", {})
+    return {
+        "parity": parity["passes"],
+        "kl_bound": parity["bound"],
+        "median_kl": parity["median_kl"],
+        "mean_kl": parity["mean_kl"],
+        "max_logit_diff": parity["max_logit_difference"],
+        "top1": parity["top1_agreement"],
+        "positions": parity["positions"],
+        "same_text": parity["same_text"],
+        "accuracy": accuracy.get("share"),
+        "problems": accuracy.get("problems"),
+    }
+
+
+def _speedup(answers: Answer, cold: float | None) -> dict[str, Any]:
+    """Speed-up over the baseline's repetitions that ran in turn with these.
+
+    `cold`: seconds of the cold start.
+    """
+    beside, tpots = answers["beside"], [_tpot(r) for r in answers["measure"]]
+    if not beside or not answers["parity"]["passes"] or not min(tpots):
+        return {}
+    ratios = [_tpot(b) / own for b, own in zip(beside, tpots, strict=True)]
+    fields: dict[str, Any] = {
+        "speedup": statistics.median(ratios),
+        "speedup_low": min(ratios),
+        "speedup_high": max(ratios),
+    }
+    if len(ratios) > 1:
+        fields["within_noise"] = min(ratios) <= 1 <= max(ratios)
+    saved = statistics.median(_tpot(b) for b in beside) - statistics.median(tpots)
+    if cold is not None and saved > 0:
+        fields["break_even_tokens"] = round(cold / saved)
+    return fields
+
+
+def pair(arm: Arm, workload: Workload, answers: Answer) -> dict[str, Any]:
+    """Two switches together: do they pass parity, or why can't they run?"""
+    fields = {
+        "pair": arm.name,
+        **workload.sizes,
+        "refused": answers.get("refused"),
+        "crashed": answers.get("crashed", False),
+    }
+    if "parity" in answers:
+        parity = answers["parity"]
+        fields |= {"parity": parity["passes"], "mean_kl": parity["mean_kl"]}
+    return fields
+
+
+def _tpot(repetition: Answer) -> float:
+    """Seconds per output token after the first, or 0 if there is only one."""
+    more = repetition["tokens"] - 1
+    return (repetition["total"] - repetition["ttft"]) / more if more else 0.0

@@ -1,0 +1,106 @@
+"""A result as Markdown: the machine, the table, and sentences about its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from r1.bench.report.table import Row, table
+from r1.bench.workload import SIZES
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole result."""
+    rows = result["rows"]
+    lines = [*_heading(result), "", result["workload"], "", *table(rows)]
+    lines += [f"\n{r['arm']}: {refusal(r)}" for r in rows if r["refused"]]
+    lines += [f"\n{r['arm']}: {drafts(r, rows)}" for r in rows if r.get("acceptance") is not None]
+    noise = [r["arm"] for r in rows if r.get("within_noise")]
+    if noise:
+        lines += [f"\nNo difference from the baseline beyond the noise: {', '.join(noise)}."]
+    failed = [r["arm"] for r in rows if r.get("parity") is False]
+    if failed:
+        lines += [f"\nPARITY FAILS, so no speed-up is shown: {', '.join(failed)}."]
+    if result["pairs"]:
+        lines += _pairs(result["pairs"])
+    lines += [f"\n{note}" for note in result["notes"]]
+    return "\n".join(lines)
+
+
+def model_name(result: dict[str, Any]) -> str:
+    """The name of a result's model. Older results have the path of a checkpoint's folder."""
+    return str(result.get("workload", "")).split(": batch")[0].rstrip("/").rsplit("/", 1)[-1]
+
+
+def _heading(result: dict[str, Any]) -> list[str]:
+    """The machine and its rates."""
+    m = result["machine"]
+    lines = [
+        f"{m['name']} · torch {m['torch']} · python {m['python']} · "
+        f"{result['repetitions']} repetitions, in turn"
+    ]
+    if "copy_gb_s" in m:
+        products = ", ".join(f"{rate:.3g} ({dtype})" for dtype, rate in m["matmul_tflop_s"].items())
+        lines += [
+            f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"
+        ]
+    return lines
+
+
+def refusal(r: Row) -> str:
+    """Why a row has no measurements. The text before it names the arm, so the reason does not."""
+    name = r["arm"].removeprefix("+ ")  # "+ " marks a rung of the ladder
+    return f"{'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused'].removeprefix(f'{name}: ')}"
+
+
+def drafts(r: Row, rows: Sequence[Row]) -> str:
+    """What speculation did in a row, and what it is worth. `rows` has the row's baseline."""
+    how = (
+        "by the model"
+        if r["assumed"] is None
+        else f"ASSUMED, by a coin of {r['assumed']:g}: its text means nothing"
+    )
+    pays = "it never pays" if r["pays_from"] is None else f"it pays from {r['pays_from']:.0%}"
+    return (
+        f"{r['acceptance']:.0%} of drafts accepted ({how}), "
+        f"{r['tokens_per_step']:.2f} tokens a step; "
+        f"by bytes alone worth {r['predicted_speedup']:.2f}x steps of one token, and {pays}."
+        + ("" if r["same_text"] is None else _greedy_text(r, rows))
+    )
+
+
+def _greedy_text(r: Row, rows: Sequence[Row]) -> str:
+    """How much of the reference's greedy text a row wrote, and its baseline for comparison."""
+    base = next(
+        (b for b in rows if b["kind"] == "baseline" and all(b[name] == r[name] for name in SIZES)),
+        {},
+    )
+    average = " on average" if r["batch"] > 1 else ""
+    how_far = (
+        "to the end"
+        if r["same_text"] == 1
+        else "up to the first token that differs, "
+        f"{r['same_text']:.1%} into the tokens compared{average}"
+    )
+    without = (
+        ""
+        if base.get("same_text") is None
+        else f" (the baseline's, without drafts: {base['same_text']:.1%})"
+    )
+    return f" Its greedy text is the fp32 reference's {how_far}{without}."
+
+
+def _pairs(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """The list of pairs of switches, each with its verdict."""
+    varied = [name for name in SIZES if len({p[name] for p in pairs}) > 1]
+    return ["\nPairs of switches:"] + [
+        f"- {', '.join([p['pair'], *(f'{name} {p[name]}' for name in varied)])}: {_verdict(p)}"
+        for p in pairs
+    ]
+
+
+def _verdict(p: dict[str, Any]) -> str:
+    """Whether a pair passes parity."""
+    if p["refused"]:
+        return f"{'BROKE DOWN' if p['crashed'] else 'refused'}: {p['refused']}"
+    return f"{'passes' if p['parity'] else 'FAILS'}, KL {p['mean_kl']:.1e}"

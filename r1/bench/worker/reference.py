@@ -1,0 +1,102 @@
+"""The commands of the reference's process: build it, write its text, measure the rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from r1 import build
+from r1.bench import parity
+from r1.bench.parity import Bound
+from r1.bench.process import Answer
+from r1.bench.rates import measure_rates
+from r1.bench.upcast import upcast
+from r1.bench.worker import steps
+from r1.bench.worker.reading import REFERENCE, ROUNDING, read_text
+from r1.bench.worker.subject import Subject
+from r1.device import available_bytes, torch_device
+from r1.model.router import Router
+from r1.switches.resolve import resolve
+
+
+def build_reference(subject: Subject) -> Answer:
+    """Build the fp32 eager model.
+
+    If fp32 weights do not fit the memory, it has bf16 weights and computes in fp32.
+    """
+    w = subject.workload
+    config = w.config()
+    backend = resolve(subject.backend, config, batch=w.batch)
+    needed = 4 * build.count_parameters(config) + 2 * build.HEADROOM
+    if needed < available_bytes(torch_device(backend.device)):
+        return subject.build()
+    subject.backend = dataclasses.replace(subject.backend, dtype="bf16")
+    built = subject.load()
+    upcast(subject.engine.model)
+    steps.cache_in_fp32(subject)
+    subject.prepare()
+    return built
+
+
+def write_reference(subject: Subject, dtypes: Iterable[str]) -> Answer:
+    """The command "reference": continue the prompts greedily, and keep tokens and logits.
+
+    Also keeps the KL that rounding to each of `dtypes`, the arms' dtypes, makes. Answers how many
+    different experts a MoE layer uses in a step.
+    """
+    w = subject.workload
+    rows, count = parity.rows_and_positions(w.batch, w.new, subject.engine.config.vocab_size)
+    logits = steps.prefill(subject)  # (B, W)
+    kept, text = [], []
+    with _counted_experts(subject) as hits:
+        for step in range(count):
+            kept.append(logits[:rows].cpu())
+            text.append(logits.argmax(dim=-1))
+            if step + 1 < max(count, 2):
+                logits = steps.decode(subject, text[-1][:, None])[:, -1]
+    reference = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}
+    save_file(reference, subject.folder / REFERENCE)
+    rounding = {amp: vars(_rounding(subject, amp, reference)) for amp in dtypes if amp != "fp32"}
+    (subject.folder / ROUNDING).write_text(json.dumps(rounding))
+    return {"experts_hit": sum(hits) / len(hits) if hits else 0.0, "rows": rows, "steps": count}
+
+
+@contextmanager
+def _counted_experts(subject: Subject) -> Iterator[list[int]]:
+    """A list that gets the number of different experts of each router call in this context."""
+    hits: list[int] = []
+
+    def count(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        hits.append(output[0].unique().numel())
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in subject.engine.model.modules()
+        if isinstance(module, Router)
+    ]
+    try:
+        yield hits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounding(subject: Subject, amp: str, reference: dict[str, Tensor]) -> Bound:
+    """The KL that the reference's own code makes when its products are rounded to `amp`."""
+    with steps.rounded_to(subject, amp):
+        distance = read_text(subject, reference, Bound(math.inf, math.inf))
+    return Bound(distance.median_kl, distance.mean_kl)
+
+
+def rates(subject: Subject, dtypes: Iterable[str]) -> Answer:
+    """The machine's measured copy bandwidth and matmul rate, by dtype."""
+    measured = measure_rates(subject.device, dtypes)
+    return {dtype: vars(each) for dtype, each in measured.items()}

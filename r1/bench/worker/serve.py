@@ -1,0 +1,47 @@
+"""The main function of an arm's process, and its commands. The parent asks: see ../process.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from r1.bench import compiler_checks
+from r1.bench.process import Answer, answer_commands
+from r1.bench.worker import profiling, reading, reference, timing
+from r1.bench.worker.accuracy import accuracy
+from r1.bench.worker.subject import Subject
+from r1.bench.workload import Workload
+from r1.switches.backend import Backend
+
+COMMANDS: dict[str, Callable[..., Answer]] = {
+    "build": Subject.build,
+    "build_reference": reference.build_reference,
+    "reference": reference.write_reference,
+    "rates": reference.rates,
+    "warm": timing.warm,
+    "measure": timing.measure,
+    "parity": reading.check,
+    "kernels": profiling.kernels,
+    "moe_layer": timing.moe_layer,
+    "trace": profiling.trace,
+    "accuracy": accuracy,
+}
+"""The commands by name. Each gets the Subject, then the arguments that the parent sends."""
+
+
+def serve(
+    pipe: Connection, backend: Backend, workload: Workload, folder: Path, compiled: str
+) -> None:
+    """Answer commands until "quit".
+
+    `folder` holds the reference. `compiled` names the arm's cache of compiled code in it: the first
+    process that uses this cache starts with a cold one.
+    """
+    compiler_checks.copy(folder, folder / compiled)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler's library greets on stderr
+    subject = Subject(backend, workload, folder)
+    answer_commands(pipe, {name: partial(command, subject) for name, command in COMMANDS.items()})

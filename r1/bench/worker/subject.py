@@ -1,0 +1,88 @@
+"""The model that one arm measures, with the prompts and the cache of its workload."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+import r1
+from r1 import build
+from r1.bench.process import Answer
+from r1.bench.routing import make_uniform
+from r1.bench.workload import Workload
+from r1.device import synchronize
+from r1.errors import InputError
+from r1.run.engine import Engine
+from r1.run.runner import round_capacity
+from r1.switches.backend import Backend
+from r1.switches.resolve import resolve
+
+
+class Subject:
+    """An engine and the workload that it is measured on."""
+
+    engine: Engine
+
+    def __init__(self, backend: Backend, workload: Workload, folder: Path) -> None:
+        """`folder` holds the files of the reference. Nothing is loaded yet."""
+        self.backend, self.workload, self.folder = backend, workload, folder
+        self.text: list[list[int]] = []
+        """The tokens that the last repetition wrote, by row."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.engine.runner.device
+
+    def build(self) -> Answer:
+        """Load or make the model, its prompts and its cache. Answers how long the loading took."""
+        built = self.load()
+        self.prepare()
+        return built
+
+    def load(self) -> Answer:
+        """Load or make the model, with the workload's routing."""
+        w = self.workload
+        start = time.perf_counter()
+        if w.model is not None:
+            self.engine = r1.load(w.model, self.backend, batch=w.batch, quiet=True)
+        else:
+            config = w.config()
+            backend = resolve(self.backend, config, batch=w.batch)
+            self.engine = Engine(build.from_shape(config, backend, seed=w.seed), backend)
+        if w.routing == "uniform":
+            make_uniform(self.engine.model, w.seed)
+        seconds = time.perf_counter() - start
+        return {"load_seconds": seconds, "backend": vars(self.engine.backend)}
+
+    def prepare(self) -> None:
+        """Make the prompts, the same ones in every arm, and a cache for them."""
+        w, config = self.workload, self.engine.config
+        tokens = torch.randint(
+            config.vocab_size,
+            (w.batch, w.depth + w.prompt),
+            generator=torch.Generator().manual_seed(w.seed),
+        )
+        self.before, self.prompts = tokens[:, : w.depth].tolist(), tokens[:, w.depth :].tolist()
+        context = config.max_position_embeddings
+        if w.tokens > context:
+            raise InputError(
+                f"depth + prompt + new is {w.tokens}, more than the context of {context}"
+            )
+        padded = [n for n in (w.prompt, w.depth) if n and round_capacity(n) != n]
+        if w.routing == "uniform" and self.engine.backend.prefill_graphs and w.batch > 1 and padded:
+            raise InputError(
+                "--routing uniform draws experts by a token's place among all, which padding "
+                "moves: under prefill_graphs give "
+                f"prompts of {round_capacity(padded[0])} tokens, not {padded[0]}, or one row"
+            )
+        self.cache = self.engine.cache(w.batch, w.tokens)
+
+    def fill(self) -> None:
+        """Bring the cache to the workload's depth. This is never inside a timed region."""
+        self.cache.lengths.zero_()
+        if self.workload.depth:
+            self.engine.runner.prefill(self.before, self.cache)
+        synchronize(self.device)

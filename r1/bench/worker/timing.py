@@ -1,0 +1,115 @@
+"""The timed commands: warm up, one repetition of the workload, one MoE layer; and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from r1.bench.process import Answer
+from r1.bench.worker import steps
+from r1.bench.worker.subject import Subject
+from r1.device import synchronize
+from r1.run.sampler import Sampler
+from r1.switches.machine import clocks_and_power
+
+
+def warm(subject: Subject) -> Answer:
+    """Run the whole workload twice, also in eager arms.
+
+    The start-up cost is what the first run takes longer than the second.
+    """
+    first, second = measure(subject), measure(subject)
+    return {"start_seconds": sum(max(0.0, first[k] - second[k]) for k in ("ttft", "second_token"))}
+
+
+def measure(subject: Subject) -> Answer:
+    """One repetition.
+
+    Answers the seconds to the first token ("ttft"), to the last ("total") and of each step
+    ("gaps"); the steps of rows that were not done ("turns") and their accepted drafts; memory.
+    """
+    w = subject.workload
+    subject.fill()
+    if subject.device.type != "cpu":
+        # building, compiling and the parity check have peaks of their own
+        torch.cuda.reset_peak_memory_stats()
+    arrivals: list[float] = []
+    written: list[list[list[int]]] = []  # by step, then by row
+    start = time.perf_counter()
+    for step in subject.engine.steps(
+        subject.prompts, w.new, Sampler(0.0, seed=w.seed), subject.cache, w.depth, w.assumed
+    ):
+        arrivals.append(time.perf_counter() - start)
+        written.append(step)
+    gaps = [after - before for before, after in pairwise(arrivals)]
+    subject.text = [
+        [token for step in written for token in step[row]][: w.new] for row in range(w.batch)
+    ]
+    turns, accepted = _turns(written, w.batch, w.new)
+    return {
+        "tokens": w.new,
+        "turns": turns,
+        "accepted": accepted,
+        "ttft": arrivals[0],
+        "total": arrivals[-1],
+        "gaps": gaps,
+        "second_token": gaps[0] if gaps else 0.0,
+        "memory": memory(subject),
+    } | clocks_and_power()
+
+
+def _turns(written: list[list[list[int]]], batch: int, new: int) -> tuple[int, int]:
+    """How many steps the rows took after the first token, and how many drafts they accepted.
+
+    A row that has all its new tokens is done: its further steps do not count.
+    """
+    turns = accepted = 0
+    for row in range(batch):
+        done = 1
+        for step in written[1:]:
+            if done < new:
+                turns, accepted = turns + 1, accepted + len(step[row]) - 1
+                done += len(step[row])
+    return turns, accepted
+
+
+def memory(subject: Subject) -> dict[str, Any]:
+    """Peak memory in bytes.
+
+    "allocated" and "reserved" are the GPU allocator's, during this repetition. "host" is the
+    process's, since its start. A CUDA graph computes in memory that is not allocated when it
+    replays, but kept for it all the time: so the graphs' pools are added.
+    """
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if subject.device.type == "cpu":
+        return {"allocated": None, "reserved": None, "host": host}
+    pools = [
+        segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)
+    ]
+    graphs = sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
+    allocated = torch.cuda.max_memory_allocated() + graphs
+    return {"allocated": allocated, "reserved": torch.cuda.max_memory_reserved(), "host": host}
+
+
+def moe_layer(subject: Subject) -> Answer:
+    """Seconds of one MoE layer in a decode step, from the time of all MoE layers in a row."""
+    config = subject.engine.config
+    layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+    if not layers:
+        return {"seconds": None}
+    chain = steps.moe_chain(subject, layers)
+    calls, times = 8, []
+    for _ in range(7):
+        synchronize(subject.device)
+        start = time.perf_counter()
+        # Without waiting between calls, as between steps: the host launches ahead of the GPU.
+        for _ in range(calls):
+            chain()
+        synchronize(subject.device)
+        times.append((time.perf_counter() - start) / calls)
+    return {"seconds": statistics.median(times[2:]) / len(layers)}

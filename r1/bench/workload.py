@@ -1,0 +1,77 @@
+"""A workload: the model, and how many tokens of which kind every arm must process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from r1.files.config_json import load_config
+from r1.model.config import Config
+from r1.model.shapes import shape
+
+SIZES = ("batch", "prompt", "new", "depth")
+"""The sizes that distinguish the workloads of one command."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work that every arm does. Sizes are in tokens, except batch."""
+
+    model: str | None
+    """The path of a checkpoint's folder. None: random weights of `shape`."""
+    shape: str | None
+    layers: int | None
+    batch: int
+    prompt: int
+    new: int
+    depth: int
+    """Tokens in each row's cache before the prompt."""
+    seed: int
+    routing: str = "model"
+    """"uniform": experts are drawn evenly, see routing.py."""
+    assumed: float | None = None
+    """With speculation: accept each draft with this probability, whatever the model says.
+
+    Random weights draft badly, so their own acceptance says little."""
+
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint's folder (never its path), or the shape."""
+        spread = ", routing uniform" if self.routing == "uniform" else ""
+        if self.model is not None:
+            return os.path.basename(os.path.abspath(self.model)) + spread
+        layers = f", {self.layers} layers" if self.layers else ""
+        return f"{self.shape}{layers}, random weights{spread}"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes in SIZES, by name."""
+        return {name: getattr(self, name) for name in SIZES}
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a row of the cache holds at the end."""
+        return self.depth + self.prompt + self.new
+
+    def describe(self) -> str:
+        """The name and the sizes in one line."""
+        deep = f", {self.depth} tokens in the cache" if self.depth else ""
+        assumed = (
+            ""
+            if self.assumed is None
+            else f", drafts accepted by a coin that says yes with {self.assumed:g}"
+        )
+        return (
+            f"{self.name}: batch {self.batch}, prompt {self.prompt}, new {self.new}{deep}{assumed}"
+        )
+
+    def config(self) -> Config:
+        """The model's config.
+
+        If the acceptance is assumed, a shape without an MTP layer gets one.
+        """
+        if self.model is not None:
+            return load_config(self.model)
+        config = shape(self.shape or "", self.layers)
+        missing = self.assumed is not None and not config.num_nextn_predict_layers
+        return config.change(num_nextn_predict_layers=1) if missing else config

@@ -1,0 +1,122 @@
+"""The model -> a checkpoint folder in the published format."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from r1.errors import InputError
+from r1.files.config_json import dump_config
+from r1.files.load import SCALE
+from r1.files.names import is_projection, places
+from r1.files.shards import INDEX, SINGLE
+from r1.model.transformer import Transformer
+from r1.storage import fp8
+
+
+def save(
+    model: Transformer,
+    directory: str | Path,
+    *,
+    shard_bytes: int = 5 * 10**9,
+    dtype: torch.dtype | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write the model as a checkpoint in the published format: config.json, shards of `shard_bytes`
+    at most, an index.
+
+    Where the config has `fp8_block`, the projections are stored as FP8 blocks, as R1's are. `dtype`
+    is that of all else (default: as it is in memory); the gate's bias stays fp32. `extra` adds
+    fields to config.json. The folder must not exist; it appears whole or not at all.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise InputError(f"{directory} exists already: name a new folder, r1 overwrites none")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(model, partial, shard_bytes, dtype, extra or {})
+        os.replace(partial, directory)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(partial)
+
+
+def _write(
+    model: Transformer,
+    directory: Path,
+    shard_bytes: int,
+    dtype: torch.dtype | None,
+    extra: dict[str, Any],
+) -> None:
+    weight_map: dict[str, int] = {}
+    shard: dict[str, Tensor] = {}
+    number = size = total = 0
+
+    def flush() -> None:
+        nonlocal number, size
+        number += 1
+        save_file(shard, directory / f"{number}.safetensors", metadata={"format": "pt"})
+        (directory / f"{number}.safetensors").chmod(0o644)
+        weight_map.update(dict.fromkeys(shard, number))
+        shard.clear()
+        size = 0
+
+    for key, tensor in _stored(model, dtype):
+        if shard and size + tensor.nbytes > shard_bytes:
+            flush()
+        shard[key] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+
+    names = {
+        n: f"model-{n:05d}-of-{number:06d}.safetensors" if number > 1 else SINGLE
+        for n in range(1, number + 1)
+    }
+    for n, name in names.items():
+        (directory / f"{n}.safetensors").rename(directory / name)
+    if number > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: names[n] for key, n in weight_map.items()},
+        }
+        (directory / INDEX).write_text(
+            json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
+    rest = str(dtype or model.norm.weight.dtype).removeprefix("torch.")
+    config = dump_config(model.config) | {"torch_dtype": rest} | extra
+    (directory / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def _stored(model: Transformer, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors, one after the other, as they are to be stored."""
+    block = model.config.files.fp8_block
+    rest = dtype or model.norm.weight.dtype
+    for key, place in places(model).items():
+        if block and is_projection(key):
+            yield from zip((key, key + SCALE), fp8.quantize(place, block), strict=True)
+        elif key.endswith("e_score_correction_bias"):
+            yield key, place.float()
+        else:
+            yield key, place.to(rest).contiguous()
+    for depth in range(len(model.mtp)):
+        stem = f"model.layers.{model.config.num_hidden_layers + depth}."
+        for name, shared in (
+            ("embed_tokens", model.embed_tokens),
+            ("shared_head.head", model.lm_head),
+        ):
+            # R1's files hold these copies, and other readers of the format look for them.
+            yield f"{stem}{name}.weight", shared.matrix.dense(rest).data.clone()

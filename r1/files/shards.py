@@ -1,0 +1,158 @@
+"""A checkpoint's safetensors files: the tensors that they list, and their bytes as a stream."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from r1.errors import InputError
+from r1.placement.placement import Part
+from r1.storage import fp8
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": fp8.E4M3,
+}
+"""The dtypes that r1 reads, by safetensors' names."""
+REMAP_BYTES = 256 * 2**20
+"""After so many bytes a file is unmapped and mapped anew, which frees the pages that were read."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of one shard, as its header describes it."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def entries_of(directory: Path) -> dict[str, Entry]:
+    """Every tensor of the checkpoint, from its files' headers. No weight is read yet.
+
+    Raises InputError for files that are missing or corrupt, and an index that contradicts them.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        return _indexed(directory, index)
+    shards = sorted(directory.glob("*.safetensors"))
+    if directory / SINGLE in shards:
+        return _header(directory / SINGLE)
+    if len(shards) == 1:
+        return _header(shards[0])
+    if shards:
+        raise InputError(
+            f"{directory} has {len(shards)} safetensors files but no {INDEX} to say what is in "
+            "them: download it"
+        )
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise InputError(
+            f"{directory} holds only pickles ({some(pickles)}), which can run code when opened, so "
+            "r1 never does: get the checkpoint's safetensors"
+        )
+    raise InputError(
+        f"{directory} has no *.safetensors: a checkpoint's folder holds config.json and "
+        "*.safetensors"
+    )
+
+
+def _indexed(directory: Path, index: Path) -> dict[str, Entry]:
+    """The tensors of all files that the index names; both must agree."""
+    weight_map = _weight_map(index)
+    entries: dict[str, Entry] = {}
+    names = sorted(set(weight_map.values()))
+    for name in names:  # all names are checked before the first file is opened
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise InputError(
+                f"{index} names {name!r}, which is no safetensors file in this folder: it is not "
+                "opened"
+            )
+    for name in names:
+        if not (directory / name).is_file():
+            lacks = "which the folder lacks: download that file again"
+            raise InputError(f"{index} names {name}, {lacks}")
+        for key, entry in _header(directory / name).items():
+            if weight_map.get(key) != name:
+                told = f"in {weight_map[key]}" if key in weight_map else "nowhere"
+                has = f"but {INDEX} has it {told}: download both again"
+                raise InputError(f"{directory / name} holds {key!r}, {has}")
+            entries[key] = entry
+    lost = [key for key in weight_map if key not in entries]
+    if lost:
+        lack = "in files that lack them: download those files again"
+        raise InputError(f"{index} has {some(lost)} {lack}")
+    return entries
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{index} can't be read ({reason}): download it again") from None
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{index} has a weight_map that does not name a file for each tensor: download it again"
+        )
+    return weight_map
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            slices = {key: shard.get_slice(key) for key in shard.offset_keys()}
+            return {
+                key: Entry(path, key, tuple(s.get_shape()), s.get_dtype())
+                for key, s in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is cut off or corrupt ({error}): download it again") from None
+
+
+def stream(entries: dict[str, Entry], parts: dict[str, Part]) -> Iterator[tuple[str, int, Tensor]]:
+    """Read `parts` of tensors, shard after shard: yields key, first row within the part, and rows.
+
+    The rows are views of the mapped file. Large tensors come in pieces (FP8 ones never), so no more
+    than 2 REMAP_BYTES are mapped and read at a time, however large an embedding is.
+    """
+    by_shard: dict[Path, list[tuple[str, slice]]] = {}  # in the order in which they lie in the file
+    for key, entry in entries.items():
+        rows, *rest = parts[key]
+        width = math.prod(part.stop - part.start for part in rest)
+        whole = entry.dtype == "F8_E4M3"
+        height = rows.stop - rows.start if whole else max(1, REMAP_BYTES // (4 * width))
+        starts = range(rows.start, rows.stop, height)
+        cuts = [slice(start, min(start + height, rows.stop)) for start in starts]
+        by_shard.setdefault(entry.path, []).extend((key, cut) for cut in cuts)
+    for path, pending in by_shard.items():
+        pending.reverse()
+        while pending:
+            read = 0
+            with safe_open(path, framework="pt") as shard:
+                while pending and read < REMAP_BYTES:
+                    key, cut = pending.pop()
+                    region = (cut, *parts[key][1:])
+                    source = shard.get_slice(key)[region]
+                    yield key, cut.start - parts[key][0].start, source
+                    read += source.nbytes
+                    del source
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

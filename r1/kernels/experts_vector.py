@@ -1,0 +1,136 @@
+"""The experts of one token: two kernels, both matrix-vector products without `tl.dot`.
+
+The first makes the inner values of each of the token's slots (its K choices, then the shared
+experts). The second runs over all slots of the token, so it adds up their outputs at once.
+
+Shapes: N tokens, D hidden_size, I moe_intermediate_size, E experts, K experts per token, J slots of
+a token (K + shared).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from r1.kernels.chip import let_next_start, wait_for_previous
+from r1.kernels.tiles import load_tile, matrix_of
+
+
+@triton.jit
+def up_vector_kernel(
+    x, indices, gate, up, shared_gate, shared_up, residual, norm, eps, h,
+    DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_OUT inner values of one slot's expert, silu(gate) * up, into h (N, J, I).
+
+    Shared experts start first: they do not depend on the router. With `norm` (x is then the
+    residual's norm) they norm the residual themselves, so they don't wait for the router's x.
+    """
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    slot = CHOSEN + SHARED - 1 - tl.program_id(1)
+    token = tl.program_id(2).to(tl.int64)
+    x += token * DIM
+    h += (token * (CHOSEN + SHARED) + slot) * INNER + out
+    if slot < CHOSEN:
+        wait_for_previous(PDL)
+        # So late, because down_vector_kernel reads the choice before its own wait.
+        let_next_start(PDL)
+        expert = tl.load(indices + token * CHOSEN + slot).to(tl.int64)
+        inner = gated(x, None, eps, gate, up, expert, 0, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+        tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
+    elif SHARED > 0:
+        row = (slot - CHOSEN) * INNER  # where this shared expert begins
+        if norm is not None:
+            x = residual + token * DIM
+        else:
+            wait_for_previous(PDL)
+        inner = gated(
+            x, norm, eps, shared_gate, shared_up, 0, row, out, DIM, INNER, BLOCK_OUT, BLOCK_IN
+        )
+        wait_for_previous(PDL)
+        let_next_start(PDL)
+        tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
+
+
+@triton.jit
+def gated(
+    x, norm, eps, gates, ups, expert, row, out,
+    DIM: tl.constexpr, INNER: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """silu(gate x) * (up x) for rows `out` of an expert that begins at `row`, fp32 (BLOCK_OUT,).
+
+    With `norm` x is RMS-normed with this gain, in the same pass, as linear.py's kernel does it.
+    """
+    d = tl.arange(0, BLOCK_IN)
+    gate_matrix, up_matrix = matrix_of(gates, expert, row), matrix_of(ups, expert, row)
+    gate = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    up = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    squares = tl.zeros((BLOCK_IN,), tl.float32)
+    for start in range(0, DIM, BLOCK_IN):
+        at = start + d
+        mask = (out < INNER)[:, None] & (at < DIM)[None, :]
+        v = tl.load(x + at, mask=at < DIM, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += v * v
+            v *= tl.load(norm + at, mask=at < DIM, other=0.0).to(tl.float32)
+        w = load_tile(gate_matrix, out[:, None], d[None, :], start, mask, gates.FORMAT)
+        gate += w.to(tl.float32) * v[None, :]
+        w = load_tile(up_matrix, out[:, None], d[None, :], start, mask, ups.FORMAT)
+        up += w.to(tl.float32) * v[None, :]
+    gate_sum, up_sum = tl.sum(gate, axis=1), tl.sum(up, axis=1)  # (BLOCK_OUT,)
+    if norm is not None:
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
+        gate_sum, up_sum = gate_sum * factor, up_sum * factor
+    return gate_sum * tl.sigmoid(gate_sum) * up_sum
+
+
+@triton.jit
+def down_vector_kernel(
+    h, indices, weights, down, shared_down, residual, y, DIM: tl.constexpr, INNER: tl.constexpr,
+    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_OUT of a token's outputs: the weighted sum over all of its slots, and the residual.
+
+    The choice is older than the previous kernel, so the chosen experts' first weights are loaded
+    before the wait.
+    """
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    token = tl.program_id(1).to(tl.int64)
+    i, slot = tl.arange(0, BLOCK_IN), tl.arange(0, CHOSEN_PAD)
+    expert = tl.load(indices + token * CHOSEN + slot, mask=slot < CHOSEN, other=0).to(tl.int64)
+    weight = tl.load(weights + token * CHOSEN + slot, mask=slot < CHOSEN, other=0.0)
+    real = ((out < DIM)[:, None] & (slot < CHOSEN)[None, :])[:, :, None]
+    matrices = matrix_of(down, expert[None, :, None])
+    row, column = out[:, None, None], i[None, None, :]
+    first = real & (i < INNER)[None, None, :]
+    w = load_tile(matrices, row, column, 0, first, down.FORMAT)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    h += token * (CHOSEN + SHARED) * INNER
+    sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, BLOCK_IN), tl.float32)
+    for start in range(0, INNER, BLOCK_IN):
+        mask = (slot < CHOSEN)[:, None] & (start + i < INNER)[None, :]
+        v = tl.load(h + slot[:, None] * INNER + start + i[None, :], mask=mask, other=0.0)
+        v = v.to(tl.float32) * weight[:, None]
+        sums += w.to(tl.float32) * v[None, :, :]
+        inside = real & (start + BLOCK_IN + i < INNER)[None, None, :]
+        w = load_tile(matrices, row, column, start + BLOCK_IN, inside, down.FORMAT)
+    total = tl.sum(tl.reshape(sums, (BLOCK_OUT, CHOSEN_PAD * BLOCK_IN)), axis=1)  # (BLOCK_OUT,)
+    if SHARED > 0:
+        # The shared slots' h stand side by side, as their matrix has its columns.
+        wide: tl.constexpr = SHARED * INNER
+        matrix = matrix_of(shared_down, 0)
+        rest = tl.zeros((BLOCK_OUT, CHOSEN_PAD * BLOCK_IN), tl.float32)
+        more = tl.arange(0, CHOSEN_PAD * BLOCK_IN)
+        for start in range(0, wide, CHOSEN_PAD * BLOCK_IN):
+            at = start + more
+            v = tl.load(h + CHOSEN * INNER + at, mask=at < wide, other=0.0).to(tl.float32)
+            w_mask = (out < DIM)[:, None] & (at < wide)[None, :]
+            u = load_tile(matrix, out[:, None], more[None, :], start, w_mask, shared_down.FORMAT)
+            rest += u.to(tl.float32) * v[None, :]
+        total += tl.sum(rest, axis=1)
+    if residual is not None:
+        total += tl.load(residual + token * DIM + out, mask=out < DIM, other=0.0).to(tl.float32)
+    tl.store(y + token * DIM + out, total.to(y.dtype.element_ty), mask=out < DIM)

@@ -1,0 +1,97 @@
+"""The file of tuned launch parameters, by the GPU's name (run/tune.py searches them)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from r1.errors import InputError
+from r1.kernels.attention import AttentionLaunch
+from r1.kernels.chip import Launch
+from r1.kernels.experts import ExpertsLaunch
+from r1.kernels.latent import LatentLaunch
+from r1.kernels.linear import LinearLaunch
+from r1.kernels.router import RouterLaunch
+
+KINDS: dict[str, type[Launch]] = {
+    kind.__name__: kind
+    for kind in (AttentionLaunch, ExpertsLaunch, LatentLaunch, LinearLaunch, RouterLaunch)
+}
+FILE = "launches.json"
+
+
+def path() -> Path:
+    """The file's path: in $R1_CACHE, or in the user's cache folder."""
+    base = (
+        os.environ.get("R1_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r1"
+    )
+    return Path(base) / FILE
+
+
+def load(gpu: str) -> dict[str, Launch]:
+    """The launches that were tuned on such a GPU, by Chip's keys.
+
+    Raises InputError for a file with other content.
+    """
+    return {key: KINDS[key.split()[0]](**values) for key, values in _kept().get(gpu, {}).items()}
+
+
+def keep(gpu: str, tuned: dict[str, Launch]) -> None:
+    """Add a GPU's launches to the file, all of them or none.
+
+    Raises InputError where the file can't be written.
+    """
+    everything = _kept()
+    everything[gpu] = everything.get(gpu, {}) | {
+        key: dataclasses.asdict(launch) for key, launch in tuned.items()
+    }
+    partial = path().with_suffix(f".{os.getpid()}")
+    try:
+        path().parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path())
+    except OSError as error:
+        raise InputError(
+            f"{path()} can't be written ({error.strerror}): name another folder in R1_CACHE"
+        ) from None
+
+
+def _kept() -> dict[str, dict[str, dict[str, int]]]:
+    """The file's content, by GPU, key and parameter; empty where there is no file.
+
+    Raises InputError for a file with other content.
+    """
+    try:
+        text = path().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(
+            f"{path()} can't be read ({error.strerror}): name another folder in R1_CACHE"
+        ) from None
+    try:
+        content: dict[str, dict[str, dict[str, int]]] = json.loads(text)
+        for launches in content.values():
+            for key, values in launches.items():
+                kind = KINDS[key.split()[0]]
+                if missing := {each.name for each in dataclasses.fields(kind)} - values.keys():
+                    raise ValueError(f"{key} has no {min(missing)}")
+                kind(**values)
+                flags = [each.name for each in dataclasses.fields(kind) if each.type == "bool"]
+                for name, value in values.items():
+                    # Tiles are powers of two; pipelines have a few stages.
+                    sound = type(value) is (bool if name in flags else int) and (
+                        1 <= value <= 8
+                        if name.endswith("stages")
+                        else name in flags or value.bit_count() == 1 <= value
+                    )
+                    if not sound:
+                        raise ValueError(f"{key} has {name}={value!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise InputError(
+            f"{path()} doesn't hold launch parameters of this version ({error}): remove it"
+        ) from None
+    return content

@@ -1,0 +1,72 @@
+"""The kernels as strategies for the slots `attend` and `dispatch`.
+
+Triton is optional, so nothing here imports it until a strategy is put into a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from r1.model.attend import Attend, UpProjection
+from r1.model.cache import LayerCache
+from r1.model.config import AttentionShape
+from r1.model.dispatch import Dispatch
+from r1.model.moe import Experts
+from r1.model.step import Step
+from r1.model.strategy import Use
+
+
+def _why_not(use: Use) -> str | None:
+    """Why no kernel can run in such a use."""
+    if why := use.machine("triton"):
+        return why
+    if use.amp:
+        reads = "it reads weights as they are stored, not under amp"
+        return f"{reads}: use dtype={use.dtype_name}, no amp"
+    return None
+
+
+class TritonAttend(Attend):
+    """`Absorbed` as kernels, for decode steps: attention.py."""
+
+    name, needs = "triton", None
+    attend: Callable[..., Tensor]
+
+    def why_not(self, use: Use) -> str | None:
+        if use.phase == "prefill":
+            return "its kernels read a cache, one decode step at a time: use expand"
+        return _why_not(use)
+
+    def prepare(self) -> None:
+        from r1.kernels.attention import attend
+
+        self.attend = attend
+
+    def flops(self, shape: AttentionShape) -> float:
+        return 2.0 * shape.num_attention_heads * (shape.latent_dim + shape.kv_lora_rank)
+
+    def __call__(
+        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, up: UpProjection,
+        scale: float, step: Step, cache: LayerCache | None,
+    ) -> Tensor:  # fmt: skip
+        return self.attend(q_nope, q_pe, c_kv, k_pe, up, scale, step, cache)
+
+
+class TritonDispatch(Dispatch):
+    """The chosen experts as kernels, which read each in place: experts.py."""
+
+    name = "triton"
+    dispatch: Callable[..., Tensor]
+
+    def why_not(self, use: Use) -> str | None:
+        return _why_not(use)
+
+    def prepare(self) -> None:
+        from r1.kernels.experts import dispatch
+
+        self.dispatch = dispatch
+
+    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        return self.dispatch(experts, x, indices, weights)

@@ -1,0 +1,129 @@
+"""Three strategies for the slot `dispatch`: how chosen experts are computed. They are one function.
+
+| strategy | how | good for |
+|---|---|---|
+| `loop` | each expert over its tokens, in turn; reads the counts on the host | reading |
+| `gather` | copies the chosen experts' weights beside each token, N K of them | few tokens |
+| `grouped` | sorts tokens by expert; a grouped product reads each expert once | prompts |
+
+A fourth, `triton`, reads experts in place for any number of tokens: r1/kernels/experts.py.
+
+Shapes: N tokens, K experts per token, E experts, D hidden_size, I moe_intermediate_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from r1.model.moe import Experts
+from r1.model.strategy import Strategy, Use
+
+GATHER_BYTES = 256 * 2**20
+"""The most that `gather` copies at a time; longer inputs are cut."""
+GROUPED_ALIGNMENT = 16
+"""torch's grouped_mm wants rows of a multiple of so many bytes."""
+NO_GRAPH = "which no graph can hold: use gather or triton, or leave {} off"
+
+
+class Dispatch(Strategy):
+    """The weighted sum of each token's chosen experts."""
+
+    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """x (N, D), indices int64 (N, K) into `experts`, weights fp32 (N, K) -> (N, D)."""
+        raise NotImplementedError
+
+
+class Loop(Dispatch):
+    """The definition, written out."""
+
+    name = "loop"
+
+    def why_not(self, use: Use) -> str | None:
+        reads = "it reads its counts on the host"
+        if use.compiled:
+            return f"{reads}, which compile can't hold: use gather or grouped"
+        return f"{reads}, {NO_GRAPH.format(use.capture)}" if use.captured else None
+
+    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        order, token, ends = by_expert(indices, experts.count)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                rows = token[start:end]  # the tokens that chose this expert
+                h = experts.inner(lambda m: F.linear(x[rows], m.one(expert, x.dtype)))  # noqa: B023
+                y = F.linear(h, experts.down_proj.one(expert, x.dtype))  # (rows, D)
+                out.index_add_(0, rows, y * weights.flatten()[order[start:end], None])
+            start = end
+        return out.to(x.dtype)
+
+
+class Gather(Dispatch):
+    """A matrix-vector product for each token and choice; no host sync, any shape."""
+
+    name = "gather"
+
+    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        rows = max(1, GATHER_BYTES // (indices.shape[1] * experts.inner_bytes(x.dtype)))
+        if x.shape[0] > rows:
+            parts = zip(x.split(rows), indices.split(rows), weights.split(rows), strict=True)
+            return torch.cat([self(experts, *part) for part in parts])
+        chosen = indices.flatten()  # (N K,)
+        xs = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1)[..., None]  # (N K, D, 1)
+        h = experts.inner(lambda m: torch.bmm(m.pick(chosen, x.dtype), xs).squeeze(-1))  # (N K, I)
+        y = torch.bmm(experts.down_proj.pick(chosen, h.dtype), h[..., None])  # (N K, D, 1)
+        y = y.squeeze(-1).unflatten(0, indices.shape)  # (N, K, D)
+        return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # in fp32: the router's weights are
+
+
+class Grouped(Dispatch):
+    """Sort by expert, two grouped matrix products, and back; each expert is read once."""
+
+    name = "grouped"
+
+    def why_not(self, use: Use) -> str | None:
+        for name, size in (
+            ("hidden_size", use.config.hidden_size),
+            ("moe_intermediate_size", use.config.experts.moe_intermediate_size),
+        ):
+            if (
+                use.config.experts.n_routed_experts
+                and size * use.dtype.itemsize % GROUPED_ALIGNMENT
+            ):
+                wants = f"torch's grouped_mm wants rows of a multiple of {GROUPED_ALIGNMENT} bytes"
+                return f"{wants}, and {name} is {size} in {use.dtype}; use gather"
+        why = use.machine("grouped_mm")
+        if use.gpu and use.dtype != torch.bfloat16:
+            why = f"torch's grouped_mm has a GPU kernel for bf16 only, not for {use.dtype_name}"
+        if use.captured and why:
+            graph = NO_GRAPH.format(use.capture)
+            return f"it reads its counts on the host, because {why}, {graph}"
+        return None
+
+    def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        order, token, ends = by_expert(indices, experts.count)
+        xs = x.index_select(0, token)  # (N K, D)
+        h = experts.inner(lambda m: m.grouped(xs, ends))  # (N K, I)
+        y = experts.down_proj.grouped(h, ends)  # (N K, D)
+        ranks = torch.arange(len(order), device=order.device)
+        place = torch.empty_like(order).index_copy_(0, order, ranks)  # order's inverse
+        y = y.index_select(0, place).unflatten(0, indices.shape)  # (N, K, D), in the tokens' order
+        return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # in fp32: the router's weights are
+
+
+STRATEGIES: tuple[Dispatch, ...] = (Loop(), Gather(), Grouped())
+
+
+def by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the N K choices (N, K) by expert.
+
+    Returns `order` (N K), the place of each sorted choice among the unsorted; `token` (N K), its
+    token; and `ends`, int32 (E,): expert e owns the sorted choices ends[e - 1] to ends[e].
+    """
+    narrow = torch.int16 if experts <= 2**15 else torch.int64  # a GPU sorts byte by byte
+    sorted_experts, order = indices.flatten().to(narrow).sort(stable=True)
+    ids = torch.arange(experts, dtype=narrow, device=indices.device)
+    ends = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
+    return order, order // indices.shape[1], ends

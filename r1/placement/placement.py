@@ -1,0 +1,26 @@
+"""Where the parts of a model lie. A way to spread a model is a subclass of Placement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+Part = tuple[slice, ...]
+"""A piece of a tensor: start and stop in each dimension."""
+
+
+class Placement:
+    """Everything on one device. build.py asks it while it makes and loads a model."""
+
+    def arrange(self, model: Any) -> None:
+        """Swap modules of a Transformer that has no memory yet, such as experts held elsewhere."""
+
+    def device(self, name: str, module: nn.Module, device: torch.device) -> torch.device:
+        """The device of a module's own tensors; `name` is its path in the model."""
+        return device
+
+    def part(self, key: str, shape: tuple[int, ...]) -> Part:
+        """The part of the checkpoint's tensor `key` that this process holds."""
+        return tuple(slice(0, size) for size in shape)

@@ -1,0 +1,116 @@
+"""How a phase runs the model's parts: as they are, compiled, or fused by hand.
+
+Prompts and decode steps choose separately. The captured and the autocast call are around these:
+see callers.py.
+
+Shapes: B rows, S tokens of a row, D hidden_size, W vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from r1.errors import InputError
+from r1.model.cache import Cache
+from r1.model.mtp import MTPLayer
+from r1.model.step import Step
+from r1.model.transformer import Transformer
+from r1.switches.backend import Backend
+
+Block = Callable[..., Tensor]
+
+
+class Eager:
+    """The model as it is written."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def block(self, block: nn.Module) -> Block:
+        """A decoder layer, ready to be called."""
+        return block
+
+    def mtp(self, layer: MTPLayer) -> Block:
+        """An MTP layer, ready to be called."""
+        return layer
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states (B, S, D) -> logits (B, S, W)."""
+        return self.model.lm_head(hidden)
+
+    def next_step(self, cache: Cache, tokens: int) -> Step:
+        """A decode step for `tokens` tokens of each row, after those that the cache holds."""
+        offsets = torch.arange(tokens, device=cache.lengths.device)
+        return self.model.step("decode", cache.lengths[:, None] + offsets, cache.capacity)
+
+
+class Compiled(Eager):
+    """Blocks under torch.compile."""
+
+    def __init__(self, model: Transformer, phase: str, device: torch.device) -> None:
+        super().__init__(model)
+        from r1.run.compiled import compile_block  # the compiler takes seconds to import
+
+        self.compile = partial(compile_block, phase=phase, device=device)
+
+    def block(self, block: nn.Module) -> Block:
+        return self.compile(block)
+
+    def mtp(self, layer: MTPLayer) -> Block:
+        return self.compile(layer)
+
+
+class Fused(Eager):
+    """Blocks, output head and the start of a step as hand-written kernels (r1/kernels)."""
+
+    def __init__(self, model: Transformer, device: torch.device, *, tune: bool) -> None:
+        super().__init__(model)
+        from r1.kernels.block import DecodeBlock, output_head  # Triton is optional
+        from r1.kernels.chip import Chip
+        from r1.kernels.step import begin_step
+
+        self.chip = Chip.of(device)
+        if tune:
+            from r1.kernels import launches
+
+            tuned = launches.load(torch.cuda.get_device_name(device))
+            self.chip = replace(self.chip, tuned=tuned, asked={})
+        self.fused, self.why_not = partial(DecodeBlock, chip=self.chip), DecodeBlock.why_not
+        self.begin, self.output_head = begin_step, output_head
+
+    def block(self, block: nn.Module) -> Block:
+        if why := self.why_not(block):
+            raise InputError(f"kernels=triton: {why}")
+        return cast(Block, self.fused(block))
+
+    def mtp(self, layer: MTPLayer) -> Block:
+        return partial(layer, block=self.block(layer.block))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output_head(self.model.lm_head, self.chip, hidden)
+
+    def next_step(self, cache: Cache, tokens: int) -> Step:
+        frequency, factor = self.model.frequency, self.model.table_factor
+        positions, cos, sin = self.begin(self.chip, cache.lengths, tokens, frequency, factor)
+        # This torch kernel also separates begin_step from the fused blocks, which read `positions`
+        # before their wait.
+        rows = torch.arange(cache.rows, device=cache.lengths.device)[:, None]
+        return Step("decode", positions, cos, sin, rows)
+
+
+def ways_of(model: Transformer, backend: Backend, device: torch.device) -> dict[str, Eager]:
+    """The way of each phase, as the resolved switches say."""
+    phases = ("prefill", "decode")
+    if backend.compile:
+        ways: dict[str, Eager] = {phase: Compiled(model, phase, device) for phase in phases}
+    else:
+        ways = {phase: Eager(model) for phase in phases}
+    if backend.kernels == "triton":
+        ways["decode"] = Fused(model, device, tune=backend.tune)
+    return ways

@@ -1,0 +1,65 @@
+"""A matrix object: a weight that is multiplied, however it lies in memory.
+
+Whoever multiplies by a weight asks its matrix object and never looks inside. So a new storage is
+one class: it must give `dense`; the other methods are made of that one, and a class overrides those
+that it can do better.
+
+Shapes: out and in are a matrix's rows and columns; E experts, n chosen matrices, M sorted rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from r1.storage.grouped import grouped_mm
+
+
+class Matrix(nn.Module):
+    """A weight of shape (out, in), or (E, out, in): one for each expert.
+
+    It is a module, so its tensors (parameters or buffers) move and are counted with the model's.
+    """
+
+    shape: torch.Size
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole weight in `dtype` (None: the one it is stored for), (out, in) or (E, out,
+        in).
+        """
+        raise NotImplementedError
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x W^T: (..., in) -> (..., out)."""
+        return F.linear(x, self.dense(x.dtype))
+
+    def one(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix of one expert, (out, in)."""
+        return self.dense(dtype)[index]
+
+    def pick(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Entries of the first dimension, int64 (n,): experts (n, out, in), or rows (n, in)."""
+        return self.dense(dtype).index_select(0, ids)
+
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Each row of x (M, in) times its expert's matrix -> (M, out).
+
+        The rows are sorted by expert: expert e owns rows ends[e - 1] to ends[e], int32 (E,).
+        """
+        return grouped_mm(x, self.dense(x.dtype), ends)
+
+    def stored(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """The tensors that hold these rows, as views, named as a checkpoint names them.
+
+        Loading copies a checkpoint's `NAME.weight` to "weight", and so on. Saving reads them.
+        """
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as stored."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
+    def extra_repr(self) -> str:
+        return " x ".join(map(str, self.shape))

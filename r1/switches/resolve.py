@@ -1,0 +1,176 @@
+"""Turn what is asked into what really runs, or say why not. Nothing here falls back in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from r1.device import DTYPES
+from r1.errors import InputError
+from r1.model.config import Config
+from r1.model.strategy import Strategy, Use
+from r1.switches.backend import Backend
+from r1.switches.machine import Machine
+from r1.switches.strategies import ATTENTION, EXPERTS
+
+
+def resolve(
+    backend: Backend, config: Config, machine: Machine | None = None, *, batch: int = 1
+) -> Backend:
+    """Turn every "auto" into what really runs for `config`, with `batch` rows in a decode step.
+
+    Raises InputError for a switch that the machine can't do, or that contradicts another.
+    """
+    machine = machine or Machine.here()
+    device = _device(backend, machine)
+    machine = machine if device != "cpu" else machine.without_gpu()
+    backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
+    _check_machine(backend, machine)
+    backend = _kernels(backend, machine)
+    _check_speculation(backend, config)
+    uses = {
+        phase: _use(backend, config, machine, phase, batch * backend.step_tokens)
+        for phase in ("decode", "prefill")
+    }
+    attention, prefill_attention = _attention(backend, uses)
+    moe, prefill_moe = (
+        _choose(slot, EXPERTS, getattr(backend, slot), use, _auto_experts(use))
+        for slot, use in (("moe", uses["decode"]), ("prefill_moe", uses["prefill"]))
+    )
+    return dataclasses.replace(
+        backend, attention=attention, prefill_attention=prefill_attention,
+        moe=moe, prefill_moe=prefill_moe, join="off" if backend.join == "off" else "on",
+    )  # fmt: skip
+
+
+def _device(backend: Backend, machine: Machine) -> str:
+    if backend.device in ("auto", machine.device):
+        return machine.device
+    if backend.device == "cpu":
+        return "cpu"
+    if machine.cuda:
+        drives = f"drives {machine.device}: use device={machine.device}"
+        raise InputError(f"device={backend.device}: this torch ({machine.torch_version}) {drives}")
+    sees = f"torch {machine.torch_version} sees no such GPU here: use device=cpu"
+    raise InputError(f"device={backend.device}: {sees}")
+
+
+def _dtype(backend: Backend, machine: Machine) -> str:
+    if backend.dtype != "auto":
+        return backend.dtype
+    if not machine.cuda or backend.amp != "off":
+        return "fp32"
+    return "fp16" if machine.why_not("bf16") else "bf16"
+
+
+def _check_machine(backend: Backend, machine: Machine) -> None:
+    """Features that the machine lacks, and switches that contradict each other."""
+    wanted = {
+        "bf16": "bf16" in (backend.dtype, backend.amp),
+        "compile": backend.compile,
+        "cuda_graphs": backend.cuda_graphs,
+        "memory": backend.memory != "default",
+    }
+    for feature, asked in wanted.items():
+        if asked and (why := machine.why_not(feature)):
+            raise InputError(why)
+    if backend.prefill_graphs and (why := machine.why_not("cuda_graphs")):
+        raise InputError(f"prefill_graphs: {why}")
+    if backend.prefill_graphs and backend.memory == "empty-cache":
+        raise InputError(
+            "memory=empty-cache gives back what a prompt took, and prefill_graphs keeps it: leave "
+            "one of them out"
+        )
+    if backend.amp != "off" and backend.dtype != "fp32":
+        raise InputError(
+            f"amp={backend.amp} casts fp32 weights as it goes, but dtype={backend.dtype}: use "
+            "dtype=fp32, or amp=off"
+        )
+
+
+def _check_speculation(backend: Backend, config: Config) -> None:
+    if backend.speculate == "mtp" and not config.num_nextn_predict_layers:
+        has = "drafts with the MTP layer, and this model has none: use speculate=off"
+        raise InputError(f"speculate=mtp {has}")
+    if backend.speculate == "off" and backend.draft_tokens != 1:
+        use = "is of no use without drafts: add speculate=mtp, or leave it out"
+        raise InputError(f"draft_tokens={backend.draft_tokens} {use}")
+
+
+def _kernels(backend: Backend, machine: Machine) -> Backend:
+    """kernels=triton brings its own attention and experts of a decode step."""
+    if backend.kernels != "triton":
+        if backend.tune:
+            search = "tune searches the launch parameters of kernels=triton"
+            raise InputError(f"{search}: add kernels=triton, or leave tune out")
+        return backend
+    if why := machine.why_not("triton"):
+        raise InputError(f"kernels=triton: {why}")
+    if backend.amp != "off":
+        reads = "reads weights as they are stored, not under amp"
+        raise InputError(f"kernels=triton {reads}: use dtype={backend.amp}, no amp")
+    for name in ("attention", "moe"):
+        value = getattr(backend, name)
+        if value not in ("auto", "triton"):
+            fuses = f"fuses its own {name} into a step, not {name}={value}: leave {name} at auto"
+            raise InputError(f"kernels=triton {fuses}")
+    return dataclasses.replace(backend, attention="triton", moe="triton")
+
+
+def _use(backend: Backend, config: Config, machine: Machine, phase: str, tokens: int) -> Use:
+    captured = backend.cuda_graphs if phase == "decode" else backend.prefill_graphs
+    return Use(
+        config, phase, DTYPES[backend.compute], tokens, gpu=backend.device != "cpu",
+        amp=backend.amp != "off", compiled=backend.compile, captured=captured,
+        machine=machine.why_not,
+    )  # fmt: skip
+
+
+def _choose(
+    slot: str, table: Mapping[str, Strategy], asked: str, use: Use, auto: Sequence[str]
+) -> str:
+    """The strategy that is asked for, or for "auto" the first of `auto` that can run."""
+    if asked == "auto":
+        return next(name for name in auto if table[name].why_not(use) is None)
+    if why := table[asked].why_not(use):
+        raise InputError(f"{slot}={asked}: {why}")
+    return asked
+
+
+def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
+    """Both phases share one cache, so their strategies must keep the same of a token."""
+    shape = uses["decode"].config.attention
+    kept = {name: strategy.entry(shape) for name, strategy in ATTENTION.items()}
+    asked = {"decode": backend.attention, "prefill": backend.prefill_attention}
+    auto = {"decode": ("absorbed", "naive"), "prefill": ("expand", "naive")}
+    chosen = []
+    for phase, other, slot in (
+        ("decode", "prefill", "attention"),
+        ("prefill", "decode", "prefill_attention"),
+    ):
+        fixed = asked[other]
+        fitting = [n for n in auto[phase] if fixed == "auto" or kept[n] == kept[fixed]]
+        chosen.append(_choose(slot, ATTENTION, asked[phase], uses[phase], fitting))
+    decode, prefill = chosen
+    if kept[decode] != kept[prefill]:
+        keeps = {name: ATTENTION[name].keeps for name in chosen}
+        raise InputError(
+            f"attention={decode} and prefill_attention={prefill} can't share a cache: {decode} "
+            f"keeps {keeps[decode]}, {prefill} {keeps[prefill]}; use strategies that keep the same"
+        )
+    return decode, prefill
+
+
+def _auto_experts(use: Use) -> Sequence[str]:
+    """Expert strategies, the best first.
+
+    gather copies the experts of every token. grouped has to sort, but reads each expert once.
+    """
+    experts = use.config.experts
+    visits = use.tokens * experts.num_experts_per_tok
+    few = use.tokens == 1 or 4 * visits <= experts.n_routed_experts
+    if use.phase == "decode" and few:
+        return ("gather",)
+    if use.phase == "prefill" and use.captured:
+        return ("grouped", "triton", "gather")
+    return ("grouped", "loop", "gather")
