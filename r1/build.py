@@ -145,9 +145,7 @@ def _join(*layers: Linear) -> None:
 
 
 def randomize(model: Transformer, seed: int) -> None:
-    """Set every tensor from `seed`, on its device: the same bf16 numbers in every dtype and
-    storage.
-    """
+    """Set every tensor from `seed`: the same bf16 numbers in every dtype, joined or not."""
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():

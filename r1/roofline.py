@@ -131,9 +131,7 @@ def expected_experts(config: Config, rows: int) -> float:
 
 @dataclass(frozen=True)
 class Speculation:
-    """What a turn of speculate.py moves and computes, beside a step that gives each row one
-    token.
-    """
+    """The work of a turn of speculation, beside that of a step of one token a row."""
 
     plain: Work
     verify: Work

@@ -122,8 +122,11 @@ def test_a_tipped_expert_is_no_error() -> None:
     """Of a block's tokens the middle one counts, of several blocks the worst."""
     right = [torch.randn(5, 8), torch.randn(5, 8)]
     tipped = [right[0], torch.cat((-right[1][:2], right[1][2:]))]
-    assert tune.off(tipped, right) == 0.0
-    assert tune.off([right[0], -right[1]], right) > 1 and tune.off([-right[0], right[1]], right) > 1
+    assert tune.difference(tipped, right) == 0.0
+    assert (
+        tune.difference([right[0], -right[1]], right) > 1
+        and tune.difference([-right[0], right[1]], right) > 1
+    )
 
 
 def test_what_was_found_is_kept_by_gpu(cache: Path) -> None:

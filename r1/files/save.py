@@ -31,12 +31,12 @@ def save(
     dtype: torch.dtype | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write the model as a checkpoint in the published format: config.json, shards of `shard_bytes`
-    at most, an index.
+    """Write the model as a checkpoint in the published format.
 
-    Where the config has `fp8_block`, the projections are stored as FP8 blocks, as R1's are. `dtype`
-    is that of all else (default: as it is in memory); the gate's bias stays fp32. `extra` adds
-    fields to config.json. The folder must not exist; it appears whole or not at all.
+    That is config.json, shards of at most `shard_bytes`, and an index. Where the config has
+    `fp8_block`, the projections are stored as FP8 blocks, as R1's are. `dtype` is that of all other
+    tensors (default: as in memory); the gate's bias stays fp32. `extra` adds fields to config.json.
+    The folder must not exist; it appears whole or not at all. Raises InputError if it exists.
     """
     directory = Path(directory)
     if directory.exists():

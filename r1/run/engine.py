@@ -143,10 +143,9 @@ class Engine:
         depth: int = 0,
         assumed: float | None = None,
     ) -> Iterator[list[list[int]]]:
-        """Continue `rows` until each has `limit` tokens; yields each step's new tokens
-        (generate.py).
+        """Continue `rows` until each has `limit` tokens; yields each step's new tokens.
 
-        `cache` is one of `cache(...)`, and holds `depth` tokens a row.
+        See generate.py. `cache` is one of `cache(...)`, and holds `depth` tokens a row.
         """
         if self.drafter is None:
             return steps(self.runner, rows, limit, sampler, cache, depth)

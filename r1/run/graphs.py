@@ -17,8 +17,7 @@ from torch import Tensor
 from r1.model.cache import Cache
 
 WARM_UPS = 3
-"""Runs before the capture: libraries make their handles and workspaces, and compiled code is
-compiled, outside of it."""
+"""Runs before the capture, in which libraries make their handles and code is compiled."""
 
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -35,8 +34,9 @@ class Captured:
     outputs: tuple[Tensor, ...]
 
     def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the step on `inputs`; the tensors returned are the graph's own, and change with the
-        next replay.
+        """Run the step on `inputs`.
+
+        The returned tensors are the graph's own, and change with the next replay.
         """
         for static, given in zip(self.inputs, inputs, strict=True):
             if given.shape != static.shape or given.dtype != static.dtype:
@@ -49,15 +49,16 @@ class Captured:
 
 
 Pool = Any
-"""torch's handle of the memory that a graph computes in: several may share one, if they never run
-at the same time."""
+"""torch's handle of the memory that a graph computes in. Graphs that never run at the same time may
+share one."""
 
 
 def capture(
     step: Step, inputs: tuple[Tensor, ...], cache: Cache, pool: Pool | None = None
 ) -> Captured:
-    """Record `step(*inputs, cache)`. The cache's lengths are as before afterwards; slots behind
-    them may be written.
+    """Record `step(*inputs, cache)`.
+
+    It leaves the cache's lengths as they were. Slots after them may be written.
     """
     static, lengths = tuple(tensor.clone() for tensor in inputs), cache.lengths.clone()
     outputs: list[tuple[Tensor, ...]] = []
@@ -85,8 +86,9 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, repetitions: int) -> list[float]
 def record(
     call: Callable[[], None], undo: Callable[[], object] = lambda: None, pool: Pool | None = None
 ) -> torch.cuda.CUDAGraph:
-    """Run `call` some times on a stream beside, then record it; `undo` follows each of these, and
-    is not recorded.
+    """Run `call` some times on a side stream, then record it.
+
+    `undo` is called after each of these, and is not recorded.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -21,9 +21,7 @@ def check_tokens(tokens: Tensor) -> None:
 
 
 def check_rows(rows: Sequence[Sequence[int]], config: Config) -> None:
-    """Raises InputError for prompts that are empty, too long, or hold ids outside the
-    vocabulary.
-    """
+    """Raises InputError for prompts that are empty, too long, or hold unknown ids."""
     if not rows:
         raise InputError("there is no prompt: give at least one")
     for number, row in enumerate(rows):

@@ -94,9 +94,7 @@ class Runner:
         return Cache(self.entry, rows, capacity, layers, device=self.device, dtype=self.cache_dtype)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """int64 (B, S) -> fp32 (B, S, W): one forward without a cache, each token after earlier
-        ones.
-        """
+        """int64 (B, S) -> fp32 (B, S, W): one causal forward, without a cache."""
         with self.context():
             tokens = tokens.to(self.device)
             positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
@@ -161,8 +159,9 @@ class Runner:
         self, at: int, along: Along | None, tokens: Tensor, following: Tensor, last: Tensor,
         cache: Cache,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """A chunk of prompts, int64 (B, S), at place `at` of each row -> hidden states (B, D) of
-        its tokens `last` (B,).
+        """A chunk of prompts, int64 (B, S), which stands at place `at` of each row.
+
+        Returns the hidden states (B, D) of its tokens `last` (B,).
         """
         rows, stop = tokens.shape[0], at + tokens.shape[1]
         positions = torch.arange(at, stop, device=self.device).expand(rows, -1)

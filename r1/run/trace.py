@@ -69,9 +69,7 @@ class Difference:
 def compare(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float
 ) -> list[Difference]:
-    """Every tensor that both have, in our order of computation. Raises KeyError where the reference
-    has none of ours.
-    """
+    """Every tensor that both have, in the order of computation. Raises KeyError for none."""
     names = [name for name in ours if name in theirs]
     if not names:
         raise KeyError("the reference has no tensor that the model puts out")

@@ -8,6 +8,7 @@ once for each GPU, model shape and batch. Its result is kept in a file (kernels/
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,18 +26,20 @@ from r1.run.ways import Fused
 
 REPLAYS = 15
 GAIN = 0.001
-"""A change must save so much of the step's time to be kept: timings of the same thing differ by
-less."""
+"""The share of the step's time that a change must save to be kept. Two timings of the same launch
+differ by less."""
 CLOSE = 0.05
-"""How far a change may move a block's output, relative to the largest: another order of bf16 sums,
-and no more."""
+"""How far a change may move a block's output, relative to the largest value. Another order of bf16
+sums moves it by less."""
 
 
 def captured_seconds(step: Callable[[], object]) -> float:
     """Seconds of one replay of `step`, captured: the median."""
-    return statistics.median(
-        graphs.replay_seconds(graphs.record(lambda: (step(), None)[1]), REPLAYS)
-    )
+
+    def once() -> None:
+        step()
+
+    return statistics.median(graphs.replay_seconds(graphs.record(once), REPLAYS))
 
 
 def climb(
@@ -45,10 +48,10 @@ def climb(
     gain: float,
     going_on: Callable[[], bool] = lambda: True,
 ) -> AnyLaunch:
-    """The best launch found by changing one parameter at a time, as long as that saves a share of
-    more than `gain`.
+    """The best launch that changing one parameter at a time leads to.
 
-    `seconds` is asked again for what it has told already.
+    A change is kept if it saves more than the share `gain`. `seconds` is asked more than once for
+    the same launch.
     """
     best, before = start, None
     while best != before and going_on():
@@ -61,12 +64,11 @@ def climb(
     return best
 
 
-def off(ours: list[Tensor], right: list[Tensor]) -> float:
-    """How far blocks' outputs (N, D) differ, relative to the largest: the worst block's middle
-    token.
+def difference(ours: list[Tensor], right: list[Tensor]) -> float:
+    """How far blocks' outputs (N, D) differ, relative to the largest value.
 
-    Not the worst token's: another order of sums tips near ties between experts, and then a token's
-    output is another.
+    It is the worst block's, but of a block the middle token's: another order of sums tips near ties
+    between experts, and such a token's output is another.
     """
     gaps = [
         (a.float() - b.float()).abs().amax(dim=-1) / b.float().abs().amax(dim=-1)
@@ -80,20 +82,20 @@ def search(
     step: Callable[[], object],
     check: Callable[[], list[Tensor]],
     seconds: Callable[[Callable[[], object]], float] = captured_seconds,
-    found: Callable[[], None] = lambda: None,
+    keep: Callable[[], None] = lambda: None,
 ) -> None:
-    """Tune every kernel that `step` launches and `chip` has nothing for yet; `found` is called
-    first, and after each.
+    """Tune every kernel that `step` launches and that `chip` has no parameters for yet.
 
-    One parameter at a time, as long as that helps; what doesn't compile or fit the chip, or makes
-    `check` (some blocks' outputs, each from the same input) something else, is passed over.
+    `check` returns some blocks' outputs, each from the same input. Parameters are passed over if
+    they do not compile, do not fit the chip, or change these outputs. `keep` is called first, so
+    that a file that can't be written is reported before minutes are spent, and after each kernel.
     """
     chip.asked.clear()
     step()
     right = check()
     new = [key for key in chip.asked if key not in chip.tuned]
     if new:
-        found()  # who can't keep anything says so before minutes are spent
+        keep()
     for number, key in enumerate(new, 1):
         print(f"tuning kernel {number} of {len(new)}: {key}", file=sys.stderr, flush=True)
         tried: dict[Launch, float] = {}
@@ -101,60 +103,57 @@ def search(
         def measure(launch: Launch, key: str = key, tried: dict[Launch, float] = tried) -> float:
             """Seconds of the step with this launch; infinite where it can't be used."""
             if launch not in tried:
+                tried[launch] = math.inf
                 chip.tuned[key] = launch
                 try:
-                    tried[launch] = seconds(step) if off(check(), right) < CLOSE else float("inf")
+                    if difference(check(), right) < CLOSE:
+                        tried[launch] = seconds(step)
                 except (
                     triton.runtime.errors.OutOfResources,
                     triton.CompilationError,
                     RuntimeError,
                 ):
-                    tried[launch] = float("inf")
+                    pass  # it can't be used
                 finally:
                     del chip.tuned[key]
             return tried[launch]
 
         kind, sizes = chip.asked[key]
         chip.tuned[key] = climb(kind.default(sizes, chip), measure, GAIN)
-        found()
+        keep()
 
 
 def tune(runner: Runner, cache: Cache) -> None:
-    """Search what decode steps on `cache` launch, unless it is known already, and keep it. The
-    cache is empty afterwards.
+    """Search parameters for the decode steps on `cache`, unless they are known, and keep them.
 
-    A step of all layers, one behind the other; rows are as long as they are late in an answer.
+    The step that is timed runs all layers in a row, at rows three quarters full. The cache is
+    empty afterwards.
     """
     way = runner.ways["decode"]
     assert isinstance(way, Fused)
     chip, gpu = way.chip, torch.cuda.get_device_name(runner.device)
-    count = cache.rows * runner.backend.step_tokens
-    tokens = (
-        torch.arange(count, device=runner.device).view(cache.rows, -1) % runner.config.vocab_size
-    )  # (B, S)
+    count, width = cache.rows * runner.backend.step_tokens, runner.backend.step_tokens
+    numbers = torch.arange(count, device=runner.device) % runner.config.vocab_size
+    tokens = numbers.view(cache.rows, width)  # (B, S)
     blocks = list(zip(runner.blocks["decode"], cache.layers, strict=False))
     last = len(blocks) - 1
-    kinds = sorted(
-        {min(runner.config.experts.first_k_dense_replace, last), 0}
-    )  # a sparse layer, and a dense one
+    sparse = min(runner.config.experts.first_k_dense_replace, last)
 
     def step() -> None:
         with runner.context():
-            now = runner.next_step(cache, tokens.shape[1])
+            now = runner.next_step(cache, width)
             hidden = runner.model.embed_tokens(tokens)
             for block, layer in blocks:
                 hidden = block(hidden, now, layer)
-            if runner.backend.step_tokens > 2:  # the drafter's second pass reads one token of a row
+            if width > 2:  # the drafter's second pass reads one token of a row
                 blocks[last][0](hidden[:, :1], runner.next_step(cache, 1), blocks[last][1])
 
     def check() -> list[Tensor]:
         with runner.context():
-            now, hidden = (
-                runner.next_step(cache, tokens.shape[1]),
-                runner.model.embed_tokens(tokens),
-            )
-            return [blocks[i][0](hidden, now, blocks[i][1]).flatten(0, 1) for i in kinds]
+            now, hidden = runner.next_step(cache, width), runner.model.embed_tokens(tokens)
+            kinds = [blocks[i] for i in sorted({0, sparse})]
+            return [block(hidden, now, layer).flatten(0, 1) for block, layer in kinds]
 
     cache.lengths.fill_(cache.capacity * 3 // 4)
-    search(chip, step, check, found=lambda: launches.keep(gpu, chip.tuned))
+    search(chip, step, check, keep=lambda: launches.keep(gpu, chip.tuned))
     cache.reset()

@@ -25,9 +25,7 @@ class Matrix(nn.Module):
     shape: torch.Size
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole weight in `dtype` (None: the one it is stored for), (out, in) or (E, out,
-        in).
-        """
+        """The whole weight, (out, in) or (E, out, in), in `dtype` (None: the model's own)."""
         raise NotImplementedError
 
     def matmul(self, x: Tensor) -> Tensor:
