@@ -2,14 +2,13 @@
 
 | strategy | keeps of one token | one new token against T cached ones | good for |
 |---|---|---|---|
-| `naive` | keys and values of every head, H (P + R + V) | reads all of it | reading |
-| `expand` | the latent, C + R | expands T latents, then fused attention | prompts |
-| `absorbed` | the latent, C + R | moves W_UK to the query and W_UV after the sum | decode |
+| `naive` | keys and values of every head, H (P + R + V) | uses them as they are | study |
+| `expand` | `c_kv` and `k_pe`, C + R | makes T keys and values, then fused attention | prompts |
+| `absorbed` | `c_kv` and `k_pe`, C + R | applies W_UK to the query, W_UV to the sum | decode |
 
 A fourth, `triton`, is `absorbed` as hand-written kernels for decode: r1/kernels/attention.py.
 
-Shapes: B rows, S tokens of a row (the queries), T keys, H heads, P nope dim, R rope dim, V value
-dim, C latent.
+Shapes: B rows, S queries of a row, T keys, H heads, P nope dim, R rope dim, V value dim, C latent.
 """
 
 from __future__ import annotations
@@ -34,11 +33,9 @@ class UpProjection(Linear):
         super().__init__(shape.kv_lora_rank, self.heads * (self.nope + self.value))
 
     def keys_values(self, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (B, T, C), rotated keys (B, T, R) -> keys (B, T, H, P + R), values (B, T, H,
-        V).
-        """
+        """(B, T, C) and (B, T, R) -> keys (B, T, H, P + R) and values (B, T, H, V)."""
         kv = self(c_kv).unflatten(-1, (self.heads, -1))  # (B, T, H, P + V)
-        k_nope, v = kv.split([self.nope, self.value], dim=-1)
+        k_nope, v = kv.split([self.nope, self.value], dim=-1)  # (B, T, H, P), (B, T, H, V)
         k_pe = k_pe.to(kv.dtype)[:, :, None].expand(-1, -1, self.heads, -1)  # (B, T, H, R)
         return torch.cat((k_nope, k_pe), dim=-1), v
 
@@ -50,12 +47,10 @@ class UpProjection(Linear):
 
 
 class Attend(Strategy):
-    """Attention of a call's tokens to their keys: how, and with which cache."""
+    """A way to compute attention of a call's tokens to their keys, and the cache that it keeps."""
 
-    needs: str | None = None
-    """What it needs of a step to hide keys: "mask", "bias" or None (see step.py)."""
-    keeps: str = "the latent"
-    """What it caches of a token, in words."""
+    needs: str | None = None  # the field of a Step that hides keys from it: "mask", "bias" or None
+    keeps: str = "the latent"  # what it caches of a token, in words; here `c_kv` and `k_pe`
 
     def entry(self, shape: AttentionShape) -> Entry:
         """The shapes that one token leaves in a layer's cache. Both phases must keep the same."""
@@ -71,8 +66,7 @@ class Attend(Strategy):
     ) -> Tensor:  # fmt: skip
         """q_nope (B, S, H, P), q_pe (B, S, H, R), c_kv (B, S, C), k_pe (B, S, R) -> (B, S, H, V).
 
-        `scale` multiplies the scores. Where there is a cache, the call's tokens are first written
-        to it.
+        `scale` multiplies the scores. Where there is a cache, the tokens are first written to it.
         """
         raise NotImplementedError
 
@@ -94,16 +88,13 @@ class Naive(Attend):
         if cache is not None:
             k, v = step.write(cache, k, v)  # (B, T, H, P + R), (B, T, H, V)
         q = torch.cat((q_nope, q_pe), dim=-1)  # (B, S, H, P + R)
-        scores = torch.einsum("bshd,bthd->bhst", q, k)
+        scores = torch.einsum("bshd,bthd->bhst", q, k)  # (B, H, S, T)
         p = probabilities(scores, scale, step.bias).to(v.dtype)  # (B, H, S, T)
-        return torch.einsum("bhst,bthv->bshv", p, v)
+        return torch.einsum("bhst,bthv->bshv", p, v)  # (B, S, H, V)
 
 
 class Expand(Attend):
-    """Keys and values made from the latents at each call, then torch's fused attention.
-
-    Of the three it needs the fewest operations where there are many queries.
-    """
+    """Makes keys and values from all latents at each call. Fewest operations for many queries."""
 
     name, needs = "expand", "mask"
 
@@ -112,21 +103,21 @@ class Expand(Attend):
         scale: float, step: Step, cache: LayerCache | None,
     ) -> Tensor:  # fmt: skip
         if cache is not None:
-            (latent,) = step.write(cache, torch.cat((c_kv, k_pe), dim=-1))  # (B, T, C + R)
-            c_kv, k_pe = latent.split([c_kv.shape[-1], k_pe.shape[-1]], dim=-1)
-        k, v = up.keys_values(c_kv, k_pe)
-        q = torch.cat((q_nope, q_pe.to(q_nope.dtype)), dim=-1)
+            (kept,) = step.write(cache, torch.cat((c_kv, k_pe), dim=-1))  # (B, T, C + R)
+            c_kv, k_pe = kept.split([c_kv.shape[-1], k_pe.shape[-1]], dim=-1)
+        k, v = up.keys_values(c_kv, k_pe)  # (B, T, H, P + R), (B, T, H, V)
+        q = torch.cat((q_nope, q_pe.to(q_nope.dtype)), dim=-1)  # (B, S, H, P + R)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H, S or T, .)
-        causal = step.starts_rows
+        causal = step.starts_rows  # then there is no mask
         o = F.scaled_dot_product_attention(q, k, v, step.mask, is_causal=causal, scale=scale)
-        return o.transpose(1, 2)
+        return o.transpose(1, 2)  # (B, S, H, V)
 
 
 class Absorbed(Attend):
-    """Attention among latents (V2 paper, section 2.1.2).
+    """Attention to the latents themselves (V2 paper, section 2.1.2).
 
-    q (W_UK c) = (W_UK^T q) c, and sum p (W_UV c) = W_UV (sum p c). All heads share the latent keys,
-    so the scores are one matrix product of S H rows, and the same latents serve as values.
+    q · (W_UK c) = (W_UK^T q) · c, and sum p (W_UV c) = W_UV (sum p c). All heads share these keys,
+    so the scores are one matrix product of S H rows. The keys' first C elements serve as values.
     """
 
     name, needs = "absorbed", "bias"
@@ -138,17 +129,17 @@ class Absorbed(Attend):
         self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, up: UpProjection,
         scale: float, step: Step, cache: LayerCache | None,
     ) -> Tensor:  # fmt: skip
-        latent = torch.cat((c_kv, k_pe), dim=-1)  # (B, S, C + R)
+        k = torch.cat((c_kv, k_pe), dim=-1)  # (B, S, C + R)
         if cache is not None:
-            (latent,) = step.write(cache, latent)  # (B, T, C + R)
-        w_uk, w_uv = up.by_head()
+            (k,) = step.write(cache, k)  # (B, T, C + R)
+        w_uk, w_uv = up.by_head()  # (H, P, C), (H, V, C)
         q_c = by_head(q_nope, w_uk)  # (B, S, H, C)
         q = torch.cat((q_c, q_pe.to(q_c.dtype)), dim=-1)  # (B, S, H, C + R)
-        scores = torch.bmm(q.flatten(1, 2), latent.to(q.dtype).mT)  # (B, S H, T)
+        scores = torch.bmm(q.flatten(1, 2), k.to(q.dtype).mT)  # (B, S H, T)
         scores = scores.view(*q.shape[:3], -1).transpose(1, 2)  # (B, H, S, T)
-        p = probabilities(scores, scale, step.bias).transpose(1, 2).flatten(1, 2)
-        c = torch.bmm(p.to(latent.dtype), latent[..., : c_kv.shape[-1]])  # (B, S H, C)
-        return by_head(c.view(*q.shape[:3], -1), w_uv.mT)
+        p = probabilities(scores, scale, step.bias).transpose(1, 2).flatten(1, 2)  # (B, S H, T)
+        c = torch.bmm(p.to(k.dtype), k[..., : c_kv.shape[-1]])  # (B, S H, C)
+        return by_head(c.view(*q.shape[:3], -1), w_uv.mT)  # (B, S, H, V)
 
 
 STRATEGIES: tuple[Attend, ...] = (Naive(), Expand(), Absorbed())
@@ -157,17 +148,14 @@ STRATEGIES: tuple[Attend, ...] = (Naive(), Expand(), Absorbed())
 def by_head(x: Tensor, weight: Tensor) -> Tensor:
     """Each head's own product: x (B, S, H, in) times weight (H, in, out) -> (B, S, H, out)."""
     rows = x.flatten(0, 1).transpose(0, 1)  # (H, B S, in)
-    return torch.bmm(rows, weight).transpose(0, 1).view(*x.shape[:3], -1)
+    return torch.bmm(rows, weight).transpose(0, 1).view(*x.shape[:3], -1)  # (B, S, H, out)
 
 
 def probabilities(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Softmax over the keys, in fp32: scores (B, H, S, T) -> (B, H, S, T).
+    """Softmax of `scale * scores` over the keys, in fp32: (B, H, S, T) -> (B, H, S, T).
 
-    `bias` (B, 1, S, T) hides keys. None: the keys are the queries' own tokens, in order.
+    `bias` (B, 1, S, T) hides keys. None: the keys are the queries' own tokens, so S = T.
     """
     if bias is None:
-        hidden = torch.full(
-            scores.shape[-2:], float("-inf"), dtype=torch.float32, device=scores.device
-        )
-        bias = hidden.triu(1)
+        bias = scores.new_full(scores.shape[-2:], float("-inf"), dtype=torch.float32).triu(1)
     return torch.add(bias, scores, alpha=scale).softmax(dim=-1)

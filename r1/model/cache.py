@@ -1,9 +1,9 @@
-"""The static cache: allocated once for B rows of T tokens, so shapes and addresses never change.
+"""The static cache: allocated once for B rows of T slots, so shapes and addresses never change.
 
-Each row has its own length (ragged batches). Slots after a row's length hold garbage that the mask
-hides: padding and rejected drafts, which the next tokens of the row overwrite.
+A slot holds one token. Each row has its own length (ragged batches). The slots after it may hold
+padding or rejected drafts (r1/run). Masks hide these, and the row's next tokens replace them.
 
-Shapes: B rows, T tokens of capacity.
+Shapes: B rows, T slots of a row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def bytes_per_token(entry: Entry, dtype: torch.dtype, layers: int) -> int:
 
 
 class Cache:
-    """The cache of some layers; `lengths`, int64 (B,), counts the tokens of each row."""
+    """The cache of several layers. `lengths`, int64 (B,), counts the tokens of each row."""
 
     def __init__(
         self, entry: Entry, rows: int, capacity: int, layers: int, *,
@@ -41,10 +41,10 @@ class Cache:
         ]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.graphs: dict[tuple[Any, ...], Any] = {}
-        """Captured steps, by their kind and shapes: bound to these addresses, freed with them."""
+        """CUDA graphs that use this cache's addresses, by their kind and shapes. Freed with it."""
 
     def reset(self) -> None:
-        """Set all lengths and entries to 0: a NaN after a length would poison sums."""
+        """Set all lengths and entries to 0."""
         self.lengths.zero_()
         for tensor in (tensor for layer in self.layers for tensor in layer):
             tensor.zero_()

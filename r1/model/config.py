@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN's settings (arXiv 2309.00071; V2 paper, section 3.1.4), as in `rope_scaling`."""
+    """YaRN's settings (arXiv 2309.00071; V2 paper, section 3.1.4), config.json's `rope_scaling`."""
 
     factor: float
     original_max_position_embeddings: int
@@ -24,7 +24,7 @@ class Yarn:
     mscale_all_dim: float = 0.0
 
     def temperature(self, weight: float) -> float:
-        """The attention temperature `0.1 weight ln(factor) + 1` (arXiv 2309.00071, section 3.4)."""
+        """`0.1 weight ln(factor) + 1`: section 3.4's sqrt(1/t), where t divides the scores."""
         return 0.1 * weight * math.log(self.factor) + 1.0
 
     @property
@@ -34,7 +34,7 @@ class Yarn:
 
     @property
     def softmax_factor(self) -> float:
-        """Multiplies the softmax scale: the temperature squared, 1.87 for R1."""
+        """Multiplies the softmax scale: 1/t, which is 1.87 for R1."""
         return self.temperature(self.mscale_all_dim) ** 2
 
 
@@ -43,8 +43,7 @@ class AttentionShape:
     """Latent attention (V3 paper, arXiv 2412.19437, section 2.1.1). Sizes in elements."""
 
     num_attention_heads: int
-    q_lora_rank: int | None
-    """Size of the compressed query; None: queries are projected directly."""
+    q_lora_rank: int | None  # size of the compressed query; None: queries are projected directly
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -59,39 +58,37 @@ class AttentionShape:
 
     @property
     def latent_dim(self) -> int:
-        """Elements that one token leaves in one layer's latent cache: `c_kv` and `k_pe`."""
+        """Elements of `c_kv` and `k_pe`, which a token leaves in the cache of one layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Router and experts (V3 paper, section 2.1.2). The defaults say that there are none."""
+    """Router and experts (V3 paper, section 2.1.2). The defaults mean: no experts."""
 
     n_routed_experts: int = 0
     n_shared_experts: int = 0
     num_experts_per_tok: int = 1
     moe_intermediate_size: int = 1
     n_group: int = 1
-    topk_group: int = 1
-    first_k_dense_replace: int = 0
-    """How many layers, from the first on, have a dense feed-forward instead."""
-    topk_method: str = "noaux_tc"
-    scoring_func: str = "sigmoid"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
+    topk_group: int = 1  # how many groups a token may choose experts from
+    first_k_dense_replace: int = 0  # how many first layers have a dense feed-forward instead
+    topk_method: str = "noaux_tc"  # see router.py
+    scoring_func: str = "sigmoid"  # or "softmax"
+    norm_topk_prob: bool = True  # whether a token's weights are divided by their sum
+    routed_scaling_factor: float = 1.0  # multiplies the weights
 
 
 @dataclass(frozen=True)
 class FileFormat:
     """How the checkpoint's files store weights."""
 
-    fp8_block: tuple[int, int] | None = None
-    """Rows and columns of the FP8 blocks that share one scale; None: the weights are not FP8."""
+    fp8_block: tuple[int, int] | None = None  # rows, columns that share a scale; None: no FP8
 
 
 @dataclass(frozen=True)
 class Config:
-    """One model. Sizes are in elements; see V3's paper (arXiv 2412.19437), section 2."""
+    """One model. Sizes are in elements."""
 
     model_type: str
     vocab_size: int
@@ -104,19 +101,18 @@ class Config:
     experts: ExpertShape = field(default_factory=ExpertShape)
     files: FileFormat = field(default_factory=FileFormat)
     tie_word_embeddings: bool = False
-    num_nextn_predict_layers: int = 0
-    """Multi-token-prediction layers, which the checkpoint numbers after the decoder's."""
+    num_nextn_predict_layers: int = 0  # MTP layers, which the checkpoint numbers after the others
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def is_moe(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (MTP layers follow `num_hidden_layers`) has experts."""
+        """Whether layer number `layer` has experts. (MTP layers: `num_hidden_layers` and on.)"""
         return self.experts.n_routed_experts > 0 and layer >= self.experts.first_k_dense_replace
 
     def change(self, **values: Any) -> Config:
         """A copy with other values: `config.change(num_hidden_layers=4, n_routed_experts=16)`.
 
-        A field of a part is named like any other. Raises TypeError for a name that no part has.
+        Fields of `attention`, `experts` and `files` are named directly. Others raise TypeError.
         """
         own = {f.name for f in dataclasses.fields(self)}
         changed = {name: value for name, value in values.items() if name in own}

@@ -1,8 +1,8 @@
-"""Three strategies for the slot `dispatch`: how chosen experts are computed. They are one function.
+"""Three ways to compute the chosen experts, for the slot `dispatch`. All compute the same function.
 
 | strategy | how | good for |
 |---|---|---|
-| `loop` | each expert over its tokens, in turn; reads the counts on the host | reading |
+| `loop` | each expert over its tokens, in turn; reads the counts on the host | study |
 | `gather` | copies the chosen experts' weights beside each token, N K of them | few tokens |
 | `grouped` | sorts tokens by expert; a grouped product reads each expert once | prompts |
 
@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from r1.model.moe import Experts
 from r1.model.strategy import Strategy, Use
 
-GATHER_BYTES = 256 * 2**20
-"""The most that `gather` copies at a time; longer inputs are cut."""
-GROUPED_ALIGNMENT = 16
-"""torch's grouped_mm wants rows of a multiple of so many bytes."""
+GATHER_BYTES = 256 * 2**20  # the most that `gather` copies at a time; it splits longer inputs
+GROUPED_ALIGNMENT = 16  # torch's grouped_mm needs rows of a multiple of so many bytes
 NO_GRAPH = "which no graph can hold: use gather or triton, or leave {} off"
 
 
@@ -36,7 +34,7 @@ class Dispatch(Strategy):
 
 
 class Loop(Dispatch):
-    """The definition, written out."""
+    """The definition, written out: a loop over experts."""
 
     name = "loop"
 
@@ -50,7 +48,7 @@ class Loop(Dispatch):
         order, token, ends = by_expert(indices, experts.count)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         start = 0
-        for expert, end in enumerate(ends.tolist()):
+        for expert, end in enumerate(ends.tolist()):  # .tolist() waits for the GPU
             if end > start:
                 rows = token[start:end]  # the tokens that chose this expert
                 h = experts.inner(lambda m: F.linear(x[rows], m.one(expert, x.dtype)))  # noqa: B023
@@ -66,32 +64,30 @@ class Gather(Dispatch):
     name = "gather"
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        rows = max(1, GATHER_BYTES // (indices.shape[1] * experts.inner_bytes(x.dtype)))
-        if x.shape[0] > rows:
-            parts = zip(x.split(rows), indices.split(rows), weights.split(rows), strict=True)
+        most = max(1, GATHER_BYTES // (indices.shape[1] * experts.inner_bytes(x.dtype)))  # tokens
+        if x.shape[0] > most:
+            parts = zip(x.split(most), indices.split(most), weights.split(most), strict=True)
             return torch.cat([self(experts, *part) for part in parts])
         chosen = indices.flatten()  # (N K,)
         xs = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1)[..., None]  # (N K, D, 1)
         h = experts.inner(lambda m: torch.bmm(m.pick(chosen, x.dtype), xs).squeeze(-1))  # (N K, I)
         y = torch.bmm(experts.down_proj.pick(chosen, h.dtype), h[..., None])  # (N K, D, 1)
         y = y.squeeze(-1).unflatten(0, indices.shape)  # (N, K, D)
-        return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # in fp32: the router's weights are
+        return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
 
 
 class Grouped(Dispatch):
-    """Sort by expert, two grouped matrix products, and back; each expert is read once."""
+    """Sorts by expert, multiplies in grouped products (each expert is read once), sorts back."""
 
     name = "grouped"
 
     def why_not(self, use: Use) -> str | None:
-        for name, size in (
-            ("hidden_size", use.config.hidden_size),
-            ("moe_intermediate_size", use.config.experts.moe_intermediate_size),
-        ):
-            if (
-                use.config.experts.n_routed_experts
-                and size * use.dtype.itemsize % GROUPED_ALIGNMENT
-            ):
+        shape, sizes = use.config.experts, {}
+        if shape.n_routed_experts:
+            sizes["hidden_size"] = use.config.hidden_size
+            sizes["moe_intermediate_size"] = shape.moe_intermediate_size
+        for name, size in sizes.items():
+            if size * use.dtype.itemsize % GROUPED_ALIGNMENT:
                 wants = f"torch's grouped_mm wants rows of a multiple of {GROUPED_ALIGNMENT} bytes"
                 return f"{wants}, and {name} is {size} in {use.dtype}; use gather"
         why = use.machine("grouped_mm")
@@ -108,21 +104,21 @@ class Grouped(Dispatch):
         h = experts.inner(lambda m: m.grouped(xs, ends))  # (N K, I)
         y = experts.down_proj.grouped(h, ends)  # (N K, D)
         ranks = torch.arange(len(order), device=order.device)
-        place = torch.empty_like(order).index_copy_(0, order, ranks)  # order's inverse
-        y = y.index_select(0, place).unflatten(0, indices.shape)  # (N, K, D), in the tokens' order
-        return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # in fp32: the router's weights are
+        inverse = torch.empty_like(order).index_copy_(0, order, ranks)  # inverse[order[i]] = i
+        y = y.index_select(0, inverse).unflatten(0, indices.shape)  # (N, K, D), in tokens' order
+        return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
 
 
 STRATEGIES: tuple[Dispatch, ...] = (Loop(), Gather(), Grouped())
 
 
 def by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the N K choices (N, K) by expert.
+    """Sort the N K choices (N, K) by expert; returns `order`, `token` and `ends`.
 
-    Returns `order` (N K), the place of each sorted choice among the unsorted; `token` (N K), its
-    token; and `ends`, int32 (E,): expert e owns the sorted choices ends[e - 1] to ends[e].
+    The sorted choice i is number order[i] (N K,) of the unsorted, and belongs to token[i] (N K,).
+    ends is int32 (E,): expert e owns the sorted choices from ends[e - 1] (or 0) to ends[e] - 1.
     """
-    narrow = torch.int16 if experts <= 2**15 else torch.int64  # a GPU sorts byte by byte
+    narrow = torch.int16 if experts <= 2**15 else torch.int64  # fewer bytes sort faster on a GPU
     sorted_experts, order = indices.flatten().to(narrow).sort(stable=True)
     ids = torch.arange(experts, dtype=narrow, device=indices.device)
     ends = torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)

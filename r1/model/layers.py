@@ -1,6 +1,6 @@
 """The layers that every transformer has: Linear, Embedding, RMSNorm and the SwiGLU feed-forward.
 
-Shapes: B rows, S tokens of a row, D hidden_size, I intermediate_size.
+Shapes: B rows, S tokens of a row, D hidden_size, I inner size, W vocab_size.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from r1.storage.matrix import Matrix
 
 
 class Linear(nn.Module):
-    """y = x W^T, without a bias. How W lies in memory is up to its matrix object."""
+    """x times the transposed weight, no bias. The matrix object knows how the weight is stored."""
 
-    matrix: Matrix
-    """(out, in)."""
+    matrix: Matrix  # (out, in)
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -32,17 +31,14 @@ class Linear(nn.Module):
 
 
 def project(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
-    """The output of each layer for the same x; a single product where storage joins their
-    weights.
-    """
+    """Each layer's output for the same x. Weights that are stored as one need one product only."""
     return products(lambda matrix: matrix.matmul(x), [layer.matrix for layer in layers])
 
 
 class Embedding(nn.Module):
-    """A row of the matrix for each token."""
+    """Looks up one row of the matrix for each token."""
 
-    matrix: Matrix
-    """(vocab_size, D)."""
+    matrix: Matrix  # (W, D)
 
     def __init__(self, tokens: int, dim: int) -> None:
         super().__init__()
@@ -54,11 +50,10 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight`, the statistics in fp32 (arXiv 1910.07467).
+    """`x / rms(x) * weight`, where rms(x) is the root of the mean square (arXiv 1910.07467).
 
-    It rounds to x's dtype *before* the multiplication, as transformers does. DeepSeek's demo (and
-    `F.rms_norm` with its weight) rounds after it. In bf16 the two differ by one rounding, and
-    checkpoints are compared with transformers.
+    x / rms(x) is computed in fp32 and rounded to x's dtype *before* the weight multiplies it, as in
+    transformers, our reference. DeepSeek's demo (and `F.rms_norm` with a weight) rounds after it.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -67,7 +62,7 @@ class RMSNorm(nn.Module):
         self.shape, self.eps = (dim,), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim), same dtype."""
+        """(..., dim) -> (..., dim). With fp32 weights the result is fp32, also for a bf16 x."""
         return self.weight * F.rms_norm(x, self.shape, eps=self.eps)
 
 

@@ -1,8 +1,8 @@
 """Multi-head latent attention (V2 paper, arXiv 2405.04434, section 2.1; V3 paper, section 2.1.1).
 
-The keys and values of all heads are compressed into one latent `c_kv` per token. One rotated key
-`k_pe`, which all heads share, carries positions. A cache needs no more than those two. How queries
-then meet keys is the slot `attend`: see attend.py.
+The keys and values of all heads are compressed into one latent `c_kv` for each token. One rotated
+key `k_pe`, which all heads share, carries its position. A cache needs only those two. The slot
+`attend` computes the attention itself: see attend.py.
 
 Shapes: B rows, S tokens of a row, D hidden_size, H heads, P qk_nope_head_dim, R qk_rope_head_dim,
 V v_head_dim, C kv_lora_rank, Q q_lora_rank.
@@ -28,10 +28,9 @@ LATENT_NORM_EPS = 1e-6
 class MLA(nn.Module):
     """One layer's attention: projections, rotation, the slot `attend`, the output projection."""
 
-    attend: dict[str, Attend]
-    """The strategy for each phase, "prefill" and "decode"; build.py fills it."""
+    attend: dict[str, Attend]  # the strategy of each phase, "prefill" and "decode"; from build.py
     rotate: Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]] = staticmethod(rotate_each)
-    """How queries and key are rotated: each by itself, or both in one call (rope.py)."""
+    """Rotates queries and key. build.py may put in `rotate_jointly` (rope.py), which is faster."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ class MLA(nn.Module):
         """(B, S, D) -> (B, S, D). Writes the tokens' cache entries where there is a cache."""
         a = self.shape
         if a.q_lora_rank is None:
-            q, kv = project(x, self.q_proj, self.kv_a_proj_with_mqa)
+            q, kv = project(x, self.q_proj, self.kv_a_proj_with_mqa)  # q: (B, S, H (P + R))
         else:
             c_q, kv = project(x, self.q_a_proj, self.kv_a_proj_with_mqa)  # (B, S, Q), (B, S, C + R)
             q = self.q_b_proj(self.q_a_layernorm(c_q))  # (B, S, H (P + R))
@@ -64,4 +63,4 @@ class MLA(nn.Module):
         q_pe, k_pe = self.rotate(q_pe, k_pe, step)  # (B, S, H, R), (B, S, R)
         attend = self.attend[step.phase]
         o = attend(q_nope, q_pe, c_kv, k_pe, self.kv_b_proj, self.scale, step, cache)
-        return self.o_proj(o.flatten(2))  # (B, S, H V) -> (B, S, D)
+        return self.o_proj(o.flatten(2))  # (B, S, H, V) -> (B, S, H V) -> (B, S, D)

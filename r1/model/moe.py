@@ -1,8 +1,8 @@
 """Mixture of experts (V3 paper, section 2.1.2): a router, routed experts, and shared experts.
 
-How the chosen experts are computed is the slot `dispatch`: see dispatch.py.
+The slot `dispatch` computes the chosen experts: see dispatch.py.
 
-Shapes: B rows, S tokens of a row, N = B S, K experts per token, E experts, D hidden_size,
+Shapes: B rows, S tokens of a row, N = B S, K experts per token, E experts held, D hidden_size,
 I moe_intermediate_size, M rows of draws.
 """
 
@@ -21,25 +21,23 @@ from r1.storage.joined import products
 from r1.storage.matrix import Matrix
 
 Run = Callable[["Experts", Tensor, Tensor, Tensor], Tensor]
-"""A strategy of dispatch.py, as a function."""
+"""The call of a strategy of dispatch.py: experts, x, indices and weights -> weighted sums."""
 
 
 class Experts(nn.Module):
     """The SwiGLU experts of one layer, all on this device.
 
-    Where they lie elsewhere, a subclass overrides `here` and `combine`: experts spread over several
-    GPUs, or kept in host memory. The strategies of dispatch.py and the kernels stay as they are.
+    For experts that lie elsewhere (on several GPUs, or in host memory), a subclass overrides `here`
+    and `combine`. The strategies of dispatch.py and the kernels stay as they are.
     """
 
-    gate_proj: Matrix
-    up_proj: Matrix
-    down_proj: Matrix
-    """(E, I, D), (E, I, D), (E, D, I)."""
-    leads: bool = True
-    """Whether this place adds the terms that all places hold alike, such as a fused residual."""
+    gate_proj: Matrix  # (E, I, D)
+    up_proj: Matrix  # (E, I, D)
+    down_proj: Matrix  # (E, D, I)
+    leads: bool = True  # this place adds what only one of several may add (see kernels/block.py)
 
     def __init__(self, config: Config, ids: range | None = None) -> None:
-        """`ids`: the experts that are held, by their number in the checkpoint. None: all."""
+        """`ids`: the checkpoint's numbers of the experts that this device holds. None: all."""
         super().__init__()
         self.ids = range(config.experts.n_routed_experts) if ids is None else ids
         dim, inner = config.hidden_size, config.experts.moe_intermediate_size
@@ -53,15 +51,15 @@ class Experts(nn.Module):
         return self.down_proj.shape[0]
 
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Map choices to the stacks: int64 (N, K), fp32 (N, K) -> the same of one or more passes.
+        """Map (N, K) choices to places in the stacks; returns indices and weights of each pass.
 
-        A choice that a pass does not hold gets weight 0 and any valid index. Each pass is run
-        before the next is asked for.
+        A choice whose expert a pass does not hold gets weight 0 and any valid index. Each pass is
+        run before the next is asked for, so the stacks may change between them. Here: one pass.
         """
         return [(indices, weights)]
 
     def combine(self, y: Tensor) -> Tensor:
-        """Add up the outputs (N, D) of several places; here there is one."""
+        """Add up the outputs (N, D) of several places. Here: one place."""
         return y
 
     def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ class Experts(nn.Module):
         return self.combine(passes[0] if len(passes) == 1 else torch.stack(passes).sum(dim=0))
 
     def inner(self, product: Callable[[Matrix], Tensor]) -> Tensor:
-        """SwiGLU of `product` by gate_proj and by up_proj: (..., I)."""
+        """The experts' inner layer, (..., I). `product` multiplies the input by one matrix."""
         gate, up = products(product, [self.gate_proj, self.up_proj])  # (..., I) each
         return swiglu(gate, up)
 
@@ -82,16 +80,14 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """The feed-forward of a sparse layer."""
 
-    dispatch: dict[str, Run]
-    """The strategy for each phase, "prefill" and "decode"; build.py fills it."""
-    draws: Tensor | None = None
-    """fp32 (M, E): scores to choose by instead of the token's own (bench/routing.py); usually
-    None."""
+    dispatch: dict[str, Run]  # the strategy of each phase, "prefill" and "decode"; from build.py
+    draws: Tensor | None = None  # fp32 (M, E): a benchmark chooses by these (bench/routing.py)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
+        # The shared experts are one MLP: side by side, they sum to the same.
         width = config.experts.n_shared_experts * config.experts.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, width) if width else None
 

@@ -1,7 +1,8 @@
-"""Multi-token prediction (V3 paper, section 2.2): one more layer, which predicts one token further.
+"""Multi-token prediction (V3 paper, section 2.2): an extra layer predicts one more token.
 
 From the model's hidden state at position i and the token at i + 1 it predicts the token at i + 2.
-The embedding and the output head are the main model's: a checkpoint's copies of them are not read.
+The embedding and the output head are the main model's; the checkpoint's copies are not loaded.
+speculate.py in r1/run uses the prediction as a draft, which the main model then checks.
 
 Shapes: B rows, S tokens of a row, D hidden_size.
 """
@@ -21,7 +22,7 @@ from r1.model.transformer import Block
 
 
 class SharedHead(nn.Module):
-    """The checkpoint's name for the norm in front of the output head, which is the model's."""
+    """The norm before the main model's output head; the class gives it the checkpoint's name."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class SharedHead(nn.Module):
 
 
 class MTPLayer(nn.Module):
-    """The checkpoint's layer `num_hidden_layers`; its decoder block is like any other."""
+    """The checkpoint's layer number `num_hidden_layers + depth`. Its block is like any other."""
 
     def __init__(self, config: Config, depth: int = 0) -> None:
         super().__init__()
@@ -40,18 +41,14 @@ class MTPLayer(nn.Module):
         self.shared_head = SharedHead(config)
 
     def forward(
-        self,
-        embedding: Tensor,
-        hidden: Tensor,
-        step: Step,
-        cache: LayerCache | None = None,
+        self, embedding: Tensor, hidden: Tensor, step: Step, cache: LayerCache | None = None,
         block: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Embeddings of the tokens at i + 1, hidden states at i, (B, S, D) each -> (B, S, D).
 
-        The result is normed: the model's `lm_head` makes logits for i + 2 of it, and another pass
-        takes it as `hidden`. `block` is the layer's own block as the caller wants it run. In the
-        checkpoint's weights the embedding comes first; the paper's equation 21 says the opposite.
+        `hidden` and the result are normed. The model's `lm_head` makes logits for i + 2 of the
+        result, and another pass may take it as `hidden`. `block` stands in for `self.block`:
+        compiled, or fused. The embedding comes first, though second in the paper's equation 21.
         """
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
         return self.shared_head.norm((block or self.block)(x, step, cache))

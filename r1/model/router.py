@@ -1,10 +1,11 @@
 """The router chooses each token's experts: grouped top-k, in fp32 whatever the model runs in.
 
-R1 and V3 (`noaux_tc`, V3 paper, section 2.1.2): scores are sigmoids. A learned bias is added to
-*choose* experts, which balances their load without an auxiliary loss. The weights come from the
-scores without the bias. A group's score is the sum of its two best biased scores. V2 (`greedy`,
-`group_limited_greedy`, V2 paper, section 2.2): scores are a softmax, there is no bias, and a
-group's score is its best one.
+R1 and V3 (`topk_method` "noaux_tc", V3 paper, section 2.1.2): scores are sigmoids. To *choose*
+experts, a bias is added, which training adjusted to balance the experts' load. The weights come
+from the scores without the bias. A group of experts has as its score the sum of its two best biased
+scores, and only experts of the `topk_group` best groups can be chosen. V2 ("group_limited_greedy",
+V2 paper, section 2.2): scores are a softmax, there is no bias, and a group's score is its best one.
+V2-Lite ("greedy") has no groups.
 
 Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token, M rows of draws.
 """
@@ -24,8 +25,8 @@ class Router(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         e = self.shape = config.experts
-        # Both stay fp32 under every dtype switch. The weight is small, and its logits are computed
-        # in fp32 anyway. One bf16 step of the bias is as large as the gaps that it decides.
+        # Weight and bias stay fp32 under every dtype switch. The weight is small, and its logits
+        # are computed in fp32 anyway. Rounding the bias to bf16 would change choices.
         weight = torch.empty(e.n_routed_experts, config.hidden_size, dtype=torch.float32)
         self.weight = nn.Parameter(weight)
         if e.topk_method == "noaux_tc":
@@ -37,10 +38,9 @@ class Router(nn.Module):
 
         With `draws`, fp32 (M, E), token n chooses by row n % M of them instead of by its scores.
         """
-        if torch.is_autocast_enabled(
-            x.device.type
-        ):  # to enter a context costs as much as 3 kernels
-            with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # asked first: the context costs as much as 3 kernels
+            with torch.autocast(device, enabled=False):
                 return self.forward(x, draws)
         e = self.shape
         logits = F.linear(x.float(), self.weight)  # (N, E)
@@ -62,9 +62,9 @@ class Router(nn.Module):
         if e.topk_method != "greedy" and e.n_group > 1:
             grouped = scores.unflatten(-1, (e.n_group, -1))  # (N, G, E / G)
             best = 2 if e.topk_method == "noaux_tc" else 1
-            worth = grouped.topk(best, dim=-1).values.sum(dim=-1)  # (N, G)
-            groups = worth.topk(e.topk_group, dim=-1).indices  # (N, topk_group)
-            shut = torch.ones_like(worth, dtype=torch.bool).scatter(1, groups, False)  # (N, G)
-            # -inf and not 0: biased scores may be negative, and then a shut group's 0 would win.
-            scores = grouped.masked_fill(shut[..., None], float("-inf")).flatten(1)
+            group_scores = grouped.topk(best, dim=-1).values.sum(dim=-1)  # (N, G)
+            groups = group_scores.topk(e.topk_group, dim=-1).indices  # (N, topk_group)
+            closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, groups, False)
+            # -inf and not 0: biased scores may be negative, and a closed group's 0 would then win.
+            scores = grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)  # (N, E)
         return scores.topk(e.num_experts_per_tok, dim=-1, sorted=False).indices

@@ -1,4 +1,4 @@
-"""The shapes that people know by name."""
+"""Configs of published models, by name, and of our tiny-r1 ("tiny")."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ SHAPES: dict[str, Config] = {
 
 
 def shape(name: str, layers: int | None = None) -> Config:
-    """The Config of a published shape, or its first `layers` layers. Raises InputError."""
+    """The Config of a shape, or of its first `layers` layers. Raises InputError."""
     if name not in SHAPES:
         raise InputError(f"there is no shape {name!r}: choose one of {', '.join(SHAPES)}")
     config = SHAPES[name]
     if layers is None:
         return config
-    if layers < 1 or layers > config.num_hidden_layers:
-        most = config.num_hidden_layers
+    most = config.num_hidden_layers
+    if not 1 <= layers <= most:
         raise InputError(f"--layers {layers}: {name} has {most} layers, take 1 to that many")
     return config.change(num_hidden_layers=layers)

@@ -1,8 +1,7 @@
 """Strategies: the ways to compute one part of a layer, each an object with its own facts.
 
-A layer has named slots (mla.py's `attend`, moe.py's `dispatch`), with one strategy for prompts
-("prefill") and one for decode steps ("decode"). build.py fills them. Nobody asks for a strategy by
-comparing names: a strategy tells what it needs, and where it can't run.
+A slot (mla.py's `attend`, moe.py's `dispatch`) holds one strategy for prompts ("prefill") and one
+for decode steps ("decode"). Other code never compares names: it asks the strategy for its facts.
 """
 
 from __future__ import annotations
@@ -18,23 +17,17 @@ from r1.model.config import Config
 
 @dataclass(frozen=True)
 class Use:
-    """The use that a strategy is asked for: in which model, phase and kind of call."""
+    """A planned use of a strategy: in which model, phase and kind of call."""
 
     config: Config
-    phase: str
-    """"prefill" or "decode"."""
-    dtype: torch.dtype
-    """The dtype of matrix products."""
-    tokens: int
-    """Tokens in a decode step, of all rows."""
+    phase: str  # "prefill" or "decode"
+    dtype: torch.dtype  # of matrix products
+    tokens: int  # in a decode step, of all rows
     gpu: bool
-    amp: bool
-    compiled: bool
-    """Under torch.compile."""
-    captured: bool
-    """In a CUDA graph."""
-    machine: Callable[[str], str | None]
-    """Why the machine lacks a feature (switches/machine.py), or None."""
+    amp: bool  # under autocast
+    compiled: bool  # under torch.compile
+    captured: bool  # in a CUDA graph
+    machine: Callable[[str], str | None]  # from a feature's name: why the machine lacks it, or None
 
     @property
     def dtype_name(self) -> str:
@@ -50,12 +43,11 @@ class Use:
 class Strategy:
     """The base of attention strategies (attend.py) and expert strategies (dispatch.py)."""
 
-    name: str
-    """The switch's value that chooses it."""
+    name: str  # the switch's value that chooses it
 
     def why_not(self, use: Use) -> str | None:
-        """One clause that says why it can't be used so, and what to use instead; None if it can."""
+        """One clause: why this use is impossible, and what to use instead. None: it is possible."""
         return None
 
     def prepare(self) -> None:
-        """Called when the strategy is put into a slot; imports what only it needs."""
+        """Called when the strategy is put into a slot. Imports modules that only it needs."""

@@ -1,8 +1,8 @@
 """The page to read first: R1 is a stack of blocks, and a block is attention and a feed-forward.
 
-No switch is read here. Where configurations of the *machine* differ, strategies stand in slots
-(mla.py's `attend`, moe.py's `dispatch`), a weight lies in its matrix object (r1/storage), and the
-model is called by others (r1/run).
+No switch is read here. A switch acts through a strategy in a slot (mla.py's `attend`, moe.py's
+`dispatch`), through the matrix object that holds a weight (r1/storage), or through the code that
+calls the model (r1/run).
 
 Shapes: B rows, S tokens of a row, D hidden_size, R rope dim, W vocab_size.
 """
@@ -33,8 +33,8 @@ class Block(nn.Module):
         self.self_attn = MLA(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.sparse = config.is_moe(layer)
-        dense = (config.hidden_size, config.intermediate_size)
-        self.mlp = MoE(config) if self.sparse else MLP(*dense)
+        sizes = (config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(config) if self.sparse else MLP(*sizes)
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -46,8 +46,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """R1's decoder. Weights carry the checkpoint's names, without its leading `model.`."""
 
-    frequency: Tensor
-    """fp32 (R/2,): computed by `derive`, not part of the checkpoint."""
+    frequency: Tensor  # fp32 (R/2,): the angle of one position for each rotated pair, see rope.py
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -59,23 +58,25 @@ class Transformer(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.matrix = self.embed_tokens.matrix
-        self.mtp = nn.ModuleList()  # build.py adds the MTP layers where they are wanted
+        self.mtp = nn.ModuleList()  # build.py adds the layers of mtp.py on request
         yarn = config.attention.yarn
         self.table_factor = yarn.table_factor if yarn else 1.0
 
     def derive(self) -> None:
-        """Compute what the checkpoint does not hold, on the device of the weights."""
+        """Compute `frequency`, which the checkpoint does not hold, on the device of the weights."""
         frequency = frequencies(self.config.attention).to(self.norm.weight.device)
         self.register_buffer("frequency", frequency, persistent=False)
 
     def step(self, phase: str, positions: Tensor, keys: int) -> Step:
-        """Prepare a call for tokens at `positions` (B, S), which see slots 0 to `keys` - 1.
+        """Prepare a call for tokens at int64 `positions` (B, S).
 
-        keys=0: these are the first tokens of their rows; each attends to itself and earlier ones.
+        keys > 0: each token sees the cache's slots from 0 to its own, of the first `keys` slots.
+        keys = 0: the tokens are the first of their rows. Each sees itself and the earlier ones.
         """
         cos, sin = angles(positions, self.frequency, self.table_factor)
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
         step = Step(phase, positions, cos, sin, rows, starts_rows=keys == 0)
+        # All layers have the same strategy, so the first one tells what they need.
         needs = cast(Block, self.layers[0]).self_attn.attend[phase].needs
         if keys and needs:
             mask = visible(positions, keys)  # (B, 1, S, keys)
@@ -84,18 +85,15 @@ class Transformer(nn.Module):
         return step
 
     def forward(
-        self,
-        tokens: Tensor,
-        step: Step,
-        cache: Sequence[LayerCache] | None = None,
+        self, tokens: Tensor, step: Step, cache: Sequence[LayerCache] | None = None,
         blocks: Sequence[Callable[..., Tensor]] | None = None,
-    ) -> Tensor:
-        """int64 (B, S) -> final hidden states (B, S, D), normed; `lm_head` makes logits of them.
+    ) -> Tensor:  # fmt: skip
+        """int64 (B, S) -> normed hidden states (B, S, D); `lm_head` makes logits (B, S, W) of them.
 
-        `cache` has as many slots as the step has keys. `blocks` are the layers as the caller wants
-        them run: as they are, compiled or fused.
+        `cache` has one entry for each layer. Unless the step starts its rows, it has as many slots
+        as the step has keys. `blocks` stand in for `layers`: the same ones compiled, or fused ones.
         """
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens)  # (B, S, D)
         calls: Sequence[Callable[..., Tensor]] = blocks or list(self.layers)
         for layer, block in enumerate(calls):
             x = block(x, step, cache[layer] if cache is not None else None)
