@@ -21,7 +21,7 @@ from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, power_of_two
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
-from r1.kernels.tiles import Operand, operand
+from r1.kernels.tiles import Operand, operand, tensor_of
 from r1.model.dispatch import Gather
 from r1.model.layers import MLP
 from r1.model.moe import Experts
@@ -218,5 +218,5 @@ def dispatch(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> T
     They are a custom operator, which torch.compile takes as a whole.
     """
     matrices = (experts.gate_proj, experts.up_proj, experts.down_proj)
-    gate, up, down = (operand(matrix).weight for matrix in matrices)
+    gate, up, down = (tensor_of(matrix) for matrix in matrices)
     return _experts(x.contiguous(), indices, weights, gate, up, down)

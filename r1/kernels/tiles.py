@@ -40,16 +40,18 @@ def operand(matrix: Matrix | Tensor) -> Operand:
 
     Raises InputError for a storage without a format.
     """
-    if isinstance(matrix, Matrix):
-        stored = matrix.whole if isinstance(matrix, Part) else matrix
-        if not isinstance(stored, Dense):
-            raise InputError(why_not(matrix))
-        weight: Tensor = stored.weight
-        if isinstance(matrix, Part):
-            weight = weight.narrow(-2, matrix.start, matrix.stop - matrix.start)
-    else:
-        weight = matrix
+    weight = tensor_of(matrix) if isinstance(matrix, Matrix) else matrix
     return Operand(weight, *_constants(weight.stride()))
+
+
+def tensor_of(matrix: Matrix) -> Tensor:
+    """The tensor, or the view of one, that holds a matrix. Raises InputError where none does."""
+    stored = matrix.whole if isinstance(matrix, Part) else matrix
+    if not isinstance(stored, Dense):
+        raise InputError(why_not(matrix))
+    if isinstance(matrix, Part):
+        return stored.weight.narrow(-2, matrix.start, matrix.stop - matrix.start)
+    return stored.weight
 
 
 @cache
