@@ -28,7 +28,7 @@ class Matrix(nn.Module):
         """The whole weight in `dtype` (None: the one it is stored for), (out, in) or (E, out,
         in).
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define dense(dtype)")
 
     def matmul(self, x: Tensor) -> Tensor:
         """x W^T: (..., in) -> (..., out)."""
@@ -54,7 +54,7 @@ class Matrix(nn.Module):
 
         Loading copies a checkpoint's `NAME.weight` to "weight", and so on. Saving reads them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define stored(rows)")
 
     @property
     def nbytes(self) -> int:
