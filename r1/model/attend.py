@@ -68,7 +68,7 @@ class Attend(Strategy):
 
         `scale` multiplies the scores. Where there is a cache, the tokens are first written to it.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
 
 class Naive(Attend):
@@ -157,5 +157,7 @@ def probabilities(scores: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     `bias` (B, 1, S, T) hides keys. None: the keys are the queries' own tokens, so S = T.
     """
     if bias is None:
+        if scores.shape[-2] != scores.shape[-1]:
+            raise ValueError('there is no bias to hide cached keys: set needs = "bias"')
         bias = scores.new_full(scores.shape[-2:], float("-inf"), dtype=torch.float32).triu(1)
     return torch.add(bias, scores, alpha=scale).softmax(dim=-1)

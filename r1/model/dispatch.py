@@ -30,7 +30,7 @@ class Dispatch(Strategy):
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x (N, D), indices int64 (N, K) into `experts`, weights fp32 (N, K) -> (N, D)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
 
 class Loop(Dispatch):

@@ -26,7 +26,7 @@ class Matrix(nn.Module):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole weight, (out, in) or (E, out, in), in `dtype` (None: the model's own)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define dense(dtype)")
 
     def matmul(self, x: Tensor) -> Tensor:
         """x W^T: (..., in) -> (..., out)."""
@@ -52,7 +52,7 @@ class Matrix(nn.Module):
 
         Loading copies a checkpoint's `NAME.weight` to "weight", and so on. Saving reads them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define stored(rows)")
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from r1.model.config import Config
 from r1.model.strategy import Strategy, Use
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
-from r1.switches.strategies import ATTENTION, EXPERTS
+from r1.switches.strategies import ATTENTION, EXPERTS, check_tables
 
 
 def resolve(
@@ -21,6 +21,7 @@ def resolve(
 
     Raises InputError for a switch that the machine can't do, or that contradicts another.
     """
+    check_tables()
     machine = machine or Machine.here()
     device = _device(backend, machine)
     machine = machine if device != "cpu" else machine.without_gpu()
@@ -131,7 +132,12 @@ def _choose(
 ) -> str:
     """The strategy that is asked for, or for "auto" the first of `auto` that can run."""
     if asked == "auto":
-        return next(name for name in auto if table[name].why_not(use) is None)
+        reasons = {name: table[name].why_not(use) for name in auto}
+        for name, why in reasons.items():
+            if why is None:
+                return name
+        cannot = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise InputError(f"{slot}=auto has no strategy to choose, {cannot}")
     if why := table[asked].why_not(use):
         raise InputError(f"{slot}={asked}: {why}")
     return asked
@@ -140,7 +146,7 @@ def _choose(
 def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
     """Both phases share one cache, so their strategies must keep the same of a token."""
     shape = uses["decode"].config.attention
-    kept = {name: strategy.entry(shape) for name, strategy in ATTENTION.items()}
+    kept = {name: [tuple(each) for each in s.entry(shape)] for name, s in ATTENTION.items()}
     asked = {"decode": backend.attention, "prefill": backend.prefill_attention}
     auto = {"decode": ("absorbed", "naive"), "prefill": ("expand", "naive")}
     chosen = []
@@ -149,11 +155,15 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
         ("prefill", "decode", "prefill_attention"),
     ):
         fixed = asked[other]
-        fitting = [n for n in auto[phase] if fixed == "auto" or kept[n] == kept[fixed]]
+        fitting: Sequence[str] = auto[phase]
+        if fixed != "auto":  # one with a cache of its own serves both phases
+            fitting = [n for n in (*auto[phase], fixed) if kept[n] == kept[fixed]]
         chosen.append(_choose(slot, ATTENTION, asked[phase], uses[phase], fitting))
     decode, prefill = chosen
     if kept[decode] != kept[prefill]:
         keeps = {name: ATTENTION[name].keeps for name in chosen}
+        if keeps[decode] == keeps[prefill]:  # words that a subclass inherited don't tell
+            keeps = {name: f"{keeps[name]} as {kept[name]}" for name in chosen}
         raise InputError(
             f"attention={decode} and prefill_attention={prefill} can't share a cache: {decode} "
             f"keeps {keeps[decode]}, {prefill} {keeps[prefill]}; use strategies that keep the same"

@@ -5,12 +5,44 @@ A new strategy is one class and one entry here. Its name is then a value of the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from r1.errors import InputError
 from r1.kernels.strategies import TritonAttend, TritonDispatch
 from r1.model import attend, dispatch
 from r1.model.attend import Attend
 from r1.model.dispatch import Dispatch
+from r1.model.strategy import Strategy
 
 ATTENTION: dict[str, Attend] = {s.name: s for s in (*attend.STRATEGIES, TritonAttend())}
 """For `attention` and `prefill_attention`."""
 EXPERTS: dict[str, Dispatch] = {s.name: s for s in (*dispatch.STRATEGIES, TritonDispatch())}
 """For `moe` and `prefill_moe`."""
+
+
+def check_tables() -> None:
+    """Check every entry of both tables; raises InputError for one that a user entered wrongly."""
+    _check("ATTENTION", ATTENTION, Attend)
+    _check("EXPERTS", EXPERTS, Dispatch)
+    for key, strategy in ATTENTION.items():
+        if strategy.needs not in (None, "mask", "bias"):
+            wrong = f"ATTENTION[{key!r}] has needs = {strategy.needs!r}"
+            raise InputError(f"{wrong}: choose 'mask', 'bias' or None")
+
+
+def _check(title: str, table: Mapping[str, Strategy], base: type[Strategy]) -> None:
+    """Each entry is an instance of `base`, and its key is its name."""
+    for key, strategy in table.items():
+        entry = f"{title}[{key!r}]"
+        if isinstance(strategy, type):
+            name = strategy.__name__
+            raise InputError(f"{entry} is the class {name}: enter an instance of it, {name}()")
+        name = type(strategy).__name__
+        if not isinstance(strategy, base):
+            derive = f"derive its class from {base.__module__}.{base.__name__}"
+            raise InputError(f"{entry} is a {name}, not a strategy for this slot: {derive}")
+        if key == "auto":
+            raise InputError(f"{entry}: auto lets r1 choose, so give {name} another name")
+        if getattr(strategy, "name", None) != key:
+            has = f"has the name {strategy.name!r}" if hasattr(strategy, "name") else "has no name"
+            raise InputError(f"{entry} {has}: set name = {key!r} in the class {name}")
