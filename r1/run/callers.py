@@ -34,7 +34,7 @@ class Plain:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Surrounds every call of the model. Autocast is as `amp` says, not as the caller has it."""
+        """Surrounds every call of the model. `amp` decides on autocast, not the caller."""
         amp = self.backend.amp
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
