@@ -336,6 +336,14 @@ FOLDERS: dict[str, tuple[Folder, tuple[str, ...]]] = {
         ),
         (r"experts\.8\.up_proj",),
     ),
+    "surplus bias of an expert": (
+        edit(lambda t: t.update({"model.layers.1.mlp.experts.3.up_proj.bias": torch.zeros(16)})),
+        (r"has model\.layers\.1\.mlp\.experts\.3\.up_proj\.bias, for which", "no place"),
+    ),
+    "no number of an expert": (
+        edit(lambda t: t.update({"model.layers.1.mlp.experts.².up_proj.weight": torch.zeros(1)})),
+        (r"has model\.layers\.1\.mlp\.experts\.²\.up_proj\.weight, for which", "no place"),
+    ),
     "surplus layer": (
         edit(lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.ones(32)})),
         (r"layers\.3\.inp",),

@@ -820,6 +820,17 @@ def test_a_row_of_speculation(tmp_path: Path) -> None:
     )
 
 
+def test_the_drafter_reads_the_depth_along(tmp_path: Path) -> None:
+    """Without entries of its own up to the depth, it would draft worse than it does."""
+    work = dataclasses.replace(WORK, depth=6)
+    subject = Subject(Backend(device="cpu", speculate="mtp"), work, tmp_path)
+    subject.build()
+    subject.fill()
+    (entries,) = subject.cache.layers[-1]  # the drafter's, (B, T, C + R)
+    assert bool(entries[:, : work.depth].any(dim=-1).all())
+    assert not bool(entries[:, work.depth :].any())
+
+
 def test_how_far_a_text_with_drafts_is_the_references() -> None:
     """It is no share of right tokens: one that differs ends it, and where the baseline parts as
     early, drafts did nothing.

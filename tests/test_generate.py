@@ -44,6 +44,15 @@ def greedy(engine: Engine, prompts: list[list[int]], new: int, **options: Any) -
 
 
 # ---------------------------- load and logits
+def test_the_callers_autocast_changes_nothing(engine: Engine) -> None:
+    """The switch `amp` decides, wherever the engine is called from."""
+    tokens = torch.tensor([[0, 5, 7, 9]])
+    alone, text = engine.logits(tokens), greedy(engine, PROMPTS, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        within, again = engine.logits(tokens), greedy(engine, PROMPTS, 8)
+    assert torch.equal(alone, within) and text == again
+
+
 def test_load(engine: Engine) -> None:
     assert isinstance(engine.config, r1.Config) and engine.config == TINY.change(
         fp8_block=(128, 128)

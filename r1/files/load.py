@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from r1.errors import InputError
-from r1.files.names import held_experts, places
+from r1.files.names import elsewhere, places
 from r1.files.progress import Progress
 from r1.files.shards import DTYPES, Entry, entries_of, some, stream
 from r1.model.transformer import Transformer
@@ -88,22 +88,19 @@ def _left_out(
 ) -> dict[str, str]:
     """The keys that this model has no place for and may go without, with the reason."""
     surplus = [key for key in entries if key not in wanted]
-    held = held_experts(model) if surplus else {}
-    reasons = {key: _why_skipped(key, model, held) for key in surplus}
+    others = elsewhere(model) if surplus else set()
+    reasons = {key: _why_skipped(key, model, others) for key in surplus}
     return {key: reason for key, reason in reasons.items() if reason}
 
 
-def _why_skipped(key: str, model: Transformer, held: dict[str, range]) -> str | None:
+def _why_skipped(key: str, model: Transformer, others: set[str]) -> str | None:
     """Why a key that has no place in this model may be left out; None if it may not."""
     config = model.config
     if key == "lm_head.weight" and config.tie_word_embeddings:
         return "config.json ties the output head to the embedding"
     if key.endswith(".rotary_emb.inv_freq"):
         return "rotation frequencies are computed from config.json"
-    stem, _, expert = key.partition(".experts.")
-    number = expert.partition(".")[0]
-    known = number.isdigit() and int(number) < config.experts.n_routed_experts
-    if known and f"{stem}.experts" in held:
+    if key in others:
         return "their experts lie elsewhere"
     layer, _, rest = key.removeprefix("model.layers.").partition(".")
     first = config.num_hidden_layers

@@ -69,7 +69,14 @@ def is_projection(key: str) -> bool:
     return projection and not key.endswith(".eh_proj.weight")
 
 
-def held_experts(model: Transformer) -> dict[str, range]:
-    """The experts that each layer's stacks hold, by the layer's name in the checkpoint."""
+def elsewhere(model: Transformer) -> set[str]:
+    """The checkpoint's names of routed experts that this model's stacks do not hold."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    return {_key(name, model): module.ids for name, module in found.items()}
+    every = range(model.config.experts.n_routed_experts)
+    return {
+        f"{_key(name, model)}.{expert}.{matrix}.weight"
+        for name, module in found.items()
+        for expert in every
+        if expert not in module.ids
+        for matrix in EXPERT_MATRICES
+    }

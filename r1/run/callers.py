@@ -34,12 +34,14 @@ class Plain:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Surrounds every call of the model."""
+        """Surrounds every call of the model. `amp` decides on autocast, not the caller."""
         amp = self.backend.amp
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             if amp != "off":
                 stack.enter_context(torch.autocast(self.device.type, DTYPES[amp]))
+            elif torch.is_autocast_enabled(self.device.type):
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
             if self.backend.compile:
                 from r1.run import compiled  # the compiler takes seconds to import
 

@@ -81,8 +81,13 @@ class Subject:
         self.cache = self.engine.cache(w.batch, w.tokens)
 
     def fill(self) -> None:
-        """Bring the cache to the workload's depth. This is never inside a timed region."""
+        """Bring the cache to the workload's depth. This is never inside a timed region.
+
+        A drafter reads the tokens along, as it reads every prompt: else its own layer of the cache
+        would be empty up to that depth, and it would draft worse than it does.
+        """
         self.cache.lengths.zero_()
         if self.workload.depth:
-            self.engine.runner.prefill(self.before, self.cache)
+            along = self.engine.drafter.run if self.engine.drafter else None
+            self.engine.runner.read(self.before, self.cache, along=along)
         synchronize(self.device)
