@@ -1,4 +1,1 @@
-"""R1 itself: what a newcomer reads first.
-
-Tested in tests/: test_parity.py, test_properties.py and test_traps.py.
-"""
+"""R1 itself: read it first. Tested in test_parity.py, test_properties.py, test_traps.py."""

@@ -94,8 +94,7 @@ class Grouped(Dispatch):
         if use.gpu and use.dtype != torch.bfloat16:
             why = f"torch's grouped_mm has a GPU kernel for bf16 only, not for {use.dtype_name}"
         if use.captured and why:
-            graph = NO_GRAPH.format(use.capture)
-            return f"it reads its counts on the host, because {why}, {graph}"
+            return f"it reads its counts on the host, because {why}, {NO_GRAPH.format(use.capture)}"
         return None
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

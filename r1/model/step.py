@@ -30,8 +30,7 @@ class Step:
     def write(self, cache: LayerCache, *new: Tensor) -> tuple[Tensor, ...]:
         """Write each `new` (B, S, ...) to its buffer (B, T, ...); returns tensors to attend to."""
         if len(new) != len(cache):
-            writes = f"the strategy writes {len(new)} tensors of a token to the cache"
-            raise ValueError(f"{writes}, and its `entry` names {len(cache)}")
+            raise ValueError(f"{len(new)} tensors are written; `entry` has {len(cache)}")
         for buffer, tensor in zip(cache, new, strict=True):
             buffer.index_put_((self.rows, self.positions), tensor.to(buffer.dtype))
         return new if self.starts_rows else cache
