@@ -173,7 +173,7 @@ def test_an_entry_may_be_any_sequence() -> None:
 
 def test_an_entry_that_is_not_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Naive, "entry", lambda self, shape: [(4, 4)])
-    with pytest.raises(ValueError, match="writes 2 tensors .* and its `entry` names 1"):
+    with pytest.raises(ValueError, match="2 tensors are written; `entry` has 1"):
         logits(attention="naive", prefill_attention="naive")
 
 
