@@ -51,6 +51,10 @@ def join(*matrices: Matrix) -> list[Part]:
 def products(product: Callable[[Matrix], Tensor], matrices: Sequence[Matrix]) -> Sequence[Tensor]:
     """`product` of each matrix, (..., out) each; where they are joined, one product, split."""
     whole = matrices[0].whole if isinstance(matrices[0], Part) else None
-    if whole is None or any(getattr(matrix, "whole", None) is not whole for matrix in matrices):
+    if whole is None:
         return [product(matrix) for matrix in matrices]
-    return product(whole).split([matrix.shape[-2] for matrix in matrices], dim=-1)
+    for matrix in matrices[1:]:
+        if not isinstance(matrix, Part) or matrix.whole is not whole:
+            return [product(matrix) for matrix in matrices]
+    # Tensor.split would come here too, but by a function of torch's in Python.
+    return product(whole).split_with_sizes([matrix.shape[-2] for matrix in matrices], dim=-1)
