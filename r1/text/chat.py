@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from r1.errors import InputError
 from r1.text.control_tokens import (
     ASSISTANT,
     BOS,
@@ -53,33 +52,6 @@ class Template:
     """(messages, think) -> the conversation, ready for the assistant to continue."""
     thinks: bool = False
     """Whether the assistant's text starts inside the reasoning."""
-
-
-def check_messages(messages: Messages) -> None:
-    """Raise an InputError that names the first unusable message."""
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise InputError(
-            "the conversation must be a list of at least one message, {'role': ..., 'content': ...}"
-        )
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise InputError(
-                f"message {i} is a {type(message).__name__}, not a dict of role and content"
-            )
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise InputError(
-                f"message {i} has role {message.get('role')!r}; use system, user or assistant"
-            )
-        if not isinstance(message.get("content"), str):
-            kind = type(message.get("content")).__name__
-            raise InputError(
-                f"message {i} ({message['role']}) has content of type {kind}; use a str"
-            )
-    last = messages[-1]["role"]
-    if last != "user":
-        raise InputError(
-            f"message {len(messages) - 1}, the last, is the {last}'s; end with the user's"
-        )
 
 
 def _system(messages: Messages) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 
 from r1.errors import InputError
 from r1.text import vocabulary
-from r1.text.chat import Control, check_messages
+from r1.text.chat import Control
 from r1.text.control_tokens import BOS, EOS, IM_END
+from r1.text.messages import check_messages
 from r1.text.reasoning import ReasoningSplitter
 from r1.text.stream_decoder import StreamDecoder
 from r1.text.template_choice import choose
