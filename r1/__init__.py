@@ -52,7 +52,7 @@ def load(
         tokenizer.check(config.vocab_size)
         stop_ids |= tokenizer.stop_ids
     model, report = build.from_checkpoint(directory, config, backend, mtp=mtp, quiet=quiet)
-    cautions = []
+    cautions = list(tokenizer.cautions) if tokenizer else []
     if "fp16" in (backend.dtype, backend.amp):
         ends = "fp16 ends at 65504, which this family's activations can pass"
         cautions.append(f"{ends}: prefer bf16 where the machine has it")

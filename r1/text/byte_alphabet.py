@@ -16,6 +16,8 @@ def _byte_symbols() -> dict[str, int]:
 
 SYMBOL_TO_BYTE = _byte_symbols()
 BYTE_TO_SYMBOL = {byte: symbol for symbol, byte in SYMBOL_TO_BYTE.items()}
+NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
+"""The 13 bytes that no UTF-8 text contains. The vocabulary of DeepSeek-V2 has no token for them."""
 
 
 def to_symbols(token: bytes) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from r1.errors import InputError
-from r1.text.byte_alphabet import SYMBOL_TO_BYTE, from_symbols
+from r1.text.byte_alphabet import NEVER_IN_UTF8, SYMBOL_TO_BYTE, from_symbols
 
 
 class ByteBpe:
@@ -41,10 +41,11 @@ class ByteBpe:
         self.control |= {name: vocab[name] for name in named if name in vocab}
 
         _remove_control(spec, self.control)
-        if missing := SYMBOL_TO_BYTE.keys() - model["vocab"].keys():
+        needed = {symbol for symbol, byte in SYMBOL_TO_BYTE.items() if byte not in NEVER_IN_UTF8}
+        if missing := needed - model["vocab"].keys():
             raise InputError(
-                f"{path} has no ordinary token for {len(missing)} of the 256 bytes, so some text "
-                "could not be encoded; download it again"
+                f"{path} has no ordinary token for {len(missing)} of the {len(needed)} bytes of "
+                "UTF-8, so some text could not be encoded; download it again"
             )
         self._plain = _parse(json.dumps(spec), f"{path} can't be used without its control tokens")
 
@@ -69,7 +70,7 @@ def _remove_control(spec: dict[str, Any], control: dict[str, int]) -> None:
     }
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     model["merges"] = [[a, b] for a, b in pairs if not {a, b, a + b} & names]
-    model["unk_token"] = None  # not needed: every byte has a token
+    model["unk_token"] = None  # not needed: every byte of UTF-8 has a token
     spec["added_tokens"] = []
     # A post-processor may name control tokens. Our own templates place those.
     spec["post_processor"] = None

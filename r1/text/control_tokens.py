@@ -7,7 +7,11 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, END_THINK = "<think>", "</think>"
 PAD = "<｜▁pad▁｜>"
-"""V2's vocabulary shares BOS, EOS, USER and ASSISTANT, but lacks PAD. So PAD marks V3 and R1."""
+"""Coder-V2's vocabulary shares BOS, EOS, USER and ASSISTANT, but lacks PAD. PAD marks V3."""
+TOOL_SEP = "<｜tool▁sep｜>"
+"""V2.5 has it, Coder-V2 does not."""
+SEARCH_BEGIN = "<｜search▁begin｜>"
+"""V3.1 has it. R1 and V3 have a place holder with the same id."""
 
 # Moonlight and Kimi.
 IM_SYSTEM, IM_USER, IM_ASSISTANT = "<|im_system|>", "<|im_user|>", "<|im_assistant|>"

@@ -17,10 +17,13 @@ from typing import Any
 
 from r1.errors import InputError
 from r1.text import vocabulary
-from r1.text.chat import TEMPLATES, Control, check_messages
+from r1.text.chat import Control
 from r1.text.control_tokens import BOS, EOS, IM_END
+from r1.text.messages import check_messages
 from r1.text.reasoning import ReasoningSplitter
 from r1.text.stream_decoder import StreamDecoder
+from r1.text.template_choice import choose
+from r1.text.tokenizer_files import read_chat_template
 from r1.text.vocabulary import Codec
 
 
@@ -31,14 +34,22 @@ class Tokenizer:
     neither the tokenizer's files nor the caller names one.
     """
 
-    def __init__(self, codec: Codec, bos_id: int | None, eos_id: int | None) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        bos_id: int | None,
+        eos_id: int | None,
+        chat_template: str | None = None,
+    ) -> None:
+        """`chat_template` is the jinja text that came with the vocabulary, if any."""
         self._codec = codec
         self.control = codec.control
         self.control_ids = frozenset(codec.control.values())
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.vocab_size = max(codec.pieces) + 1  # the model's may be larger, never smaller
-        self.template = next((t for t in TEMPLATES if t.markers <= codec.control.keys()), None)
+        self._choice = choose(codec.control.keys(), chat_template)
+        self.template = self._choice.template
 
     @classmethod
     def load(
@@ -51,7 +62,8 @@ class Tokenizer:
         """
         codec, named = vocabulary.load(Path(directory))
         bos_id = named.get("bos_token", codec.control.get(BOS, bos_id))
-        return cls(codec, bos_id, named.get("eos_token", codec.control.get(EOS, eos_id)))
+        eos_id = named.get("eos_token", codec.control.get(EOS, eos_id))
+        return cls(codec, bos_id, eos_id, read_chat_template(Path(directory)))
 
     def check(self, vocab_size: int) -> None:
         """Raise InputError if the tokenizer has more ids than the model has embeddings.
@@ -100,6 +112,11 @@ class Tokenizer:
     # -- chat --------------------------------------------------------------------------------------
 
     @property
+    def cautions(self) -> list[str]:
+        """Risks of a chat that its user should know."""
+        return [self._choice.caution] if self._choice.caution else []
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end a turn."""
         return frozenset(i for i in (self.eos_id, self.control.get(IM_END)) if i is not None)
@@ -111,15 +128,10 @@ class Tokenizer:
         message is the user's. R1's prompt ends with an open `<think>`. With `think=False` it ends
         with an empty, closed one. Models without reasoning ignore `think`. The ids equal those of
         the published template, except that contents can't forge control tokens. Raises InputError
-        for unusable messages, and if the vocabulary matches no template.
+        for unusable messages, and if no template fits the folder.
         """
         if self.template is None:
-            missing = ", ".join(sorted(TEMPLATES[0].markers - self.control.keys()))
-            others = ", ".join(t.name for t in TEMPLATES[1:])
-            raise InputError(
-                f"this tokenizer can't chat: of R1's control tokens it lacks {missing}, and it "
-                f"hasn't those of {others} either; use plain completion instead"
-            )
+            raise InputError(self._choice.refusal)
         check_messages(messages)
         ids: list[int] = []
         text = ""

@@ -32,6 +32,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_chat_template(directory: Path) -> str | None:
+    """The jinja text of the chat template in a folder, or None if the folder has none.
+
+    chat_template.jinja has priority over the field of tokenizer_config.json, as in transformers.
+    The field may hold several named templates. Then the one named "default" is returned.
+    """
+    if (path := directory / "chat_template.jinja").is_file():
+        return read_text(path)
+    field = read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(field, list):
+        named = [t for t in field if isinstance(t, dict) and t.get("name") == "default"]
+        field = named[0].get("template") if named else field
+    # Any other type is no published text, so its JSON matches no template either.
+    return field if field is None or isinstance(field, str) else json.dumps(field)
+
+
 def named_tokens(config: dict[str, Any], directory: Path) -> dict[str, str]:
     """The texts of "bos_token" and "eos_token", each only if a file in `directory` names it.
 
