@@ -27,6 +27,7 @@ from torch import Tensor
 
 import r1
 from r1 import Backend, InputError
+from r1.files import shards
 from r1.files.config_json import load_config
 from r1.files.names import places
 from r1.files.save import save
@@ -156,8 +157,15 @@ def test_remapping_a_shard_changes_nothing(dtype: str, tmp_path: Path) -> None:
     """A shard that is unmapped and mapped again after every tensor, or never, gives the same."""
     save(model(FP8), tmp_path / "x", shard_bytes=20_000)
     whole, _ = load(tmp_path / "x", dtype=dtype)
-    with mock.patch("r1.files.shards.REMAP_BYTES", 1):
-        parts, _ = load(tmp_path / "x", dtype=dtype)
+    with (
+        mock.patch("r1.files.shards.REMAP_BYTES", 1),
+        mock.patch("r1.files.shards.safe_open", wraps=shards.safe_open) as opened,
+    ):
+        parts, report = load(tmp_path / "x", dtype=dtype)
+    left = sum(map(len, report.skipped.values()))
+    assert (
+        opened.call_count > len(tensors(tmp_path / "x")) - left
+    )  # a mapping for each, and headers
     assert_same(parameters(parts), parameters(whole))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -147,11 +148,24 @@ def test_stop(engine: Engine) -> None:
 def test_all_rows_stopped_ends_the_work(engine: Engine) -> None:
     steps: list[list[int | None]] = []
     every = without_text(engine, *range(320))
-    completions = every.generate(
-        PROMPTS, max_new_tokens=50, temperature=0.0, on_tokens=steps.append
-    )
+    with mock.patch.object(every.runner, "decode", wraps=every.runner.decode) as decode:
+        completions = every.generate(
+            PROMPTS, max_new_tokens=50, temperature=0.0, on_tokens=steps.append
+        )
+    assert decode.call_count == 0  # nothing is computed that nobody will see
     assert [len(c.tokens) for c in completions] == [1, 1, 1] and len(steps) == 1
     assert {c.finish for c in completions} == {"stop"} and {c.tpot for c in completions} == {0.0}
+
+
+def test_many_rows_are_read_in_short_chunks(engine: Engine) -> None:
+    """A prefill call's tokens are bounded over all rows together."""
+    runner = engine.runner
+    with (
+        mock.patch("r1.run.runner.MOST_TOKENS", 9),
+        mock.patch.object(runner, "_read", wraps=runner._read) as read,
+    ):
+        runner.prefill([[5] * 8, [6] * 3], runner.cache(2, 8))
+    assert [tuple(call.args[2].shape) for call in read.call_args_list] == [(2, 4), (2, 4)]
 
 
 def test_the_stream_is_the_result(engine: Engine) -> None:
