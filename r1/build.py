@@ -52,7 +52,8 @@ def from_checkpoint(
         has = "config.json has num_nextn_predict_layers = 0, so there is no MTP layer to load"
         raise InputError(f"{directory}: {has}")
     model = allocate(config, backend, mtp=mtp, placement=placement)
-    report = load(model, directory, placement, quiet=quiet)
+    with torch.device("cpu"):  # safetensors maps files to the caller's default device
+        report = load(model, directory, placement, quiet=quiet)
     return finish(model, backend), report
 
 

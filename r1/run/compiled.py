@@ -22,8 +22,9 @@ from torch._inductor.decomposition import select_decomp_table
 # The router's products are fp32 on purpose: TensorFloat32 would round what decides between experts.
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
-RECOMPILE_LIMIT = 64
-"""Each shape of a decode step is compiled anew; beyond this limit fullgraph makes it an error."""
+RECOMPILE_LIMIT = 2**16
+"""Each shape of a decode step is compiled anew. Dynamo's own limits (8 for a function, 256 for all)
+make that an error after a few shapes, and an engine lives long."""
 
 aten = torch.ops.aten
 GPU_OPTIONS = {
@@ -67,5 +68,6 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
 
 def limits() -> Any:
     """A context in which dynamo compiles as many shapes as we need; outside it nothing changes."""
-    most = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    return torch._dynamo.config.patch(recompile_limit=most)
+    return torch._dynamo.config.patch(
+        recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT
+    )

@@ -48,7 +48,7 @@ class Engine:
         """int64 (B, S) -> fp32 (B, S, W): each position's logits for the next token; no cache."""
         check_tokens(tokens)
         check_rows(tokens.tolist(), self.config)
-        return self.runner.logits(tokens)
+        return self.runner.logits(tokens).clone()  # a normal tensor, not one of inference mode
 
     def generate(
         self,
