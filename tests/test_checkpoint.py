@@ -163,9 +163,7 @@ def test_remapping_a_shard_changes_nothing(dtype: str, tmp_path: Path) -> None:
     ):
         parts, report = load(tmp_path / "x", dtype=dtype)
     left = sum(map(len, report.skipped.values()))
-    assert (
-        opened.call_count > len(tensors(tmp_path / "x")) - left
-    )  # a mapping for each, and headers
+    assert opened.call_count > len(tensors(tmp_path / "x")) - left
     assert_same(parameters(parts), parameters(whole))
 
 

@@ -33,6 +33,7 @@ from r1.model.transformer import Block, Transformer
 from r1.placement.cuts import CUTS, share
 from r1.placement.placement import Part, Placement
 from r1.run.runner import Runner
+from r1.storage import fp8
 from r1.storage.dense import Dense
 from r1.storage.matrix import Matrix
 from r1.switches.resolve import resolve
@@ -276,3 +277,21 @@ def test_uneven_cuts_are_refused() -> None:
     with pytest.raises(InputError, match="7 rows, which 2 devices"):
         share("model.layers.0.self_attn.q_b_proj.weight", (7, 4), 0, 2)
     assert share("model.norm.weight", (7,), 1, 2) == (slice(0, 7),)
+
+
+def test_heads_are_cut_by_rows_of_their_up_projection() -> None:
+    """Each head's W_UK and W_UV lie together, so a device's heads are rows, as in q_b_proj."""
+    for name in ("q_proj", "q_b_proj", "kv_b_proj"):
+        cut = share(f"model.layers.0.self_attn.{name}.weight", (8, 6), 1, 2)
+        assert cut == (slice(4, 8), slice(0, 6))
+
+
+@pytest.mark.parametrize("start", [(1, 0), (0, 1)])
+def test_a_cut_through_an_fp8_block_is_refused(start: tuple[int, int]) -> None:
+    """Its scales would be read for other numbers than theirs."""
+    scale = torch.arange(6.0).view(2, 3)
+    whole = fp8.part(scale, (4, 4), slice(4, 7), slice(4, 12))
+    assert torch.equal(whole, scale[1:, 1:])
+    rows, columns = (slice(first, first + 4) for first in start)
+    with pytest.raises(InputError, match="splits a block"):
+        fp8.part(scale, (4, 4), rows, columns)

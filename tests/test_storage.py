@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 from decoding import PROMPTS, read
-from models import TINY, sharp_logits
+from models import TINY, V3, model, sharp_logits
 from tolerances import atol
 from torch import Tensor, nn
 
 from r1.kernels.block import DecodeBlock
 from r1.model.layers import Embedding, Linear
+from r1.model.mla import MLA
 from r1.model.moe import Experts
+from r1.model.rope import rotate_each, rotate_jointly
 from r1.model.transformer import Transformer
 from r1.run.drafter import Drafter
 from r1.run.generate import speculated_steps, steps
@@ -191,3 +193,9 @@ def test_joining_changes_no_text() -> None:
     assert not any(isinstance(m, Part) for m in apart.model.modules())
     text, logits = read(apart)
     torch.testing.assert_close(read(joined, text)[1], logits, atol=atol("algebra fp32"), rtol=0)
+
+
+@pytest.mark.parametrize(("asked", "rotate"), [("on", rotate_jointly), ("off", rotate_each)])
+def test_join_decides_how_queries_and_key_are_rotated(asked: str, rotate: Any) -> None:
+    made = model(V3, join=asked)
+    assert all(m.rotate is rotate for m in made.modules() if isinstance(m, MLA))
