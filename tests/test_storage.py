@@ -178,10 +178,10 @@ def test_joined_parts(stacked: bool) -> None:
         asked.append(matrix)
         return matrix.dense().mT
 
-    both = products(product, [first, second])
+    both = products(product, first, second)
     assert asked == [first.whole] and [t.shape[-1] for t in both] == [2, 5]
     asked.clear()
-    apart = products(product, [first, other])
+    apart = products(product, first, other)
     assert asked == [first, other] and [t.shape[-1] for t in apart] == [2, 2]
 
 

@@ -67,7 +67,7 @@ class DecodeBlock:
         low_rank = mla.shape.q_lora_rank is not None
         q_proj = mla.q_a_proj if low_rank else mla.q_proj
         normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
-        q, kv = products(normed, [q_proj.matrix, mla.kv_a_proj_with_mqa.matrix])  # kv (N, C + R)
+        q, kv = products(normed, q_proj.matrix, mla.kv_a_proj_with_mqa.matrix)  # kv (N, C + R)
         if low_rank:
             gain, eps = mla.q_a_layernorm.weight, mla.q_a_layernorm.eps
             q = self.linear(q, mla.q_b_proj.matrix, norm=gain, eps=eps)  # (N, Q) -> (N, H (P + R))
@@ -83,7 +83,7 @@ class DecodeBlock:
         """x + mlp(norm(x)), (N, D)."""
         norm = self.block.post_attention_layernorm
         normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
-        gate, up = products(normed, [mlp.gate_proj.matrix, mlp.up_proj.matrix])  # (N, I) each
+        gate, up = products(normed, mlp.gate_proj.matrix, mlp.up_proj.matrix)  # (N, I) each
         return self.linear(gate, mlp.down_proj.matrix, up=up, residual=x)
 
     def mixture(self, x: Tensor, moe: MoE) -> Tensor:

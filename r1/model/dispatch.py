@@ -64,7 +64,8 @@ class Gather(Dispatch):
     name = "gather"
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        most = max(1, GATHER_BYTES // (indices.shape[1] * experts.inner_bytes(x.dtype)))  # tokens
+        each = indices.shape[1] * experts.inner_numbers * x.dtype.itemsize  # bytes of a token
+        most = max(1, GATHER_BYTES // each)  # tokens
         if x.shape[0] > most:
             parts = zip(x.split(most), indices.split(most), weights.split(most), strict=True)
             return torch.cat([self(experts, *part) for part in parts])

@@ -32,7 +32,7 @@ class Linear(nn.Module):
 
 def project(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
     """Each layer's output for the same x. Weights that are stored as one need one product only."""
-    return products(lambda matrix: matrix.matmul(x), [layer.matrix for layer in layers])
+    return products(lambda matrix: matrix.matmul(x), *[layer.matrix for layer in layers])
 
 
 class Embedding(nn.Module):

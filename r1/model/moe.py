@@ -9,8 +9,8 @@ I moe_intermediate_size, M rows of draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from r1.model.config import Config
@@ -44,11 +44,8 @@ class Experts(nn.Module):
         self.gate_proj = Dense.empty(len(self.ids), inner, dim)
         self.up_proj = Dense.empty(len(self.ids), inner, dim)
         self.down_proj = Dense.empty(len(self.ids), dim, inner)
-
-    @property
-    def count(self) -> int:
-        """How many experts the stacks hold."""
-        return self.down_proj.shape[0]
+        self.count = len(self.ids)  # how many experts the stacks hold
+        self.inner_numbers = 2 * inner * dim  # elements of one expert's gate_proj and up_proj
 
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Map (N, K) choices to places in the stacks; returns indices and weights of each pass.
@@ -64,17 +61,16 @@ class Experts(nn.Module):
 
     def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts, (N, D), as the strategy `run` computes it."""
-        passes = [run(self, x, *choices) for choices in self.here(indices, weights)]
-        return self.combine(passes[0] if len(passes) == 1 else torch.stack(passes).sum(dim=0))
+        y: Tensor | None = None
+        for choices in self.here(indices, weights):
+            part = run(self, x, *choices)
+            y = part if y is None else y + part
+        return self.combine(cast(Tensor, y))
 
     def inner(self, product: Callable[[Matrix], Tensor]) -> Tensor:
         """The experts' inner layer, (..., I). `product` multiplies the input by one matrix."""
-        gate, up = products(product, [self.gate_proj, self.up_proj])  # (..., I) each
+        gate, up = products(product, self.gate_proj, self.up_proj)  # (..., I) each
         return swiglu(gate, up)
-
-    def inner_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one expert's gate_proj and up_proj in `dtype`."""
-        return 2 * self.gate_proj.shape[1] * self.gate_proj.shape[2] * dtype.itemsize
 
 
 class MoE(nn.Module):

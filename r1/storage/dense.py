@@ -35,7 +35,7 @@ class Dense(Matrix):
 
     def pick(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         weights = self.weight.index_select(0, ids)
-        return weights if dtype is None else weights.to(dtype)
+        return weights if dtype in (None, weights.dtype) else weights.to(dtype)
 
     def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         return grouped_mm(x, self.weight, ends)

@@ -8,7 +8,9 @@ Shapes: out and in are a matrix's rows and columns.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,23 +40,30 @@ class Part(Matrix):
         return self.whole.nbytes * (self.stop - self.start) // self.whole.shape[-2]
 
 
-def join(*matrices: Matrix) -> list[Part]:
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """The parts of one joined matrix, in order."""
+
+    whole: Matrix
+    parts: tuple[Part, ...]
+    sizes: list[int]
+    """Rows of each part."""
+
+
+def join(*matrices: Matrix) -> tuple[Part, ...]:
     """Copy dense matrices of one input size into a single one; returns its parts, in order."""
     whole = Dense(torch.cat([matrix.dense() for matrix in matrices], dim=-2))
-    parts, start = [], 0
-    for matrix in matrices:
-        parts.append(Part(whole, start, start + matrix.shape[-2]))
-        start = parts[-1].stop
+    sizes = [matrix.shape[-2] for matrix in matrices]
+    ends = list(itertools.accumulate(sizes))
+    parts = tuple(Part(whole, end - size, end) for size, end in zip(sizes, ends, strict=True))
+    for part in parts:
+        part.joint = Joint(whole, parts, sizes)
     return parts
 
 
-def products(product: Callable[[Matrix], Tensor], matrices: Sequence[Matrix]) -> Sequence[Tensor]:
+def products(product: Callable[[Matrix], Tensor], *matrices: Matrix) -> Sequence[Tensor]:
     """`product` of each matrix, (..., out) each; where they are joined, one product, split."""
-    whole = matrices[0].whole if isinstance(matrices[0], Part) else None
-    if whole is None:
+    joint = matrices[0].joint
+    if joint is None or matrices != joint.parts:
         return [product(matrix) for matrix in matrices]
-    for matrix in matrices[1:]:
-        if not isinstance(matrix, Part) or matrix.whole is not whole:
-            return [product(matrix) for matrix in matrices]
-    # Tensor.split would come here too, but by a function of torch's in Python.
-    return product(whole).split_with_sizes([matrix.shape[-2] for matrix in matrices], dim=-1)
+    return product(joint.whole).split_with_sizes(joint.sizes, dim=-1)

@@ -9,6 +9,8 @@ Shapes: out and in are a matrix's rows and columns; E experts, n chosen matrices
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +25,7 @@ class Matrix(nn.Module):
     """
 
     shape: torch.Size
+    joint: Any = None  # the Joint (joined.py) of a matrix that is stored as a part of another one
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole weight, (out, in) or (E, out, in), in `dtype` (None: the model's own)."""
