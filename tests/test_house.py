@@ -38,6 +38,7 @@ ROOMS = (
     "r1/storage/",
     "r1/device.py",
     "r1/reading.py",
+    "r1/writing.py",
     "r1/streams.py",
     "r1/errors.py",
 )
