@@ -17,7 +17,7 @@ parity           compare logits with the reference's
 routing, upcast  changes to a model: even routing; fp32 arithmetic on bf16 weights
 timeline         the time of each kernel, from a profiler's trace
 result           a result file: how it begins, and how paths are kept out of it
-load_result      read a result file back, and check it
+load_result      read a result file back, and check it (report/types.py has the types)
 report/          answers -> rows -> tables and text
 plot/            a result as a picture
 merge            --compare: results of several machines in one table
