@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "measure"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "train"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from r1 import InputError
+from r1 import InputError, streams
 from r1.errors import hung_up
 from r1.model.config import Config
 from r1.model.shapes import SHAPES, shape
@@ -62,12 +62,13 @@ def run(tool: str, work: Work, arguments: argparse.Namespace) -> int:
 
     Returns 1 where the reader of the output has gone, as in `... | head`.
     """
+    streams.prepare()
     try:
         return work(arguments)
     except BrokenPipeError:
         return hung_up()
     except InputError as error:
-        print(f"{Path(tool).stem}: {error}", file=sys.stderr)
+        streams.complain(f"{Path(tool).stem}: {error}")
         return 2
 
 
