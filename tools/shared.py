@@ -74,9 +74,10 @@ def run(tool: str, work: Work, arguments: argparse.Namespace) -> int:
 
 def numbers(flag: str, text: str) -> list[int]:
     """A comma list of whole numbers. Raises InputError."""
-    if not all(each.isdecimal() and int(each) for each in text.split(",")):
-        raise InputError(f"{flag} {text}: give whole numbers of at least 1, such as 1,32")
-    return list(map(int, text.split(",")))
+    words = text.split(",")
+    if not all(each.isdecimal() and len(each) <= 6 and int(each) for each in words):
+        raise InputError(f"{flag} {text}: give whole numbers from 1 to 999999, such as 1,32")
+    return list(map(int, words))
 
 
 def names(flag: str, text: str, known: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ flags            the command line's arguments
 commands         choose between measuring, --show, --compare and --explain
 plan             which arms on which workloads, checked before anything is measured
 arms, ablation   the arms: settings of the switches
+sizes            the context and the memory, checked before anything is made
 workload, exam   the work that each arm does; the problems that it is asked
 measure          all arms on all workloads
 compiler_checks  Inductor's test of the CPU, once for all arms

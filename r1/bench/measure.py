@@ -18,6 +18,7 @@ from r1.bench.reference import make_reference
 from r1.bench.report import rows
 from r1.bench.result import new_result, without_paths
 from r1.bench.session import Session
+from r1.bench.sizes import check_sizes
 from r1.bench.workload import Workload
 from r1.build import HEADROOM, count_parameters
 from r1.device import DTYPES, available_bytes, torch_device
@@ -65,6 +66,7 @@ def measure(
 ) -> None:
     """All arms on one workload. Rows are added to `result` as soon as they are complete."""
     config = workload.config()
+    check_sizes(workload, config, resolve(compared[0].backend, config, batch=workload.batch))
     with (
         _scratch() as name,
         CompilerChecks(compared, config, Path(name)) as checks,

@@ -13,7 +13,6 @@ does real ones. The gate's bias is not zero, so a program that forgets the bias 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,8 @@ from r1.switches import flags
 from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
 from r1.writing import check_new
+
+MOST_SHARD_MB = 10**9
 
 
 def make(
@@ -83,8 +84,10 @@ def work(arguments: argparse.Namespace) -> int:
     shard_mb = arguments.shard_mb
     if shard_mb is None:
         shard_mb = 1 if arguments.shape == "tiny" else 5000
-    if not 0 < shard_mb < math.inf:
-        raise InputError(f"--shard-mb {shard_mb}: give megabytes, more than 0")
+    if not 0 < shard_mb <= MOST_SHARD_MB:
+        raise InputError(
+            f"--shard-mb {shard_mb}: give megabytes, more than 0 and at most {MOST_SHARD_MB}"
+        )
     check_new(directory)  # before a large model is made
     has_tokenizer = config.vocab_size == SHAPES["tiny"].vocab_size
     make(
