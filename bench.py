@@ -11,11 +11,21 @@ asked some of them. The parts are in r1/bench.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
+if __name__ == "__main__":
+    # The imports below take a second. Until `main` handles signals, there is nothing to finish.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, lambda *_: os._exit(130))
+
+from r1 import streams
 from r1.__main__ import EMBEDDED
 from r1.bench.commands import run
 from r1.bench.flags import parser
+from r1.bench.process import interrupt_once, signals
 from r1.bench.progress import say
 from r1.errors import InputError, hung_up
 
@@ -23,18 +33,23 @@ from r1.errors import InputError, hung_up
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status.
 
-    0 if all is well, 1 if an arm fails parity or breaks down, 2 for bad input, 130 after Ctrl-C.
+    0 if all is well, 1 if an arm fails parity or breaks down, 2 for bad input, 130 after Ctrl-C,
+    SIGTERM (of a time limit) or SIGHUP (of a terminal that is closed).
     """
+    streams.prepare()
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser(EMBEDDED).parse_args(argv)
     try:
-        return run(arguments, argv)
+        with signals(interrupt_once):
+            return run(arguments, argv)
     except BrokenPipeError:
         return hung_up()
     except InputError as error:
         say("")
-        print(f"bench: {error}", file=sys.stderr)
+        streams.complain(f"bench: {error}")
         return 2
+    except KeyboardInterrupt:  # before or after the measurement, which handles its own
+        return 130
 
 
 if __name__ == "__main__":

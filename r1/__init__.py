@@ -14,6 +14,7 @@ from pathlib import Path
 from r1 import build
 from r1.errors import InputError
 from r1.files.config_json import load_config
+from r1.files.folder import check_folder
 from r1.files.generation_config import read_stop_ids
 from r1.model.config import Config
 from r1.run.completion import Completion
@@ -43,6 +44,7 @@ def load(
     """
     directory = Path(directory)
     config = load_config(directory)
+    check_folder(directory)
     backend = resolve(backend or Backend(), config, batch=batch)
     stop_ids = frozenset(config.eos_token_ids) | read_stop_ids(directory)
     tokenizer = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import r1
+from r1 import streams
 from r1.errors import hung_up
 from r1.files.embedded import EMBEDDED
 from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
@@ -21,16 +23,18 @@ def main(argv: list[str] | None = None) -> int:
 
     0: success. 1: the reader of stdout closed it. 2: unusable input. 130: interrupted by Ctrl-C.
     """
+    streams.prepare()
     arguments = parser().parse_args(argv)
     try:
         return talk(arguments)
     except r1.InputError as error:
-        print(f"r1: {error}", file=sys.stderr)
+        streams.complain(f"r1: {error}")
         return 2
     except BrokenPipeError:
         return hung_up()
     except KeyboardInterrupt:
-        print(PLAIN if sys.stdout.isatty() else "")
+        with contextlib.suppress(OSError, r1.InputError):  # the terminal may be gone
+            streams.write(PLAIN if sys.stdout.isatty() else "")
         return 130
 
 
@@ -89,26 +93,26 @@ def talk(arguments: argparse.Namespace) -> int:
     check(arguments)
     engine = r1.load(arguments.model, r1.Backend(**flags.given(arguments)))
     for caution in engine.cautions:
-        print(f"r1: {caution}", file=sys.stderr)
+        streams.complain(f"r1: {caution}")
     messages: list[dict[str, Any]] = (
         [{"role": "system", "content": arguments.system}] if arguments.system else []
     )
     if arguments.question is not None:
         answer(engine, [*messages, {"role": "user", "content": arguments.question}], arguments)
         return 0
-    print("Ask something; Ctrl-D ends.", file=sys.stderr)
+    streams.complain("Ask something; Ctrl-D ends.")
     while True:
         try:
             question = input("> ")
         except EOFError:
-            print()
+            streams.write("")
             return 0
         if question.strip():
             turn = [*messages, {"role": "user", "content": question}]
             try:
                 reply = answer(engine, turn, arguments)
             except r1.InputError as error:  # the conversation continues without this turn
-                print(f"r1: {error}", file=sys.stderr)
+                streams.complain(f"r1: {error}")
             else:
                 messages = [*turn, {"role": "assistant", "content": reply}]
 
@@ -125,9 +129,9 @@ def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argpars
         nonlocal dimmed
         for text, dim in ((reasoning_text, True), (answer_text, False)):
             if text and color and dim != dimmed:
-                print(DIM if dim else PLAIN, end="")
+                streams.write(DIM if dim else PLAIN, end="")
                 dimmed = dim
-            print(text, end="", flush=True)
+            streams.write(text, end="")
 
     completion = engine.chat(
         messages,
@@ -138,8 +142,8 @@ def answer(engine: r1.Engine, messages: list[dict[str, Any]], arguments: argpars
         arguments.think,
         on_text=show,
     )
-    print(PLAIN if dimmed else "")
-    print(timings(completion), file=sys.stderr)
+    streams.write(PLAIN if dimmed else "")
+    streams.complain(timings(completion))
     return completion.answer
 
 

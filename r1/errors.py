@@ -5,14 +5,38 @@ from __future__ import annotations
 import os
 import sys
 
+MOST_CHARACTERS = 4000
+"""The longest message that is shown whole. A file's field may be a text of megabytes."""
+
+
+def printable(text: str) -> str:
+    """The text on one line, with escapes for control characters.
+
+    Names and contents of files are shown in messages. A file must not move the cursor of a
+    terminal, clear it, or reverse the direction of its text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
 
 class InputError(ValueError):
     """The user gave something unusable: a file, a field, a switch, a prompt.
 
-    The message is one sentence. It says what is wrong, where, and what to do. The commands print it
-    without a traceback and exit with status 2. Any other exception that reaches the user is a bug
-    in r1.
+    The message is one sentence on one line, without control characters. It says what is wrong,
+    where, and what to do. The commands print it without a traceback and exit with status 2. Any
+    other exception that reaches the user is a bug in r1.
     """
+
+    def __init__(self, message: object) -> None:
+        """Control characters in `message` are escaped. The middle of a very long one is cut out."""
+        line = printable(str(message))
+        if len(line) > MOST_CHARACTERS:
+            half = MOST_CHARACTERS // 2
+            line = f"{line[:half]} ... {line[-half:]}"
+        super().__init__(line)
 
 
 def hung_up() -> int:

@@ -1,4 +1,7 @@
-"""Result files hold no path of the machine that made them (r1/bench/result.py)."""
+"""Result files hold no path of the machine that made them, and are checked where they are read.
+
+Holds to account: r1/bench/result.py, r1/bench/load_result.py and r1/bench/report/types.py.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,16 @@ from typing import Any
 
 import pytest
 from cases import ROOT
+from refusals import refused
 
 import bench
 from r1.bench.arms import Arm
 from r1.bench.flags import parser
+from r1.bench.load_result import load
+from r1.bench.report.fields import FIELDS
+from r1.bench.report.render import render
 from r1.bench.report.rows import row
+from r1.bench.report.types import MACHINE, RESULT, ROW, TOGETHER
 from r1.bench.result import command_line, without_paths
 from r1.bench.workload import Workload
 from r1.model.shapes import shape
@@ -122,3 +130,94 @@ def test_a_refusal_names_files_without_folders(sentence: str, recorded: str) -> 
     result = without_paths(made, "/a/b/tiny")
     assert result["rows"] == [{"refused": recorded}, {"refused": None}]
     assert result["notes"] == [recorded]
+
+
+# ---------------------------- a result that is read is checked
+def ladder() -> dict[str, Any]:
+    """A result with every field of a row."""
+    loaded: dict[str, Any] = json.loads((FOLDER / "h100" / "ladder.json").read_text("utf-8"))
+    return loaded
+
+
+def written(result: dict[str, Any], folder: Path) -> Path:
+    (folder / "a.json").write_text(json.dumps(result))
+    return folder / "a.json"
+
+
+def test_every_field_has_a_type() -> None:
+    assert ROW.keys() == FIELDS.keys()
+
+
+@pytest.mark.parametrize("name", [n for n in RESULTS if '"schema"' in (FOLDER / n).read_text()])
+def test_our_own_results_are_sound(name: str) -> None:
+    load(FOLDER / name, complete=True)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    "value", [-1, "fast", [1], {"a": [1]}, 1e300, True], ids=lambda v: type(v).__name__
+)
+def test_a_field_of_another_type_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    """Or it is of its type by chance: a row needs one of its own."""
+    result = ladder()
+    for each in result["rows"]:
+        each[field] = value
+    path = written(result, tmp_path)
+    if ROW[field].holds(value):
+        return
+    for complete in (True, False):
+        with refused(rf"a\.json, row 1: {field} is ", "measure again"):
+            load(path, complete=complete)
+
+
+@pytest.mark.parametrize("field", [*RESULT, *MACHINE])
+@pytest.mark.parametrize("value", [-1, [[1]], {"a": "b"}], ids=lambda v: type(v).__name__)
+def test_a_field_outside_the_rows_is_checked_too(field: str, value: Any, tmp_path: Path) -> None:
+    result = ladder()
+    (result if field in RESULT else result["machine"])[field] = value
+    path = written(result, tmp_path)
+    if {**RESULT, **MACHINE}[field].holds(value):
+        return
+    with refused(r"a\.json"):
+        load(path)
+
+
+@pytest.mark.parametrize("field", [name for names in TOGETHER.values() for name in names])
+def test_fields_that_come_together(field: str, tmp_path: Path) -> None:
+    """A speed-up without its spread can't be shown."""
+    result = ladder()
+    first = next(name for name, names in TOGETHER.items() if field in names)
+    for each in result["rows"]:
+        each.update(dict.fromkeys((first, *TOGETHER[first]), 1), **{field: None})
+    with refused(f"{first} is 1, but it has no {field}"):
+        load(written(result, tmp_path), complete=True)
+
+
+def test_a_results_texts_cant_move_the_cursor(tmp_path: Path) -> None:
+    result = ladder()
+    result["notes"] = ["x\n\x1b[2J"]
+    result["rows"][1]["arm"] = "y\x9b2J"
+    result["machine"]["name"] = "z\u202e"
+    shown = render(load(written(result, tmp_path), complete=True), "md")
+    assert r"x\n\x1b[2J" in shown and r"y\x9b2J" in shown and r"z\u202e" in shown
+    assert all(line.isprintable() for line in shown.split("\n"))
+
+
+def test_a_result_nested_without_end(tmp_path: Path) -> None:
+    result = ladder()
+    for _ in range(300):
+        result["config"] = {"a": result["config"]}
+    with refused("a.json is no JSON", "nested too deeply"):
+        load(written(result, tmp_path))
+
+
+def test_logits_that_are_no_numbers_are_shown(tmp_path: Path) -> None:
+    """An arm that is wrong in this way fails parity, and its row stays readable."""
+    result = ladder()
+    result["rows"][1] |= {
+        "parity": False,
+        "speedup": None,
+        "mean_kl": float("nan"),
+        "median_kl": float("inf"),
+    }
+    assert "parity fails" in render(load(written(result, tmp_path), complete=True), "md")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from models import TINY
+from refusals import refused
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
@@ -178,6 +180,12 @@ NOT_OURS = {
     "true for a number": told(LATENT, {**SOUND, "columns": True}),
     "1 for true": told("AttentionLaunch 1", ATTENTION),
     "no power of two": told(LATENT, {**SOUND, "columns": 48}),
+    "a power of two without end": told(LATENT, {**SOUND, "columns": 2**4000}),
+    "digits without end": "1" * 5000,
+    "sizes that are none": told("LatentLaunch x", SOUND),
+    "a terminal's codes": told("\x1b[2J\n", SOUND),
+    "null": json.dumps({GPU: None}),
+    "a list of launches": json.dumps({GPU: [[LATENT, SOUND]]}),
 }
 
 
@@ -188,8 +196,44 @@ def test_a_file_that_is_not_ours_is_told(cache: Path) -> None:
         with pytest.raises(InputError, match="remove it"):
             launches.load(GPU)
         assert (cache / launches.FILE).read_text() == text
+    (cache / launches.FILE).write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="remove it"):
+        launches.load(GPU)
     (cache / launches.FILE).write_text(told(LATENT, SOUND))
     assert launches.load(GPU)[LATENT] == LatentLaunch(**SOUND)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_something_else_in_place_of_the_file(make: Callable[[Path], Any], cache: Path) -> None:
+    """A pipe is not waited for, and nothing half-written is left."""
+    cache.mkdir()
+    make(cache / launches.FILE)
+    for use in (launches.load, lambda gpu: launches.keep(gpu, {})):
+        with refused("launches.json can't be read", "R1_CACHE"):
+            use(GPU)
+    assert [path.name for path in cache.iterdir()] == [launches.FILE]
+
+
+def test_a_full_disk_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, _text: str, **_: Any) -> int:
+        path.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with refused("can't be written (.*No space left)"):
+        launches.keep(GPU, {})
+    assert list(cache.iterdir()) == []
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("R1_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with refused("R1_CACHE"):
+        launches.load(GPU)
 
 
 def test_a_folder_that_cant_be_written_is_told(

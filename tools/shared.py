@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "measure"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "train"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from r1 import InputError
+from r1 import InputError, streams
 from r1.errors import hung_up
 from r1.model.config import Config
 from r1.model.shapes import SHAPES, shape
@@ -62,20 +62,22 @@ def run(tool: str, work: Work, arguments: argparse.Namespace) -> int:
 
     Returns 1 where the reader of the output has gone, as in `... | head`.
     """
+    streams.prepare()
     try:
         return work(arguments)
     except BrokenPipeError:
         return hung_up()
     except InputError as error:
-        print(f"{Path(tool).stem}: {error}", file=sys.stderr)
+        streams.complain(f"{Path(tool).stem}: {error}")
         return 2
 
 
 def numbers(flag: str, text: str) -> list[int]:
     """A comma list of whole numbers. Raises InputError."""
-    if not all(each.isdecimal() and int(each) for each in text.split(",")):
-        raise InputError(f"{flag} {text}: give whole numbers of at least 1, such as 1,32")
-    return list(map(int, text.split(",")))
+    words = text.split(",")
+    if not all(each.isdecimal() and len(each) <= 6 and int(each) for each in words):
+        raise InputError(f"{flag} {text}: give whole numbers from 1 to 999999, such as 1,32")
+    return list(map(int, words))
 
 
 def names(flag: str, text: str, known: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ flags            the command line's arguments
 commands         choose between measuring, --show, --compare and --explain
 plan             which arms on which workloads, checked before anything is measured
 arms, ablation   the arms: settings of the switches
+sizes            the context and the memory, checked before anything is made
 workload, exam   the work that each arm does; the problems that it is asked
 measure          all arms on all workloads
 compiler_checks  Inductor's test of the CPU, once for all arms
@@ -17,7 +18,7 @@ parity           compare logits with the reference's
 routing, upcast  changes to a model: even routing; fp32 arithmetic on bf16 weights
 timeline         the time of each kernel, from a profiler's trace
 result           a result file: how it begins, and how paths are kept out of it
-load_result      read a result file back, and check it
+load_result      read a result file back, and check it (report/types.py has the types)
 report/          answers -> rows -> tables and text
 plot/            a result as a picture
 merge            --compare: results of several machines in one table

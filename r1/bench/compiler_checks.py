@@ -10,12 +10,11 @@ import contextlib
 import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from r1.bench.arms import Arm
-from r1.bench.process import signals
+from r1.bench.process import deaf_children
 from r1.device import torch_device
 from r1.model.config import Config
 from r1.switches.resolve import resolve
@@ -44,7 +43,7 @@ class CompilerChecks:
     def start(self) -> None:
         """Start the process, deaf to signals."""
         if self.process:
-            with signals(signal.SIG_IGN):
+            with deaf_children():
                 self.process.start()
 
     def join(self) -> None:

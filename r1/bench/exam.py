@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1.errors import InputError
+from r1.files.folder import check_file
+from r1.reading import read_json
 from r1.run.engine import Engine
 
 FILE = "exam.json"
@@ -43,11 +45,11 @@ def load(directory: str | Path) -> list[Question]:
     Raises InputError if the file can't be read.
     """
     path = Path(directory) / FILE
-    if not path.is_file():
+    if check_file(path) is None:
         return []
     try:
-        questions = [Question(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        questions = [Question(**entry) for entry in read_json(path)]
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{path} can't be read ({error}): make it with tools/train/make_exam.py, or delete it"
         ) from None

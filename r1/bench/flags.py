@@ -12,6 +12,9 @@ from r1.model.shapes import SHAPES
 from r1.switches import flags
 from r1.switches.backend import Backend
 
+MOST = 10**12
+"""The largest size that is read. What fits the context and the memory is checked later."""
+
 
 def parser(embedded: Path) -> argparse.ArgumentParser:
     """All arguments of bench.py. `embedded` is the checkpoint that is measured by default."""
@@ -125,8 +128,9 @@ def numbers(text: str, least: int = 1) -> list[int]:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = [-1]
-    if min(values) < least:
+    if min(values) < least or max(values) > MOST:
         allowed = "above 0" if least else "of 0 or more"
+        allowed += f" and at most {MOST}" if max(values) > MOST else ""
         raise argparse.ArgumentTypeError(
             f"{text!r}: give whole numbers {allowed}, with commas between"
         )

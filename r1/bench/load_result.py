@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from r1.bench.report.fields import ALWAYS, FIELDS, SCHEMA
+from r1.bench.report.types import MACHINE, PAIR, RESULT, ROW, TOGETHER, missing, wrong
 from r1.bench.workload import SIZES
-from r1.errors import InputError
+from r1.errors import InputError, printable
+from r1.reading import read_json
+
+DEEPEST = 20
+"""How deep a result's values may be nested."""
 
 
 def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
     """The result in a file. Raises InputError, which names the file, if it holds no result.
 
-    With `complete` the rows must have all that a table shows, not only what --compare needs.
-    Fields that older results do not have become None.
+    Every field is of its type (report/types.py), or None. With `complete` the rows must have all
+    that a table shows, not only what --compare needs. Fields that older results do not have become
+    None.
     """
     result = _read(path)
     rows = result.get("rows")
@@ -29,25 +33,27 @@ def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
         or not isinstance(result.get("config"), dict)
     ):
         raise InputError(f"{path} doesn't say which machine or model it is about: measure again")
+    result["machine"] = {name: value for name, value in machine.items() if value is not None}
+    if problem := _wrong_result(result, complete):
+        raise InputError(f"{path}: {problem}: measure again")
     for number, row in enumerate(rows, 1):
-        if wrong := _wrong(row):
-            raise InputError(f"{path}, row {number}: {wrong}: measure again")
+        if problem := _wrong_row(row, complete):
+            raise InputError(f"{path}, row {number}: {problem}: measure again")
         if complete and not row.get("refused"):
-            rows[number - 1] = row = {name: row.get(name) for name in FIELDS}
-            if lacking := [name for name in ALWAYS if row[name] is None]:
-                raise InputError(
-                    f"{path}, row {number}: it has no {', '.join(lacking)}: measure again"
-                )
+            rows[number - 1] = {name: row.get(name) for name in FIELDS}
+    for each in [*rows, *(result.get("pairs") or [])]:
+        each.setdefault("refused", None)
+        each.setdefault("crashed", False)
     return result
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's JSON object, if it is of our schema."""
+    """The file's JSON object, if it is of our schema, with printable texts."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = _with_printable_texts(read_json(path))
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(
             f"{path} is no JSON ({error}): make one with bench.py -o json > FILE"
         ) from None
@@ -60,24 +66,61 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _wrong(row: Any) -> str | None:
-    """The first error in a row, in the fields that --compare reads."""
+def _with_printable_texts(value: Any, depth: int = 0) -> Any:
+    """The value with control characters of its texts escaped. They will be shown on a terminal."""
+    if depth > DEEPEST:
+        raise ValueError("its values are nested too deeply for a result")
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_with_printable_texts(each, depth + 1) for each in value]
+    if isinstance(value, dict):
+        return {
+            printable(name): _with_printable_texts(each, depth + 1) for name, each in value.items()
+        }
+    return value
+
+
+def _wrong_result(result: dict[str, Any], complete: bool) -> str | None:
+    """The first error in the fields outside the rows."""
+    machine, pairs = result["machine"], result.get("pairs") or []
+    if problem := wrong(result, RESULT) or wrong(machine, MACHINE):
+        return problem
+    if complete and (
+        problem := missing(result, ("repetitions", "workload", "notes", "pairs"))
+        or missing(machine, ("torch", "python"))
+        or (missing(machine, ("matmul_tflop_s",)) if "copy_gb_s" in machine else None)
+    ):
+        return problem
+    if not isinstance(pairs, list):
+        return f"pairs is {pairs!r}, no list"
+    for number, pair in enumerate(pairs, 1):
+        if not isinstance(pair, dict):
+            return f"pair {number} is no object"
+        names = ("pair", *SIZES, *(() if pair.get("refused") else ("parity", "mean_kl")))
+        if problem := missing(pair, names) or wrong(pair, PAIR):
+            return f"pair {number}: {problem}"
+    return None
+
+
+def _wrong_row(row: Any, complete: bool) -> str | None:
+    """The first error in a row."""
     if not isinstance(row, dict):
         return "it is no object"
-    for name in ("arm", "kind"):
-        if not isinstance(row.get(name), str):
-            return f"{name} is {row.get(name)!r}, no text"
-    for name in SIZES:
-        if type(row.get(name)) is not int or row[name] < 0:
-            return f"{name} is {row.get(name)!r}, no whole number"
+    for name in ("arm", "kind", *SIZES):
+        if row.get(name) is None:
+            return f"{name} is None, no {ROW[name].words}"
+    if problem := wrong(row, ROW):
+        return problem
     if row.get("refused"):
         return None
-    if not isinstance(row.get("parity"), bool):
-        return f"parity is {row.get('parity')!r}, neither true nor false"
-    for name in ("tpot_ms", "decode_tok_s", "mbu"):
-        value = row.get(name)
-        if value is not None and (
-            type(value) not in (int, float) or not math.isfinite(value) or value < 0
-        ):
-            return f"{name} is {value!r}, no number"
+    if row.get("parity") is None:
+        return "parity is None, neither true nor false"
+    if not complete:
+        return None
+    if problem := missing(row, ALWAYS):
+        return problem
+    for name, others in TOGETHER.items():
+        if row.get(name) and (problem := missing(row, others)):
+            return f"{name} is {row[name]}, but {problem}"
     return None

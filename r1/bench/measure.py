@@ -12,12 +12,13 @@ from r1.bench import exam, plan
 from r1.bench.arms import Arm
 from r1.bench.compiler_checks import CompilerChecks
 from r1.bench.exam import Question
-from r1.bench.process import Answer, interrupt_once, signals
+from r1.bench.process import Answer
 from r1.bench.progress import say
 from r1.bench.reference import make_reference
 from r1.bench.report import rows
 from r1.bench.result import new_result, without_paths
 from r1.bench.session import Session
+from r1.bench.sizes import check_sizes
 from r1.bench.workload import Workload
 from r1.build import HEADROOM, count_parameters
 from r1.device import DTYPES, available_bytes, torch_device
@@ -42,17 +43,15 @@ def run(
     result = new_result(arguments, argv, machine, work)
     interrupted = False
     try:
-        # SIGTERM, of a time limit, is handled as Ctrl-C is: finished rows are kept.
-        with signals(interrupt_once):
-            for workload, compared in plans:
-                try:
-                    measure(compared, workload, arguments, questions, result)
-                except InputError as error:
-                    if len(plans) == 1:
-                        raise
-                    # The rows of the other workloads are kept.
-                    result["notes"].append(f"{workload.describe()}: n/a: {error}")
-    except KeyboardInterrupt:
+        for workload, compared in plans:
+            try:
+                measure(compared, workload, arguments, questions, result)
+            except InputError as error:
+                if len(plans) == 1:
+                    raise
+                # The rows of the other workloads are kept.
+                result["notes"].append(f"{workload.describe()}: n/a: {error}")
+    except KeyboardInterrupt:  # of any signal (process.py): finished rows are kept
         result["notes"].append("Interrupted: only what was finished is shown.")
         interrupted = True
     return without_paths(result, model), interrupted
@@ -67,8 +66,9 @@ def measure(
 ) -> None:
     """All arms on one workload. Rows are added to `result` as soon as they are complete."""
     config = workload.config()
+    check_sizes(workload, config, resolve(compared[0].backend, config, batch=workload.batch))
     with (
-        tempfile.TemporaryDirectory(prefix="r1-bench-") as name,
+        _scratch() as name,
         CompilerChecks(compared, config, Path(name)) as checks,
     ):
         folder = Path(name)
@@ -82,6 +82,16 @@ def measure(
         comparison = Comparison(workload, arguments, asked, result, folder, reference, config)
         comparison.measure_timed(compared, checks)
         comparison.check_pairs(compared)
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the reference, and for the caches of compiled code."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="r1-bench-")
+    except OSError as error:
+        raise InputError(
+            f"no temporary folder can be made ({error.strerror}): name another in TMPDIR"
+        ) from None
 
 
 def _questions_for(

@@ -112,4 +112,8 @@ def questions_of(model: str | None, count: int | None) -> list[Question]:
             f"--problems {count}: {model or 'a shape of random weights'} has no {exam.FILE}: "
             "leave it out"
         )
+    if count and count > len(questions):
+        raise InputError(
+            f"--problems {count}: {exam.FILE} has {len(questions)}: give at most that many"
+        )
     return questions

@@ -44,8 +44,12 @@ class Process:
         self.process: BaseProcess = context.Process(
             target=target, args=(theirs, *arguments), daemon=True
         )
-        with signals(signal.SIG_IGN):  # the child inherits this before it has imported anything
-            self.process.start()
+        try:
+            with deaf_children():
+                self.process.start()
+        except KeyboardInterrupt:  # it came meanwhile: nobody else knows of the child
+            self.process.kill()
+            raise
         theirs.close()
         self.busy = False
 
@@ -107,10 +111,21 @@ def answer_commands(pipe: Connection, commands: Mapping[str, Callable[..., Answe
             )
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a time limit, and a closed terminal."""
+
+
 @contextmanager
 def signals(handler: Handler) -> Iterator[None]:
-    """Inside this context `handler` handles Ctrl-C and SIGTERM."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Inside this context `handler` handles SIGNALS.
+
+    SIGHUP stays ignored where the caller (nohup) ignores it.
+    """
+    before = {
+        number: signal.signal(number, handler)
+        for number in SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -118,11 +133,29 @@ def signals(handler: Handler) -> Iterator[None]:
             signal.signal(number, previous)
 
 
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started inside this context never get SIGNALS: these are blocked in them.
+
+    A child inherits this before it has imported anything. A signal that comes meanwhile is handled
+    at the context's end, so that it is not lost and no child is started by halves.
+    """
+    late: list[int] = []
+    with signals(lambda number, _: late.append(number)):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if late:
+        signal.raise_signal(late[0])
+
+
 def interrupt_once(_number: int, _frame: object) -> None:
     """A handler for `signals` that raises KeyboardInterrupt.
 
     It ignores later signals, so that they do not disturb how the first one is handled.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -80,9 +80,12 @@ class Session:
         sizes = (f"{size} {n}" for size, n in self.workload.sizes.items())
         name = " ".join((self.arm.kind, self.arm.name, *sizes))
         stem = "-".join(re.findall(r"\w+", name))
-        profile.mkdir(parents=True, exist_ok=True)
-        shutil.move(self.answers["trace"]["path"], profile / f"{stem}.json")
-        (profile / f"{stem}.txt").write_text(self.answers["trace"]["table"])
+        try:
+            profile.mkdir(parents=True, exist_ok=True)
+            shutil.move(self.answers["trace"]["path"], profile / f"{stem}.json")
+            (profile / f"{stem}.txt").write_text(self.answers["trace"]["table"], encoding="utf-8")
+        except OSError as error:
+            self.notes.append(f"{self.arm.name}: its trace can't be kept ({error.strerror}).")
 
     def _examine(self, questions: list[Question]) -> None:
         """Ask the problems. If that is refused, the measurements stand, and a note says why."""

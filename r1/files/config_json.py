@@ -7,7 +7,6 @@ Two families share this code: `deepseek_v3` (R1, V3, V3.1, Moonlight, Kimi-K2) a
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from r1.errors import InputError
 from r1.files.json_fields import Fields
 from r1.files.rope_fields import read_rope
 from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat
+from r1.reading import read_json
 
 FAMILIES = {"deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3", "deepseek_v2": "deepseek_v2"}
 
@@ -54,8 +54,8 @@ def load_config(directory: str | Path) -> Config:
     if not exists:
         raise InputError(f"{directory} has no config.json: {holds}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        raw = read_json(path)
+    except (ValueError, OSError) as error:
         raise InputError(f"{path} can't be read as JSON ({error}): download it again") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no JSON object: download it again")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from r1.errors import InputError
+from r1.reading import read_json
 
 
 def read_stop_ids(directory: Path) -> frozenset[int]:
@@ -13,12 +13,15 @@ def read_stop_ids(directory: Path) -> frozenset[int]:
     path = directory / "generation_config.json"
     if not path.is_file():
         return frozenset()
+    advice = "download it again, or delete it"
     try:
-        stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        advice = "download it again, or delete it"
+        fields = read_json(path)
+    except (ValueError, OSError) as error:
         raise InputError(f"{path} can't be read ({error}): {advice}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} can't be read (it holds no JSON object): {advice}")
+    stops = fields.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if not all(isinstance(stop, int) for stop in stops):
-        raise InputError(f"{path}: eos_token_id is {stops}, not token ids")
+    if not all(type(stop) is int and stop >= 0 for stop in stops):
+        raise InputError(f"{path}: eos_token_id is {stops}, not token ids: {advice}")
     return frozenset(stops)

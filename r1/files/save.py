@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1.errors import InputError
 from r1.files.config_json import dump_config
 from r1.files.load import SCALE
 from r1.files.names import is_projection, places
 from r1.files.shards import INDEX, SINGLE
 from r1.model.transformer import Transformer
 from r1.storage import fp8
+from r1.writing import new_folder
 
 
 def save(
@@ -30,26 +28,21 @@ def save(
     shard_bytes: int = 5 * 10**9,
     dtype: torch.dtype | None = None,
     extra: dict[str, Any] | None = None,
+    add_files: Callable[[Path], object] | None = None,
 ) -> None:
     """Write the model as a checkpoint in the published format.
 
     That is config.json, shards of at most `shard_bytes`, and an index. Where the config has
     `fp8_block`, the projections are stored as FP8 blocks, as R1's are. `dtype` is that of all other
     tensors (default: as in memory); the gate's bias stays fp32. `extra` adds fields to config.json.
-    The folder must not exist; it appears whole or not at all. Raises InputError if it exists.
+    The folder must not exist; it appears whole or not at all. `add_files` is called with the folder
+    before it appears, to put more files into it. Raises InputError if the folder exists, or can't
+    be written.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise InputError(f"{directory} exists already: name a new folder, r1 overwrites none")
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(directory) as partial:
         _write(model, partial, shard_bytes, dtype, extra or {})
-        os.replace(partial, directory)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(partial)
+        if add_files:
+            add_files(partial)
 
 
 def _write(
@@ -66,8 +59,7 @@ def _write(
     def flush() -> None:
         nonlocal number, size
         number += 1
-        save_file(shard, directory / f"{number}.safetensors", metadata={"format": "pt"})
-        (directory / f"{number}.safetensors").chmod(0o644)
+        _write_shard(shard, directory / f"{number}.safetensors")
         weight_map.update(dict.fromkeys(shard, number))
         shard.clear()
         size = 0
@@ -99,6 +91,15 @@ def _write(
     (directory / "config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
+
+
+def _write_shard(shard: dict[str, Tensor], path: Path) -> None:
+    """Write some tensors as one file, which all may read. Raises OSError."""
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library's name for an OSError
+        raise OSError(str(error)) from None
+    path.chmod(0o644)
 
 
 def _stored(model: Transformer, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from r1.errors import InputError
+from r1.files.folder import check_file, files_in
 from r1.placement.placement import Part
+from r1.reading import read_json, status_of
 from r1.storage import fp8
 
 INDEX = "model.safetensors.index.json"
@@ -30,6 +34,13 @@ REMAP_BYTES = 256 * 2**20
 """After so many bytes a file is unmapped and mapped anew, which frees the pages that were read."""
 
 
+Version = tuple[int, int, int]
+"""A file's size, and the times of the last change of its content and of its inode.
+
+A file of the same size with a copied time has a new inode time. The inode's number is not
+compared: some network file systems number their files anew while they are used."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of one shard, as its header describes it."""
@@ -38,6 +49,8 @@ class Entry:
     key: str
     shape: tuple[int, ...]
     dtype: str
+    version: Version = (0, 0, 0)
+    """The file's version when its header was read."""
 
 
 def entries_of(directory: Path) -> dict[str, Entry]:
@@ -46,9 +59,10 @@ def entries_of(directory: Path) -> dict[str, Entry]:
     Raises InputError for files that are missing or corrupt, and an index that contradicts them.
     """
     index = directory / INDEX
-    if index.is_file():
+    if check_file(index):
         return _indexed(directory, index)
-    shards = sorted(directory.glob("*.safetensors"))
+    files = files_in(directory)
+    shards = [path for path in files if path.name.endswith(".safetensors")]
     if directory / SINGLE in shards:
         return _header(directory / SINGLE)
     if len(shards) == 1:
@@ -58,7 +72,7 @@ def entries_of(directory: Path) -> dict[str, Entry]:
             f"{directory} has {len(shards)} safetensors files but no {INDEX} to say what is in "
             "them: download it"
         )
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+    pickles = [path.name for path in files if path.suffix in PICKLES]
     if pickles:
         raise InputError(
             f"{directory} holds only pickles ({some(pickles)}), which can run code when opened, so "
@@ -82,9 +96,11 @@ def _indexed(directory: Path, index: Path) -> dict[str, Entry]:
                 "opened"
             )
     for name in names:
-        if not (directory / name).is_file():
+        status = status_of(directory / name)
+        if status is None or not stat.S_ISREG(status.st_mode):
             lacks = "which the folder lacks: download that file again"
             raise InputError(f"{index} names {name}, {lacks}")
+    for name in names:
         for key, entry in _header(directory / name).items():
             if weight_map.get(key) != name:
                 told = f"in {weight_map[key]}" if key in weight_map else "nowhere"
@@ -100,8 +116,8 @@ def _indexed(directory: Path, index: Path) -> dict[str, Entry]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        weight_map = read_json(index)["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{index} can't be read ({reason}): download it again") from None
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
@@ -113,15 +129,45 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> dict[str, Entry]:
+    version = _version(path)
+    with _opened(path, version) as shard:
+        slices = {key: shard.get_slice(key) for key in shard.offset_keys()}
+        return {
+            key: Entry(path, key, tuple(s.get_shape()), s.get_dtype(), version)
+            for key, s in slices.items()
+        }
+
+
+def _version(path: Path) -> Version:
+    """The version of a shard. Raises InputError if it is no regular file, or missing."""
+    status = check_file(path)
+    if status is None:
+        raise InputError(f"{path} was there and is missing now: load the model again")
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@contextmanager
+def _opened(path: Path, version: Version) -> Iterator[Any]:
+    """A shard, mapped. Raises InputError if it is not, before and after, of this version.
+
+    A download that goes on may replace a shard between the look at its header and its reading.
+    The shapes would fit, and the weights would be another model's.
+    """
+    _check_version(path, version)
     try:
         with safe_open(path, framework="pt") as shard:
-            slices = {key: shard.get_slice(key) for key in shard.offset_keys()}
-            return {
-                key: Entry(path, key, tuple(s.get_shape()), s.get_dtype())
-                for key, s in slices.items()
-            }
+            yield shard
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is cut off or corrupt ({error}): download it again") from None
+    _check_version(path, version)
+
+
+def _check_version(path: Path, version: Version) -> None:
+    if _version(path) != version:
+        raise InputError(
+            f"{path} was changed while it was read: load the model again when nothing writes to "
+            "its folder"
+        )
 
 
 def stream(entries: dict[str, Entry], parts: dict[str, Part]) -> Iterator[tuple[str, int, Tensor]]:
@@ -131,6 +177,7 @@ def stream(entries: dict[str, Entry], parts: dict[str, Part]) -> Iterator[tuple[
     than 2 REMAP_BYTES are mapped and read at a time, however large an embedding is.
     """
     by_shard: dict[Path, list[tuple[str, slice]]] = {}  # in the order in which they lie in the file
+    versions = {entry.path: entry.version for entry in entries.values()}
     for key, entry in entries.items():
         rows, *rest = parts[key]
         width = math.prod(part.stop - part.start for part in rest)
@@ -143,7 +190,7 @@ def stream(entries: dict[str, Entry], parts: dict[str, Part]) -> Iterator[tuple[
         pending.reverse()
         while pending:
             read = 0
-            with safe_open(path, framework="pt") as shard:
+            with _opened(path, versions[path]) as shard:
                 while pending and read < REMAP_BYTES:
                     key, cut = pending.pop()
                     region = (cut, *parts[key][1:])

@@ -14,21 +14,30 @@ from r1.kernels.experts import ExpertsLaunch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
 from r1.kernels.router import RouterLaunch
+from r1.reading import read_json
+from r1.writing import new_file
 
 KINDS: dict[str, type[Launch]] = {
     kind.__name__: kind
     for kind in (AttentionLaunch, ExpertsLaunch, LatentLaunch, LinearLaunch, RouterLaunch)
 }
 FILE = "launches.json"
+LARGEST = 2**20
+"""The largest parameter that a file may give. Triton's tiles have no more elements."""
 
 
 def path() -> Path:
     """The file's path: in $R1_CACHE, or in the user's cache folder."""
-    base = (
-        os.environ.get("R1_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r1"
-    )
-    return Path(base) / FILE
+    if named := os.environ.get("R1_CACHE"):
+        return Path(named) / FILE
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "r1" / FILE
+    try:
+        return Path.home() / ".cache" / "r1" / FILE
+    except RuntimeError:
+        raise InputError(
+            "this user has no home folder for tuned launch parameters: name a folder in R1_CACHE"
+        ) from None
 
 
 def load(gpu: str) -> dict[str, Launch]:
@@ -48,11 +57,10 @@ def keep(gpu: str, tuned: dict[str, Launch]) -> None:
     everything[gpu] = everything.get(gpu, {}) | {
         key: dataclasses.asdict(launch) for key, launch in tuned.items()
     }
-    partial = path().with_suffix(f".{os.getpid()}")
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path())
+        with new_file(path()) as partial:
+            partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"{path()} can't be written ({error.strerror}): name another folder in R1_CACHE"
@@ -65,33 +73,47 @@ def _kept() -> dict[str, dict[str, dict[str, int]]]:
     Raises InputError for a file with other content.
     """
     try:
-        text = path().read_text(encoding="utf-8")
+        content = read_json(path())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise InputError(
             f"{path()} can't be read ({error.strerror}): name another folder in R1_CACHE"
         ) from None
+    except ValueError as error:
+        raise _other_content(error) from None
     try:
-        content: dict[str, dict[str, dict[str, int]]] = json.loads(text)
         for launches in content.values():
             for key, values in launches.items():
-                kind = KINDS[key.split()[0]]
-                if missing := {each.name for each in dataclasses.fields(kind)} - values.keys():
-                    raise ValueError(f"{key} has no {min(missing)}")
-                kind(**values)
-                flags = [each.name for each in dataclasses.fields(kind) if each.type == "bool"]
-                for name, value in values.items():
-                    # Tiles are powers of two; pipelines have a few stages.
-                    sound = type(value) is (bool if name in flags else int) and (
-                        1 <= value <= 8
-                        if name.endswith("stages")
-                        else name in flags or value.bit_count() == 1 <= value
-                    )
-                    if not sound:
-                        raise ValueError(f"{key} has {name}={value!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise InputError(
-            f"{path()} doesn't hold launch parameters of this version ({error}): remove it"
-        ) from None
-    return content
+                _check(key, values)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _other_content(error) from None
+    kept: dict[str, dict[str, dict[str, int]]] = content
+    return kept
+
+
+def _check(key: str, values: dict[str, int]) -> None:
+    """Raise one of many errors for values that are no launch parameters of the key's kernel."""
+    name, *sizes = key.split()
+    kind = KINDS[name]
+    if not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"{key} has sizes that are no numbers")
+    if missing := {each.name for each in dataclasses.fields(kind)} - values.keys():
+        raise ValueError(f"{key} has no {min(missing)}")
+    kind(**values)
+    flags = [each.name for each in dataclasses.fields(kind) if each.type == "bool"]
+    for name, value in values.items():
+        # Tiles are powers of two; pipelines have a few stages.
+        sound = type(value) is (bool if name in flags else int) and (
+            1 <= value <= 8
+            if name.endswith("stages")
+            else name in flags or (value.bit_count() == 1 and 1 <= value <= LARGEST)
+        )
+        if not sound:
+            raise ValueError(f"{key} has {name}={value!r}")
+
+
+def _other_content(error: Exception) -> InputError:
+    return InputError(
+        f"{path()} doesn't hold launch parameters of this version ({error}): remove it"
+    )

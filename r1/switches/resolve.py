@@ -93,6 +93,9 @@ def _check_speculation(backend: Backend, config: Config) -> None:
     if backend.speculate == "mtp" and not config.num_nextn_predict_layers:
         has = "drafts with the MTP layer, and this model has none: use speculate=off"
         raise InputError(f"speculate=mtp {has}")
+    if backend.step_tokens > config.max_position_embeddings:
+        context = f"more than the context of {config.max_position_embeddings}: draft fewer"
+        raise InputError(f"draft_tokens={backend.draft_tokens} makes a step {context}")
     if backend.speculate == "off" and backend.draft_tokens != 1:
         use = "is of no use without drafts: add speculate=mtp, or leave it out"
         raise InputError(f"draft_tokens={backend.draft_tokens} {use}")

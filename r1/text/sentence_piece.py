@@ -9,6 +9,7 @@ from pathlib import Path
 import sentencepiece
 
 from r1.errors import InputError
+from r1.reading import read_bytes
 
 
 class SentencePiece:
@@ -25,13 +26,14 @@ class SentencePiece:
         """
         self._model = model = sentencepiece.SentencePieceProcessor()
         try:
-            model.LoadFromSerializedProto(path.read_bytes())
+            model.LoadFromSerializedProto(read_bytes(path))
             texts = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-        except (OSError, RuntimeError) as error:
+            probe = model.encode("a")
+            self.pieces = {i: self._bytes_of(i, text) for i, text in enumerate(texts)}
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: a piece is not UTF-8
             raise InputError(
                 f"{path} can't be read as a sentencepiece model; download it again"
             ) from error
-        probe = model.encode("a")
         self.pads = bool(probe) and texts[probe[0]].startswith("▁")
 
         # The library does not distinguish user-defined pieces from normal ones. So every piece that
@@ -41,7 +43,6 @@ class SentencePiece:
         }
         self.control = {text: i for text, i in ids.items() if model.is_control(i) or _is_tag(text)}
         self.control |= added | {name: ids[name] for name in named if name in ids}
-        self.pieces = {i: self._bytes_of(i, text) for i, text in enumerate(texts)}
         self.pieces |= {i: text.encode() for text, i in self.control.items()}
         self._control_ids = frozenset(self.control.values())
         longest_first = sorted(self.control, key=len, reverse=True)

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from r1 import reading
 from r1.errors import InputError
 
 
 def read_text(path: Path) -> str:
     """The text of a file. Raises InputError if it is unreadable or not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return reading.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read ({error}); download it again") from error
 
@@ -23,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise InputError(

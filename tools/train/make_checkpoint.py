@@ -13,9 +13,8 @@ does real ones. The gate's bias is not zero, so a program that forgets the bias 
 from __future__ import annotations
 
 import argparse
-import math
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
@@ -31,6 +30,9 @@ from r1.model.shapes import SHAPES, shape
 from r1.switches import flags
 from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
+from r1.writing import check_new
+
+MOST_SHARD_MB = 10**9
 
 
 def make(
@@ -40,8 +42,12 @@ def make(
     seed: int = 0,
     shard_bytes: int = 5 * 10**9,
     dtype: str = "bf16",
+    add_files: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write a checkpoint of `config`'s shape to the new folder `directory`. Raises InputError."""
+    """Write a checkpoint of `config`'s shape to the new folder `directory`. Raises InputError.
+
+    `add_files` puts more files into the folder before it appears.
+    """
     backend = resolve(Backend(device="cpu", dtype=dtype), config)
     model = build.from_shape(config, backend, seed=seed, mtp=config.num_nextn_predict_layers > 0)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -50,7 +56,7 @@ def make(
             parameter.normal_(0.0, 0.1, generator=generator)
         elif name.endswith("norm.weight"):
             parameter.normal_(1.0, 0.1, generator=generator)
-    save(model, directory, shard_bytes=shard_bytes)
+    save(model, directory, shard_bytes=shard_bytes, add_files=add_files)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,15 +84,16 @@ def work(arguments: argparse.Namespace) -> int:
     shard_mb = arguments.shard_mb
     if shard_mb is None:
         shard_mb = 1 if arguments.shape == "tiny" else 5000
-    if not 0 < shard_mb < math.inf:
-        raise InputError(f"--shard-mb {shard_mb}: give megabytes, more than 0")
-    try:
-        make(config, directory, seed=arguments.seed, shard_bytes=int(shard_mb * 1e6))
-    except InputError:
-        shutil.rmtree(directory.with_name(directory.name + ".partial"), ignore_errors=True)
-        raise
-    if config.vocab_size == SHAPES["tiny"].vocab_size:
-        make_tokenizer(directory)
+    if not 0 < shard_mb <= MOST_SHARD_MB:
+        raise InputError(
+            f"--shard-mb {shard_mb}: give megabytes, more than 0 and at most {MOST_SHARD_MB}"
+        )
+    check_new(directory)  # before a large model is made
+    has_tokenizer = config.vocab_size == SHAPES["tiny"].vocab_size
+    make(
+        config, directory, seed=arguments.seed, shard_bytes=int(shard_mb * 1e6),
+        add_files=make_tokenizer if has_tokenizer else None,
+    )  # fmt: skip
     shards = len(list(directory.glob("*.safetensors")))
     size = sum(file.stat().st_size for file in directory.iterdir())
     print(f"{directory}: {shards} shards, {size / 1e6:.2f} MB")

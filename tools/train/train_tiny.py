@@ -66,6 +66,7 @@ from r1.switches.backend import choices
 from r1.switches.resolve import resolve
 from r1.text.control_tokens import PAD
 from r1.text.tokenizer import Tokenizer
+from r1.writing import new_file
 
 WARM_UP, DECAY = 50, 0.5
 """The learning rate rises for WARM_UP steps. It falls to 0 from the share DECAY of the run on."""
@@ -310,10 +311,9 @@ class Trainer:
             "seconds": self.seconds,
             "history": self.history,
         }
-        partial = path.with_name(path.name + ".partial")
         tensors = {name: t.contiguous().cpu() for name, t in self.tensors().items()}
-        save_file(tensors, partial, metadata={"told": json.dumps(told)})
-        os.replace(partial, path)
+        with new_file(path) as partial:
+            save_file(tensors, partial, metadata={"told": json.dumps(told)})
 
     def load_state(self, path: Path) -> None:
         """Go on from `path`. Raises InputError for other files, and for a run of other settings."""

@@ -13,6 +13,7 @@ legend: names stand beside the curves. matplotlib is optional, and imported only
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,10 @@ from r1.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+MOST_BARS = 300
+"""More would make a picture that is larger than matplotlib draws."""
 
 
 def check(path: Path) -> list[Path]:
@@ -45,12 +50,12 @@ def check(path: Path) -> list[Path]:
         raise InputError(
             f"{path}: a plot is written as .png, with an .svg beside it: give it such a name"
         )
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(
             f"{path}: there is no folder {path.parent} to write a plot to: make it first"
         )
     for file in (files := [path.with_suffix(".png"), path.with_suffix(".svg")]):
-        if file.is_dir():
+        if os.path.isdir(file):
             raise InputError(f"{file} is a folder: give the plot another name")
     return files
 
@@ -64,6 +69,11 @@ def draw(result: dict[str, Any], path: Path) -> list[Path]:
     if not any(is_timed(r) for r in result["rows"]):
         raise InputError(
             f"{path}: there is nothing to draw, for no arm of the result has a time per token"
+        )
+    if len(steps(result["rows"])) > MOST_BARS:
+        raise InputError(
+            f"{path}: a picture has room for {MOST_BARS} arms, and the result has more: measure "
+            "fewer with --only"
         )
     import matplotlib
 

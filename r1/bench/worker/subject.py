@@ -11,6 +11,7 @@ import r1
 from r1 import build
 from r1.bench.process import Answer
 from r1.bench.routing import make_uniform
+from r1.bench.sizes import check_sizes
 from r1.bench.workload import Workload
 from r1.device import synchronize
 from r1.errors import InputError
@@ -60,17 +61,13 @@ class Subject:
     def prepare(self) -> None:
         """Make the prompts, the same ones in every arm, and a cache for them."""
         w, config = self.workload, self.engine.config
+        check_sizes(w, config, self.engine.backend, loaded=True)
         tokens = torch.randint(
             config.vocab_size,
             (w.batch, w.depth + w.prompt),
             generator=torch.Generator().manual_seed(w.seed),
         )
         self.before, self.prompts = tokens[:, : w.depth].tolist(), tokens[:, w.depth :].tolist()
-        context = config.max_position_embeddings
-        if w.tokens > context:
-            raise InputError(
-                f"depth + prompt + new is {w.tokens}, more than the context of {context}"
-            )
         padded = [n for n in (w.prompt, w.depth) if n and round_capacity(n) != n]
         if w.routing == "uniform" and self.engine.backend.prefill_graphs and w.batch > 1 and padded:
             raise InputError(

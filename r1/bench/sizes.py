@@ -1,0 +1,48 @@
+"""Check a workload's sizes before anything is made: the context, and the memory."""
+
+from __future__ import annotations
+
+from r1.bench.workload import Workload
+from r1.build import HEADROOM, count_parameters
+from r1.device import DTYPES, available_bytes, torch_device
+from r1.errors import InputError
+from r1.model.cache import bytes_per_token
+from r1.model.config import Config
+from r1.switches.backend import Backend
+from r1.switches.strategies import ATTENTION
+
+TOKEN = 64
+"""Bytes of a prompt's or an answer's token: a Python number, its places in lists, and tensors."""
+
+
+def check_sizes(w: Workload, config: Config, backend: Backend, *, loaded: bool = False) -> None:
+    """Raise InputError if the workload is longer than the context, or can't fit the memory.
+
+    `backend` is resolved. `loaded`: the weights are in the memory already. The estimate leaves out
+    activations, so a workload that passes may still be refused later.
+    """
+    context = config.max_position_embeddings
+    if w.tokens > context:
+        raise InputError(f"depth + prompt + new is {w.tokens}, more than the context of {context}")
+    mtp = backend.speculate == "mtp"
+    weights = 0
+    if not loaded:
+        weights = count_parameters(config, mtp=mtp) * DTYPES[backend.dtype].itemsize + HEADROOM
+    needed = work_bytes(w, config, backend)
+    available = available_bytes(torch_device(backend.device))
+    if weights <= available < weights + needed:  # a model that is too large is refused by build.py
+        beside = f" beside the model's {weights / 1e9:.1f} GB" if weights else ""
+        raise InputError(
+            f"batch {w.batch} of {w.tokens} tokens needs {needed / 1e9:.1f} GB{beside} and "
+            f"{backend.device} has {available / 1e9:.1f} GB free: use a smaller batch, or fewer "
+            "tokens"
+        )
+
+
+def work_bytes(w: Workload, config: Config, backend: Backend) -> int:
+    """The bytes of the cache, the tokens, and the logits of a step."""
+    layers = config.num_hidden_layers + (backend.speculate == "mtp")
+    entry = ATTENTION[backend.attention].entry(config.attention)
+    cache = w.batch * w.tokens * bytes_per_token(entry, DTYPES[backend.dtype], layers)
+    logits = w.batch * backend.step_tokens * config.vocab_size * 4
+    return cache + w.batch * w.tokens * TOKEN + logits

@@ -1,0 +1,62 @@
+"""The files of a checkpoint's folder: which ones are read, and what may lie in their place."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from r1.errors import InputError
+from r1.reading import kind, status_of
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "exam.json",
+)
+"""The files beside the shards. All but config.json may be missing."""
+
+
+def check_folder(directory: Path) -> None:
+    """Raise InputError if something that is no file has the name of one that is read.
+
+    Such a thing would be taken for a missing file otherwise, as would a link to nowhere: the model
+    would load without its tokenizer, or without its stop tokens.
+    """
+    for path in (directory / name for name in SMALL_FILES):
+        check_file(path)
+
+
+def check_file(path: Path) -> os.stat_result | None:
+    """The status of a regular file; None if there is nothing of this name.
+
+    Raises InputError for a pipe, a folder, a device, or a link to nowhere, and if the folder may
+    not be searched.
+    """
+    try:
+        status = status_of(path)
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): make it readable") from None
+    if status is None:
+        if os.path.islink(path):
+            raise InputError(f"{path} is a link to a file that is missing: download it again")
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is {kind(status)}, not a file: it is not opened")
+    return status
+
+
+def files_in(directory: Path) -> list[Path]:
+    """Everything in a folder, by name. Raises InputError for a folder that may not be read."""
+    try:
+        return sorted(directory / name for name in os.listdir(directory))
+    except OSError as error:
+        raise InputError(
+            f"{directory} can't be read ({error.strerror}): give a folder that you may read"
+        ) from None

@@ -1,0 +1,49 @@
+"""The standard streams of a command: they take any text, and a failure to write is one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+
+from r1.errors import InputError, hung_up
+
+
+def prepare() -> None:
+    """Let the streams take any text. Call it first in a command.
+
+    A character that the terminal's encoding lacks is written as an escape, as Python does on
+    stderr. Input that is not of the encoding is read as half surrogate pairs, which a tokenizer
+    refuses in a sentence. A stream that the caller has closed becomes the null device.
+    """
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),
+        ("stdout", "w", "backslashreplace"),
+        ("stderr", "w", "backslashreplace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Print to stdout, at once. Raises InputError for a full disk, or a terminal that is gone.
+
+    Raises BrokenPipeError if the reader of a pipe is gone, which is no mistake.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        hung_up()
+        raise InputError(f"stdout can't be written ({error.strerror}): give it another") from None
+
+
+def complain(sentence: str) -> None:
+    """Print to stderr, if somebody is there: a terminal may be closed."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)

@@ -1,0 +1,186 @@
+"""Tests the commands with other terminals: another encoding, a full disk, closed, or hung up.
+
+Holds to account: r1/streams.py, r1/__main__.py, bench.py and r1/bench/process.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import ROOT
+
+from r1.bench.load_result import load
+from r1.bench.process import SIGNALS, deaf_children, interrupt_once, signals
+
+SHORT = ["--device", "cpu", "--new", "2", "--prompt", "4", "-r", "1", "--problems", "0"]
+QUESTION = ["--device", "cpu", "--new", "12", "--temperature", "0", "2+3=?"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "0", **more}
+
+
+def run(*command: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    encoding = options.pop("encoding", "utf-8")
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(PYTHONIOENCODING=encoding),
+        timeout=120,
+        check=False,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )
+
+
+# ---------------------------- encodings
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_an_answer_that_the_terminal_cant_show(encoding: str) -> None:
+    """Every character arrives, some as escapes. Without this the answer ended in a traceback."""
+    script = (
+        "import sys, r1.__main__ as m\n"
+        "def answer(engine, messages, arguments):\n"
+        "    from r1 import streams; streams.write('é你 ✓ ' + messages[-1]['content']); return ''\n"
+        "m.answer = answer\n"
+        "sys.exit(m.main(['--device', 'cpu']))"
+    )
+    done = run("-c", script, encoding=encoding, input=b"hi \xe4\xff\x81\n")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert rb"\u4f60 \u2713 hi " in done.stdout
+
+
+def test_a_question_of_other_bytes_ends_no_chat() -> None:
+    done = run("-m", "r1", *QUESTION[:-1], input=b"\xff\xfe\n2+3=?\n")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert b"half a surrogate pair" in done.stderr and b"tokens read" in done.stderr
+
+
+def test_tables_in_ascii() -> None:
+    result = ROOT / "tools" / "measure" / "results" / "h100" / "ladder.json"
+    done = run("bench.py", "--show", str(result), encoding="ascii")
+    assert done.returncode == 0 and rb"max \u0394logit" in done.stdout, done.stderr
+
+
+# ---------------------------- a full disk, closed streams
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "r1", *QUESTION],
+        ["bench.py", "--explain"],
+        ["bench.py", "--show", "tools/measure/results/h100/ladder.json"],
+    ],
+    ids=["r1", "explain", "show"],
+)
+def test_stdout_on_a_full_disk(command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = run(*command, stdout=full)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(b"\n") == 1 and b"No space left on device" in done.stderr
+
+
+def test_a_measurement_is_kept_when_stdout_is_full(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "bench.py", *SHORT, "-o", "json"],
+            cwd=ROOT,
+            env=environment(TMPDIR=str(tmp_path)),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (kept,) = tmp_path.glob("r1-bench-*.json")
+    assert str(kept) in done.stderr and done.stderr.count("\n") == 1
+    assert load(kept, complete=True)["rows"][0]["kind"] == "baseline"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams(closed: str) -> None:
+    line = f"{sys.executable} -m r1 {' '.join(QUESTION)} {closed}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", line], cwd=ROOT, env=environment(), capture_output=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+
+
+# ---------------------------- signals
+def started(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "bench.py", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def catches(process: subprocess.Popen[bytes], number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [
+        (signal.SIGTERM, 0.0),
+        (signal.SIGHUP, 0.5),
+        (signal.SIGINT, 2.0),
+        (signal.SIGHUP, 6.0),
+        (signal.SIGTERM, 9.0),
+    ],
+)
+def test_a_signal_ends_a_benchmark(number: signal.Signals, seconds: float) -> None:
+    """At any time: while it imports, checks, starts children, or measures."""
+    process = started([*SHORT, "-r", "500", "-o", "json"])
+    while not all(catches(process, each) for each in SIGNALS):  # Python itself starts
+        time.sleep(0.001)
+    time.sleep(seconds)
+    process.send_signal(number)
+    sent = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, (process.returncode, err)
+    assert time.monotonic() - sent < 20 and b"Traceback" not in err, err
+    assert not out or "Interrupted" in json.loads(out)["notes"][-1]
+
+
+def test_nohup_is_kept() -> None:
+    """What the caller ignores stays ignored."""
+    process = started(
+        [*SHORT, "-o", "json"], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    for _ in range(4):
+        time.sleep(1)
+        process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and len(json.loads(out)["rows"]) == 1, err
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
+def test_a_signal_while_a_child_starts_is_handled_afterwards(number: signal.Signals) -> None:
+    order = []
+    with pytest.raises(KeyboardInterrupt), signals(interrupt_once):
+        with deaf_children():
+            os.kill(os.getpid(), number)
+            child = subprocess.Popen(["sleep", "60"])
+            order.append("started")
+        order.append("lost")
+    assert order == ["started"]
+    for each in SIGNALS:
+        child.send_signal(each)
+    time.sleep(0.2)
+    assert child.poll() is None, "the child is deaf"
+    child.kill()
+    child.wait()

@@ -1,0 +1,97 @@
+"""Tests that sizes are checked before anything is made.
+
+Holds to account: r1/bench/sizes.py, r1/bench/plan.py and r1/switches/resolve.py.
+"""
+
+from __future__ import annotations
+
+import make_checkpoint
+import pytest
+import torch
+from models import TINY
+from refusals import check_sentence, refused
+
+import bench
+from r1.__main__ import main
+from r1.bench import measure, sizes
+from r1.bench.sizes import check_sizes, work_bytes
+from r1.bench.workload import Workload
+from r1.switches.backend import Backend
+from r1.switches.resolve import resolve
+
+HUGE = ["1000000000", "1000000000000"]
+TOO_LONG = {
+    **{f"--prompt {n[:9]}": (["--prompt", n], "more than the context of 10240") for n in HUGE},
+    **{f"--new {n[:9]}": (["--new", n], "more than the context of 10240") for n in HUGE},
+    **{f"--depth {n[:9]}": (["--depth", n], "more than the context of 10240") for n in HUGE},
+    **{f"--batch {n[:9]}": (["--batch", n], "needs .* GB free: use a smaller") for n in HUGE},
+    **{f"--problems {n[:9]}": (["--problems", n], "exam.json has 100") for n in (*HUGE, "9" * 20)},
+    "drafts": (
+        ["--speculate", "mtp", "--draft-tokens", "1000000"],
+        "makes a step more than the context of 10240",
+    ),
+    "a shape": (["--shape", "r1", "--layers", "1", "--prompt", "10" * 6], "more than the context"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LONG)
+def test_a_size_that_is_too_large(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, before a process is started."""
+    arguments, said = TOO_LONG[case]
+    for name in ("make_reference", "CompilerChecks"):
+        monkeypatch.setattr(measure, name, lambda *_: pytest.fail("something was made"))
+    assert bench.main(["--device", "cpu", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    check_sentence(err.removeprefix("bench: ").strip())
+    with refused(said):
+        raise bench.InputError(err.removeprefix("bench: ").strip())
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--prompt", "--new", "--depth"])
+@pytest.mark.parametrize("digits", [20, 400, 9999])
+def test_a_number_without_end(flag: str, digits: int) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--device", "cpu", flag, "9" * digits])
+    assert ended.value.code == 2
+
+
+def test_drafts_in_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--speculate", "mtp", "--draft-tokens", "1000000", "hi"]
+    assert main(arguments) == 2
+    assert "makes a step more than the context" in capsys.readouterr().err
+
+
+def test_the_memory_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of the model's estimate and the work's: one byte less is too little."""
+    w = Workload(None, "tiny", None, 8, 100, 20, 0, 0)
+    backend = resolve(Backend(device="cpu", dtype="fp32"), TINY)
+    weights = sizes.count_parameters(TINY) * 4 + sizes.HEADROOM
+    needed = weights + work_bytes(w, TINY, backend)
+    monkeypatch.setattr(sizes, "available_bytes", lambda _: needed)
+    check_sizes(w, TINY, backend)
+    monkeypatch.setattr(sizes, "available_bytes", lambda _: needed - 1)
+    with refused("batch 8 of 120 tokens needs", "beside the model's"):
+        check_sizes(w, TINY, backend)
+    check_sizes(w, TINY, backend, loaded=True)
+    monkeypatch.setattr(sizes, "available_bytes", lambda _: weights - 1)
+    check_sizes(w, TINY, backend)  # the model itself is too large: build.py says so
+
+
+def test_the_caches_bytes_are_those_of_a_cache() -> None:
+    from models import model, runner
+
+    w = Workload(None, "tiny", None, 3, 200, 56, 0, 0)
+    made = runner(model(TINY, dtype="fp32"))
+    cache = made.cache(3, 256)
+    rest = 3 * 256 * sizes.TOKEN + 3 * TINY.vocab_size * 4
+    assert work_bytes(w, TINY, made.backend) == cache.nbytes + rest
+    assert isinstance(cache.lengths, torch.Tensor)
+
+
+@pytest.mark.parametrize("size", ["1e308", "inf", "nan", "0", "-1", "1e10"])
+def test_the_size_of_a_shard(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_checkpoint.main(["tiny", "/nowhere/x", "--shard-mb", size]) == 2
+    assert "--shard-mb" in capsys.readouterr().err
