@@ -31,12 +31,10 @@ def _why_not(use: Use) -> str | None:
 class TritonAttend(Attend):
     """`Absorbed` as kernels, for decode steps: attention.py."""
 
-    name, needs = "triton", None
+    name, needs, phases = "triton", None, ("decode",)
     attend: Callable[..., Tensor]
 
     def why_not(self, use: Use) -> str | None:
-        if use.phase == "prefill":
-            return "its kernels read a cache, one decode step at a time: use expand"
         return _why_not(use)
 
     def prepare(self) -> None:

@@ -44,6 +44,7 @@ class Strategy:
     """The base of attention strategies (attend.py) and expert strategies (dispatch.py)."""
 
     name: str  # the switch's value that chooses it
+    phases: tuple[str, ...] = ("prefill", "decode")  # those that it is built for
 
     def why_not(self, use: Use) -> str | None:
         """One clause: why this use is impossible, and what to use instead. None: it is possible."""

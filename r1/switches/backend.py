@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from r1.errors import InputError
+from r1.model.strategy import Strategy
 from r1.switches.strategies import ATTENTION, EXPERTS
 
 
@@ -16,14 +18,20 @@ def choices() -> dict[str, tuple[str, ...]]:
         "dtype": ("auto", "fp32", "bf16", "fp16"),
         "amp": ("off", "bf16", "fp16"),
         "attention": ("auto", *ATTENTION),
-        "prefill_attention": ("auto", *ATTENTION),
+        "prefill_attention": ("auto", *_for_prompts(ATTENTION)),
         "moe": ("auto", *EXPERTS),
-        "prefill_moe": ("auto", *EXPERTS),
+        "prefill_moe": ("auto", *_for_prompts(EXPERTS)),
         "join": ("auto", "on", "off"),
         "kernels": ("torch", "triton"),
         "speculate": ("off", "mtp"),
         "memory": ("default", "expandable", "empty-cache"),
     }
+
+
+def _for_prompts(table: Mapping[str, Strategy]) -> list[str]:
+    """The names of those built for prompts. (`resolve` reports entries that are no strategy.)"""
+    built = {name: getattr(each, "phases", Strategy.phases) for name, each in table.items()}
+    return [name for name, phases in built.items() if "prefill" in phases]
 
 
 @dataclass(frozen=True)
