@@ -53,9 +53,13 @@ def check_file(path: Path) -> os.stat_result | None:
 
 
 def files_in(directory: Path) -> list[Path]:
-    """Everything in a folder, by name. Raises InputError for a folder that may not be read."""
+    """Everything in a folder, by name, but for macOS's notes on other files (`._NAME`).
+
+    Raises InputError for a folder that may not be read.
+    """
     try:
-        return sorted(directory / name for name in os.listdir(directory))
+        names = [name for name in os.listdir(directory) if not name.startswith("._")]
+        return sorted(directory / name for name in names)
     except OSError as error:
         raise InputError(
             f"{directory} can't be read ({error.strerror}): give a folder that you may read"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from r1.errors import InputError
+from r1.files.foreign import check_fused, check_quantizer
 from r1.files.names import elsewhere, places
 from r1.files.progress import Progress
 from r1.files.shards import DTYPES, Entry, entries_of, some, stream
@@ -52,7 +53,9 @@ def load(
     scales.
     """
     directory = Path(directory)
+    check_quantizer(directory)
     entries = entries_of(directory)
+    check_fused(directory, entries)
     wanted = places(model)
     report = Report()
     scales = {key: entries.pop(key) for key in list(entries) if key.endswith(SCALE)}
