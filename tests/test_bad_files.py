@@ -48,6 +48,9 @@ from r1.storage import fp8
 ROOT = Path(__file__).parent.parent
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"  # (32, 24): 2 x 2 blocks, ragged
 SCALE = O_PROJ + "_scale_inv"
+NORM = "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+ROUTER = "model.layers.1.mlp.gate.weight"
 
 Folder = Callable[[Path], Any]
 
@@ -135,6 +138,24 @@ def fill(value: float) -> Folder:
         return scale
 
     return put(SCALE, change)
+
+
+def byte(bits: int) -> Callable[[Tensor], Tensor]:
+    """Set the last element of FP8 weights."""
+
+    def change(weight: Tensor) -> Tensor:
+        weight.view(torch.uint8)[-1, -1] = bits
+        return weight
+
+    return change
+
+
+def last(value: float) -> Callable[[Tensor], Tensor]:
+    def change(weight: Tensor) -> Tensor:
+        weight.flatten()[-1] = value
+        return weight
+
+    return change
 
 
 def write(name: str, data: bytes) -> Folder:
@@ -390,6 +411,20 @@ FOLDERS: dict[str, tuple[Folder, tuple[str, ...]]] = {
     ),
     "infinite scale": (fill(float("inf")), (f"{SCALE} holds NaN or infinite",)),
     "minus infinity": (fill(float("-inf")), (f"{SCALE} holds NaN or infinite",)),
+    "NaN byte": (
+        put(O_PROJ, byte(0x7F)),
+        (f"{O_PROJ} holds NaN or infinite values", "sound/model.safetensors", "checksum"),
+    ),
+    "negative NaN byte": (put(O_PROJ, byte(0xFF)), (f"{O_PROJ} holds NaN or infinite values",)),
+    "NaN norm": (put(NORM, last(float("nan"))), (rf"{NORM} holds NaN or infinite values",)),
+    "infinite embedding": (
+        put(EMBEDDING, last(float("inf"))),
+        (rf"{EMBEDDING} holds NaN or infinite values when it is read as float32",),
+    ),
+    "minus infinity in a router": (
+        put(ROUTER, last(float("-inf"))),
+        (rf"{ROUTER} holds NaN or infinite values",),
+    ),
     "scales too few": (
         put(SCALE, lambda t: t[:1]),
         (rf"{SCALE} has shape \(1, 2\)", r"\(16, 16\) make it \(2, 2\)"),

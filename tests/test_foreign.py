@@ -52,3 +52,11 @@ def test_macos_notes_are_no_shards(sound: Path) -> None:
 def tensors_of(folder: Path) -> torch.Size:
     (folder / "._weights.safetensors").unlink()
     return tensors(folder)["model.norm.weight"].shape
+
+
+def test_weights_beyond_fp16(sound: Path) -> None:
+    """fp16 ends at 65504; the file is sound, and another dtype reads it."""
+    rewrite(sound, lambda t: t["model.norm.weight"].fill_(1e5))
+    with refused("infinite values when it is read as float16", "load it as bf16 or fp32"):
+        load(sound, dtype="fp16")
+    load(sound, dtype="bf16")

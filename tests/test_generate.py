@@ -276,9 +276,11 @@ def test_temperature_comes_before_the_nucleus() -> None:
     assert chi_square(Sampler(0.5, 0.8, seed=0), LOGITS, nucleus(softened(P, 0.5), [1, 4]))
 
 
-def test_a_tiny_temperature_is_greedy() -> None:
+@pytest.mark.parametrize("temperature", [1e-38, 1e-40, 1e-46, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    """The last two are 0 in fp32."""
     logits = torch.tensor([[3.0, 9.0, -4.0], [0.5, 0.25, 0.75]])
-    assert Sampler(1e-40, 1.0, 0)(logits).tolist() == [1, 2]
+    assert Sampler(temperature, 1.0, 0)(logits).tolist() == [1, 2]
 
 
 def test_rows_are_drawn_apart() -> None:

@@ -49,8 +49,8 @@ def load(
 
     `placement` tells which part of each tensor this process holds. Raises InputError for files that
     are missing, cut off or corrupt, an index that contradicts them or points outside the folder,
-    tensors that are missing, surplus or of another shape or dtype, and FP8 weights without sound
-    scales.
+    tensors that are missing, surplus or of another shape or dtype, values that are no number, and
+    FP8 weights without sound scales.
     """
     directory = Path(directory)
     check_quantizer(directory)
@@ -83,6 +83,7 @@ def load(
                 place[first : first + source.shape[0]].copy_(source)
             report.nbytes += source.nbytes
             progress.add(source.nbytes)
+        _check_finite(entries, {key: wanted[key] for key in entries})
     return report
 
 
@@ -166,6 +167,26 @@ def _check_fp8(entry: Entry, scale: Entry | None, block: tuple[int, int] | None)
     if scale.dtype not in ("F32", "F16", "BF16"):
         reads = "r1 reads scales in F32, F16, BF16"
         raise InputError(f"{scale.path}: {scale.key} is stored as {scale.dtype}; {reads}")
+
+
+def _check_finite(entries: dict[str, Entry], loaded: dict[str, Tensor]) -> None:
+    """Look at what was loaded where it lies, with one sync; it costs one more read of the weights.
+
+    One NaN is enough to make every logit NaN, and token 0 the answer to everything.
+    """
+    loaded = {key: tensor for key, tensor in loaded.items() if tensor.is_floating_point()}
+    ends = [torch.stack(tensor.aminmax()).float() for tensor in loaded.values()]
+    if not ends:
+        return
+    sound = torch.isfinite(torch.stack(ends)).all(dim=1).tolist()
+    for (key, tensor), fine in zip(loaded.items(), sound, strict=True):
+        if not fine:
+            entry, name = entries[key], str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{entry.path}: {key} holds NaN or infinite values when it is read as {name}: "
+                "compare the file with its publisher's checksum"
+                + (", or load it as bf16 or fp32" if name == "float16" else "")
+            )
 
 
 def _read_scales(scales: dict[str, Entry]) -> dict[str, Tensor]:

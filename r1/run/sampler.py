@@ -15,6 +15,8 @@ from r1.errors import InputError
 
 TEMPERATURE, TOP_P = 0.6, 0.95
 """What R1's authors recommend (DeepSeek-R1's README, usage recommendations)."""
+SMALLEST = torch.finfo(torch.float32).tiny
+"""1.2e-38. Below it fp32 may round a temperature to 0, and 0 / 0 is NaN."""
 
 
 @dataclass
@@ -54,9 +56,8 @@ class Sampler:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
         best = logits.amax(dim=-1, keepdim=True)
         # Relative to the best, so that no temperature, however small, makes them overflow.
-        p, order = (
-            ((logits - best) / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-        )
+        scaled = (logits - best) / max(self.temperature, SMALLEST)
+        p, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
         # The nucleus: the likeliest tokens up to the one that reaches top_p (arXiv 1904.09751).
         p = p.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, 0.0)
         return torch.zeros_like(p).scatter_(-1, order, p / p.sum(dim=-1, keepdim=True))
