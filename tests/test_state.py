@@ -6,6 +6,7 @@ engines in threads, dynamo's limits, warning filters, inference mode.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import warnings
 from collections.abc import Iterator
@@ -125,6 +126,15 @@ def test_nothing_stays_changed(compiler: Any) -> None:
     before = len(warnings.filters), torch._dynamo.config.recompile_limit
     decoded(sharp_logits(device="cpu", compile=True), 128)
     assert (len(warnings.filters), torch._dynamo.config.recompile_limit) == before
+
+
+def test_steps_leave_nothing_in_the_thread(compiler: Any) -> None:
+    """Each patch of dynamo's settings leaves a context variable, for ever: one is enough."""
+    engine = load(compile=True)
+    engine.generate([[0, 5, 7]], 4, 0.0, ignore_stop=True)
+    before = len(contextvars.copy_context())
+    engine.generate([[0, 5, 7]], 30, 0.0, ignore_stop=True)
+    assert len(contextvars.copy_context()) == before
 
 
 def test_logits_are_a_normal_tensor() -> None:

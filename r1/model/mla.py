@@ -56,7 +56,7 @@ class MLA(nn.Module):
         else:
             c_q, kv = project(x, self.q_a_proj, self.kv_a_proj_with_mqa)  # (B, S, Q), (B, S, C + R)
             q = self.q_b_proj(self.q_a_layernorm(c_q))  # (B, S, H (P + R))
-        q = q.unflatten(-1, (a.num_attention_heads, a.qk_head_dim))  # (B, S, H, P + R)
+        q = q.unflatten(-1, (a.num_attention_heads, -1))  # (B, S, H, P + R)
         q_nope, q_pe = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
         c_kv, k_pe = kv.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)  # (B, S, C), (B, S, R)
         c_kv = self.kv_a_layernorm(c_kv)

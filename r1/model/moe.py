@@ -77,7 +77,6 @@ class MoE(nn.Module):
     """The feed-forward of a sparse layer."""
 
     dispatch: dict[str, Run]  # the strategy of each phase, "prefill" and "decode"; from build.py
-    draws: Tensor | None = None  # fp32 (M, E): a benchmark chooses by these (bench/routing.py)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -86,6 +85,8 @@ class MoE(nn.Module):
         # The shared experts are one MLP: side by side, they sum to the same.
         width = config.experts.n_shared_experts * config.experts.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, width) if width else None
+        # fp32 (M, E): a benchmark chooses by these (bench/routing.py)
+        self.draws: Tensor | None = None
 
     def forward(self, x: Tensor, phase: str) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
