@@ -41,6 +41,7 @@ class UpProjection(Linear):
 
     def by_head(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, P, C) and W_UV (H, V, C), as views of the dense weight."""
+        # A default would be one more thing that a compiled step checks.
         weight = self.matrix.dense(None).unflatten(0, (self.heads, -1))  # (H, P + V, C)
         w_uk, w_uv = weight.split([self.nope, self.value], dim=1)
         return w_uk, w_uv
