@@ -43,6 +43,5 @@ def visible(positions: Tensor, slots: int) -> Tensor:
 
 
 def bias_of(mask: Tensor) -> Tensor:
-    """A mask as fp32 numbers of the same shape: 0 where it is True, -inf where it is False."""
-    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return zeros.masked_fill(~mask, float("-inf"))
+    """A mask as fp32 of the same shape: log(1) = 0 where it is True, log(0) = -inf elsewhere."""
+    return mask.float().log()

@@ -39,13 +39,15 @@ GPU_OPTIONS = {
 def compile_block(block: nn.Module, phase: str, device: torch.device) -> Callable[..., Tensor]:
     """One block as a compiled callable; blocks of one kind share the code.
 
-    A graph break is an error.
+    A graph break is an error. Not the module is compiled but its call: torch would wrap the module
+    in another one, whose own call costs as much as a small kernel.
     """
+    call = block.__call__
     if phase == "prefill":
-        return torch.compile(block, fullgraph=True, dynamic=True)
+        return torch.compile(call, fullgraph=True, dynamic=True)
     if device.type == "cpu":
-        return torch.compile(block, fullgraph=True, dynamic=False)
-    return torch.compile(block, fullgraph=True, dynamic=False, backend=matrix_vector_backend)
+        return torch.compile(call, fullgraph=True, dynamic=False)
+    return torch.compile(call, fullgraph=True, dynamic=False, backend=matrix_vector_backend)
 
 
 def matrix_vector_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
