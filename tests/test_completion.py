@@ -39,9 +39,9 @@ def test_seeds() -> None:
     """0 to 2^63 - 1. (On a CPU torch uses the lowest 32 bits.)"""
     logits = torch.zeros(64, 50)
     seeds = (0, 1, 2**32 - 2, 2**63 - 1)
-    drawn = [Sampler(1.0, 1.0, seed)(logits).tolist() for seed in seeds]
+    drawn = [Sampler(1.0, 1.0, seed)(logits)[0].tolist() for seed in seeds]
     assert len({tuple(each) for each in drawn}) == len(seeds)
-    assert Sampler(1.0, 1.0, seeds[-1])(logits).tolist() == drawn[-1]
+    assert Sampler(1.0, 1.0, seeds[-1])(logits)[0].tolist() == drawn[-1]
     for seed in (-1, 2**63, 2**64):
         with refused(f"seed={seed}: give a whole number from 0 to"):
             Sampler(1.0, 1.0, seed)

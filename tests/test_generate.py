@@ -8,6 +8,8 @@ The model is the embedded checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 from unittest import mock
 
@@ -15,11 +17,13 @@ import pytest
 import torch
 from cases import ROOT
 from command import TIMING, command
-from models import TINY, runner, unit_gain
+from models import TINY, V3, drafting_engine, runner, unit_gain
 from tolerances import atol
+from torch import Tensor, nn
 
 import r1
 from r1 import Backend, InputError
+from r1.run import speculate
 from r1.run.completion import Completion
 from r1.run.engine import Engine
 from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
@@ -219,7 +223,7 @@ def chi_square(sampler: Sampler, logits: list[float], wanted: list[float]) -> bo
     """Whether DRAWS samples of one row of logits fall as `wanted` says: never where it is 0, else
     by Pearson's test.
     """
-    drawn = sampler(torch.tensor(logits).expand(DRAWS, -1)).bincount(minlength=len(logits))
+    drawn = sampler(torch.tensor(logits).expand(DRAWS, -1))[0].bincount(minlength=len(logits))
     expected = torch.tensor(wanted) * DRAWS
     if bool((drawn[expected == 0] > 0).any()):
         return False
@@ -280,33 +284,103 @@ def test_temperature_comes_before_the_nucleus() -> None:
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     """The last two are 0 in fp32."""
     logits = torch.tensor([[3.0, 9.0, -4.0], [0.5, 0.25, 0.75]])
-    assert Sampler(temperature, 1.0, 0)(logits).tolist() == [1, 2]
+    assert Sampler(temperature, 1.0, 0)(logits)[0].tolist() == [1, 2]
 
 
 def test_rows_are_drawn_apart() -> None:
     """Each row by its own logits, and independently of its neighbour."""
     rows = torch.tensor([[0.0, 0.0], [20.0, -20.0], [-20.0, 20.0]]).repeat(5000, 1)
-    drawn = Sampler(1.0, 1.0, seed=3)(rows).view(-1, 3)
+    drawn = Sampler(1.0, 1.0, seed=3)(rows)[0].view(-1, 3)
     assert (
         drawn[:, 1].sum() == 0
         and drawn[:, 2].sum() == 5000
         and 2300 < int(drawn[:, 0].sum()) < 2700
     )
-    pairs = Sampler(1.0, 1.0, seed=4)(torch.zeros(10000, 2)).view(-1, 2)
+    pairs = Sampler(1.0, 1.0, seed=4)(torch.zeros(10000, 2))[0].view(-1, 2)
     assert 1100 < int((pairs[:, 0] & pairs[:, 1]).sum()) < 1400  # a quarter of 5000: 1250 +- 31
 
 
 def test_defaults_and_greedy() -> None:
     assert (Sampler().temperature, Sampler().top_p) == (TEMPERATURE, TOP_P) == (0.6, 0.95)
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(Sampler(0.0)(logits), logits.argmax(-1))
+    assert torch.equal(Sampler(0.0)(logits)[0], logits.argmax(-1))
     one, two = Sampler(1.0, seed=7), Sampler(1.0, seed=7)
-    first = one(logits)
-    assert torch.equal(first, two(logits)) and torch.equal(one(logits), two(logits))
-    assert not torch.equal(first, Sampler(1.0, seed=8)(logits))
+    first = one(logits)[0]
+    assert torch.equal(first, two(logits)[0]) and torch.equal(one(logits)[0], two(logits)[0])
+    assert not torch.equal(first, Sampler(1.0, seed=8)(logits)[0])
     # Very small and very large values neither overflow nor divide 0 by 0.
     extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]])
-    assert Sampler(0.01, 0.95, seed=0)(extreme)[0] == 0
+    assert Sampler(0.01, 0.95, seed=0)(extreme)[0][0] == 0
+
+
+# ---------------------------- logits that are no numbers
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_score_tells_logits_that_are_no_distribution(temperature: float, top_p: float) -> None:
+    """One NaN, one +inf, nothing but -inf; a hidden token (-inf) is none of these."""
+    rows = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    rows[0, 4], rows[1, 4], rows[2], rows[3, 4] = math.nan, math.inf, -math.inf, -math.inf
+    token, score = Sampler(temperature, top_p, seed=0)(rows)
+    assert score.isfinite().tolist() == [False, False, False, True, True]
+    right = rows if temperature == 0 else Sampler(temperature, top_p).probabilities(rows)
+    assert torch.equal(score[3:], right.gather(1, token[:, None])[3:, 0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_logits_that_are_no_numbers(at: int, drafts: int, temperature: float) -> None:
+    """One NaN in a hidden state of row 1, of the prompt or of a later step, ends the answer."""
+    broken = drafting_engine(V3, 3, drafts)
+    calls = itertools.count()
+
+    def break_one(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        place = len(PROMPTS[1]) - 1 if at == 0 else 0
+        if next(calls) == at:
+            output[1, place, 5] = math.nan
+        return output
+
+    broken.model.norm.register_forward_hook(break_one)
+    with pytest.raises(InputError, match="logits for prompt 1 are no numbers: the checkpoint's"):
+        broken.generate(PROMPTS, 12, temperature, seed=0)
+    assert next(calls) <= at + 2
+    assert len(broken.generate(PROMPTS, 12, temperature)) == 3  # the next call is another
+
+
+def test_a_rejected_drafts_logits_do_not_matter() -> None:
+    """Nothing is chosen after a rejected draft; what the model says there may overflow."""
+    wanted = greedy(drafting_engine(V3, 3), PROMPTS, 12)
+    engine, rejected = drafting_engine(V3, 3, 2), 0
+    judge = speculate.judge
+
+    def judged(p: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        nonlocal rejected
+        accepted, rest = judge(p, *arguments)
+        rejected += int((accepted < 2).sum())
+        where.append(accepted)
+        return accepted, rest
+
+    where: list[Tensor] = []
+    amax = Tensor.amax
+
+    def broken(logits: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        best = amax(logits, *arguments, **options)
+        after = torch.arange(best.shape[1]) > where[-1][:, None]
+        return best.masked_fill(after, math.nan)
+
+    with mock.patch.object(speculate, "judge", judged), mock.patch.object(Tensor, "amax", broken):
+        assert greedy(engine, PROMPTS, 12) == wanted
+    assert rejected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [("fp16", "take bf16 or fp32"), ("bf16", "with dtype fp32"), ("fp32", "")]
+)
+def test_what_to_do_about_them(dtype: str, advice: str) -> None:
+    engine = drafting_engine(V3, 3, dtype=dtype)
+    engine.model.norm.weight.data[3] = math.inf
+    with pytest.raises(InputError, match=f"are no numbers: .*{advice}"):
+        greedy(engine, [[0, 5]], 2)
 
 
 # ---------------------------- chat and MTP

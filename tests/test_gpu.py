@@ -57,13 +57,13 @@ def test_decode_never_waits(attention: str, moe: str, how: dict[str, Any]) -> No
         **how,
     )
     cache, sampler = run.cache(len(PROMPTS), 64), Sampler(0.6, 0.95, 0)
-    tokens = sampler(run.prefill(PROMPTS, cache))
+    tokens, _ = sampler(run.prefill(PROMPTS, cache))
     for step in range(4):
         if step < 2:  # compiled and captured in the first, and nothing anew in those after
-            tokens = sampler(run.decode(tokens[:, None], cache)[:, -1])
+            tokens, _ = sampler(run.decode(tokens[:, None], cache)[:, -1])
             continue
         with no_waiting(), torch._dynamo.config.patch(error_on_recompile=True):
-            tokens = sampler(run.decode(tokens[:, None], cache)[:, -1])
+            tokens, _ = sampler(run.decode(tokens[:, None], cache)[:, -1])
     assert cache.lengths[:3].tolist() == [len(prompt) + 4 for prompt in PROMPTS]
 
 

@@ -74,7 +74,7 @@ def differing(k: int, seeds: range, new: int = 24, **switches: Any) -> tuple[int
         cache = drafter.cache(len(PROMPTS), 64)
         turns = speculate.speculate(drafter, PROMPTS, Sampler(0.0), cache)
         next(turns)
-        accepted.update(count for _ in range(6) for count in next(turns)[:, -1].tolist())
+        accepted.update(count for _ in range(6) for count in next(turns)[0][:, -1].tolist())
     return different, accepted
 
 
@@ -273,7 +273,7 @@ def cache_errors(k: int, turns: int = 9, chunk: int = 2048) -> tuple[float, Coun
     error, counts = 0.0, Counter[int]()
     for _ in range(turns):
         inputs = (tokens, q, *turn.random(cache))
-        following, accepted, tokens, q = run.call((), turn, inputs, cache)
+        following, accepted, _, tokens, q = run.call((), turn, inputs, cache)
         for row, new, count in zip(rows, following.tolist(), accepted.tolist(), strict=True):
             row += new[: count + 1]
             counts[count] += 1
@@ -459,7 +459,7 @@ def test_a_turn_asks_for_no_value() -> None:
             turn = Turn(drafter, Sampler(temperature, seed=0))
             tokens, q = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2, 48)
             inputs = (tokens, q, torch.zeros(2, 2), torch.ones(2, 3, 48))
-            following, accepted, _, _ = drafter.runner.call((), turn, inputs, cache)
+            following, accepted, _, _, _ = drafter.runner.call((), turn, inputs, cache)
             assert following.shape == (2, 3) and accepted.shape == (2,)
 
 
@@ -497,7 +497,7 @@ def test_a_turn_repeated_at_its_addresses(
         assert cache.rows == (4 if run is captured else 3)
         sampler = Sampler(temperature, 0.95, seed=3)
         turns = speculate.speculate(drafter, [[7, 8]] * 3, sampler, cache)
-        found.append(list(itertools.islice(turns, 20)))
+        found.append([new for new, _ in itertools.islice(turns, 20)])
     assert len(made) == 1
     if temperature == 0:
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -519,8 +519,8 @@ def test_rows_beyond_the_prompts() -> None:
     assert (cache.rows, cache.capacity) == (8, 128)
     rows: list[list[int]] = [[] for _ in PROMPTS]
     turns = speculate.speculate(drafter, PROMPTS, Sampler(0.0), cache)
-    for step in itertools.islice(turns, 12):
-        assert step.shape == (4, 4)
+    for step, scores in itertools.islice(turns, 12):
+        assert step.shape == (4, 4) and scores.shape == (4, 3)
         for row, (*tokens, accepted) in zip(rows, step.tolist(), strict=True):
             row += tokens[: accepted + 1]
     wanted = texts(greedy(engine(ROOMY, SEED), 12))
@@ -550,7 +550,7 @@ def test_assumed_acceptance() -> None:
         turns = itertools.islice(
             speculate.speculate(drafter, [[1, 2]] * 32, sampler, cache, assumed=assumed), 1, 50
         )
-        mean = float(torch.stack([step[:, -1] for step in turns]).double().mean())
+        mean = float(torch.stack([step[:, -1] for step, _ in turns]).double().mean())
         assert least <= mean <= most
 
 

@@ -40,12 +40,19 @@ class Sampler:
             raise InputError(f"seed={self.seed!r}: give a whole number from 0 to 2^63 - 1")
 
     @torch.inference_mode()
-    def __call__(self, logits: Tensor) -> Tensor:
-        """fp32 (..., W) -> int64 (...), on the same device and without a sync."""
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 (..., W) -> tokens, int64 (...), and their scores, fp32 (...), without a sync.
+
+        A score is the token's logit or its probability. It is NaN or infinite where the logits are
+        no distribution, and then the token means nothing: arrivals.py looks at it on the host.
+        """
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            score, token = logits.max(dim=-1)  # NaN counts as the largest
+            return token, score
         random = torch.empty_like(logits).exponential_(generator=self.generator(logits.device))
-        return draw(self.probabilities(logits), random)
+        p = self.probabilities(logits)  # all NaN where one logit is NaN, or the best infinite
+        token = draw(p, random)
+        return token, p.gather(-1, token[..., None]).squeeze(-1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """fp32 (..., W) -> the distribution to draw from, fp32 (..., W) of sum 1.

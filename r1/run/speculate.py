@@ -64,26 +64,28 @@ def speculate(
     cache: Cache,
     depth: int = 0,
     assumed: float | None = None,
-) -> Iterator[Tensor]:
-    """Continue `prompts` without end; yields int64 (prompts, k + 2) on the device.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Continue `prompts` without end; yields int64 (prompts, k + 2) and fp32 (prompts, k + 1).
 
-    These are k + 1 tokens, and how many drafts were accepted: the first `accepted + 1` tokens are
-    new. The first yield is the prompt's, with one token. A row that fills the cache stays at its
-    end, and its tokens are meaningless from there on. `assumed`: see Turn.
+    The first are k + 1 tokens, and how many drafts were accepted: the first `accepted + 1` tokens
+    are new. The second are the new tokens' scores, see sampler.py; 0 for the others. Both are on
+    the device. The first yield is the prompt's, with one token. A row that fills the cache stays at
+    its end, and its tokens are meaningless from there on. `assumed`: see Turn.
     """
     runner = drafter.runner
     turn = Turn(drafter, sampler, assumed)
     hidden = runner.read(prompts, cache, depth, drafter.run)  # (prompts, D)
     with runner.context():
-        token = sampler(runner.model.lm_head(hidden).float())  # (prompts,)
-    yield F.pad(token[:, None], (0, drafter.count + 1))
+        token, score = sampler(runner.model.lm_head(hidden).float())  # (prompts,)
+    yield F.pad(token[:, None], (0, drafter.count + 1)), F.pad(score[:, None], (0, drafter.count))
     tokens, q = turn.begin(hidden, token, cache)
     for other in [key for key in cache.graphs if key[0] == "turn" and key != turn.key]:
         del cache.graphs[other]  # of another distribution: there may be as many as questions
     while True:
         inputs = (tokens, q, *turn.random(cache))
-        following, accepted, tokens, q = runner.call(turn.key, turn, inputs, cache)
-        yield torch.cat((following, accepted[:, None]), dim=1)[: len(prompts)]
+        following, accepted, scores, tokens, q = runner.call(turn.key, turn, inputs, cache)
+        new = torch.cat((following, accepted[:, None]), dim=1)
+        yield new[: len(prompts)], scores[: len(prompts)]
 
 
 @dataclass(frozen=True)
@@ -111,21 +113,24 @@ class Turn:
         """Read each row's last token and its drafts, int64 (B, k + 1), drawn from q (B, k, W).
 
         Returns `following` (B, k + 1), of which the first `accepted` + 1 are new, `accepted` (B,),
-        and the next turn's tokens and q.
+        the best logits where those were chosen (B, k + 1), and the next turn's tokens and q.
         """
         step = self.runner.next_step(cache, tokens.shape[1])
         blocks = self.runner.blocks["decode"]
         hidden = self.runner.model(tokens, step, cache.layers, blocks)  # (B, k + 1, D)
-        p = self.sampler.probabilities(self.runner.lm_head(hidden).float())  # (B, k + 1, W)
+        logits = self.runner.lm_head(hidden).float()  # (B, k + 1, W)
+        p = self.sampler.probabilities(logits)
         accepted, rest = judge(p, q, tokens[:, 1:], uniform, self.assumed)
         token = draw(rest, exponential[:, -1])[:, None]  # (B, 1)
         drafts = torch.cat((tokens[:, 1:], token), dim=1)  # (B, k + 1)
         following = drafts.scatter(1, accepted[:, None], token)
+        unused = torch.arange(tokens.shape[1], device=tokens.device) > accepted[:, None]
+        scores = logits.amax(dim=-1).masked_fill(unused, 0.0)  # (B, k + 1)
         # A row that has all its tokens goes on with the others: it must not leave the cache.
         most = cache.capacity - tokens.shape[1]
         cache.lengths.copy_((cache.lengths + accepted + 1).clamp(max=most))
         drafts, q = self.draft(hidden, following, accepted, step, cache, exponential)
-        return following, accepted, torch.cat((token, drafts), dim=1), q
+        return following, accepted, scores, torch.cat((token, drafts), dim=1), q
 
     def draft(
         self, hidden: Tensor, following: Tensor, last: Tensor, step: Step, cache: Cache,
