@@ -5,8 +5,8 @@ A step is a function `step(*tensors, cache)` that returns tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -31,22 +31,25 @@ class Plain:
 
     def __init__(self, backend: Backend, device: torch.device) -> None:
         self.backend, self.device = backend, device
+        self._limits: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if backend.compile:
+            from r1.run import compiled  # the compiler takes seconds to import
+
+            self._limits = compiled.limits
 
     @contextmanager
     def context(self) -> Iterator[None]:
         """Surrounds every call of the model. `amp` decides on autocast, not the caller."""
-        amp = self.backend.amp
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            if amp != "off":
-                stack.enter_context(torch.autocast(self.device.type, DTYPES[amp]))
-            elif torch.is_autocast_enabled(self.device.type):
-                stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            if self.backend.compile:
-                from r1.run import compiled  # the compiler takes seconds to import
-
-                stack.enter_context(compiled.limits())
+        with torch.inference_mode(), self._autocast(), self._limits():
             yield
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        kind, amp = self.device.type, self.backend.amp
+        if amp != "off":
+            return torch.autocast(kind, DTYPES[amp])
+        if torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
+        return nullcontext()
 
     def __call__(
         self, key: tuple[Any, ...], step: Step, inputs: tuple[Tensor, ...], cache: Cache
