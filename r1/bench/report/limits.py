@@ -60,7 +60,8 @@ def against_limits(
     steps = statistics.median(  # per token
         len(r["gaps"]) / max(1, r["tokens"] - 1) for r in repetitions
     )
-    prompt = _prompt_work(w, backend, config)
+    # Its operations do not depend on how many experts its tokens hit, only its bytes do.
+    prompt = roofline.step_work(config, backend, w.batch, w.prompt, w.depth, experts_hit=0)
     return {
         "floor_ms": 1e3 * rates.seconds(work) * (steps or 1),
         "mbu": work.nbytes / seconds / rates.copy if seconds else None,
@@ -71,13 +72,6 @@ def against_limits(
         "experts_hit": hit,
         "kernels": kernels,
     }
-
-
-def _prompt_work(w: Workload, backend: Backend, config: Config) -> roofline.Work:
-    """The work of reading the prompts, which hit as many experts as they can."""
-    experts = config.experts
-    hit = min(experts.n_routed_experts, w.batch * w.prompt * experts.num_experts_per_tok)
-    return roofline.step_work(config, backend, w.batch, w.prompt, w.depth, hit)
 
 
 def _context(w: Workload) -> float:
