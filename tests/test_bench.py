@@ -23,6 +23,7 @@ from r1.bench import ablation, arms, flags, measure, parity, plan, timeline
 from r1.bench.arms import TEXTBOOK, Arm
 from r1.bench.process import Answer, Process
 from r1.bench.rates import Rates, bottleneck
+from r1.bench.report.aligned import aligned
 from r1.bench.report.fields import FIELDS, SCHEMA
 from r1.bench.report.render import render
 from r1.bench.report.rows import row as make_row
@@ -998,6 +999,30 @@ def test_uniform_routing_spreads_and_is_the_same_in_every_arm() -> None:
     moe.gate.register_forward_pre_hook(lambda _module, inputs: asked.append(inputs[1]))
     moe(crowded[None, :3], "decode")
     assert asked[0] is moe.draws, "the layer gives them to its router"
+
+
+def test_what_a_table_says_beside_its_numbers() -> None:
+    """Only what lies within the noise is listed so; a pair that broke down was not refused."""
+    rows = [made_row(), {**made_row(beside=0.02), "arm": "within"}]
+    sizes = dict.fromkeys(SIZES, 1)
+    pairs = [
+        {"pair": name, **sizes, "refused": "why", "crashed": name == "a & b"}
+        for name in ("a & b", "c & d")
+    ]
+    machine = {"name": "M", "torch": "2", "python": "3"}
+    text = markdown(
+        {"machine": machine, "repetitions": 3, "workload": "w", "rows": rows, "notes": [],
+         "pairs": pairs}
+    )  # fmt: skip
+    assert "No difference from the baseline beyond the noise: within." in text
+    assert "- a & b: BROKE DOWN: why\n- c & d: refused: why" in text
+
+
+def test_cells_of_a_table_stand_in_columns() -> None:
+    """Numbers to the right, words to the left, and no cell ends its column early."""
+    assert aligned({"arm": ["a|b", "c"], "tok/s": ["1", "200"]}) == [
+        "| arm  | tok/s |", "| ---  | ---:  |", "| a\\|b | 1     |", "| c    | 200   |",
+    ]  # fmt: skip
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:

@@ -112,7 +112,8 @@ def test_noise_is_on_both_sides_of_1(ratios: tuple[float, ...], noise: bool) -> 
 
 @pytest.mark.parametrize("switch", ["compile", "cuda_graphs", "prefill_graphs", None])
 def test_only_what_is_compiled_or_captured_has_a_start(switch: str | None) -> None:
-    arm = backend() if switch is None else dataclasses.replace(backend(), **{switch: True})
+    switched: dict[str, Any] = {switch: True} if switch else {}
+    arm = dataclasses.replace(backend(), **switched)
     assert made(answers(arm))["start_cold_s"] == (6 if switch else None)
 
 
