@@ -175,7 +175,7 @@ def test_extra_fields_are_written(tmp_path: Path) -> None:
 
 
 # ---------------------------- dtypes
-@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+@pytest.mark.parametrize("stored", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("loaded", ["fp32", "bf16", "fp16"])
 def test_weights_take_the_dtype_that_is_asked_for(stored: str, loaded: str, tmp_path: Path) -> None:
     """Whatever the file has; but the gate is fp32 in the model, and its bias in the file too, to
@@ -194,7 +194,7 @@ def test_weights_take_the_dtype_that_is_asked_for(stored: str, loaded: str, tmp_
     assert torch.equal(places(found)[BIAS], before)
     assert not torch.equal(before.bfloat16().float(), before), "this bias could not show a loss"
     torch_dtype = json.loads((tmp_path / "x" / "config.json").read_text())["torch_dtype"]
-    assert torch_dtype == {"fp32": "float32", "bf16": "bfloat16"}[stored]
+    assert torch_dtype == str(DTYPES[stored]).removeprefix("torch.")
 
 
 # ---------------------------- what is skipped

@@ -24,7 +24,7 @@ from r1 import Backend, build
 from r1.files import shards
 from r1.files.names import places
 from r1.files.progress import Progress
-from r1.files.shards import PICKLES, SINGLE, entries_of, stream
+from r1.files.shards import PICKLES, SINGLE, entries_of, some, stream
 from r1.placement.placement import Placement
 from r1.storage import fp8
 from r1.switches.resolve import resolve
@@ -112,6 +112,10 @@ def test_the_one_file_may_have_any_name_and_the_usual_one_comes_first(sound: Pat
     (sound / "weights.safetensors").rename(sound / SINGLE)
     (sound / "consolidated.safetensors").write_bytes(b"another layout")
     load(sound)
+
+
+def test_the_first_names_of_a_list() -> None:
+    assert some(list("abc")) == "a, b, c" and some(list("abcde")) == "a, b, c and 2 more"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

@@ -5,6 +5,8 @@ Holds to account: r1/writing.py, r1/files/save.py, r1/kernels/launches.py and th
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import resource
 import subprocess
@@ -14,13 +16,18 @@ from typing import Any
 
 import make_checkpoint
 import pytest
+import torch
 from cases import ROOT
-from folders import load
-from models import V2, model
+from folders import load, tensors
+from models import V2, V3, model
 from refusals import refused, snapshot
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from r1.files import save as saving
+from r1.files.names import places
 from r1.files.save import save
+from r1.files.shards import INDEX, SINGLE
 from r1.writing import check_new, new_file, new_folder
 
 
@@ -70,6 +77,63 @@ def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
         pass
     (tmp_path / "usual").mkdir()
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_all_may_read_the_weights(tmp_path: Path) -> None:
+    """The library that writes shards makes them its user's own; they are as the other files are."""
+    before = os.umask(0o022)
+    try:
+        save(model(V2), tmp_path / "x", shard_bytes=30_000)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()}
+    assert len(modes) > 3 and set(modes.values()) == {0o644}, modes
+
+
+@pytest.mark.parametrize("tensors_", [1, 2, 5])
+def test_a_shard_is_as_full_as_it_may_be(tensors_: int, tmp_path: Path) -> None:
+    """The first tensors have just the bytes that a shard may have: they are one shard. No shard has
+    room for the first tensor of the next one.
+    """
+    made = model(V2)
+    sizes = [place.nbytes for place in places(made).values()]
+    most = sum(sizes[:tensors_])
+    save(made, tmp_path / "x", shard_bytes=most)
+    found = [
+        [tensor.nbytes for tensor in load_file(path).values()]
+        for path in sorted((tmp_path / "x").glob("*.safetensors"))
+    ]
+    order = list(json.loads((tmp_path / "x" / INDEX).read_text())["weight_map"])
+    assert sorted(order) == sorted(places(made))
+    assert sum(found[0]) == most and len(found[0]) == tensors_
+    firsts = itertools.accumulate(map(len, found), initial=0)
+    for shard, first in zip(found[:-1], list(firsts)[1:], strict=False):
+        assert sum(shard) + sizes[first] > most
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_mtp_layers_have_copies_of_what_they_share(
+    dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """Equal to the model's own, also in dtype; and the files say who may read them."""
+    save(model(V3, mtp=True), tmp_path / "x", dtype=dtype)
+    found = tensors(tmp_path / "x")
+    stem = f"model.layers.{V3.num_hidden_layers}."
+    for copy, own in (("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head")):
+        pair = found[f"{stem}{copy}.weight"], found[f"{own}.weight"]
+        assert pair[0].dtype == pair[1].dtype == (dtype or torch.bfloat16)
+        assert torch.equal(*pair)
+    assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    with safe_open(tmp_path / "x" / SINGLE, framework="pt") as shard:
+        assert shard.metadata() == {"format": "pt"}, "transformers refuses files without it"
+
+
+def test_extra_fields_come_last(tmp_path: Path) -> None:
+    """They may say otherwise than the config; what is stored tells the dtype."""
+    for given, wanted in (({}, "float32"), ({"torch_dtype": "float64"}, "float64")):
+        save(model(V2), tmp_path / wanted, dtype=torch.float32, extra=given)
+        found = json.loads((tmp_path / wanted / "config.json").read_text())
+        assert found["torch_dtype"] == wanted
 
 
 @pytest.mark.parametrize("other", ["a folder", "a file"])
