@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import r1
-from r1 import streams
+from r1 import streams, threads
 from r1.errors import hung_up
 from r1.files.embedded import EMBEDDED
 from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
@@ -70,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--no-think", dest="think", action="store_false", help="answer without reasoning first"
     )
+    threads.add_flag(p)
     flags.add_flags(p)
     return p
 
@@ -92,6 +95,10 @@ def talk(arguments: argparse.Namespace) -> int:
     """Load the model, then answer the question, or chat on stdin. Returns the exit status."""
     check(arguments)
     engine = r1.load(arguments.model, r1.Backend(**flags.given(arguments)))
+    backend = engine.backend
+    count = threads.choose(arguments.threads, backend.device, engine.config, backend.dtype)
+    if count is not None:
+        torch.set_num_threads(count)
     for caution in engine.cautions:
         streams.complain(f"r1: {caution}")
     messages: list[dict[str, Any]] = (

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_rows import REFERENCE, WORK, beside_baseline, made_row
 
 import bench
 from r1.bench import ablation, arms, flags, measure, parity, plan, timeline
@@ -27,7 +28,7 @@ from r1.bench.report.aligned import aligned
 from r1.bench.report.fields import FIELDS, SCHEMA
 from r1.bench.report.render import render
 from r1.bench.report.rows import row as make_row
-from r1.bench.report.table import table
+from r1.bench.report.table import COLUMNS, table
 from r1.bench.report.text import drafts, markdown
 from r1.bench.routing import make_uniform
 from r1.bench.session import Session
@@ -53,7 +54,6 @@ H100 = Machine(cuda=True, name="NVIDIA H100", capability=(9, 0), memory=80 * 10*
 MI300 = Machine(cuda=True, hip="7.0", name="AMD Instinct MI300X", arch="gfx942", memory=192 * 10**9)
 T4 = Machine(cuda=True, name="Tesla T4", capability=(7, 5), memory=16 * 10**9)
 CPU = Machine(name="a CPU", memory=10**10)
-WORK = Workload(None, "tiny", None, 1, 8, 4, 0, 0)
 
 
 # --------------------------------------------------------------------------------- arms
@@ -464,40 +464,8 @@ def test_capabilities_of_made_up_machines() -> None:
 
 
 # --------------------------------------------------------------------------------- rows
-def findings(tpot: float, *, passes: bool = True, beside: float | None = 0.04) -> dict[str, Any]:
-    """A worker's answers for three repetitions of four tokens."""
-    repetition = {
-        "ttft": 0.1, "total": 0.1 + 3 * tpot, "gaps": [tpot] * 3, "tokens": 4, "turns": 3,
-        "accepted": 0, "memory": {"allocated": None, "reserved": None, "host": 10**9},
-    }  # fmt: skip
-    kl = {
-        "passes": passes, "mean_kl": 1e-9, "median_kl": 1e-9, "max_logit_difference": 1e-6,
-        "top1_agreement": 1.0, "positions": 4, "bound": 1e-6, "mean_bound": 1e-4,
-    }  # fmt: skip
-    kl |= {"same_text": 1.0}
-    backend = resolve(Backend(device="cpu", compile=True), shape("tiny"), CPU)
-    return {
-        "build": {"load_seconds": 1.0, "backend": vars(backend)}, "warm": {"start_seconds": 2.0},
-        "cold": 10.0, "parity": kl, "kernels": {"count": None, "parts": None},
-        "moe_layer": {"seconds": 5e-4}, "measure": [repetition] * 3, "beside": [{"ttft": 0.1,
-        "total": 0.1 + 3 * beside, "gaps": [beside] * 3, "tokens": 4}] * 3 if beside else [],
-    }  # fmt: skip
-
-
-REFERENCE: dict[str, Any] = {
-    "reference": {"experts_hit": 4.0},
-    "rates": {"fp32": {"copy": 1e10, "matmul": 1e11, "launch": 0.0, "replay": 0.0}},
-}
-
-
-def made_row(**how: Any) -> dict[str, Any]:
-    return make_row(
-        Arm("compile", "alone", Backend()), WORK, findings(0.02, **how), REFERENCE, shape("tiny")
-    )
-
-
 def test_a_row_says_what_the_fields_promise() -> None:
-    row = made_row()
+    row = beside_baseline(made_row())
     assert list(row) == list(FIELDS)
     assert (
         row["tpot_ms"] == pytest.approx(20)
@@ -514,19 +482,19 @@ def test_a_row_says_what_the_fields_promise() -> None:
 
 
 def test_no_speedup_without_parity_or_beyond_the_noise() -> None:
-    failed = made_row(passes=False)
+    failed = beside_baseline(made_row(passes=False))
     assert (
         failed["speedup"] is None
         and failed["break_even_tokens"] is None
         and failed["parity"] is False
     )
-    assert made_row(beside=0.02)["within_noise"] is True
-    slow = made_row(beside=0.01)
+    assert beside_baseline(made_row(beside=0.02), 0.02)["within_noise"] is True
+    slow = beside_baseline(made_row(beside=0.01), 0.01)
     assert slow["speedup"] == pytest.approx(0.5) and slow["break_even_tokens"] is None
 
 
 def test_every_form_of_output() -> None:
-    rows, sizes = [made_row(), made_row(passes=False)], dict.fromkeys(SIZES, 1)
+    rows, sizes = [beside_baseline(made_row()), made_row(passes=False)], dict.fromkeys(SIZES, 1)
     rows.append(
         make_row(
             Arm("cuda_graphs", "alone", Backend()),
@@ -587,8 +555,12 @@ def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
         "2",
     ]
     assert bench.main([*arguments, "-o", "json"]) == 0
-    result = json.loads(capfd.readouterr().out)
+    out, err = capfd.readouterr()
+    assert "bench: arm 1 of 2: baseline\n" in err and " s left: moe=grouped\n" in err
+    result = json.loads(out)
     baseline, arm = result["rows"]
+    assert arm["speedup"] == pytest.approx(baseline["tpot_ms"] / arm["tpot_ms"])
+    assert result["machine"]["load"] >= 0 and result["machine"]["threads"] >= 1
     assert (
         all((row["accuracy"], row["problems"]) == (1.0, 2) for row in result["rows"])
         and not result["notes"]
@@ -1027,15 +999,15 @@ def test_cells_of_a_table_stand_in_columns() -> None:
 
 def test_columns_that_say_nothing_are_left_out() -> None:
     rows = [made_row(), {**made_row(), "prompt": 9}]
-    head = table(rows)[0]
+    head = table(rows, COLUMNS)[0]
     assert (
         " prompt " in head and " batch " in head and " depth " not in head and "MoE layer" in head
     )
-    assert " prompt " not in table(rows[:1])[0]
-    assert "MoE layer" not in table([{**rows[0], "moe_layer_us": None}])[0]
-    assert "right answers" not in head and rows[0]["accuracy"] is None
-    examined = table([{**rows[0], "accuracy": 0.75, "problems": 16}, rows[0]])
-    assert "right answers" in examined[0] and "75.0% of 16" in examined[2]
+    assert " prompt " not in table(rows[:1], COLUMNS)[0]
+    assert "MoE layer" not in table([{**rows[0], "moe_layer_us": None}], COLUMNS)[0]
+    assert table(rows, ["correct?"])[2:] == ["| yes      |"] * 2 and rows[0]["accuracy"] is None
+    examined = table([{**rows[0], "accuracy": 0.75, "problems": 16}, rows[0]], COLUMNS)
+    assert " yes, 12 of 16 " in examined[2]
 
 
 def test_the_moe_layers_floor_is_one_layers_work() -> None:
@@ -1066,13 +1038,6 @@ def test_a_breakdown_is_no_refusal(
     )
     out = capfd.readouterr().out
     assert "compile: BROKE DOWN" in out and "| baseline " in out
-
-
-def test_one_repetition_says_nothing_of_noise() -> None:
-    found = findings(0.02)
-    found["measure"], found["beside"] = found["measure"][:1], found["beside"][:1]
-    row = make_row(Arm("compile", "alone", Backend()), WORK, found, REFERENCE, shape("tiny"))
-    assert row["speedup"] == pytest.approx(2) and row["within_noise"] is None
 
 
 def test_kinds_of_an_ablation() -> None:

@@ -125,6 +125,7 @@ def cpu() -> dict[str, Any]:
     rows[3]["repetitions"] = [
         {"ttft": 0.1, "total": 0.1 + t} for t in (0.38, 0.40, 0.39, 0.37, 0.41)
     ]
+    rows[3] |= {"within_noise": True, "speedup_low": 0.97, "speedup_high": 1.08}
     return result(
         rows,
         "AMD EPYC 9R14, 2 threads",
@@ -316,10 +317,55 @@ def test_no_win_without_parity() -> None:
 
 
 def test_noise_is_said() -> None:
+    """An arm within the noise has no speed-up; so has no rung whose range the last one's meets."""
     pytest.importorskip("matplotlib")
-    assert any(
-        "no difference beyond the noise" in t.get_text() for t in _texts(figure.picture(cpu()))
-    )
+    words = [t.get_text() for t in _texts(figure.picture(cpu()))]
+    assert words.count("no difference beyond the noise") == 1
+    rows = [
+        row("baseline", "baseline", 40.0, base=40),
+        row("+ a", "ladder", 10.0, base=40),
+        row("+ b", "ladder", 9.8, base=40),
+        row("+ c", "ladder", 8.0, base=40),
+        row("+ d", "ladder", 7.99, base=40),
+    ]
+    for each in rows[4:]:
+        each["repetitions"] = each["repetitions"][:1]
+    words = [t.get_text().split(" · ")[0] for t in _texts(figure.picture(result(rows)))]
+    assert [w for w in words if w[:5] in ("saves", "no di", "withi")] == [
+        "saves 30.0 ms",
+        "no difference beyond the noise",
+        "saves 1.80 ms",
+        "within 1% of the step before",
+    ]
+
+
+def test_times_are_dots_with_ranges_on_a_logarithmic_axis() -> None:
+    """A dot at each median, a line over the repetitions, and no line for a single one."""
+    pytest.importorskip("matplotlib")
+    rows = cpu()["rows"]
+    rows[1]["repetitions"] = rows[1]["repetitions"][:1]
+    axes: Any = figure.picture(result(rows)).axes[0]
+    assert axes.get_xscale() == "log" and 2.2 / 1.3 < axes.get_xlim()[0] < 2.2
+    dots = {int(y[0]): x[0] for x, y in (e.get_data() for e in axes.lines if e.get_marker() == "o")}
+    assert dots == {0: 3.1, 1: 2.2, 2: 4.4, 4: 3.0}
+    thin = [line.get_data() for line in axes.lines if line.get_linewidth() == 2]
+    ranges = {int(y[0]): tuple(x) for x, y in thin}
+    assert sorted(ranges) == [0, 2, 4]
+    assert ranges[4] == pytest.approx((0.37 / 0.127, 0.41 / 0.127))
+
+
+def test_a_floor_far_below_is_told_and_not_drawn() -> None:
+    """It would press the dots together."""
+    pytest.importorskip("matplotlib")
+    for floor, low, share in ((1.0, 1.0, "33%"), (0.01, 3.0, "0.3%")):
+        rows = [
+            row("baseline", "baseline", 4.0, base=4, floor=floor),
+            row("compile", "alone", 3.0, base=4, floor=floor),
+        ]
+        drawn = figure.picture(result(rows))
+        assert drawn.axes[0].get_xlim()[0] == pytest.approx(low, rel=0.15)
+        words = " ".join(t.get_text() for t in _texts(drawn))
+        assert "the hardware's floor" in words and f"reaches {share} of it" in words
 
 
 @pytest.mark.parametrize(
@@ -396,9 +442,22 @@ def test_compare(tmp_path: Path) -> None:
         ["NVIDIA L4", "80", "baseline", "bf16", "1", "50.00", "20.0", "3%", "5.00"],
         ["NVIDIA L4", "80", "cuda_graphs + compile", "bf16", "1", "20.00", "50.0", "9%", "2.00"],
     ]
+    assert (
+        f"Left out of {files[0]}: cuda_graphs; compile; cuda_graphs + compile; "
+        "cuda_graphs + compile + kernels=triton; "
+        "cuda_graphs + compile + kernels=triton + quant=fp8." in table.splitlines()
+    )
+    assert f"Left out of {files[1]}: cuda_graphs; amp=bf16." in table.splitlines()
     note = next(line for line in table.splitlines() if line.startswith("Note"))
     assert "h100.json" in note and "batch 32" in note and "depth 8192" in note and "l4" not in note
     assert "price" not in merge.compare(files, None).lower()
+
+
+def test_compare_all_arms(tmp_path: Path) -> None:
+    files = [save(tmp_path / f"{name}.json", cpu()) for name in "ab"]
+    table = merge.compare(files, None, wide=True)
+    assert [line[2] for line in cells(table)] == [r["arm"] for r in cpu()["rows"]] * 2
+    assert "Left out" not in table and "--wide" not in table
 
 
 def test_compare_one_price_and_one_name(tmp_path: Path) -> None:

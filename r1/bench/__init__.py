@@ -9,6 +9,7 @@ arms, ablation   the arms: settings of the switches
 sizes            the context and the memory, checked before anything is made
 workload, exam   the work that each arm does; the problems that it is asked
 measure          all arms on all workloads
+busy, progress   how busy other programs keep the machine; what is said meanwhile
 compiler_checks  Inductor's test of the CPU, once for all arms
 reference        the fp32 reference, in its own process
 session          one arm's process, as the parent sees it
@@ -19,10 +20,12 @@ routing, upcast  changes to a model: even routing; fp32 arithmetic on bf16 weigh
 timeline         the time of each kernel, from a profiler's trace
 result           a result file: how it begins, and how paths are kept out of it
 load_result      read a result file back, and check it (report/types.py has the types)
-report/          answers -> rows -> tables and text
+report/          answers -> rows -> tables and text; report/speedup.py says what a speed-up is
 plot/            a result as a picture
+output           stdout, --output-file, --plot: checked before measuring, lost to no full disk
 merge            --compare: results of several machines in one table
 
 The hardware's limits come from r1/roofline.py.
-Tested in tests/test_bench.py, test_bench_plot.py, test_bench_results.py and test_exam.py.
+Tested in tests/test_bench.py, test_bench_table.py, test_bench_plot.py, test_bench_results.py and
+test_exam.py.
 """

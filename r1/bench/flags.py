@@ -6,8 +6,10 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from r1 import threads
 from r1.bench import arms, exam
 from r1.bench.plan import PROBLEMS
+from r1.bench.report.render import FORMS
 from r1.model.shapes import SHAPES
 from r1.switches import flags
 from r1.switches.backend import Backend
@@ -24,6 +26,7 @@ def parser(embedded: Path) -> argparse.ArgumentParser:
     _add_workload(p, embedded)
     _add_measurement(p)
     _add_output(p)
+    threads.add_flag(p)
     flags.add_flags(p)
     return p
 
@@ -90,10 +93,21 @@ def _add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument("--price", type=prices, metavar="P,..", help=text)
     text = "print, and with --plot draw, a result kept by -o json, and end"
     p.add_argument("--show", type=Path, metavar="JSON", help=text)
-    text = "print what this machine can do, and why not, and end"
-    p.add_argument("--explain", action="store_true", help=text)
-    forms, text = ("md", "json", "jsonl", "csv"), "what is printed (default md)"
-    p.add_argument("-o", "--output", choices=forms, default="md", help=text)
+    text = (
+        "print what this machine can do, and why not, and end; columns: what the table's columns "
+        "mean"
+    )
+    choices = ("machine", "columns")
+    p.add_argument("--explain", nargs="?", choices=choices, const="machine", help=text)
+    text = "print all columns of the table; with --compare, all arms"
+    p.add_argument("--wide", action="store_true", help=text)
+    text = "the form of the result (default md)"
+    p.add_argument("-o", "--output", choices=FORMS, help=text)
+    text = (
+        "write the result to FILE too, in the form of -o or, without it, of FILE's ending "
+        f"({', '.join('.' + form for form in FORMS)}); the table is printed"
+    )
+    p.add_argument("--output-file", type=Path, metavar="FILE", help=text)
 
 
 def prices(text: str) -> list[float]:

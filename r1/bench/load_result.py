@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r1.bench.report.fields import ALWAYS, FIELDS, SCHEMA
+from r1.bench.report.speedup import set_speedups
 from r1.bench.report.types import MACHINE, PAIR, RESULT, ROW, TOGETHER, missing, wrong
 from r1.bench.workload import SIZES
 from r1.errors import InputError, printable
@@ -44,6 +45,7 @@ def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
     for each in [*rows, *(result.get("pairs") or [])]:
         each.setdefault("refused", None)
         each.setdefault("crashed", False)
+    set_speedups(rows)
     return result
 
 

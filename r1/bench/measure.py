@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from r1 import streams
 from r1.bench import exam, plan
 from r1.bench.arms import Arm
+from r1.bench.busy import load
 from r1.bench.compiler_checks import CompilerChecks
 from r1.bench.exam import Question
 from r1.bench.process import Answer
-from r1.bench.progress import say
+from r1.bench.progress import Progress, say
 from r1.bench.reference import make_reference
 from r1.bench.report import rows
+from r1.bench.report.speedup import set_speedups
+from r1.bench.report.text import busy
 from r1.bench.result import new_result, without_paths
 from r1.bench.session import Session
 from r1.bench.sizes import check_sizes
@@ -41,11 +45,17 @@ def run(
     work = plan.workloads(arguments)
     plans = plan.plans(arguments, machine, work)
     result = new_result(arguments, argv, machine, work)
-    interrupted = False
+    _note_load(result)
+    if sentence := busy(result["machine"]):
+        streams.complain(f"bench: {sentence}")
+    arms = [arm for _, compared in plans for arm in compared]
+    progress, number, interrupted = Progress([arm.timed for arm in arms]), 0, False
     try:
         for workload, compared in plans:
+            progress.skip_to(number)
+            number += len(compared)
             try:
-                measure(compared, workload, arguments, questions, result)
+                measure(compared, workload, arguments, questions, result, progress)
             except InputError as error:
                 if len(plans) == 1:
                     raise
@@ -63,6 +73,7 @@ def measure(
     arguments: argparse.Namespace,
     questions: list[Question],
     result: Answer,
+    progress: Progress,
 ) -> None:
     """All arms on one workload. Rows are added to `result` as soon as they are complete."""
     config = workload.config()
@@ -73,15 +84,23 @@ def measure(
     ):
         folder = Path(name)
         asked = _questions_for(workload, arguments, questions, result["notes"])
-        reference = make_reference(compared, workload, config, folder, checks)
+        threads = result["machine"].get("threads")
+        reference = make_reference(compared, workload, config, folder, checks, threads)
         rates = reference["rates"]
         result["machine"] |= {
             "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,
             "matmul_tflop_s": {dtype: rate["matmul"] / 1e12 for dtype, rate in rates.items()},
         }
-        comparison = Comparison(workload, arguments, asked, result, folder, reference, config)
+        comparison = Comparison(
+            workload, arguments, asked, result, folder, reference, config, progress
+        )
         comparison.measure_timed(compared, checks)
         comparison.check_pairs(compared)
+
+
+def _note_load(result: Answer) -> None:
+    """Keep the largest number of threads of other programs that was seen. No arm may run now."""
+    result["machine"]["load"] = max(load(), result["machine"].get("load", 0.0))
 
 
 def _scratch() -> tempfile.TemporaryDirectory[str]:
@@ -120,10 +139,13 @@ class Comparison:
     """Holds the reference, and the caches of compiled code."""
     reference: Answer
     config: Config
+    progress: Progress
 
     def session(self, arm: Arm) -> Session:
         """A new process for this arm."""
-        return Session(arm, self.workload, self.folder, self.result["notes"])
+        title = self.progress.begin(arm.name if arm.timed else f"pair {arm.name}")
+        notes, threads = self.result["notes"], self.result["machine"].get("threads")
+        return Session(arm, self.workload, self.folder, notes, title, threads)
 
     def measure_timed(self, compared: list[Arm], checks: CompilerChecks) -> None:
         """The baseline, and the timed arms in turn with it.
@@ -158,11 +180,12 @@ class Comparison:
 
     def measure_arm(self, arm: Arm, baseline: Session, alone: list[Answer] | None) -> None:
         """One arm, and its row. `alone`: the baseline's repetitions, if they are done already."""
+        _note_load(self.result)
         session, times = self.session(arm), self.arguments.repetitions
         try:
             if session.start(self.arguments.warm_start):
                 for number in range(times):
-                    say(f"{arm.name}: repetition {number + 1} of {times}")
+                    say(f"{session.title}: repetition {number + 1} of {times}")
                     beside = baseline.once() if alone is None else alone[number]
                     session.answers["beside"].append(beside)
                     session.once()
@@ -174,7 +197,8 @@ class Comparison:
     def add_baseline(self, baseline: Session, place: int) -> None:
         """End the baseline's process, and insert its row, if it has measurements.
 
-        After an interrupt the time of its MoE layer may be missing. It is not measured then.
+        Then the speed-ups of the other rows are known. After an interrupt the time of its MoE layer
+        may be missing. It is not measured then.
         """
         answers = baseline.answers
         if answers["measure"]:
@@ -182,6 +206,7 @@ class Comparison:
         baseline.process.quit()
         if answers["measure"]:
             self.result["rows"].insert(place, self.row(baseline.arm, baseline))
+            set_speedups(self.result["rows"])
 
     def row(self, arm: Arm, session: Session) -> Answer:
         """An arm's row of the result."""

@@ -1,7 +1,8 @@
 """`--compare`: results of several machines in one table.
 
 Only rows that did the same work are compared: the same model config, batch, prompt, new tokens and
-depth. Each machine has its baseline, and its fastest arm that passes parity.
+depth. Each machine has its baseline, and its fastest arm that passes parity; with --wide all its
+arms. What is left out is named below the table.
 """
 
 from __future__ import annotations
@@ -35,15 +36,18 @@ class Files:
     results: list[dict[str, Any]]
     names: list[str]
     prices: list[float] | None
+    wide: bool
+    """Whether all arms are shown."""
 
 
-def compare(paths: list[Path], price: list[float] | None = None) -> str:
+def compare(paths: list[Path], price: list[float] | None = None, wide: bool = False) -> str:
     """The table, in Markdown.
 
-    `price` is the cost of an hour on each machine: one number for each file, or one for all.
+    `price` is the cost of an hour on each machine: one number for each file, or one for all. `wide`
+    shows all arms.
     """
     results = [load(path) for path in paths]
-    files = Files(paths, results, _names(paths, results), _prices(price, len(paths)))
+    files = Files(paths, results, _names(paths, results), _prices(price, len(paths)), wide)
     done = _work_done(results)
     shared = {work: by for work, by in done.items() if len(by) > 1 or len(paths) == 1}
     if not shared:
@@ -53,6 +57,7 @@ def compare(paths: list[Path], price: list[float] | None = None) -> str:
     for model in dict.fromkeys(model for model, _ in shared):
         of_model = {sizes: by for (m, sizes), by in shared.items() if m == model}
         lines += [*_model_table(files, of_model), ""]
+    lines += _dropped(files, shared)
     for i, path in enumerate(paths):
         alone = {work: by for work, by in done.items() if i in by and work not in shared}
         if alone:
@@ -85,7 +90,7 @@ def _model_table(files: Files, shared: dict[Sizes, dict[int, list[Row]]]) -> lis
     columns: dict[str, list[str]] = {}
     for sizes, by in sorted(shared.items()):
         for i, rows in by.items():
-            for arm, row in _chosen(rows):
+            for arm, row in _chosen(rows, files.wide):
                 cells = {
                     "machine": files.names[i],
                     "memory GB": _number(files.results[i]["machine"].get("memory_gb"), 0),
@@ -128,8 +133,13 @@ def _names(paths: list[Path], results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _chosen(rows: list[Row]) -> list[tuple[str, Row]]:
-    """The baseline, then the fastest arm that passes parity, each with the arm's name."""
+def _chosen(rows: list[Row], wide: bool) -> list[tuple[str, Row]]:
+    """The baseline, then the fastest arm that passes parity, each with the arm's name.
+
+    `wide`: all arms, in the order of the file.
+    """
+    if wide:
+        return [(_arm(rows, row), row) for row in rows]
     out = [("baseline", row) for row in rows if row["kind"] == "baseline"][:1]
     passing = [
         row for row in rows if not row.get("refused") and row["parity"] and row.get("tpot_ms")
@@ -139,6 +149,19 @@ def _chosen(rows: list[Row]) -> list[tuple[str, Row]]:
         if fastest["kind"] != "baseline":
             out.append((_arm(rows, fastest), fastest))
     return out
+
+
+def _dropped(files: Files, shared: Done) -> list[str]:
+    """A line for each file whose arms are not all shown: their names."""
+    lines = []
+    for i, path in enumerate(files.paths):
+        names: list[str] = []
+        for rows in (by[i] for by in shared.values() if i in by):
+            shown = [row for _, row in _chosen(rows, files.wide)]
+            names += [_arm(rows, row) for row in rows if not any(row is each for each in shown)]
+        if names:
+            lines.append(f"Left out of {path}: {'; '.join(dict.fromkeys(names))}.")
+    return [*lines, "--wide shows all arms.", ""] if lines else []
 
 
 def _arm(rows: list[Row], row: Row) -> str:

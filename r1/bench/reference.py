@@ -26,17 +26,19 @@ def make_reference(
     config: Config,
     folder: Path,
     checks: CompilerChecks,
+    threads: int | None,
 ) -> Answer:
     """Write the text and the logits that every arm is compared with into `folder`.
 
     Returns the answers of the reference's process, by command: "reference" has the experts that its
     steps hit, "rates" the machine's rates in the arms' dtypes. Starts the compiler's checks after
-    the rates are measured, so that they do not disturb them.
+    the rates are measured, so that they do not disturb them. `threads`: of the CPU, as in the arms;
+    None for torch's own number.
     """
     plain = Backend(device=compared[0].backend.device, dtype="fp32", **TEXTBOOK)
     dtypes = sorted(dtypes_of(compared, workload, config))
     answers: Answer = {}
-    with Process(serve, plain, workload, folder, "inductor-reference") as process:
+    with Process(serve, plain, workload, folder, "inductor-reference", threads) as process:
         if keep(answers, process, NAME, "build_reference") and keep(
             answers, process, NAME, "rates", dtypes
         ):

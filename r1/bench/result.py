@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
+from r1 import threads
 from r1.bench.process import Answer
 from r1.bench.report.fields import SCHEMA
 from r1.bench.workload import Workload
 from r1.files.config_json import dump_config
+from r1.switches.flags import given
 from r1.switches.machine import Machine
 
 PATH = re.compile(r"""(?<![\w.~/-])(?!//)(?:~|\.{1,2})?/(?:[^\s'"()<>,;:/]+/)*([^\s'"()<>,;:/]+)""")
@@ -30,18 +32,24 @@ def new_result(
     arguments: argparse.Namespace, argv: Sequence[str], machine: Machine, work: list[Workload]
 ) -> Answer:
     """A result without rows: the machine, the command and the model."""
+    config, switches = work[0].config(), given(arguments)
+    device = switches.get("device", "auto")
+    device = machine.device if device == "auto" else device
+    dtype = switches.get("dtype", "auto")
     return {
         "schema": SCHEMA,
         "machine": {
             "name": machine.name,
             "memory_gb": machine.memory / 1e9,
+            "cpus": os.cpu_count(),
+            "threads": threads.choose(arguments.threads, device, config, dtype),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "system": platform.platform(),
         },
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command_line(arguments, argv),
-        "config": dump_config(work[0].config()),
+        "config": dump_config(config),
         "repetitions": arguments.repetitions,
         "rows": [],
         "pairs": [],

@@ -19,9 +19,21 @@ from r1.errors import InputError
 class Session:
     """One arm's process, and its answers so far, by command."""
 
-    def __init__(self, arm: Arm, workload: Workload, folder: Path, notes: list[str]) -> None:
-        """Start the process. `folder` holds the reference. `notes` are the result's."""
+    def __init__(
+        self,
+        arm: Arm,
+        workload: Workload,
+        folder: Path,
+        notes: list[str],
+        title: str,
+        threads: int | None,
+    ) -> None:
+        """Start the process. `folder` holds the reference. `notes` are the result's.
+
+        `title` begins the progress line. `threads`: of the CPU, None for torch's own number.
+        """
         self.arm, self.workload, self.folder = arm, workload, folder
+        self.title, self.threads = title, threads
         self.answers: Answer = {"measure": [], "beside": [], "cold": None}
         """"measure" has one answer for each repetition, "beside" the baseline's in turn with them.
 
@@ -32,12 +44,13 @@ class Session:
 
     def new_process(self) -> Process:
         """A process for this arm. A second one finds the code that the first one compiled."""
-        return Process(serve, self.arm.backend, self.workload, self.folder, self.compiled)
+        backend, folder = self.arm.backend, self.folder
+        return Process(serve, backend, self.workload, folder, self.compiled, self.threads)
 
     def ask(self, *commands: str, how: str = "") -> bool:
         """Send commands, one after the other, and keep the answers. False if one is refused."""
-        name = self.arm.name if self.arm.timed else f"pair {self.arm.name}"
-        return all(keep(self.answers, self.process, name + how, command) for command in commands)
+        title = self.title + how
+        return all(keep(self.answers, self.process, title, command) for command in commands)
 
     def start(self, twice: bool) -> bool:
         """Build, warm up, check parity. False if one is refused.
@@ -89,7 +102,7 @@ class Session:
 
     def _examine(self, questions: list[Question]) -> None:
         """Ask the problems. If that is refused, the measurements stand, and a note says why."""
-        say(f"{self.arm.name}, {len(questions)} problems: accuracy")
+        say(f"{self.title}: {len(questions)} problems")
         answer = self.process.ask("accuracy", questions)
         if "refused" in answer:
             self.notes.append(f"{self.arm.name} could not be asked problems: {answer['refused']}")

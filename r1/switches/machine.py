@@ -198,7 +198,7 @@ def clocks_and_power() -> dict[str, float]:
 
 
 def cpu_name() -> str:
-    """The processor's name if the system provides it, and the number of torch's threads."""
+    """The processor's name if the system provides it, and the number of CPUs."""
     name = "CPU"
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -207,7 +207,8 @@ def cpu_name() -> str:
             )
     except (OSError, StopIteration):
         pass  # not Linux, or /proc/cpuinfo has no such line
-    return f"{name}, {torch.get_num_threads()} threads"
+    count = os.cpu_count() or 1
+    return f"{name}, {count} CPU{'s' * (count != 1)}"
 
 
 def _has_cxx() -> bool:

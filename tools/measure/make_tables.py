@@ -28,6 +28,7 @@ import compare_peers
 import shared
 
 from r1.bench import timeline
+from r1.bench.load_result import load
 from r1.bench.report import text
 from r1.bench.report.table import table
 
@@ -37,14 +38,16 @@ COLUMNS = [
     "arm",
     "batch",
     "TTFT ms",
-    "TPOT ms (p90)",
+    "ms/token",
+    "p90 ms",
     "tok/s",
     "speed-up",
     "MBU",
     "floor ms",
     "MoE layer µs (floor)",
+    "start s (warm)",
+    "KL (bound)",
 ]
-COLUMNS += ["start s (warm)", "KL (bound)"]
 PREFILL = ["arm", "batch", "TTFT ms", "prefill MFU", "start s (warm)", "KL (bound)"]
 """The columns of runs with prompts of 1,000 tokens and more: they measure the prompt alone."""
 LAUNCHED = (timeline.IDLE, "Memcpy", "step_kernel")
@@ -54,8 +57,9 @@ Found = dict[str, Any]
 
 
 def read(path: Path) -> Found:
+    """The content of a result file. One of bench.py is checked, and gets today's speed-ups."""
     found: Found = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return load(path, complete=True) if "schema" in found else found
 
 
 def lines(found: Found) -> list[str]:

@@ -3,11 +3,11 @@
 `draw(result, Path("h100.png"))` writes h100.png and h100.svg. There are up to three panels. Each is
 drawn only if the result has data for it:
 
-1. What each step of the ladder saves. Without a ladder: what each switch saves alone.
+1. What each step of the ladder saves, as dots. Without a ladder: what each switch saves alone.
 2. Latency against throughput, over batch sizes.
 3. Decode time against context length.
 
-An arm that fails parity is hatched grey and says so. An arm that can't run is "n/a". There is no
+An arm that fails parity is a grey cross and says so. An arm that can't run is "n/a". There is no
 legend: names stand beside the curves. matplotlib is optional, and imported only to draw.
 """
 
@@ -19,18 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1.bench.plot.bars import draw_bars
 from r1.bench.plot.curves import draw_batches, draw_contexts
+from r1.bench.plot.dots import draw_dots
 from r1.bench.plot.select import is_timed, over_batches, over_context, steps
 from r1.bench.plot.style import GREY, STYLE, Row
-from r1.bench.report.text import model_name
+from r1.bench.report.text import busy, model_name, threads
 from r1.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MOST_BARS = 300
+MOST_ARMS = 300
 """More would make a picture that is larger than matplotlib draws."""
 
 
@@ -70,9 +70,9 @@ def draw(result: dict[str, Any], path: Path) -> list[Path]:
         raise InputError(
             f"{path}: there is nothing to draw, for no arm of the result has a time per token"
         )
-    if len(steps(result["rows"])) > MOST_BARS:
+    if len(steps(result["rows"])) > MOST_ARMS:
         raise InputError(
-            f"{path}: a picture has room for {MOST_BARS} arms, and the result has more: measure "
+            f"{path}: a picture has room for {MOST_ARMS} arms, and the result has more: measure "
             "fewer with --only"
         )
     import matplotlib
@@ -91,27 +91,25 @@ def draw(result: dict[str, Any], path: Path) -> list[Path]:
 
 
 def picture(result: dict[str, Any]) -> Figure:
-    """The figure: the bars on top, in full width; below them the other panels, side by side."""
+    """The figure: the dots on top, in full width; below them the other panels, side by side."""
     from matplotlib.figure import Figure
 
     rows: list[Row] = result["rows"]
-    bars, batches, contexts = steps(rows), over_batches(rows), over_context(rows)
+    dots, batches, contexts = steps(rows), over_batches(rows), over_context(rows)
     below = [panel for panel in (batches and "batches", contexts and "contexts") if panel]
-    shown = [["bars"] * max(1, len(below))] * bool(bars) + [below] * bool(below)
-    tall = [0.62 * (len(bars) + 1) + 1.0] * bool(bars) + [4.2] * bool(below)
+    shown = [["dots"] * max(1, len(below))] * bool(dots) + [below] * bool(below)
+    tall = [0.62 * (len(dots) + 1) + 1.0] * bool(dots) + [4.2] * bool(below)
     figure: Any = Figure(figsize=(11, sum(tall) + 0.9), layout="constrained")
     axes = figure.subplot_mosaic(shown, height_ratios=tall)
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
-    title = f"{result['machine']['name']} · {_model(result)}"
+    machine = result["machine"]
+    title = " · ".join(filter(None, (machine["name"], threads(machine), _model(result))))
     figure.suptitle(textwrap.fill(title, 85), x=0.012, ha="left", fontsize=14, fontweight="bold")
-    small = (
-        f"median of {result['repetitions']} repetitions, arms in turn · "
-        f"torch {result['machine']['torch']} · r1, bench.py"
-    )
-    figure.supxlabel(small, x=0.012, ha="left", fontsize=8.5, color=GREY)
+    small = " · ".join(filter(None, (busy(machine), _how(result), f"torch {machine['torch']}")))
+    figure.supxlabel(f"{small} · r1, bench.py", x=0.012, ha="left", fontsize=8.5, color=GREY)
     later: list[Callable[[], None]] = []
-    if bars:
-        later.append(draw_bars(axes["bars"], bars))
+    if dots:
+        later.append(draw_dots(axes["dots"], dots))
     if batches:
         later.append(draw_batches(axes["batches"], batches))
     if contexts:
@@ -120,6 +118,13 @@ def picture(result: dict[str, Any]) -> Figure:
     for place in later:
         place()
     return figure
+
+
+def _how(result: dict[str, Any]) -> str:
+    """What a dot and its line are."""
+    if result["repetitions"] == 1:
+        return "1 repetition"
+    return f"median and range of {result['repetitions']} repetitions, arms in turn"
 
 
 def _model(result: dict[str, Any]) -> str:

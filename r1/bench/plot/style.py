@@ -37,11 +37,13 @@ LOG_FROM = 20
 def ticks(axes: Axes, axis: str, log: bool, limits: tuple[float, float]) -> None:
     """Set an axis's ticks to plain numbers.
 
-    On a logarithmic axis they are 1, 2, 5, 10, ...; on a linear axis a few round numbers.
+    On a logarithmic axis they are 1, 2, 5, 10, ... or, if that gives fewer than three, a few round
+    numbers, as on a linear axis.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     which = getattr(axes, f"{axis}axis")
+    round_numbers = MaxNLocator(6, steps=[1, 2, 5, 10])
     if log:
         marks = [
             m * 10**e
@@ -49,9 +51,12 @@ def ticks(axes: Axes, axis: str, log: bool, limits: tuple[float, float]) -> None
             for m in (1, 2, 5)
             if limits[0] <= m * 10**e <= limits[1]
         ]
-        which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if len(marks) <= 7 else (1.0,)))
+        if len(marks) < 3:
+            which.set_major_locator(FixedLocator(round_numbers.tick_values(*limits)))
+        else:
+            which.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if len(marks) <= 7 else (1.0,)))
     else:
-        which.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        which.set_major_locator(round_numbers)
     which.set_minor_locator(NullLocator())
     which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 

@@ -27,13 +27,20 @@ FIELDS: dict[str, str] = {
     "decode_tok_s": "batch / TPOT",
     "prefill_tok_s": "batch x prompt / TTFT",
     "speedup": (
-        "the baseline's TPOT / this arm's, median over repetitions run in turn; null if "
-        "parity fails"
+        "the baseline's tpot_ms / this arm's, as both stand in the table; null if one of the two "
+        "fails parity"
     ),
-    "speedup_low": "smallest of those ratios",
-    "speedup_high": "largest of those ratios",
+    "speedup_low": (
+        "smallest of that and of the repetitions' own ratios, each to the baseline's repetition "
+        "beside it; null with one repetition"
+    ),
+    "speedup_high": "largest of these",
     "within_noise": (
-        "true if the ratios lie on both sides of 1; null with one repetition, which has no spread"
+        "true if 1 lies between the two; null with one repetition, which has no spread"
+    ),
+    "beside_ms": (
+        "the baseline's TPOT in the repetitions that ran in turn with this arm's, median; where "
+        "it differs from the baseline's tpot_ms, the machine's speed changed during the run"
     ),
     "acceptance": "share of drafts that were accepted, all repetitions; null without speculation",
     "assumed": (
@@ -93,7 +100,8 @@ FIELDS: dict[str, str] = {
         "--warm-start"
     ),
     "break_even_tokens": (
-        "decode steps after which the cold start has paid for itself; null if it never does"
+        "decode steps after which the cold start has paid for itself; null if it never does, or "
+        "if the speed-up is noise"
     ),
     "parity": (
         "true if median_kl is within kl_bound, and mean_kl within a bound that leaves room "

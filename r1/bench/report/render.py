@@ -10,9 +10,15 @@ from typing import Any
 from r1.bench.report.fields import FIELDS, NESTED
 from r1.bench.report.text import markdown
 
+FORMS = ("md", "json", "jsonl", "csv")
+"""What `-o` may name. They are also the endings of --output-file."""
 
-def render(result: dict[str, Any], form: str) -> str:
-    """The result as md, json, jsonl (one line a row) or csv (without the nested fields)."""
+
+def render(result: dict[str, Any], form: str, wide: bool = False) -> str:
+    """The result in one of FORMS; jsonl has one line a row, csv lacks the nested fields.
+
+    `wide` puts all columns into the table of md.
+    """
     rows = result["rows"]
     if form == "json":
         return json.dumps(result, indent=1)
@@ -20,7 +26,7 @@ def render(result: dict[str, Any], form: str) -> str:
         return "\n".join(json.dumps({**r, "machine": result["machine"]["name"]}) for r in rows)
     if form == "csv":
         return _csv(rows)
-    return markdown(result)
+    return markdown(result, wide)
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

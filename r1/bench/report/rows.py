@@ -9,6 +9,7 @@ from r1.bench.arms import Arm
 from r1.bench.process import Answer
 from r1.bench.report.fields import FIELDS
 from r1.bench.report.limits import against_limits, speculation
+from r1.bench.report.speedup import beside
 from r1.bench.workload import Workload
 from r1.model.config import Config
 from r1.switches.backend import Backend
@@ -17,7 +18,10 @@ from r1.switches.backend import Backend
 def row(
     arm: Arm, workload: Workload, answers: Answer, reference: Answer, config: Config
 ) -> dict[str, Any]:
-    """One arm's row. `answers` and `reference` are answers of the two processes, by command."""
+    """One arm's row. `answers` and `reference` are answers of the two processes, by command.
+
+    Its speed-up is set later, by `set_speedups`: it needs the baseline's row.
+    """
     identity = {"arm": arm.name, "kind": arm.kind, "model": workload.name, **workload.sizes}
     if "refused" in answers:
         crashed = answers.get("crashed", False)
@@ -26,7 +30,6 @@ def row(
     repetitions = answers["measure"]
     if workload.assumed is not None and backend.speculate != "off":
         identity["arm"] = f"{arm.name} (acceptance of {workload.assumed:g} assumed)"
-    started = _start_up(answers, backend)
     kernels, moe_layer = answers["kernels"], answers["moe_layer"]["seconds"]
     fields = {
         **identity,
@@ -38,14 +41,14 @@ def row(
         "kernel_times": kernels["parts"],
         "moe_layer_us": moe_layer and 1e6 * moe_layer,
         **_memory(repetitions[-1]["memory"]),
-        **started,
+        **_start_up(answers, backend),
         **_numerics(answers),
         "load_s": answers["build"]["load_seconds"],
         "sm_mhz": repetitions[-1].get("sm_mhz"),
         "power_w": repetitions[-1].get("power_w"),
         "backend": answers["build"]["backend"],
         "repetitions": [{"ttft": r["ttft"], "total": r["total"]} for r in repetitions],
-        **_speedup(answers, started["start_cold_s"]),
+        **_beside(answers),
     }
     return {name: fields.get(name) for name in FIELDS}
 
@@ -99,26 +102,12 @@ def _numerics(answers: Answer) -> dict[str, Any]:
     }
 
 
-def _speedup(answers: Answer, cold: float | None) -> dict[str, Any]:
-    """Speed-up over the baseline's repetitions that ran in turn with these.
-
-    `cold`: seconds of the cold start.
-    """
-    beside, tpots = answers["beside"], [_tpot(r) for r in answers["measure"]]
-    if not beside or not answers["parity"]["passes"] or not min(tpots):
+def _beside(answers: Answer) -> dict[str, Any]:
+    """What the baseline's repetitions that ran in turn with these say, if the arm passes parity."""
+    ours, theirs = ([_tpot(r) for r in answers[name]] for name in ("measure", "beside"))
+    if not theirs or not answers["parity"]["passes"] or not min(ours):
         return {}
-    ratios = [_tpot(b) / own for b, own in zip(beside, tpots, strict=True)]
-    fields: dict[str, Any] = {
-        "speedup": statistics.median(ratios),
-        "speedup_low": min(ratios),
-        "speedup_high": max(ratios),
-    }
-    if len(ratios) > 1:
-        fields["within_noise"] = min(ratios) <= 1 <= max(ratios)
-    saved = statistics.median(_tpot(b) for b in beside) - statistics.median(tpots)
-    if cold is not None and saved > 0:
-        fields["break_even_tokens"] = round(cold / saved)
-    return fields
+    return beside(ours, theirs)
 
 
 def pair(arm: Arm, workload: Workload, answers: Answer) -> dict[str, Any]:

@@ -1,45 +1,101 @@
-"""Rows -> a table: the columns, and what a cell of each says."""
+"""Rows -> a table: the columns, what a cell of each says, and the legend of the columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import textwrap
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from r1.bench.report.aligned import aligned
+from r1.bench.report.fields import FIELDS
 from r1.bench.workload import SIZES
 
 Row = dict[str, Any]
 
 
-def table(rows: list[Row], only: Sequence[str] | None = None) -> list[str]:
-    """The rows as lines of Markdown, in all columns or in `only` these.
+def table(rows: list[Row], names: Collection[str]) -> list[str]:
+    """The rows as lines of Markdown, in the columns of these names.
 
     A size that is the same in all rows is left out, except batch: the text above the table has it.
     A column without any content is left out too.
     """
-    same = {name for name in SIZES if name != "batch" and len({r[name] for r in rows}) < 2}
+    same = {name for name in SIZES if name != "batch" and not varies(rows, name)}
     columns: dict[str, list[str]] = {}
-    for name, cell in COLUMNS.items():
-        cells = [
-            cell(r) if not r["refused"] or name in IDENTITY else "n/a" if name == "TTFT ms" else ""
-            for r in rows
-        ]
-        if (only is None or name in only) and name not in same and any(cells):
-            columns[name] = cells
+    for name, column in COLUMNS.items():
+        if name in names and name not in same:
+            cells = [_cell(name, column, r) for r in rows]
+            if any(cells):
+                columns[name] = cells
     return aligned(columns)
 
 
-def _tpot(r: Row) -> str:
-    return f"{r['tpot_ms']:.2f} ({r['tpot_p90_ms']:.2f})" if r["tpot_p90_ms"] else ""
+def varies(rows: list[Row], name: str) -> bool:
+    """Whether a size differs between rows."""
+    return len({r[name] for r in rows}) > 1
+
+
+def number(value: float) -> str:
+    """A number with three digits, or with all that stand before its point.
+
+    So the speed-up that a reader computes from two cells is the one in the table.
+    """
+    if value and value < 0.0995:
+        return f"{value:.3g}"
+    digits = next((d for d in (0, 1, 2) if value >= 0.9995 * 10 ** (2 - d)), 3)
+    return f"{value:.{digits}f}"
+
+
+def ratio(value: float) -> str:
+    """A speed-up: as `number`, but with two digits after the point also just below 1."""
+    return f"{value:.2f}" if 0.1 <= value < 1 else number(value)
+
+
+def legend() -> str:
+    """What each column says: the fields of `-o json` that it shows, and their meaning."""
+    lines = [
+        "The columns of the table. Those with a * are shown with --wide only. Below each are the",
+        "fields of -o json that it comes from. A column without content is left out.",
+    ]
+    for name, column in COLUMNS.items():
+        lines += ["", name + (" *" if column.wide else "")]
+        for field in column.fields:
+            lines += textwrap.wrap(
+                f"{field}: {FIELDS[field]}", 96, initial_indent="  ", subsequent_indent="    "
+            )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table."""
+
+    cell: Callable[[Row], str]
+    """What a row's cell says."""
+    fields: tuple[str, ...]
+    """The fields of a row that it shows (fields.py)."""
+    wide: bool = True
+    """Whether only --wide shows it."""
+
+
+def _cell(name: str, column: Column, r: Row) -> str:
+    if r["refused"] and column.fields[0] not in ("arm", *SIZES):
+        return "n/a" if name == "TTFT ms" else ""
+    return column.cell(r)
+
+
+def _field(name: str, write: Callable[[Any], str]) -> Callable[[Row], str]:
+    """A cell that shows one field, and is empty where it is null or 0."""
+    return lambda r: write(r[name]) if r[name] else ""
 
 
 def _speedup(r: Row) -> str:
     if r["speedup"] is None:
         return "1" if r["kind"] == "baseline" else "" if r["parity"] else "parity fails"
-    return f"{r['speedup']:.2f} ({r['speedup_low']:.2f}-{r['speedup_high']:.2f})" + (
-        " noise" if r["within_noise"] else ""
-    )
+    if r["speedup_low"] is None:
+        return ratio(r["speedup"])
+    spread = f"{ratio(r['speedup'])} ({ratio(r['speedup_low'])}-{ratio(r['speedup_high'])})"
+    return spread + (" noise" if r["within_noise"] else "")
 
 
 def _moe_layer(r: Row) -> str:
@@ -49,6 +105,14 @@ def _moe_layer(r: Row) -> str:
 def _memory(r: Row) -> str:
     """The GPU's, or on a CPU the process's."""
     return f"{r['host_gb'] if r['allocated_gb'] is None else r['allocated_gb']:.2f}"
+
+
+def _correct(r: Row) -> str:
+    """The verdict of parity, and how many problems were answered rightly."""
+    verdict = "yes" if r["parity"] else "NO"
+    if r.get("accuracy") is None:
+        return verdict
+    return f"{verdict}, {round(r['accuracy'] * r['problems'])} of {r['problems']}"
 
 
 def _start(r: Row) -> str:
@@ -62,31 +126,35 @@ def _kl(r: Row) -> str:
     return f"{kl:.1e} ({r['kl_bound']:.1e})"
 
 
-def _right_answers(r: Row) -> str:
-    return "" if r.get("accuracy") is None else f"{r['accuracy']:.1%} of {r['problems']}"
+SPEEDUP = ("speedup", "speedup_low", "speedup_high", "within_noise")
 
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "arm": lambda r: r["arm"],
-    **{name: partial(lambda r, name: str(r[name]), name=name) for name in SIZES},
-    "TTFT ms": lambda r: f"{r['ttft_ms']:.1f}",
-    "prefill MFU": lambda r: f"{r['mfu_prefill']:.0%}" if r["mfu_prefill"] else "",
-    "TPOT ms (p90)": _tpot,
-    "tok/s": lambda r: f"{r['decode_tok_s']:.1f}" if r["decode_tok_s"] else "",
-    "speed-up": _speedup,
-    "MBU": lambda r: f"{r['mbu']:.1%}" if r["mbu"] else "",
-    "floor ms": lambda r: f"{r['floor_ms']:.3f}",
-    "waits for": lambda r: r["bottleneck"],
-    "MoE layer µs (floor)": _moe_layer,
-    "experts hit": lambda r: f"{r['experts_hit']:.1f}",
-    "GB": _memory,
-    "start s (warm)": _start,
-    "pays after": lambda r: "" if r["break_even_tokens"] is None else str(r["break_even_tokens"]),
-    "KL (bound)": _kl,
-    "mean KL": lambda r: f"{r['mean_kl']:.1e}",
-    "max Δlogit": lambda r: f"{r['max_logit_diff']:.1e}",
-    "top-1": lambda r: f"{r['top1']:.3f}",
-    "right answers": _right_answers,
+COLUMNS: dict[str, Column] = {
+    "arm": Column(lambda r: r["arm"], ("arm",), wide=False),
+    "batch": Column(_field("batch", str), ("batch",), wide=False),
+    "prompt": Column(_field("prompt", str), ("prompt",), wide=False),
+    "new": Column(_field("new", str), ("new",), wide=False),
+    "depth": Column(lambda r: str(r["depth"]), ("depth",), wide=False),
+    "TTFT ms": Column(_field("ttft_ms", number), ("ttft_ms",), wide=False),
+    "prefill MFU": Column(_field("mfu_prefill", "{:.0%}".format), ("mfu_prefill",)),
+    "ms/token": Column(_field("tpot_ms", number), ("tpot_ms",), wide=False),
+    "p90 ms": Column(_field("tpot_p90_ms", number), ("tpot_p90_ms",)),
+    "tok/s": Column(_field("decode_tok_s", number), ("decode_tok_s",), wide=False),
+    "speed-up": Column(_speedup, SPEEDUP, wide=False),
+    "baseline beside ms": Column(_field("beside_ms", number), ("beside_ms",)),
+    "MBU": Column(_field("mbu", "{:.1%}".format), ("mbu",)),
+    "floor ms": Column(_field("floor_ms", number), ("floor_ms",)),
+    "waits for": Column(_field("bottleneck", str), ("bottleneck",)),
+    "MoE layer µs (floor)": Column(_moe_layer, ("moe_layer_us", "moe_layer_floor_us")),
+    "experts hit": Column(_field("experts_hit", "{:.1f}".format), ("experts_hit",)),
+    "memory GB": Column(_memory, ("allocated_gb", "host_gb"), wide=False),
+    "start s (warm)": Column(_start, ("start_cold_s", "start_warm_s")),
+    "pays after": Column(_field("break_even_tokens", str), ("break_even_tokens",)),
+    "correct?": Column(_correct, ("parity", "accuracy", "problems"), wide=False),
+    "KL (bound)": Column(_kl, ("median_kl", "kl_bound")),
+    "mean KL": Column(lambda r: f"{r['mean_kl']:.1e}", ("mean_kl",)),
+    "max Δlogit": Column(lambda r: f"{r['max_logit_diff']:.1e}", ("max_logit_diff",)),
+    "top-1": Column(lambda r: f"{r['top1']:.3f}", ("top1",)),
 }
-IDENTITY = ("arm", *SIZES)
-"""Columns that a refused row fills too."""
+"""All columns, from the left."""
+USUAL = tuple(name for name, column in COLUMNS.items() if not column.wide)
+"""The columns without --wide."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from r1.bench.report.table import Row, table
+from r1.bench.report.speedup import baseline_of
+from r1.bench.report.table import COLUMNS, USUAL, Row, table, varies
 from r1.bench.workload import SIZES
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The whole result."""
+def markdown(result: dict[str, Any], wide: bool = False) -> str:
+    """The whole result, its table in the usual columns or, if `wide`, in all."""
     rows = result["rows"]
-    lines = [*_heading(result), "", result["workload"], "", *table(rows)]
+    lines = [*_heading(result), "", result["workload"], ""]
+    usual = [name for name in USUAL if name != "batch" or varies(rows, name)]
+    lines += table(rows, COLUMNS if wide else usual)
     lines += [f"\n{r['arm']}: {refusal(r)}" for r in rows if r["refused"]]
     lines += [f"\n{r['arm']}: {drafts(r, rows)}" for r in rows if r.get("acceptance") is not None]
     noise = [r["arm"] for r in rows if r.get("within_noise")]
@@ -24,7 +27,11 @@ def markdown(result: dict[str, Any]) -> str:
     if result["pairs"]:
         lines += _pairs(result["pairs"])
     lines += [f"\n{note}" for note in result["notes"]]
+    lines += ["\n--explain columns says what the columns mean" + ("." if wide else MORE)]
     return "\n".join(lines)
+
+
+MORE = "; --wide shows more of them, -o json all that was measured."
 
 
 def model_name(result: dict[str, Any]) -> str:
@@ -32,19 +39,41 @@ def model_name(result: dict[str, Any]) -> str:
     return str(result.get("workload", "")).split(": batch")[0].rstrip("/").rsplit("/", 1)[-1]
 
 
+def busy(machine: dict[str, Any]) -> str | None:
+    """A sentence, if other programs kept so many CPUs busy that r1 had to wait for one.
+
+    `load` is the average number of other threads that ran or waited for a CPU (../busy.py).
+    """
+    load, cpus = machine.get("load"), machine.get("cpus")
+    if load is None or not cpus or load + (machine.get("threads") or 1) <= cpus + 0.5:
+        return None
+    return f"BUSY: load {load:.{0 if load >= 9.5 else 1}f} on {cpus} CPUs: timings mean little"
+
+
 def _heading(result: dict[str, Any]) -> list[str]:
-    """The machine and its rates."""
+    """The machine, its threads and its rates."""
     m = result["machine"]
-    lines = [
-        f"{m['name']} · torch {m['torch']} · python {m['python']} · "
-        f"{result['repetitions']} repetitions, in turn"
-    ]
+    parts = [m["name"], threads(m), f"torch {m['torch']}", f"python {m['python']}"]
+    parts.append(repetitions(result))
+    lines = [" · ".join(part for part in parts if part)]
     if "copy_gb_s" in m:
         products = ", ".join(f"{rate:.3g} ({dtype})" for dtype, rate in m["matmul_tflop_s"].items())
         lines += [
             f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"
         ]
-    return lines
+    return [*lines, *filter(None, [busy(m)])]
+
+
+def threads(machine: dict[str, Any]) -> str:
+    """How many CPU threads torch used. Empty where a GPU did the work, and in older results."""
+    count = machine.get("threads")
+    return f"{count} thread{'s' * (count != 1)}" if count else ""
+
+
+def repetitions(result: dict[str, Any]) -> str:
+    """How often each arm was measured."""
+    count = result["repetitions"]
+    return f"{count} repetitions, in turn" if count != 1 else "1 repetition"
 
 
 def refusal(r: Row) -> str:
@@ -71,10 +100,7 @@ def drafts(r: Row, rows: Sequence[Row]) -> str:
 
 def _greedy_text(r: Row, rows: Sequence[Row]) -> str:
     """How much of the reference's greedy text a row wrote, and its baseline for comparison."""
-    base = next(
-        (b for b in rows if b["kind"] == "baseline" and all(b[name] == r[name] for name in SIZES)),
-        {},
-    )
+    base = baseline_of(r, rows) or {}
     average = " on average" if r["batch"] > 1 else ""
     how_far = (
         "to the end"

@@ -102,7 +102,10 @@ ROW: dict[str, Type] = {
     **_SIZES,
     **dict.fromkeys(("crashed", "parity", "within_noise"), FLAG),
     **dict.fromkeys(
-        ("ttft_ms", "tpot_ms", "tpot_p90_ms", "floor_ms", "decode_tok_s", "prefill_tok_s"),
+        (
+            "ttft_ms", "tpot_ms", "tpot_p90_ms", "beside_ms", "floor_ms", "decode_tok_s",
+            "prefill_tok_s",
+        ),
         MEASUREMENT,
     ),
     **dict.fromkeys(("acceptance", "assumed", "top1", "same_text", "accuracy"), SHARE),
@@ -124,7 +127,6 @@ ROW: dict[str, Type] = {
 """The types of a row's fields (fields.py). Each of them may be null."""
 TOGETHER: dict[str, tuple[str, ...]] = {
     "tpot_ms": ("decode_tok_s",),
-    "speedup": ("speedup_low", "speedup_high"),
     "moe_layer_us": ("moe_layer_floor_us",),
     "acceptance": ("tokens_per_step", "predicted_speedup"),
     "accuracy": ("problems",),
@@ -140,6 +142,8 @@ PAIR: dict[str, Type] = {
 MACHINE: dict[str, Type] = {
     **dict.fromkeys(("name", "torch", "python", "system"), TEXT),
     **dict.fromkeys(("memory_gb", "copy_gb_s"), MEASUREMENT),
+    **dict.fromkeys(("cpus", "threads"), WHOLE),
+    "load": NUMBER,
     "matmul_tflop_s": RATES,
 }
 """The types of the machine's fields."""

@@ -8,6 +8,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+
 from r1.bench import compiler_checks
 from r1.bench.process import Answer, answer_commands
 from r1.bench.worker import profiling, reading, reference, timing
@@ -33,13 +35,21 @@ COMMANDS: dict[str, Callable[..., Answer]] = {
 
 
 def serve(
-    pipe: Connection, backend: Backend, workload: Workload, folder: Path, compiled: str
+    pipe: Connection,
+    backend: Backend,
+    workload: Workload,
+    folder: Path,
+    compiled: str,
+    threads: int | None,
 ) -> None:
     """Answer commands until "quit".
 
     `folder` holds the reference. `compiled` names the arm's cache of compiled code in it: the first
-    process that uses this cache starts with a cold one.
+    process that uses this cache starts with a cold one. `threads`: of the CPU, None for torch's own
+    number.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     compiler_checks.copy(folder, folder / compiled)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler's library greets on stderr
