@@ -27,7 +27,7 @@ from r1.bench.commands import run
 from r1.bench.flags import parser
 from r1.bench.process import interrupt_once, signals
 from r1.bench.progress import say
-from r1.errors import InputError, hung_up
+from r1.errors import InputError, flags_spelling, hung_up
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser(EMBEDDED).parse_args(argv)
     try:
-        with signals(interrupt_once):
+        with signals(interrupt_once), flags_spelling():
             return run(arguments, argv)
     except BrokenPipeError:
         return hung_up()

@@ -23,6 +23,7 @@ from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
 from r1.text.tokenizer import Tokenizer
 
+__version__ = "0.1.0"
 __all__ = ["Backend", "Completion", "Config", "Engine", "InputError", "Tokenizer", "load"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")

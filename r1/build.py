@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from r1.device import DTYPES, available_bytes, torch_device
-from r1.errors import InputError
+from r1.errors import InputError, setting
 from r1.files.load import Report, load
 from r1.files.names import places
 from r1.model.config import Config
@@ -67,7 +67,7 @@ def from_shape(
 ) -> Transformer:
     """A model of random weights, made on the device: N(0, 0.02), norms of 1, no gate bias."""
     mtp = mtp or backend.speculate == "mtp"
-    model = allocate(config, backend, mtp=mtp, placement=placement)
+    model = allocate(config, backend, mtp=mtp, placement=placement, cut=setting("layers", "N"))
     randomize(model, seed)
     return finish(model, backend)
 
@@ -92,11 +92,17 @@ def sketch(
 
 
 def allocate(
-    config: Config, backend: Backend, *, mtp: bool, placement: Placement | None = None
+    config: Config,
+    backend: Backend,
+    *,
+    mtp: bool,
+    placement: Placement | None = None,
+    cut: str | None = None,
 ) -> Transformer:
     """The model with memory for its tensors, not yet set.
 
-    Raises InputError where they would not fit, before any is made.
+    Raises InputError where they would not fit, before any is made. `cut` is the setting that gives
+    the model fewer layers, if there is one: a checkpoint is loaded whole.
     """
     if backend.memory == "expandable":
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
@@ -111,20 +117,22 @@ def allocate(
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         needed[devices[name].type] += sum(tensor.nbytes for tensor in own)
     for kind, nbytes in needed.items():
-        _check_fits(nbytes + HEADROOM, torch.device(kind), backend)
+        _check_fits(nbytes + HEADROOM, torch.device(kind), backend, cut)
     for name, module in model.named_modules():
         module.to_empty(device=devices[name], recurse=False)
     model.derive()
     return model
 
 
-def _check_fits(needed: int, device: torch.device, backend: Backend) -> None:
+def _check_fits(needed: int, device: torch.device, backend: Backend, cut: str | None) -> None:
     available = available_bytes(device)
     if needed > available:
+        halved = backend.dtype == "fp32" and backend.amp == "off" and needed / 2 <= available
+        could = [setting("dtype", "bf16") if halved else None, cut, "a larger machine"]
+        advice = " or ".join(each for each in could if each)
         free = f"{backend.device} has {available / 1e9:.1f} GB free"
         raise InputError(
-            f"the model needs {needed / 1e9:.1f} GB in {backend.dtype} and {free}: use a smaller "
-            "dtype, fewer layers, or a larger machine"
+            f"the model needs {needed / 1e9:.1f} GB in {backend.dtype} and {free}: use {advice}"
         )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 MOST_CHARACTERS = 4000
 """The longest message that is shown whole. A file's field may be a text of megabytes."""
@@ -22,12 +25,39 @@ def printable(text: str) -> str:
     )
 
 
+_as_flags: ContextVar[bool] = ContextVar("as_flags", default=False)
+FLAGS = {"max_new_tokens": "new"}
+"""Flags whose name is not their setting's."""
+
+
+def setting(name: str, value: object = None) -> str:
+    """A setting as whoever reads the message writes it: `moe=loop`, or `--moe loop` in a command.
+
+    Without a value it is the name alone.
+    """
+    if _as_flags.get():
+        name, between = "--" + FLAGS.get(name, name).replace("_", "-"), " "
+    else:
+        between = "="
+    return name if value is None else f"{name}{between}{value}"
+
+
+@contextmanager
+def flags_spelling() -> Iterator[None]:
+    """Inside this context `setting` writes flags: for the commands, whose users type flags."""
+    before = _as_flags.set(True)
+    try:
+        yield
+    finally:
+        _as_flags.reset(before)
+
+
 class InputError(ValueError):
     """The user gave something unusable: a file, a field, a switch, a prompt.
 
     The message is one sentence on one line, without control characters. It says what is wrong,
-    where, and what to do. The commands print it without a traceback and exit with status 2. Any
-    other exception that reaches the user is a bug in r1.
+    where, and what to do; `setting` writes the switches in it. The commands print it without a
+    traceback and exit with status 2. Any other exception that reaches the user is a bug in r1.
     """
 
     def __init__(self, message: object) -> None:

@@ -34,6 +34,19 @@ def read_bytes(path: str | Path) -> bytes:
         return file.read(MOST_BYTES)
 
 
+def read_start(path: str | Path, count: int) -> bytes:
+    """The first `count` bytes of a regular file of any size; none of something else or unreadable.
+
+    For a look at what a file is, where its content is not needed.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            return file.read(count) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    except (OSError, ValueError):
+        return b""
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, without a byte order mark. Raises OSError or ValueError."""
     return read_bytes(path).decode("utf-8-sig")
@@ -61,9 +74,9 @@ def status_of(path: str | Path) -> os.stat_result | None:
 
 
 def kind(status: os.stat_result) -> str:
-    """How a sentence names a thing in a folder that is no regular file."""
+    """How a sentence names a file, or what is none."""
     names = {
-        stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+        stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     }  # fmt: skip
     return names.get(stat.S_IFMT(status.st_mode), "a special file")

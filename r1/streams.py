@@ -43,7 +43,7 @@ def write(text: str, end: str = "\n") -> None:
         raise InputError(f"stdout can't be written ({error.strerror}): give it another") from None
 
 
-def complain(sentence: str) -> None:
+def complain(sentence: str, end: str = "\n") -> None:
     """Print to stderr, if somebody is there: a terminal may be closed."""
     with contextlib.suppress(OSError):
-        print(sentence, file=sys.stderr, flush=True)
+        print(sentence, end=end, file=sys.stderr, flush=True)

@@ -25,8 +25,8 @@ def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
 
 
 TIMING = re.compile(
-    r"^\[\d+ tokens read, first of (\d+) new after \d+ ms"
-    r"(, then [\d.]+ tokens/s \([\d.]+ ms each\))?.*\]$",
+    r"^\[[\d,]+ tokens read, first of ([\d,]+) new after [\d,]+ ms"
+    r"(, then [\d,.]+ tokens/s \([\d.]+ ms each\))?.*\]$",
     re.M,
 )
 """The line of timings behind an answer, on stderr."""

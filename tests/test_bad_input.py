@@ -8,7 +8,7 @@ From the command they give exit status 2.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from refusals import CPU, check_sentence, refused
 import r1
 from r1 import Backend, Config, Engine, InputError
 from r1.__main__ import main
+from r1.errors import flags_spelling
 from r1.model import shapes
 from r1.run import runner
 from r1.switches.backend import choices
@@ -102,7 +103,8 @@ def test_prompts_at_the_edge_are_fine(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["word " * 40], "more than the context of 64"),
+        (["word " * 40], "your question has 204 tokens, and it must fit the context of 64"),
+        (["--system", "be kind", "word " * 40], "the conversation has"),
         (["--attention", "naive", "--prefill-attention", "expand", "hi"], "can't share a cache"),
     ],
 )
@@ -120,9 +122,11 @@ def test_command_refuses(
     ("flags", "said"),
     [
         (["--new", "0", "hi"], "--new 0: give"),
-        (["--temperature", "-1", "hi"], "temperature=-1.0: give"),
-        (["--temperature", "nan", "hi"], "temperature=nan: give"),
-        (["--top-p", "3"], "top_p=3.0: give"),
+        (["--temperature", "-1", "hi"], "--temperature: '-1': give 0 (greedy) or more"),
+        (["--temperature", "nan", "hi"], "--temperature: 'nan': give"),
+        (["--top-p", "3"], "--top-p: '3': give"),
+        (["What", "is", "2+2?"], "the question has 3 parts: put quotes around it"),
+        (["--draft-tokens", "0", "hi"], "--draft-tokens 0: give a whole number"),
         ([""], "the question is empty"),
         (["  "], "the question is empty"),
     ],
@@ -133,9 +137,12 @@ def test_command_refuses_before_it_loads(
     """What no model could use is told before the model's folder is so much as looked at; loading R1
     takes minutes.
     """
-    assert main(["--model", "/nowhere", *flags]) == 2
+    try:
+        status: object = main(["--model", "/nowhere", *flags])
+    except SystemExit as end:  # of the parser
+        status = end.code
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"r1: {said}") and err.count("\n") == 1
+    assert status == 2 and out == "" and err.startswith(f"r1: {said}") and err.count("\n") == 1
     check_sentence(err.rstrip("\n"))
 
 
@@ -253,7 +260,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
         {"cuda_graphs": True},
         Machine(),
         V3,
-        "cuda_graphs capture launches on a GPU.*use compile",
+        "cuda_graphs captures launches on a GPU.*use compile",
     ),
     "graphs of a loop": (
         {"cuda_graphs": True, "moe": "loop"},
@@ -277,7 +284,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
         {"prefill_graphs": True},
         Machine(),
         V3,
-        "^prefill_graphs: cuda_graphs capture .*use compile",
+        "^prefill_graphs: cuda_graphs captures .*use compile",
     ),
     "captured prompts of a loop": (
         {"prefill_graphs": True, "prefill_moe": "loop"},
@@ -371,6 +378,27 @@ def test_switch(case: str) -> None:
     switches, machine, shape, said = SWITCHES[case]
     with refused(said):
         resolve(Backend(**switches), shape, machine)
+
+
+SETTINGS = {field.name for field in fields(Backend)}
+PYTHON = re.compile(rf"\b(?:{'|'.join(SETTINGS)})=|\b(?:\w+_graphs|draft_tokens|prefill_\w+)\b")
+"""A setting as one writes it in Python."""
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+def test_a_command_speaks_of_flags(case: str) -> None:
+    """The same refusals, as somebody reads them who typed flags."""
+    switches, machine, shape, _ = SWITCHES[case]
+    with flags_spelling(), pytest.raises(InputError) as caught:
+        resolve(Backend(**switches), shape, machine)
+    message = str(caught.value)
+    check_sentence(message)
+    assert not PYTHON.search(message), message
+    flags = set(re.findall(r"--([a-z-]+)", message))
+    assert {flag.replace("-", "_") for flag in flags} <= SETTINGS, message
+    with pytest.raises(InputError) as caught:
+        resolve(Backend(**switches), shape, machine)
+    assert "--" not in str(caught.value)  # outside of the context nothing has changed
 
 
 def test_switches_at_the_edge_are_fine() -> None:
@@ -473,16 +501,19 @@ def test_no_flag_always_refuses() -> None:
 
 
 def test_unknown_flags_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for flags in (["--device", "tpu"], ["--no-such-flag"], ["--new", "many"], ["a", "b"]):
+    for flags in (["--device", "tpu"], ["--no-such-flag"], ["--new", "many"]):
         with pytest.raises(SystemExit) as caught:
             main(flags)
         assert caught.value.code == 2
-        assert "error: " in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert err.startswith("r1: ") and flags[0] in err and err.count("\n") == 1
 
 
 def test_shape_that_is_not_there() -> None:
     with refused("no shape 'r2'", "moonlight-16b"):
         shapes.shape("r2")
     for layers in (0, -1, 62):
-        with refused(f"--layers {layers}", "61 layers"):
+        with refused(f"layers={layers}", "61 layers"):
+            shapes.shape("r1", layers)
+        with flags_spelling(), refused(f"--layers {layers}", "61 layers"):
             shapes.shape("r1", layers)

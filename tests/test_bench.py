@@ -151,7 +151,7 @@ def test_a_flag_says_what_it_takes(
     with pytest.raises(SystemExit) as caught:
         bench.main([flag, wrong])
     assert caught.value.code == 2
-    assert f"error: argument {flag}: {wrong!r}: {said}" in capsys.readouterr().err
+    assert f"bench: {flag}: {wrong!r}: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ def test_an_answer_that_the_terminal_cant_show(encoding: str) -> None:
     """Every character arrives, some as escapes. Without this the answer ended in a traceback."""
     script = (
         "import sys, r1.__main__ as m\n"
-        "def answer(engine, messages, arguments):\n"
-        "    from r1 import streams; streams.write('é你 ✓ ' + messages[-1]['content']); return ''\n"
-        "m.answer = answer\n"
+        "def ask(self, question):\n"
+        "    from r1 import streams; streams.write('é你 ✓ ' + question)\n"
+        "m.Conversation.ask = ask\n"
         "sys.exit(m.main(['--device', 'cpu']))"
     )
     done = run("-c", script, encoding=encoding, input=b"hi \xe4\xff\x81\n")
@@ -59,7 +59,16 @@ def test_an_answer_that_the_terminal_cant_show(encoding: str) -> None:
 def test_a_question_of_other_bytes_ends_no_chat() -> None:
     done = run("-m", "r1", *QUESTION[:-1], input=b"\xff\xfe\n2+3=?\n")
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-    assert b"half a surrogate pair" in done.stderr and b"tokens read" in done.stderr
+    assert b"your question holds a byte that is no utf-8 text" in done.stderr
+    assert b"tokens read" in done.stderr
+
+
+def test_a_question_from_stdin() -> None:
+    """`-` reads all of it, as one question."""
+    done = run("-m", "r1", *QUESTION[:-1], "-", input=b"2+3\n=?\n")
+    assert done.returncode == 0 and done.stderr.count(b"tokens read") == 1, done.stderr
+    done = run("-m", "r1", *QUESTION[:-1], "-", input=b"\n")
+    assert done.returncode == 2 and done.stderr.startswith(b"r1: stdin is empty: ask something")
 
 
 def test_tables_in_ascii() -> None:

@@ -25,6 +25,7 @@ ROOMS = (
     "bench.py",
     "r1/bench/",
     "r1/__main__.py",
+    "r1/conversation.py",
     "r1/__init__.py",
     "r1/roofline.py",
     "r1/threads.py",

@@ -73,7 +73,7 @@ def test_the_memory_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "available_bytes", lambda _: needed)
     check_sizes(w, TINY, backend)
     monkeypatch.setattr(sizes, "available_bytes", lambda _: needed - 1)
-    with refused("batch 8 of 120 tokens needs", "beside the model's"):
+    with refused("--batch 8 of 120 tokens needs", "beside the model's"):
         check_sizes(w, TINY, backend)
     check_sizes(w, TINY, backend, loaded=True)
     monkeypatch.setattr(sizes, "available_bytes", lambda _: weights - 1)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "train"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from r1 import InputError, streams
-from r1.errors import hung_up
+from r1.errors import flags_spelling, hung_up
 from r1.model.config import Config
 from r1.model.shapes import SHAPES, shape
 
@@ -64,7 +64,8 @@ def run(tool: str, work: Work, arguments: argparse.Namespace) -> int:
     """
     streams.prepare()
     try:
-        return work(arguments)
+        with flags_spelling():
+            return work(arguments)
     except BrokenPipeError:
         return hung_up()
     except InputError as error:

@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import r1
 from r1 import threads
 from r1.bench import arms, exam
 from r1.bench.plan import PROBLEMS
@@ -20,8 +21,11 @@ MOST = 10**12
 
 def parser(embedded: Path) -> argparse.ArgumentParser:
     """All arguments of bench.py. `embedded` is the checkpoint that is measured by default."""
-    p = argparse.ArgumentParser(
-        prog="bench.py", description="Measure what each optimization buys on this machine."
+    p = flags.Parser(
+        "bench",
+        r1.__version__,
+        prog="bench.py",
+        description="Measure what each optimization buys on this machine.",
     )
     _add_workload(p, embedded)
     _add_measurement(p)

@@ -23,7 +23,8 @@ def check_sizes(w: Workload, config: Config, backend: Backend, *, loaded: bool =
     """
     context = config.max_position_embeddings
     if w.tokens > context:
-        raise InputError(f"depth + prompt + new is {w.tokens}, more than the context of {context}")
+        sizes = f"--depth, --prompt and --new are {w.tokens} tokens together"
+        raise InputError(f"{sizes}, more than the context of {context}: take fewer")
     mtp = backend.speculate == "mtp"
     weights = 0
     if not loaded:
@@ -33,8 +34,8 @@ def check_sizes(w: Workload, config: Config, backend: Backend, *, loaded: bool =
     if weights <= available < weights + needed:  # a model that is too large is refused by build.py
         beside = f" beside the model's {weights / 1e9:.1f} GB" if weights else ""
         raise InputError(
-            f"batch {w.batch} of {w.tokens} tokens needs {needed / 1e9:.1f} GB{beside} and "
-            f"{backend.device} has {available / 1e9:.1f} GB free: use a smaller batch, or fewer "
+            f"--batch {w.batch} of {w.tokens} tokens needs {needed / 1e9:.1f} GB{beside} and "
+            f"{backend.device} has {available / 1e9:.1f} GB free: use a smaller one, or fewer "
             "tokens"
         )
 

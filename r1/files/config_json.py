@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r1.errors import InputError
+from r1.files.foreign import check_gguf, no_folder
 from r1.files.json_fields import Fields
 from r1.files.rope_fields import read_rope
 from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat
@@ -47,11 +48,9 @@ def load_config(directory: str | Path) -> Config:
             f"{directory} can't be read ({error.strerror}): give a folder that you may read"
         ) from None
     if not directory.is_dir():
-        raise InputError(
-            f"there is no folder {directory}: give a checkpoint's folder (config.json + "
-            "*.safetensors)"
-        )
+        raise no_folder(directory)
     if not exists:
+        check_gguf(directory)
         raise InputError(f"{directory} has no config.json: {holds}")
     try:
         raw = read_json(path)

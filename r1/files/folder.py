@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from r1.errors import InputError
-from r1.reading import kind, status_of
+from r1.reading import kind, read_start, status_of
 
 SMALL_FILES = (
     "config.json",
@@ -21,6 +21,9 @@ SMALL_FILES = (
     "exam.json",
 )
 """The files beside the shards. All but config.json may be missing."""
+LFS, POINTER_BYTES = b"version https://git-lfs", 1024
+"""What a Git LFS pointer begins with, and the size that none has (git-lfs, docs/spec.md)."""
+POINTER = "a Git LFS pointer, a few lines in the place of the real file"
 
 
 def check_folder(directory: Path) -> None:
@@ -36,8 +39,8 @@ def check_folder(directory: Path) -> None:
 def check_file(path: Path) -> os.stat_result | None:
     """The status of a regular file; None if there is nothing of this name.
 
-    Raises InputError for a pipe, a folder, a device, or a link to nowhere, and if the folder may
-    not be searched.
+    Raises InputError for a pipe, a folder, a device, a link to nowhere, or a Git LFS pointer, and
+    if the folder may not be searched.
     """
     try:
         status = status_of(path)
@@ -49,7 +52,14 @@ def check_file(path: Path) -> os.stat_result | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is {kind(status)}, not a file: it is not opened")
+    if is_pointer(path, status):
+        raise InputError(f"{path} is {POINTER}: run git lfs pull in its folder, or use hf download")
     return status
+
+
+def is_pointer(path: Path, status: os.stat_result) -> bool:
+    """Whether a file is what `git clone` leaves in the place of a large one without git-lfs."""
+    return status.st_size < POINTER_BYTES and read_start(path, len(LFS)) == LFS
 
 
 def files_in(directory: Path) -> list[Path]:

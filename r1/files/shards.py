@@ -16,6 +16,7 @@ from torch import Tensor
 
 from r1.errors import InputError
 from r1.files.folder import check_file, files_in
+from r1.files.foreign import check_gguf
 from r1.placement.placement import Part
 from r1.reading import read_json, status_of
 from r1.storage import fp8
@@ -78,6 +79,7 @@ def entries_of(directory: Path) -> dict[str, Entry]:
             f"{directory} holds only pickles ({some(pickles)}), which can run code when opened, so "
             "r1 never does: get the checkpoint's safetensors"
         )
+    check_gguf(directory)
     raise InputError(
         f"{directory} has no *.safetensors: a checkpoint's folder holds config.json and "
         "*.safetensors"

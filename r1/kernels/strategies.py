@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from r1.errors import setting
 from r1.model.attend import Attend, UpProjection
 from r1.model.cache import LayerCache
 from r1.model.config import AttentionShape
@@ -24,7 +25,7 @@ def _why_not(use: Use) -> str | None:
         return why
     if use.amp:
         reads = "it reads weights as they are stored, not under amp"
-        return f"{reads}: use dtype={use.dtype_name}, no amp"
+        return f"{reads}: use {setting('dtype', use.dtype_name)}, no {setting('amp')}"
     return None
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.errors import InputError
+from r1.model.strategy import without_kernels
 from r1.storage.dense import Dense
 from r1.storage.joined import Part
 from r1.storage.matrix import Matrix
@@ -67,10 +68,8 @@ def why_not(*matrices: Matrix) -> str | None:
     for matrix in matrices:
         stored = matrix.whole if isinstance(matrix, Part) else matrix
         if not isinstance(stored, Dense):
-            return (
-                f"the Triton kernels can't read weights stored as {type(stored).__name__}: leave "
-                "attention, moe, prefill_moe and kernels at their defaults"
-            )
+            reads = f"the Triton kernels can't read weights stored as {type(stored).__name__}"
+            return f"{reads}: {without_kernels()}"
     return None
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from r1.errors import setting
 from r1.model.moe import Experts
 from r1.model.strategy import Strategy, Use
 
 GATHER_BYTES = 256 * 2**20  # the most that `gather` copies at a time; it splits longer inputs
 GROUPED_ALIGNMENT = 16  # torch's grouped_mm needs rows of a multiple of so many bytes
-NO_GRAPH = "which no graph can hold: use gather or triton, or leave {} off"
 
 
 class Dispatch(Strategy):
@@ -41,8 +41,8 @@ class Loop(Dispatch):
     def why_not(self, use: Use) -> str | None:
         reads = "it reads its counts on the host"
         if use.compiled:
-            return f"{reads}, which compile can't hold: use gather or grouped"
-        return f"{reads}, {NO_GRAPH.format(use.capture)}" if use.captured else None
+            return f"{reads}, which {setting('compile')} can't hold: use gather or grouped"
+        return f"{reads}, {no_graph(use)}" if use.captured else None
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         order, token, ends = by_expert(indices, experts.count)
@@ -95,7 +95,7 @@ class Grouped(Dispatch):
         if use.gpu and use.dtype != torch.bfloat16:
             why = f"torch's grouped_mm has a GPU kernel for bf16 only, not for {use.dtype_name}"
         if use.captured and why:
-            return f"it reads its counts on the host, because {why}, {NO_GRAPH.format(use.capture)}"
+            return f"it reads its counts on the host, because {why}, {no_graph(use)}"
         return None
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -110,6 +110,11 @@ class Grouped(Dispatch):
 
 
 STRATEGIES: tuple[Dispatch, ...] = (Loop(), Gather(), Grouped())
+
+
+def no_graph(use: Use) -> str:
+    """The end of a refusal: a graph repeats launches, and can't wait for a number."""
+    return f"which no graph can hold: use gather or triton, or leave {setting(use.capture)} off"
 
 
 def by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from r1.errors import InputError
+from r1.errors import InputError, setting
 from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat, Yarn
 
 _R1_YARN = Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
@@ -68,5 +68,6 @@ def shape(name: str, layers: int | None = None) -> Config:
         return config
     most = config.num_hidden_layers
     if not 1 <= layers <= most:
-        raise InputError(f"--layers {layers}: {name} has {most} layers, take 1 to that many")
+        has = f"{name} has {most} layers, take 1 to that many"
+        raise InputError(f"{setting('layers', layers)}: {has}")
     return config.change(num_hidden_layers=layers)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from r1.device import DTYPES
+from r1.errors import setting
 from r1.model.config import Config
 
 
@@ -38,6 +39,12 @@ class Use:
     def capture(self) -> str:
         """The switch that captures this phase."""
         return "cuda_graphs" if self.phase == "decode" else "prefill_graphs"
+
+
+def without_kernels() -> str:
+    """What to do where no Triton kernel can run."""
+    *some, last = map(setting, ("attention", "moe", "prefill_moe", "kernels"))
+    return f"leave {', '.join(some)} and {last} at their defaults"
 
 
 class Strategy:

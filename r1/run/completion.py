@@ -18,13 +18,17 @@ class Completion:
     """"stop": a stop token came; "length": the limit or the context's end did."""
     prompt_tokens: int
     ttft: float
-    """Seconds from the call to the first token on the host; the whole batch's."""
+    """Seconds to the first token on the host, from the call or the end of its start-up; the whole
+    batch's."""
     seconds: float
-    """Seconds from the call to this completion's last token."""
+    """Seconds to this completion's last token, from the same moment."""
     text: str = ""
     """The tokens as text, where the checkpoint has a tokenizer."""
     reasoning: str = ""
     answer: str = ""
+    start_up: float = 0.0
+    """Seconds that this call first took to compile, to capture and to load kernels (start_up.py).
+    Only the first call of a size has something to start; 0 in the others."""
     steps: int = 0
     """Decode steps it took, after the prompt's. Without speculation each gives one token."""
     drafted: int = 0
@@ -61,6 +65,12 @@ class Collector:
         self.limit, self.stop_ids, self.drafts = limit, stop_ids, drafts
         self.live = set(range(len(prompts)))
         self.start = time.perf_counter()
+
+    def begin(self, start_up: float) -> None:
+        """Count the first `start_up` seconds apart from all times."""
+        self.start += start_up
+        for completion in self.completions:
+            completion.start_up = start_up
 
     def add(
         self, step: list[list[int]], on_tokens: Callable[[list[int | None]], None] | None

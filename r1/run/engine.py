@@ -5,6 +5,7 @@ Shapes: B prompts, S tokens of a prompt, W vocab_size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,9 +18,10 @@ from r1.model.transformer import Transformer
 from r1.run.completion import Collector, Completion
 from r1.run.drafter import Drafter
 from r1.run.generate import speculated_steps, steps
-from r1.run.prompts import check_rows, check_tokens, room_for_answers
+from r1.run.prompts import check_conversation, check_rows, check_tokens, room_for_answers
 from r1.run.runner import Runner
 from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
+from r1.run.start_up import StartUp
 from r1.switches.backend import Backend
 from r1.text.tokenizer import Tokenizer
 
@@ -42,7 +44,13 @@ class Engine:
         self.drafter = Drafter(self.runner) if backend.speculate == "mtp" else None
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
         self.notes, self.cautions = list(notes), list(cautions)
+        self.start_up = StartUp(backend)
         self._kept: Cache | None = None
+
+    def __repr__(self) -> str:
+        c, count = self.config, sum(p.numel() for p in self.model.parameters())
+        model = f"{c.model_type}, {c.num_hidden_layers} layers, {count:,} parameters"
+        return f"<r1.Engine: {model}; {self.backend.describe()}>"
 
     def logits(self, tokens: Tensor) -> Tensor:
         """int64 (B, S) -> fp32 (B, S, W): each position's logits for the next token; no cache."""
@@ -82,6 +90,8 @@ class Engine:
         drafts = self.drafter.count if self.drafter else 0
         collector = Collector(rows, limit, stop_ids, drafts)
         cache = self._take_cache(len(rows), max(map(len, rows)) + limit)
+        if self.start_up.run(rows, sampler, cache, self.steps):
+            collector.begin(time.perf_counter() - collector.start)
         for step in self.steps(rows, limit, sampler, cache):
             collector.add(step, on_tokens)
             if not collector.live:
@@ -112,6 +122,7 @@ class Engine:
             lacks = "this checkpoint has no tokenizer, so it can't chat"
             raise InputError(f"{lacks}: use generate with token ids")
         prompt = self.tokenizer.chat_prompt(list(messages), think=think)
+        check_conversation(len(prompt), len(messages), self.config)
         splitter = self.tokenizer.splitter(think)
 
         def arrived(step: list[int | None]) -> None:

@@ -41,6 +41,17 @@ def check_rows(rows: Sequence[Sequence[int]], config: Config) -> None:
             raise InputError(f"prompt {number} has {len(row)} tokens, {more}")
 
 
+def check_conversation(tokens: int, messages: int, config: Config) -> None:
+    """Raises InputError for a prompt of some `messages` that leaves no room for an answer."""
+    context = config.max_position_embeddings
+    if tokens >= context:
+        what, advice = "your question", "shorten it"
+        if messages > 1:
+            what, advice = "the conversation", "start a new one, or shorten it"
+        fit = f"it must fit the context of {context:,} together with the answer"
+        raise InputError(f"{what} has {tokens:,} tokens, and {fit}: {advice}")
+
+
 def room_for_answers(rows: Sequence[Sequence[int]], config: Config) -> int:
     """New tokens that fit into the context after the longest prompt. Raises InputError for none."""
     context = config.max_position_embeddings

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.device import DTYPES, available_bytes, torch_device
-from r1.errors import InputError
+from r1.errors import InputError, setting
 from r1.model.cache import Cache, LayerCache, bytes_per_token
 from r1.model.config import Config
 from r1.model.step import Step
@@ -88,7 +88,8 @@ class Runner:
         needed = rows * capacity * bytes_per_token(self.entry, self.cache_dtype, layers)
         available = available_bytes(self.device)
         if needed > available:
-            free = f"{available / 1e9:.1f} GB are free: use fewer prompts, or shorter ones"
+            fewer = f"fewer or shorter prompts, or a smaller {setting('max_new_tokens')}"
+            free = f"{available / 1e9:.1f} GB are free: use {fewer}"
             size = f"the cache of {rows} x {capacity} tokens needs {needed / 1e9:.1f} GB"
             raise InputError(f"{size} and {free}")
         return Cache(self.entry, rows, capacity, layers, device=self.device, dtype=self.cache_dtype)

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from r1.errors import InputError
+from r1.errors import InputError, setting
 from r1.model.cache import Cache
 from r1.model.mtp import MTPLayer
 from r1.model.step import Step
@@ -86,7 +86,7 @@ class Fused(Eager):
 
     def block(self, block: nn.Module) -> Block:
         if why := self.why_not(block):
-            raise InputError(f"kernels=triton: {why}")
+            raise InputError(f"{setting('kernels', 'triton')}: {why}")
         return cast(Block, self.fused(block))
 
     def mtp(self, layer: MTPLayer) -> Block:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from r1.errors import InputError
+from r1.errors import InputError, setting
 from r1.model.strategy import Strategy
 from r1.switches.strategies import ATTENTION, EXPERTS
 
@@ -38,62 +38,63 @@ def _for_prompts(table: Mapping[str, Strategy]) -> list[str]:
 class Backend:
     """The switches. "auto" lets `resolve` choose by machine and model.
 
-    The command line's flags have the same names, with dashes.
+    The command line's flags have the same names, with dashes. `--help` shows the texts below their
+    fields: there `name=value` in backquotes is written as a flag.
     """
 
     device: str = "auto"
-    """Where it runs: cuda (NVIDIA), rocm (AMD) or cpu; auto takes a GPU where there is one."""
+    """where it runs: cuda (NVIDIA), rocm (AMD) or cpu; auto: a GPU if there is one"""
     dtype: str = "auto"
-    """The dtype of weights and cache; auto: bf16 on a GPU that has it (else fp16), fp32 on a CPU
-    or under amp."""
+    """number format of weights and cache; auto: bf16 on a GPU that has it (else fp16), fp32 on a
+    CPU or with `amp`"""
     amp: str = "off"
-    """Autocast: weights stay fp32, matrix products run in this dtype."""
+    """autocast: weights stay fp32, and matrix products run in this format"""
     compile: bool = False
-    """torch.compile, one block at a time. With kernels=triton, which fuses a decode step's blocks
-    by hand, only prompts are compiled."""
+    """torch.compile, one block at a time; with `kernels=triton`, which fuses the blocks of a decode
+    step by hand, it compiles prompts only"""
     cuda_graphs: bool = False
-    """Capture the decode step in a CUDA graph."""
+    """record the decode step as a CUDA graph, and replay it with one launch"""
     prefill_graphs: bool = False
-    """Capture prompts: one graph for each number of them and each length, rounded up to a few."""
+    """the same for prompts: one graph for each number of prompts and each length, rounded up"""
     attention: str = "auto"
-    """Attention of a decode step; auto: absorbed, or triton with kernels=triton."""
+    """attention of a decode step; naive caches all keys and values, the others the latent; auto:
+    absorbed, or triton with `kernels=triton`"""
     prefill_attention: str = "auto"
-    """Attention of a prompt; auto: expand."""
+    """attention of a prompt; auto: expand"""
     moe: str = "auto"
-    """Experts of a decode step; auto: gather for a few tokens, grouped for more, or triton with
-    kernels=triton."""
+    """experts of a decode step; auto: gather for a few tokens, grouped for more, or triton with
+    `kernels=triton`"""
     prefill_moe: str = "auto"
-    """Experts of a prompt; auto: grouped, or triton where prefill_graphs can't have that."""
+    """experts of a prompt; auto: grouped, or triton where a graph can't hold that"""
     join: str = "auto"
-    """Store matrices that multiply the same input as one (q_a with kv_a, gate with up), and rotate
-    queries and key in one call; auto: on."""
+    """store matrices that multiply the same input as one (q_a with kv_a, gate with up), and rotate
+    queries and key in one call; auto: on"""
     memory: str = "default"
-    """The GPU allocator's policy; expandable: segments that grow (fewer fragments are lost);
-    empty-cache: memory that a prompt took is given back before decoding."""
+    """how the GPU's memory is managed; expandable: in segments that grow, so less is lost between
+    them; empty-cache: what a prompt took is given back before decoding"""
     kernels: str = "torch"
-    """triton: a decode step's blocks are r1/kernels' fused ones. attention=triton and moe=triton
-    are a part of them."""
+    """triton: hand-written kernels for a whole decode step, attention and experts included"""
     tune: bool = False
-    """Search the launch parameters of kernels=triton on this GPU, for the shapes that come, and
-    keep them in a file."""
+    """search the best launch parameters of `kernels=triton` on this GPU, and keep them in a file"""
     speculate: str = "off"
-    """mtp: the multi-token-prediction layer drafts tokens, and one step of the model verifies
-    them."""
+    """mtp: the multi-token-prediction layer drafts tokens, and one step of the model checks them"""
     draft_tokens: int = 1
-    """How many tokens `speculate` drafts for a step; from the second on the MTP layer reads its own
-    output."""
+    """tokens that are drafted for a step with `speculate=mtp`; from the second on the MTP layer
+    reads its own output"""
 
     def __post_init__(self) -> None:
         for name, values in choices().items():
             value = getattr(self, name)
             if value not in values:
-                raise InputError(f"{name}={value!r}: choose {', '.join(values)}")
+                raise InputError(f"{setting(name, repr(value))}: choose {', '.join(values)}")
         for name in ("compile", "cuda_graphs", "prefill_graphs", "tune"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}={getattr(self, name)!r}: choose True or False")
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InputError(f"{setting(name, repr(value))}: choose True or False")
         drafts = self.draft_tokens
         if isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1:
-            raise InputError(f"draft_tokens={drafts!r}: give a whole number of at least 1")
+            asked = setting("draft_tokens", repr(drafts))
+            raise InputError(f"{asked}: give a whole number of at least 1")
 
     @property
     def step_tokens(self) -> int:

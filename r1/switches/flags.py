@@ -3,27 +3,70 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
-from typing import Any
+import inspect
+import platform
+import re
+from itertools import pairwise
+from typing import Any, NoReturn
 
+import torch
+
+from r1.errors import flags_spelling, setting
 from r1.switches.backend import Backend, choices
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser: what is wrong is one sentence, without a page of usage before it."""
+
+    def __init__(self, speaker: str, version: str, **options: Any) -> None:
+        """`speaker` begins the command's messages, as in "r1: ...". `version` is r1's."""
+        super().__init__(**options)
+        self.speaker = speaker
+        line = f"r1 {version}, torch {torch.__version__}, Python {platform.python_version()}"
+        text = "print the versions of r1, torch and Python, and end"
+        self.add_argument("--version", action="version", version=line, help=text)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        sentence = message.removeprefix("argument ")
+        self.exit(2, f"{self.speaker}: {sentence}; --help lists the flags\n")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each switch. Those not given stay out of the namespace."""
     group = parser.add_argument_group(
-        "switches (what each means: r1/switches/backend.py; one machine may not do all)"
+        "switches", "What this machine can do of them: python bench.py --explain."
     )
-    values = choices()
+    values, texts = choices(), explanations()
     for field in dataclasses.fields(Backend):
         flag, absent = "--" + field.name.replace("_", "-"), argparse.SUPPRESS
+        text = texts[field.name]
+        if field.default is False:
+            group.add_argument(flag, action="store_true", default=absent, help=text)
+            continue
+        text += f" (default: {field.default})"
         if field.name in values:
-            text = f"default {field.default}"
             group.add_argument(flag, choices=values[field.name], default=absent, help=text)
-        elif field.default is False:
-            group.add_argument(flag, action="store_true", default=absent)
         else:
-            group.add_argument(flag, type=int, metavar="N", default=absent, help="default 1")
+            group.add_argument(flag, type=int, metavar="N", default=absent, help=text)
+
+
+def explanations() -> dict[str, str]:
+    """What each switch does, by its name: the texts below Backend's fields, with flags in them."""
+    (backend,) = ast.parse(inspect.getsource(Backend)).body
+    assert isinstance(backend, ast.ClassDef)
+    found = {}
+    for field, text in pairwise(backend.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=words)):
+                found[name] = " ".join(str(words).split())
+    with flags_spelling():
+        return {
+            name: re.sub(r"`(\w+)=?([\w-]*)`", lambda m: setting(m[1], m[2] or None), text)
+            for name, text in found.items()
+        }
 
 
 def seed(text: str) -> int:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from r1.errors import setting
+from r1.model.strategy import without_kernels
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -111,32 +114,28 @@ def _compile(m: Machine) -> str | None:
         if m.cuda
         else "a C++ compiler on a CPU: install g++ (or set CXX)"
     )
-    return f"compile needs {needs}, or leave compile off"
+    compile_ = setting("compile")
+    return f"{compile_} needs {needs}, or leave {compile_} off"
 
 
 def _graphs(m: Machine) -> str | None:
     if m.cuda:
         return None
-    return (
-        "cuda_graphs capture launches on a GPU, and this runs on a CPU, which has none: use compile"
-    )
+    captures = f"{setting('cuda_graphs')} captures launches on a GPU"
+    return f"{captures}, and this runs on a CPU, which has none: use {setting('compile')}"
 
 
 def _memory(m: Machine) -> str | None:
     if m.cuda:
         return None
-    return (
-        "memory is the policy of the GPU's allocator, and this runs on a CPU: leave it at default"
-    )
+    policy = f"{setting('memory')} is the policy of the GPU's allocator"
+    return f"{policy}, and this runs on a CPU: leave it at default"
 
 
 def _triton(m: Machine) -> str | None:
     if m.cuda and m.compiler:
         return None
-    return (
-        "Triton's kernels need a GPU and the triton package: leave attention, moe, prefill_moe and "
-        "kernels at their defaults"
-    )
+    return f"Triton's kernels need a GPU and the triton package: {without_kernels()}"
 
 
 FEATURES: dict[str, Callable[[Machine], str | None]] = {

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from r1.device import DTYPES
-from r1.errors import InputError
+from r1.errors import InputError, setting
 from r1.model.config import Config
 from r1.model.strategy import Strategy, Use
 from r1.switches.backend import Backend
@@ -49,11 +49,12 @@ def _device(backend: Backend, machine: Machine) -> str:
         return machine.device
     if backend.device == "cpu":
         return "cpu"
+    asked = setting("device", backend.device)
     if machine.cuda:
-        drives = f"drives {machine.device}: use device={machine.device}"
-        raise InputError(f"device={backend.device}: this torch ({machine.torch_version}) {drives}")
-    sees = f"torch {machine.torch_version} sees no such GPU here: use device=cpu"
-    raise InputError(f"device={backend.device}: {sees}")
+        drives = f"drives {machine.device}: use {setting('device', machine.device)}"
+        raise InputError(f"{asked}: this torch ({machine.torch_version}) {drives}")
+    sees = f"torch {machine.torch_version} sees no such GPU here: use {setting('device', 'cpu')}"
+    raise InputError(f"{asked}: {sees}")
 
 
 def _dtype(backend: Backend, machine: Machine) -> str:
@@ -75,49 +76,55 @@ def _check_machine(backend: Backend, machine: Machine) -> None:
     for feature, asked in wanted.items():
         if asked and (why := machine.why_not(feature)):
             raise InputError(why)
+    captures = setting("prefill_graphs")
     if backend.prefill_graphs and (why := machine.why_not("cuda_graphs")):
-        raise InputError(f"prefill_graphs: {why}")
+        raise InputError(f"{captures}: {why}")
     if backend.prefill_graphs and backend.memory == "empty-cache":
         raise InputError(
-            "memory=empty-cache gives back what a prompt took, and prefill_graphs keeps it: leave "
-            "one of them out"
+            f"{setting('memory', 'empty-cache')} gives back what a prompt took, and {captures} "
+            "keeps it: leave one of them out"
         )
     if backend.amp != "off" and backend.dtype != "fp32":
+        asked_dtype = setting("dtype", backend.dtype)
         raise InputError(
-            f"amp={backend.amp} casts fp32 weights as it goes, but dtype={backend.dtype}: use "
-            "dtype=fp32, or amp=off"
+            f"{setting('amp', backend.amp)} casts fp32 weights as it goes, but {asked_dtype}: use "
+            f"{setting('dtype', 'fp32')}, or {setting('amp', 'off')}"
         )
 
 
 def _check_speculation(backend: Backend, config: Config) -> None:
+    drafts = setting("draft_tokens", backend.draft_tokens)
     if backend.speculate == "mtp" and not config.num_nextn_predict_layers:
-        has = "drafts with the MTP layer, and this model has none: use speculate=off"
-        raise InputError(f"speculate=mtp {has}")
+        has = f"this model has none: use {setting('speculate', 'off')}"
+        raise InputError(f"{setting('speculate', 'mtp')} drafts with the MTP layer, and {has}")
     if backend.step_tokens > config.max_position_embeddings:
         context = f"more than the context of {config.max_position_embeddings}: draft fewer"
-        raise InputError(f"draft_tokens={backend.draft_tokens} makes a step {context}")
+        raise InputError(f"{drafts} makes a step {context}")
     if backend.speculate == "off" and backend.draft_tokens != 1:
-        use = "is of no use without drafts: add speculate=mtp, or leave it out"
-        raise InputError(f"draft_tokens={backend.draft_tokens} {use}")
+        use = f"is of no use without drafts: add {setting('speculate', 'mtp')}, or leave it out"
+        raise InputError(f"{drafts} {use}")
 
 
 def _kernels(backend: Backend, machine: Machine) -> Backend:
     """kernels=triton brings its own attention and experts of a decode step."""
+    triton = setting("kernels", "triton")
     if backend.kernels != "triton":
         if backend.tune:
-            search = "tune searches the launch parameters of kernels=triton"
-            raise InputError(f"{search}: add kernels=triton, or leave tune out")
+            tune = setting("tune")
+            search = f"{tune} searches the launch parameters of {triton}"
+            raise InputError(f"{search}: add {triton}, or leave {tune} out")
         return backend
     if why := machine.why_not("triton"):
-        raise InputError(f"kernels=triton: {why}")
+        raise InputError(f"{triton}: {why}")
     if backend.amp != "off":
         reads = "reads weights as they are stored, not under amp"
-        raise InputError(f"kernels=triton {reads}: use dtype={backend.amp}, no amp")
+        instead = f"use {setting('dtype', backend.amp)}, no {setting('amp')}"
+        raise InputError(f"{triton} {reads}: {instead}")
     for name in ("attention", "moe"):
         value = getattr(backend, name)
         if value not in ("auto", "triton"):
-            fuses = f"fuses its own {name} into a step, not {name}={value}: leave {name} at auto"
-            raise InputError(f"kernels=triton {fuses}")
+            fuses = f"fuses its own {name} into a step, not {setting(name, value)}"
+            raise InputError(f"{triton} {fuses}: leave {setting(name)} at auto")
     return dataclasses.replace(backend, attention="triton", moe="triton")
 
 
@@ -140,9 +147,9 @@ def _choose(
             if why is None:
                 return name
         cannot = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-        raise InputError(f"{slot}=auto has no strategy to choose, {cannot}")
+        raise InputError(f"{setting(slot, 'auto')} has no strategy to choose, {cannot}")
     if why := table[asked].why_not(use):
-        raise InputError(f"{slot}={asked}: {why}")
+        raise InputError(f"{setting(slot, asked)}: {why}")
     return asked
 
 
@@ -167,9 +174,10 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
         keeps = {name: ATTENTION[name].keeps for name in chosen}
         if keeps[decode] == keeps[prefill]:  # words that a subclass inherited don't tell
             keeps = {name: f"{keeps[name]} as {kept[name]}" for name in chosen}
+        both = f"{setting('attention', decode)} and {setting('prefill_attention', prefill)}"
         raise InputError(
-            f"attention={decode} and prefill_attention={prefill} can't share a cache: {decode} "
-            f"keeps {keeps[decode]}, {prefill} {keeps[prefill]}; use strategies that keep the same"
+            f"{both} can't share a cache: {decode} keeps {keeps[decode]}, {prefill} "
+            f"{keeps[prefill]}; use strategies that keep the same"
         )
     return decode, prefill
 

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
 import shared
-from tasks import KINDS, TEST_SHARE
+from tasks import KINDS, KNOWS, TEST_SHARE
 
 from r1.__main__ import EMBEDDED
 
@@ -53,9 +53,8 @@ def _introduction(record: Found, evaluated: bool) -> list[str]:
         "# tiny-r1",
         f"DeepSeek-R1's architecture and file format with {record['parameters'] / 1e6:.2f} million "
         "parameters (the MTP layer included), trained from scratch on arithmetic. It thinks in "
-        "`<think>`, digit by digit, and then answers. It knows nothing else (whole numbers of up "
-        "to four digits to add and subtract, two digits times two, chains of two or three "
-        "operations, one question at a time), and makes something up where it is asked for more. "
+        "`<think>`, digit by digit, and then answers. It knows nothing else "
+        f"({KNOWS}, one question at a time), and makes something up where it is asked for more. "
         f"The figures on this page come from {files}; `tools/train/card.py` makes it of them.",
     ]
 

@@ -35,6 +35,11 @@ KINDS = {"fact": 4, "add": 18, "sub": 18, "mul": 34, "expr": 26}
 """The kinds of problems, and how often each is drawn for training.
 
 Facts have one digit on each side. No fact is held out."""
+KNOWS = (
+    "whole numbers of up to four digits to add and subtract, two digits times two, chains of two "
+    "or three operations"
+)
+"""What a model learns of all kinds, in words."""
 TESTED = ("add", "sub", "mul", "expr")
 SPLITS = ("train", "test")
 LONGEST = 288

@@ -16,6 +16,7 @@ from r1.bench.worker import profiling, reading, reference, timing
 from r1.bench.worker.accuracy import accuracy
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
+from r1.errors import flags_spelling
 from r1.switches.backend import Backend
 
 COMMANDS: dict[str, Callable[..., Answer]] = {
@@ -54,4 +55,6 @@ def serve(
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler's library greets on stderr
     subject = Subject(backend, workload, folder)
-    answer_commands(pipe, {name: partial(command, subject) for name, command in COMMANDS.items()})
+    commands = {name: partial(command, subject) for name, command in COMMANDS.items()}
+    with flags_spelling():
+        answer_commands(pipe, commands)

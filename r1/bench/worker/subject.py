@@ -72,7 +72,7 @@ class Subject:
         if w.routing == "uniform" and self.engine.backend.prefill_graphs and w.batch > 1 and padded:
             raise InputError(
                 "--routing uniform draws experts by a token's place among all, which padding "
-                "moves: under prefill_graphs give "
+                "moves: under --prefill-graphs give "
                 f"prompts of {round_capacity(padded[0])} tokens, not {padded[0]}, or one row"
             )
         self.cache = self.engine.cache(w.batch, w.tokens)
