@@ -1,6 +1,7 @@
 """Tests the commands with other terminals: another encoding, a full disk, closed, or hung up.
 
-Holds to account: r1/streams.py, r1/__main__.py, bench.py and r1/bench/process.py.
+Holds to account: r1/streams.py, r1/__main__.py, r1/tour/__main__.py, bench.py and
+r1/bench/process.py.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def test_a_question_from_stdin() -> None:
     assert done.returncode == 2 and done.stderr.startswith(b"r1: stdin is empty: ask something")
 
 
+def test_a_tour_in_ascii() -> None:
+    done = run("-m", "r1.tour", "--layer", "0", encoding="ascii")
+    assert done.returncode == 0 and rb"<\uff5cUser\uff5c>" in done.stdout, done.stderr
+
+
 def test_tables_in_ascii() -> None:
     result = ROOT / "tools" / "measure" / "results" / "h100" / "ladder.json"
     done = run("bench.py", "--show", str(result), "--wide", encoding="ascii")
@@ -82,10 +88,11 @@ def test_tables_in_ascii() -> None:
     "command",
     [
         ["-m", "r1", *QUESTION],
+        ["-m", "r1.tour"],
         ["bench.py", "--explain"],
         ["bench.py", "--show", "tools/measure/results/h100/ladder.json"],
     ],
-    ids=["r1", "explain", "show"],
+    ids=["r1", "tour", "explain", "show"],
 )
 def test_stdout_on_a_full_disk(command: list[str]) -> None:
     with open("/dev/full", "wb") as full:

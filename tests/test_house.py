@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "bench.py",
     "r1/bench/",
+    "r1/tour/",
     "r1/__main__.py",
     "r1/conversation.py",
     "r1/__init__.py",

@@ -43,7 +43,7 @@ class UpProjection(Linear):
         """W_UK (H, P, C) and W_UV (H, V, C), as views of the dense weight."""
         # A default would be one more thing that a compiled step checks.
         weight = self.matrix.dense(None).unflatten(0, (self.heads, -1))  # (H, P + V, C)
-        w_uk, w_uv = weight.split([self.nope, self.value], dim=1)
+        w_uk, w_uv = weight.split([self.nope, self.value], dim=1)  # (H, P, C), (H, V, C)
         return w_uk, w_uv
 
 
@@ -105,11 +105,14 @@ class Expand(Attend):
     ) -> Tensor:  # fmt: skip
         if cache is not None:
             (kept,) = step.write(cache, torch.cat((c_kv, k_pe), dim=-1))  # (B, T, C + R)
+            # (B, T, C), (B, T, R)
             c_kv, k_pe = kept.split([c_kv.shape[-1], k_pe.shape[-1]], dim=-1)
         k, v = up.keys_values(c_kv, k_pe)  # (B, T, H, P + R), (B, T, H, V)
         q = torch.cat((q_nope, q_pe.to(q_nope.dtype)), dim=-1)  # (B, S, H, P + R)
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H, S or T, .)
+        # (B, H, S, P + R), (B, H, T, P + R), (B, H, T, V)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         causal = step.starts_rows  # then there is no mask
+        # (B, H, S, V)
         o = F.scaled_dot_product_attention(q, k, v, step.mask, is_causal=causal, scale=scale)
         return o.transpose(1, 2)  # (B, S, H, V)
 

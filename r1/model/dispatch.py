@@ -45,7 +45,7 @@ class Loop(Dispatch):
         return f"{reads}, {no_graph(use)}" if use.captured else None
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        order, token, ends = by_expert(indices, experts.count)
+        order, token, ends = by_expert(indices, experts.count)  # (N K,), (N K,), (E,)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         start = 0
         for expert, end in enumerate(ends.tolist()):  # .tolist() waits for the GPU
@@ -99,11 +99,11 @@ class Grouped(Dispatch):
         return None
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        order, token, ends = by_expert(indices, experts.count)
+        order, token, ends = by_expert(indices, experts.count)  # (N K,), (N K,), (E,)
         xs = x.index_select(0, token)  # (N K, D)
         h = experts.inner(lambda m: m.grouped(xs, ends))  # (N K, I)
         y = experts.down_proj.grouped(h, ends)  # (N K, D)
-        ranks = torch.arange(len(order), device=order.device)
+        ranks = torch.arange(len(order), device=order.device)  # (N K,)
         inverse = torch.empty_like(order).index_copy_(0, order, ranks)  # inverse[order[i]] = i
         y = y.index_select(0, inverse).unflatten(0, indices.shape)  # (N, K, D), in tokens' order
         return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are

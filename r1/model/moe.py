@@ -91,6 +91,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, phase: str) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         flat = x.flatten(0, 1)  # (N, D)
-        indices, weights = self.gate(flat, self.draws)
-        y = self.experts(self.dispatch[phase], flat, indices, weights).view_as(x)
+        indices, weights = self.gate(flat, self.draws)  # (N, K) each
+        y = self.experts(self.dispatch[phase], flat, indices, weights).view_as(x)  # (B, S, D)
         return y if self.shared_experts is None else y + self.shared_experts(x)

@@ -50,5 +50,6 @@ class MTPLayer(nn.Module):
         result, and another pass may take it as `hidden`. `block` stands in for `self.block`:
         compiled, or fused. The embedding comes first, though second in the paper's equation 21.
         """
+        # (B, S, 2 D) -> (B, S, D)
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
         return self.shared_head.norm((block or self.block)(x, step, cache))

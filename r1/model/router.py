@@ -44,21 +44,22 @@ class Router(nn.Module):
                 return self.forward(x, draws)
         e = self.shape
         logits = F.linear(x.float(), self.weight)  # (N, E)
-        scores = logits.sigmoid() if e.scoring_func == "sigmoid" else logits.softmax(dim=-1)
-        ranking = scores
+        sigmoid = e.scoring_func == "sigmoid"
+        scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)  # (N, E)
+        ranking = scores  # (N, E)
         if draws is not None:
             ranking = draws[torch.arange(len(x), device=x.device) % len(draws)]  # (N, E)
-        indices = self.choose(ranking)
+        indices = self.choose(ranking)  # (N, K)
         weights = scores.gather(1, indices)  # (N, K)
         if e.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # (N, K)
         return indices, weights * e.routed_scaling_factor
 
     def choose(self, scores: Tensor) -> Tensor:
         """fp32 scores (N, E) -> indices (N, K) of the best experts within the best groups."""
         e = self.shape
         if e.topk_method == "noaux_tc":
-            scores = scores + self.e_score_correction_bias
+            scores = scores + self.e_score_correction_bias  # (N, E)
         if e.topk_method != "greedy" and e.n_group > 1:
             grouped = scores.unflatten(-1, (e.n_group, -1))  # (N, G, E / G)
             best = 2 if e.topk_method == "noaux_tc" else 1

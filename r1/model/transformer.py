@@ -38,8 +38,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)
-        h = self.post_attention_layernorm(x)
+        x = x + self.self_attn(self.input_layernorm(x), step, cache)  # (B, S, D)
+        h = self.post_attention_layernorm(x)  # (B, S, D)
         return x + (self.mlp(h, step.phase) if self.sparse else self.mlp(h))
 
 
@@ -96,5 +96,5 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)  # (B, S, D)
         calls: Sequence[Callable[..., Tensor]] = blocks or list(self.layers)
         for layer, block in enumerate(calls):
-            x = block(x, step, cache[layer] if cache is not None else None)
+            x = block(x, step, cache[layer] if cache is not None else None)  # (B, S, D)
         return self.norm(x)

@@ -1,0 +1,56 @@
+"""The bytes that one new token reads, part by part.
+
+They are counted as r1/roofline.py counts them: weights as they are stored, each read once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import cast
+
+from r1 import roofline
+from r1.build import sketch
+from r1.device import DTYPES
+from r1.model.cache import bytes_per_token
+from r1.model.config import Config
+from r1.model.moe import MoE
+from r1.model.transformer import Block
+from r1.roofline import weights_of
+from r1.switches.backend import Backend
+from r1.switches.strategies import ATTENTION
+
+LATENT, FULL = "absorbed", "naive"
+"""The strategies that keep the latent, and full keys and values."""
+
+
+def entry_numbers(config: Config, attention: str) -> int:
+    """Numbers that one token leaves in the cache of one layer."""
+    return sum(math.prod(shape) for shape in ATTENTION[attention].entry(config.attention))
+
+
+def cache_bytes(config: Config, attention: str, dtype: str) -> int:
+    """Bytes that one token occupies in the cache of all layers."""
+    entry = ATTENTION[attention].entry(config.attention)
+    return bytes_per_token(entry, DTYPES[dtype], config.num_hidden_layers)
+
+
+def token_bytes(config: Config, dtype: str, context: int) -> dict[str, int]:
+    """Bytes that a decode step of one token reads, by part, after `context` cached tokens."""
+    model = sketch(config, Backend(dtype=dtype, join="off"))
+    parts = Counter[str]()
+    for layer in model.layers:
+        block = cast(Block, layer)
+        parts["attention"] += weights_of(block.self_attn).always
+        if isinstance(block.mlp, MoE):
+            chosen = config.experts.num_experts_per_tok
+            parts["chosen experts"] += chosen * weights_of(block.mlp.experts).expert
+            parts["routers"] += weights_of(block.mlp.gate).always
+            if block.mlp.shared_experts is not None:
+                parts["shared experts"] += weights_of(block.mlp.shared_experts).always
+        else:
+            parts["dense feed-forwards"] += weights_of(block.mlp).always
+    parts["output head"] = model.lm_head.matrix.nbytes
+    parts["embedding, one row"] = int(roofline.embedding_row_bytes(model))
+    parts["cache"] = context * cache_bytes(config, LATENT, dtype)
+    return dict(parts)
