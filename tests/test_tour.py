@@ -18,6 +18,7 @@ from refusals import check_sentence
 
 from r1 import Backend, Config
 from r1.files.save import save
+from r1.model.attend import Absorbed
 from r1.model.dispatch import Dispatch
 from r1.model.layers import MLP
 from r1.model.moe import MoE
@@ -206,6 +207,30 @@ def test_watching_changes_nothing() -> None:
     with pytest.raises(IndexError), watch():
         engine.model(torch.tensor([[10**6]]), engine.model.step("prefill", torch.zeros(1, 1), 0))
     assert sys.gettrace() is before
+
+
+class Halved(Absorbed):
+    """A strategy as a user writes it."""
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        whole = super().__call__(*arguments)
+        half = whole / 2  # (B, S, H, V)
+        return half
+
+
+def test_a_strategy_of_ones_own_is_shown() -> None:
+    """Its own lines and those that it inherits; one that is in no file can't be, and runs."""
+    engine = engine_of(V3)
+    space: dict[str, Any] = {"Absorbed": Absorbed}
+    exec(
+        "class Typed(Absorbed):\n def __call__(self, *a): x = super().__call__(*a); return x", space
+    )
+    attend = cast(Block, engine.model.layers[1]).self_attn.attend
+    for strategy, found in ((Halved(), 2), (space["Typed"](), 1)):
+        attend["decode"] = strategy
+        made = follow(engine, Prompt(TOKENS), layer=1, new=2).step
+        assert len({m.file for m in made if m.owner is strategy}) == found
+        assert [m.letters for m in made if m.name == "half"] in ([("B", "S", "H", "V")], [])
 
 
 @pytest.mark.parametrize("config", [V3, V2, VARIANTS["moonlight"]])

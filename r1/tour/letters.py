@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ast
 import io
+import linecache
 import re
 import tokenize
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from r1.model.config import Config
 
@@ -94,8 +94,8 @@ class Statement:
 
 @cache
 def assignments(path: str) -> list[Statement]:
-    """The assignments of a file of Python, in order."""
-    text = Path(path).read_text(encoding="utf-8")
+    """The assignments of a file of Python, in order; none of code that is in no file."""
+    text = "".join(linecache.getlines(path))
     comments = {
         token.start[0]: token.string
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
