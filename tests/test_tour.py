@@ -32,7 +32,7 @@ from r1.tour import weigh
 from r1.tour.__main__ import main
 from r1.tour.letters import assignments, inner_sizes, number, numbers, sizes_of
 from r1.tour.pages import Pages
-from r1.tour.router import Choice
+from r1.tour.router import Choice, why
 from r1.tour.run import Prompt, follow
 from r1.tour.text import WIDTH, columns
 from r1.tour.watch import Made, Watch, named
@@ -240,6 +240,10 @@ def test_the_router_page_tells_why(config: Config) -> None:
     tour = follow(engine, Prompt(TOKENS), layer=1, new=2)
     gate = next(m for m in engine.model.layers[1].modules() if isinstance(m, Router))
     choice = Choice.of(tour.read, gate)
+    pieces = list(map(str, TOKENS))
+    assert any("yes" in line for line in why(choice, pieces, 2)) and why(choice, pieces, 2) != why(
+        choice, pieces, 3
+    )
     indices, weights = named(tour.read, MoE, "indices"), named(tour.read, MoE, "weights")
     assert indices is not None and weights is not None
     ranking = choice.scores + choice.bias
@@ -274,7 +278,7 @@ def test_what_r1_keeps_of_a_token() -> None:
 # ---------------------------- the command
 def test_the_commands_arguments(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--model", str(made), "--layer", "0", "--new", "3", "--draft-tokens", "1"]
-    lines = printed(capsys, "hi there", *given)
+    lines = printed(capsys, "hi there", *given, "--place", "2")
     assert "layer 0 (of 0 to 1)" in " ".join(lines) and "in the chat template R1" in lines[4]
     assert any("k = 1 tokens" in line for line in lines)
 
@@ -297,6 +301,7 @@ def test_a_folder_without_tokenizer_or_mtp(
     [
         (["--layer", "5"], "has layers 0 to 4"),
         (["--layer", "-1"], "has layers 0 to 4"),
+        (["--place", "12"], "has tokens 0 to 11"),
         (["--new", "0"], "whole number of at least 1"),
         (["--draft-tokens", "0"], "whole number of at least 1"),
         ([" "], "the text is empty"),

@@ -54,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model", type=Path, default=EMBEDDED, metavar="DIR", help="a checkpoint's folder"
     )
+    p.add_argument(
+        "--place",
+        type=int,
+        metavar="N",
+        help="the token whose experts are explained (default: last)",
+    )
     p.add_argument("--new", type=int, default=24, metavar="N", help="new tokens (default 24)")
     p.add_argument(
         "--draft-tokens", type=int, default=2, metavar="K", help="drafts of a step (default 2)"
@@ -83,8 +89,12 @@ def lines(arguments: argparse.Namespace) -> list[str]:
         streams.complain(f"r1.tour: {caution}")
     layer = layer_of(engine.config, arguments.layer)
     prompt = Prompt(ids) if ids else prompt_of(engine, arguments.text or TEXT)
+    last, place = len(prompt.tokens) - 1, arguments.place
+    if place is not None and not 0 <= place <= last:
+        raise r1.InputError(f"--place {place}: the prompt has tokens 0 to {last}")
+    tour = follow(engine, prompt, layer, arguments.new)
     name = arguments.model.resolve().name
-    return Pages(engine, follow(engine, prompt, layer, arguments.new), name).lines()
+    return Pages(engine, tour, name, last if place is None else place).lines()
 
 
 def token_ids(text: str) -> list[int]:

@@ -28,9 +28,13 @@ ABSORBS = "q_c is the query with W_UK absorbed, to be compared with the latents 
 
 
 class Pages:
-    """All pages of one tour. `name` is the model's."""
+    """All pages of one tour. `name` is the model's.
 
-    def __init__(self, engine: r1.Engine, tour: Tour, name: str) -> None:
+    `place` is that of the token whose experts are explained: -1 is the prompt's last.
+    """
+
+    def __init__(self, engine: r1.Engine, tour: Tour, name: str, place: int = -1) -> None:
+        self.place = range(len(tour.prompt.tokens))[place]
         self.engine, self.tour, self.name = engine, tour, name[:16]
         self.config, self.backend = engine.config, engine.backend
         self.mlp = cast(Block, engine.model.layers[tour.layer]).mlp
@@ -45,7 +49,7 @@ class Pages:
             ],
             self.text(pieces),
             self.prompt(),
-            router_page(self.tour.read, self.mlp, self.tour.layer, pieces),
+            router_page(self.tour.read, self.mlp, self.tour.layer, pieces, self.place),
             self.step(),
             self.cache(),
             self.bytes_of_a_token(),

@@ -21,7 +21,7 @@ MOST_TOKENS = 24
 MOST_GROUPS = 8
 """Groups of a token in one line."""
 MOST_CHOICES = 12
-"""Experts that are shown of the last token: the best ones."""
+"""Experts that are shown of one token: the best ones."""
 TOKEN = 32
 """Columns of a token."""
 
@@ -53,8 +53,13 @@ class Choice:
         )  # fmt: skip
 
 
-def router_page(made: list[Made], mlp: object, layer: int, pieces: list[str]) -> list[str]:
-    """The page. `mlp` is the layer's feed-forward, `pieces` are the prompt's tokens as text."""
+def router_page(
+    made: list[Made], mlp: object, layer: int, pieces: list[str], place: int
+) -> list[str]:
+    """The page. `mlp` is the layer's feed-forward, `pieces` are the prompt's tokens as text.
+
+    `place` is that of the token whose choice is explained.
+    """
     if not isinstance(mlp, MoE):
         dense = f"Layer {layer} is dense: all tokens use the same feed-forward."
         return ["3. Which experts?", *paragraph(dense)]
@@ -62,7 +67,7 @@ def router_page(made: list[Made], mlp: object, layer: int, pieces: list[str]) ->
     head = f"3. Which experts? The router of layer {layer}"
     return [
         head, *paragraph(*rule(mlp.gate.shape)), "", *tokens(choice, pieces), "",
-        *why(choice, pieces),
+        *why(choice, pieces, place),
     ]  # fmt: skip
 
 
@@ -105,14 +110,15 @@ def tokens(choice: Choice, pieces: list[str]) -> list[str]:
     return lines
 
 
-def why(choice: Choice, pieces: list[str]) -> list[str]:
-    """The last token's best experts, chosen or not, and the reason."""
-    scores, biased = choice.scores[-1], choice.scores[-1] + choice.bias
-    weight = dict(zip(choice.indices[-1].tolist(), choice.weights[-1].tolist(), strict=True))
+def why(choice: Choice, pieces: list[str], place: int) -> list[str]:
+    """The best experts of one token, chosen or not, and the reason."""
+    scores, biased = choice.scores[place], choice.scores[place] + choice.bias
+    chosen = choice.indices[place].tolist()
+    weight = dict(zip(chosen, choice.weights[place].tolist(), strict=True))
     best = {*biased.argsort(descending=True)[:MOST_CHOICES].tolist(), *weight}
     lines = [
-        f"{INDENT}Why? The {len(best)} best of {len(scores)} experts for the last token, "
-        f"{pieces[-1]}:",
+        f"{INDENT}Why? The {len(best)} best of {len(scores)} experts for token {place}, "
+        f"{pieces[place]}:",
         f"{INDENT}expert  group      s        b    s + b",
     ]
     for expert in sorted(best, key=lambda each: -float(biased[each])):
@@ -120,7 +126,7 @@ def why(choice: Choice, pieces: list[str]) -> list[str]:
         if choice.closed is not None:
             number = expert * choice.closed.shape[1] // len(scores)
             group = str(number)
-            reason = f"no: group {number} is closed" if choice.closed[-1, number] else reason
+            reason = f"no: group {number} is closed" if choice.closed[place, number] else reason
         reason = f"yes, weight {weight[expert]:.2f}" if expert in weight else reason
         lines.append(
             f"{INDENT}{expert:6} {group:>6} {scores[expert]:6.3f}  {choice.bias[expert]:+7.3f}  "
