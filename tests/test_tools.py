@@ -45,7 +45,7 @@ def test_every_command_has_help_from_any_folder(tmp_path: Path) -> None:
 def test_the_page_lists_every_command() -> None:
     page = (TOOLS / "README.md").read_text(encoding="utf-8")
     assert all(f"python tools/{path.parent.name}/{path.name}" in page for path in COMMANDS)
-    assert page.count("\n") <= 60
+    assert page.count("\n") <= 70
 
 
 def test_records_hold_no_path() -> None:

@@ -25,7 +25,7 @@ from r1.model.moe import MoE
 from r1.model.router import Router
 from r1.model.shapes import SHAPES
 from r1.model.transformer import Block
-from r1.roofline import step_work
+from r1.roofline import expected_experts, step_work
 from r1.run.engine import Engine
 from r1.switches.resolve import resolve
 from r1.tour import weigh
@@ -257,15 +257,17 @@ def test_the_router_page_tells_why(config: Config) -> None:
 
 
 # ---------------------------- bytes
+@pytest.mark.parametrize("rows", [1, 32])
 @pytest.mark.parametrize("shape", ["r1", "tiny", "moonlight-16b", "v2-lite"])
-def test_the_parts_of_a_token_add_up(shape: str) -> None:
-    """To the bytes of r1/roofline.py, but for the one entry that is written."""
+def test_the_parts_of_a_step_add_up(shape: str, rows: int) -> None:
+    """To the bytes of r1/roofline.py, but for the entries that are written."""
     config = SHAPES[shape]
     backend = resolve(Backend(device="cpu", dtype="bf16", attention="absorbed"), config)
-    experts = config.experts.num_experts_per_tok
-    work = step_work(config, backend, 1, 1, 4096, experts)
-    written = weigh.cache_bytes(config, weigh.LATENT, "bf16")
-    assert sum(weigh.token_bytes(config, "bf16", 4096).values()) == work.nbytes - written
+    work = step_work(config, backend, rows, 1, 4096, expected_experts(config, rows))
+    written = rows * weigh.cache_bytes(config, weigh.LATENT, "bf16")
+    parts = weigh.step_bytes(config, "bf16", 4096, rows)
+    assert sum(parts.values()) == pytest.approx(work.nbytes - written, abs=100)
+    assert all(parts.values()) and parts["chosen experts"] < work.nbytes
 
 
 def test_what_r1_keeps_of_a_token() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "check"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "draw"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "measure"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "train"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -167,8 +167,8 @@ class Pages:
 
     def bytes_of_a_token(self) -> list[str]:
         dtype = self.backend.dtype
-        own = weigh.token_bytes(self.config, dtype, CONTEXT)
-        other = weigh.token_bytes(R1, R1_DTYPE, CONTEXT)
+        own = weigh.step_bytes(self.config, dtype, CONTEXT)
+        other = weigh.step_bytes(R1, R1_DTYPE, CONTEXT)
         total, total_r1 = sum(own.values()), sum(other.values())
         lines = [f"{INDENT}{'':24}{f'{self.name}, {dtype}: MB':>30}{f'R1, {R1_DTYPE}: MB':>24}"]
         for part in other:

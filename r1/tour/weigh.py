@@ -1,4 +1,4 @@
-"""The bytes that one new token reads, part by part.
+"""The bytes that a decode step reads, part by part.
 
 They are counted as r1/roofline.py counts them: weights as they are stored, each read once.
 """
@@ -35,22 +35,25 @@ def cache_bytes(config: Config, attention: str, dtype: str) -> int:
     return bytes_per_token(entry, DTYPES[dtype], config.num_hidden_layers)
 
 
-def token_bytes(config: Config, dtype: str, context: int) -> dict[str, int]:
-    """Bytes that a decode step of one token reads, by part, after `context` cached tokens."""
+def step_bytes(config: Config, dtype: str, context: int, rows: int = 1) -> dict[str, int]:
+    """Bytes that a decode step of `rows` rows reads, by part, after `context` tokens in each.
+
+    Several rows are taken to choose their experts uniformly.
+    """
     model = sketch(config, Backend(dtype=dtype, join="off"))
+    hit = roofline.expected_experts(config, rows)
     parts = Counter[str]()
     for layer in model.layers:
         block = cast(Block, layer)
         parts["attention"] += weights_of(block.self_attn).always
         if isinstance(block.mlp, MoE):
-            chosen = config.experts.num_experts_per_tok
-            parts["chosen experts"] += chosen * weights_of(block.mlp.experts).expert
+            parts["chosen experts"] += round(hit * weights_of(block.mlp.experts).expert)
             parts["routers"] += weights_of(block.mlp.gate).always
             if block.mlp.shared_experts is not None:
                 parts["shared experts"] += weights_of(block.mlp.shared_experts).always
         else:
             parts["dense feed-forwards"] += weights_of(block.mlp).always
     parts["output head"] = model.lm_head.matrix.nbytes
-    parts["embedding, one row"] = int(roofline.embedding_row_bytes(model))
-    parts["cache"] = context * cache_bytes(config, LATENT, dtype)
+    parts["embedding"] = rows * int(roofline.embedding_row_bytes(model))
+    parts["cache"] = rows * context * cache_bytes(config, LATENT, dtype)
     return dict(parts)
