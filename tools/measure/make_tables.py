@@ -1,14 +1,14 @@
-"""Write the README's tables anew from the committed result files.
+"""Write the READMEs' tables anew from the committed result files.
 
     python tools/measure/make_tables.py
 
-A table of the README stands between `<!-- NAME -->` and `<!-- /NAME -->`, below the command that
-made it. NAME says where it comes from, in tools/measure/results/h100:
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->` in one of the PAGES, below the command
+that made it. NAME says where it comes from, in tools/measure/results/h100:
 
 - NAME.json: a result of bench.py, compare_peers.py or bench_kernels.py
 - NAME, a folder: several results of bench.py, in one table
 - `step-N`: a profiled step of the last arm in kernels/N.json
-- `tiny-r1`: the accuracies on its model card (tools/train/card.py)
+- `buys`: what each rung of the ladder costs and brings, for one row and for 32
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
 import bench_kernels
-import card
 import compare_peers
 import shared
 
@@ -33,7 +32,11 @@ from r1.bench.report import text
 from r1.bench.report.table import table
 
 RESULTS = Path(__file__).parent / "results" / "h100"
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / place / "README.md" for place in ("", "r1", "r1/kernels", "tools/measure/results")
+]
+TOUR = "r1/README.md"
 COLUMNS = [
     "arm",
     "batch",
@@ -137,21 +140,40 @@ def tables() -> dict[str, list[str]]:
         found[f"step-{name}"] = timeline.table(
             [part for part in parts if not part["kernel"].startswith(LAUNCHED)]
         )
-    record, evaluations, _ = card.shipped()
-    return found | {"tiny-r1": card.accuracies(record["figures"], evaluations)}
+    return found | {"buys": buys()}
 
 
-def filled(text: str) -> str:
-    """The README's text with every table made anew."""
+def buys() -> list[str]:
+    """Milliseconds and MBU of each rung, for one row and for 32, with a link to what it changes."""
+    runs = [read(RESULTS / f"{name}.json")["rows"] for name in ("ladder", "ladder-32")]
+    lines = ["| adds | 1 row: ms | MBU | 32 rows: ms | MBU |", "|---|---:|---:|---:|---:|"]
+    for rung in dict.fromkeys(row["arm"] for rows in runs for row in rows):
+        cells = []
+        for rows in runs:
+            row = next((row for row in rows if row["arm"] == rung), None)
+            measured = row and row["tpot_ms"]
+            cells += [f"{row['tpot_ms']:.2f}", f"{row['mbu']:.0%}"] if measured else ["n/a", ""]
+        lines.append(f"| {rung_link(rung)} | {' | '.join(cells)} |")
+    return lines
+
+
+def rung_link(rung: str) -> str:
+    """The rung's switch, which links to what it changes."""
+    switch = rung.removeprefix("+ ")
+    name = "the textbook's model" if rung == "baseline" else f"`{switch}`"
+    return f"[{name}]({TOUR}#{switch.replace('=', '').replace('_', '-')})"
+
+
+def filled(texts: list[str]) -> list[str]:
+    """The pages' texts with every table made anew."""
     for name, rows in tables().items():
-        table = "\n".join(rows)
         opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
         place = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
-        section = f"{opening}\n{table}\n{closing}"
-        text, places = place.subn(section.replace("\\", r"\\"), text)
-        if places != 1:
-            raise ValueError(f"README.md has {places} places for {name}")
-    return text
+        section = "\n".join([opening, *rows, closing]).replace("\\", r"\\")
+        if (places := sum(len(place.findall(text)) for text in texts)) != 1:
+            raise ValueError(f"the pages have {places} places for {name}")
+        texts = [place.sub(section, text) for text in texts]
+    return texts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,8 +182,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(_arguments: argparse.Namespace) -> int:
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(README)
+    for page, text in zip(PAGES, filled([page.read_text(encoding="utf-8") for page in PAGES])):
+        page.write_text(text, encoding="utf-8")
+        print(page)
     return 0
 
 
