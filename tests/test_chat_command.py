@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 from command import TIMING
+from models import TINY
 
 import r1
-from r1 import Completion, Engine
-from r1.__main__ import main, timings
+from r1 import Backend, Completion, Engine
+from r1.__main__ import main
+from r1.conversation import timings
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -24,14 +27,16 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 class Model:
     """Keeps the arguments of each `Engine.chat`, and gives the next of `replies`.
 
-    A reply is the (reasoning, answer) pieces of a stream, or an error.
+    A reply is the (reasoning, answer) pieces of a stream, which an error may end, or an error.
     """
 
     cautions = ("mind the step",)
+    config, backend = TINY, Backend(device="cpu", dtype="fp32")
+    start_up = SimpleNamespace(done={()}, work=[])
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.replies: Iterator[list[tuple[str, str]] | BaseException] = iter(())
+        self.replies: Iterator[Any] = iter(())
 
     def chat(self, *given: Any, **named: Any) -> Completion:
         bound = inspect.signature(Engine.chat).bind(self, *given, **named)
@@ -43,6 +48,8 @@ class Model:
         del bound.arguments["self"]
         self.asked.append(dict(bound.arguments))
         for piece in pieces:
+            if isinstance(piece, BaseException):
+                raise piece
             on_text(*piece)
         reasoning, answer = ("".join(part) for part in zip(*pieces, strict=True))
         return Completion([1, 2], "stop", 3, 0.1, 0.2, reasoning + answer, reasoning, answer)
@@ -52,6 +59,7 @@ class Model:
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     made = Model()
     monkeypatch.setattr(r1, "load", lambda *_, **__: made)
+    monkeypatch.setattr("r1.__main__.domain_of", lambda _: None)  # of one question after the other
     return made
 
 
@@ -75,7 +83,7 @@ def test_a_chat_remembers_answers_without_their_reasoning(
 ) -> None:
     """A turn that fails is not remembered, nor is an empty line a turn. A caution comes once."""
     lines = iter(["one", " ", "two", "three"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or raise_eof())
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines, None) or raise_eof())
     model.replies = iter([[("think", ""), ("", "uno")], r1.InputError("too long"), [("", "tres")]])
     assert main(["--system", "S"]) == 0
     history = [said("system", "S"), said("user", "one")]
@@ -113,8 +121,9 @@ def test_reasoning_is_dimmed_on_a_terminal(
 def test_an_interrupt_leaves_no_terminal_dimmed(
     model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for is_terminal, wanted in ((True, f"{PLAIN}\n"), (False, "\n")):
-        model.replies = iter([KeyboardInterrupt()])
+    """Nor a line that was begun."""
+    for is_terminal, wanted in ((True, f"{DIM}a{PLAIN}\n"), (False, "a\n")):
+        model.replies = iter([[("a", ""), KeyboardInterrupt()]])
         with mock.patch("sys.stdout.isatty", lambda shown=is_terminal: shown):
             assert main(["question"]) == 130
         assert capsys.readouterr().out == wanted
@@ -132,13 +141,16 @@ def test_a_reader_that_has_gone_is_no_mistake(
 def test_the_line_of_timings() -> None:
     """5 tokens, the first after 0.2 s, then one each 0.5 s; 2 of 4 drafts accepted in 2 steps."""
     done = Completion([1, 2, 3, 4, 5], "stop", 3, ttft=0.2, seconds=2.2)
-    read = "[3 tokens read, first of {} new after 200 ms"
+    read = "3 tokens read, first of {} new after 200 ms"
     rate = ", then 2.0 tokens/s (500.00 ms each)"
-    cut = "; cut off at --new or the context's end"
-    assert timings(done) == f"{read.format(5)}{rate}]"
+    assert timings(done, 5, []) == f"[{read.format(5)}{rate}]"
     done.finish = "length"
-    assert timings(done) == f"{read.format(5)}{rate}{cut}]"
-    done.steps, done.drafted, done.accepted = 2, 4, 2
+    assert timings(done, 5, []) == f"[{read.format(5)}{rate}; cut off at --new 5]"
+    cut = "; cut off at the end of the context"
+    assert timings(done, 6, []) == f"[{read.format(5)}{rate}{cut}]"
+    done.steps, done.drafted, done.accepted, done.start_up = 2, 4, 2, 1.25
     drafts = ", 50% of drafts accepted: 2.00 tokens a step"
-    assert timings(done) == f"{read.format(5)}{rate}{drafts}{cut}]"
-    assert timings(Completion([1], "stop", 3, 0.2, 0.2)) == f"{read.format(1)}]"
+    begun = "[start-up 1.2 s (compiling, capturing); "
+    line = f"{begun}{read.format(5)}{rate}{drafts}{cut}]"
+    assert timings(done, 6, ["compiling", "capturing"]) == line
+    assert timings(Completion([1], "stop", 3, 0.2, 0.2), 1, []) == f"[{read.format(1)}]"

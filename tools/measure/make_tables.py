@@ -33,9 +33,7 @@ from r1.bench.report.table import table
 
 RESULTS = Path(__file__).parent / "results" / "h100"
 ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / place / "README.md" for place in ("", "r1", "r1/kernels", "tools/measure/results")
-]
+PAGES = [ROOT / place / "README.md" for place in ("", "r1", "r1/kernels", "tools/measure/results")]
 TOUR = "r1/README.md"
 COLUMNS = [
     "arm",
@@ -150,8 +148,8 @@ def buys() -> list[str]:
     for rung in dict.fromkeys(row["arm"] for rows in runs for row in rows):
         cells = []
         for rows in runs:
-            row = next((row for row in rows if row["arm"] == rung), None)
-            measured = row and row["tpot_ms"]
+            row = next((row for row in rows if row["arm"] == rung), {})
+            measured = row.get("tpot_ms") is not None
             cells += [f"{row['tpot_ms']:.2f}", f"{row['mbu']:.0%}"] if measured else ["n/a", ""]
         lines.append(f"| {rung_link(rung)} | {' | '.join(cells)} |")
     return lines
