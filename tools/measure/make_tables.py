@@ -9,6 +9,7 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 - NAME, a folder: several results of bench.py, in one table
 - `step-N`: a profiled step of the last arm in kernels/N.json
 - `buys`: what each rung of the ladder costs and brings, for one row and for 32
+- `rung ...`: what a rung measured, in sentences (rungs.py)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
 import bench_kernels
 import compare_peers
+import rungs
 import shared
 
 from r1.bench import timeline
@@ -138,7 +141,7 @@ def tables() -> dict[str, list[str]]:
         found[f"step-{name}"] = timeline.table(
             [part for part in parts if not part["kernel"].startswith(LAUNCHED)]
         )
-    return found | {"buys": buys()}
+    return found | {"buys": buys()} | rungs.sentences()
 
 
 def buys() -> list[str]:
@@ -148,7 +151,7 @@ def buys() -> list[str]:
     for rung in dict.fromkeys(row["arm"] for rows in runs for row in rows):
         cells = []
         for rows in runs:
-            row = next((row for row in rows if row["arm"] == rung), {})
+            row: Found = next((row for row in rows if row["arm"] == rung), {})
             measured = row.get("tpot_ms") is not None
             cells += [f"{row['tpot_ms']:.2f}", f"{row['mbu']:.0%}"] if measured else ["n/a", ""]
         lines.append(f"| {rung_link(rung)} | {' | '.join(cells)} |")
@@ -162,9 +165,9 @@ def rung_link(rung: str) -> str:
     return f"[{name}]({TOUR}#{switch.replace('=', '').replace('_', '-')})"
 
 
-def filled(texts: list[str]) -> list[str]:
-    """The pages' texts with every table made anew."""
-    for name, rows in tables().items():
+def filled(texts: list[str], made: Mapping[str, list[str]] | None = None) -> list[str]:
+    """The pages' texts with every table made anew. `made`: the tables (None: all)."""
+    for name, rows in (tables() if made is None else made).items():
         opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
         place = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
         section = "\n".join([opening, *rows, closing]).replace("\\", r"\\")
@@ -180,8 +183,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(_arguments: argparse.Namespace) -> int:
-    for page, text in zip(PAGES, filled([page.read_text(encoding="utf-8") for page in PAGES])):
-        page.write_text(text, encoding="utf-8")
+    texts = filled([page.read_text(encoding="utf-8") for page in PAGES])
+    for page, whole in zip(PAGES, texts, strict=True):
+        page.write_text(whole, encoding="utf-8")
         print(page)
     return 0
 
