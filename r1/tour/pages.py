@@ -154,8 +154,9 @@ class Pages:
             rows.append(row("  of a full context: MB", megabytes))
         rows.append(row("layers", (c.num_hidden_layers for c, _ in both)))
         rows.append(row("context: tokens", (c.max_position_embeddings for c, _ in both)))
-        layers = self.config.num_hidden_layers + bool(self.tour.turns)
-        mtp = ", the MTP layer's too" if self.tour.turns else ""
+        drafts = self.engine.drafter is not None
+        layers = self.config.num_hidden_layers + drafts
+        mtp = ", the MTP layer's too" if drafts else ""
         return [
             "5. The cache: what one token leaves in it",
             *rows,
@@ -183,7 +184,12 @@ class Pages:
     def drafts(self) -> list[str]:
         turns, new = self.tour.turns, self.tour.new
         if not turns:
-            return ["7. Drafts", *paragraph("There is no MTP layer here, so nothing is drafted.")]
+            why = (
+                "There is no MTP layer here"
+                if self.engine.drafter is None
+                else "The text has ended"
+            )
+            return ["7. Drafts", *paragraph(f"{why}, so nothing is drafted.")]
         k = len(turns[0].read) - 1
         accepted = sum(turn.accepted for turn in turns)
         table = [f"{INDENT}{'turn':6}{'last token':16}{'drafts':34}{'accepted':12}new tokens"]

@@ -55,7 +55,7 @@ class Tour:
     slots: int  # T of that one token
     cache_bytes: int  # of a cache of so many slots
     turns: list[Turn]
-    new: list[int]  # the new tokens, up to a stop token or the limit
+    new: list[int]  # all new tokens, up to a stop token
 
 
 class Recorder:
@@ -105,7 +105,10 @@ def prompt_of(engine: r1.Engine, text: str) -> Prompt:
 
 
 def follow(engine: r1.Engine, prompt: Prompt, layer: int, new: int) -> Tour:
-    """Read the prompt, then decode one token, then up to `new` tokens greedily with drafts."""
+    """Read the prompt, decode one token, then decode anew with drafts until there are `new` tokens.
+
+    The last turn may bring more. All of it is greedy.
+    """
     rows = [prompt.tokens]
     check_rows(rows, engine.config)
     new = min(new, room_for_answers(rows, engine.config))
@@ -131,7 +134,7 @@ def follow(engine: r1.Engine, prompt: Prompt, layer: int, new: int) -> Tour:
             break
     runner.callers["decode"] = recorder.inner
     ends = [place for place, each in enumerate(tokens, 1) if each in engine.stop_ids]
-    tokens = tokens[: min([*ends, new])]
+    tokens = tokens[: min(ends, default=len(tokens))]
     return Tour(
         prompt, layer, read, step, recorder.drafted, cache.capacity, cache.nbytes, recorder.turns,
         tokens,
