@@ -460,6 +460,21 @@ def test_compare_all_arms(tmp_path: Path) -> None:
     assert "Left out" not in table and "--wide" not in table
 
 
+def test_compare_tells_machines_apart_by_their_threads(tmp_path: Path) -> None:
+    """And says which of them was busy."""
+    results = [cpu(), cpu()]
+    for number, each in enumerate(results, 1):
+        each["machine"] |= {"name": "a CPU, 2 CPUs", "cpus": 2, "threads": number, "load": 1.0}
+    files = [
+        save(tmp_path / f"{name}.json", each) for name, each in zip("ab", results, strict=True)
+    ]
+    table = merge.compare(files)
+    names = list(dict.fromkeys(line[0] for line in cells(table)))
+    assert names == ["a CPU, 2 CPUs, 1 thread", "a CPU, 2 CPUs, 2 threads"]
+    busy = [line for line in table.splitlines() if "BUSY" in line]
+    assert busy == [f"{files[1]}: BUSY: load 1.0 on 2 CPUs: timings mean little."]
+
+
 def test_compare_one_price_and_one_name(tmp_path: Path) -> None:
     files = [save(tmp_path / "old.json", cpu()), save(tmp_path / "new.json", cpu())]
     table = cells(merge.compare(files, [1.0]))

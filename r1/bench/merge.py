@@ -15,7 +15,7 @@ from typing import Any
 
 from r1.bench.load_result import load
 from r1.bench.report.aligned import aligned
-from r1.bench.report.text import model_name
+from r1.bench.report.text import busy, model_name, threads
 from r1.bench.workload import SIZES
 from r1.errors import InputError
 
@@ -58,6 +58,9 @@ def compare(paths: list[Path], price: list[float] | None = None, wide: bool = Fa
         of_model = {sizes: by for (m, sizes), by in shared.items() if m == model}
         lines += [*_model_table(files, of_model), ""]
     lines += _dropped(files, shared)
+    for path, result in zip(paths, results, strict=True):
+        if sentence := busy(result["machine"]):
+            lines += [f"{path}: {sentence}.", ""]
     for i, path in enumerate(paths):
         alone = {work: by for work, by in done.items() if i in by and work not in shared}
         if alone:
@@ -125,8 +128,9 @@ def _prices(price: list[float] | None, files: int) -> list[float] | None:
 
 
 def _names(paths: list[Path], results: list[dict[str, Any]]) -> list[str]:
-    """The machines' names. If two machines have the same name, the file's name is added."""
-    names = [result["machine"]["name"] for result in results]
+    """The machines' names and threads. The file's name is added if two machines have the same."""
+    machines = [result["machine"] for result in results]
+    names = [", ".join(filter(None, (m["name"], threads(m)))) for m in machines]
     return [
         name if names.count(name) == 1 else f"{name} ({path.stem})"
         for name, path in zip(names, paths, strict=True)
