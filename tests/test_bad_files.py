@@ -495,7 +495,7 @@ def test_folder(case: str, sound: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_refused(tmp_path / "nowhere", capsys, r"there is no folder .*nowhere")
     (tmp_path / "file").write_text("x")
-    check_refused(tmp_path / "file", capsys, r"there is no folder .*file")
+    check_refused(tmp_path / "file", capsys, r"file is a file: give a checkpoint's folder")
 
 
 def test_absolute_path_in_the_index(

@@ -103,7 +103,7 @@ def test_prompts_at_the_edge_are_fine(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["word " * 40], "your question has 204 tokens, and it must fit the context of 64"),
+        (["word " * 40], "your question has 205 tokens, and it must fit the context of 64"),
         (["--system", "be kind", "word " * 40], "the conversation has"),
         (["--attention", "naive", "--prefill-attention", "expand", "hi"], "can't share a cache"),
     ],

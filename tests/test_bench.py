@@ -866,17 +866,17 @@ def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--kernels", "triton"], "kernels=triton: Triton's kernels need a GPU"),
-        (["--cuda-graphs", "--batch", "1,8"], "cuda_graphs capture launches on a GPU"),
+        (["--kernels", "triton"], "--kernels triton: Triton's kernels need a GPU"),
+        (["--cuda-graphs", "--batch", "1,8"], "--cuda-graphs captures launches on a GPU"),
         (
             ["--cuda-graphs", "--kernels", "triton"],
-            "which has none: use compile; kernels=triton: Triton's kernels",
+            "which has none: use --compile; --kernels triton: Triton's kernels",
         ),
         (
             ["--moe", "grouped", "--cuda-graphs", "--only", "together"],
-            "cuda_graphs capture launches on a GPU",
+            "--cuda-graphs captures launches on a GPU",
         ),
-        (["--draft-tokens", "2"], "draft_tokens=2 is of no use without drafts"),
+        (["--draft-tokens", "2"], "--draft-tokens 2 is of no use without drafts"),
     ],
 )
 def test_what_can_not_run_here_is_refused_before_anything_is_measured(

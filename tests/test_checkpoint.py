@@ -475,7 +475,7 @@ def test_random_checkpoint_follows_from_its_seed(
         for folder in (tmp_path / "one", TINY)
     ]
     assert keys[0] == keys[1]
-    assert trained.keys() - one.keys() == {"README.md", "training.json", "exam.json"}
+    assert trained.keys() - one.keys() == {"README.md", "training.json", "exam.json", "domain.json"}
 
 
 def test_embedded_checkpoint_has_all_of_r1s_format() -> None:

@@ -391,7 +391,7 @@ def test_the_card_says_what_was_measured(trained: tuple[Trainer, Path]) -> None:
         ([], "how long? give either --steps or --minutes"),
         (["--steps", "1", "--minutes", "1"], "how long? give either --steps or --minutes"),
         (["--steps", "1", "--layers", "9"], "tiny has"),
-        (["--steps", "1", "--device", "cuda"], "device=cuda"),
+        (["--steps", "1", "--device", "cuda"], "--device cuda"),
         (["--steps", "1", "--length", "100"], "rows of 100 tokens can't hold"),
     ],
 )
