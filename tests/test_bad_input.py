@@ -18,9 +18,10 @@ from models import V3
 from refusals import CPU, check_sentence, refused
 
 import r1
-from r1 import Backend, Config, Engine, InputError
+from r1 import Backend, Config, Engine, InputError, build
 from r1.__main__ import main
 from r1.errors import flags_spelling
+from r1.files.embedded import EMBEDDED
 from r1.model import shapes
 from r1.run import runner
 from r1.switches.backend import choices
@@ -170,6 +171,28 @@ def test_a_cache_that_does_not_fit(engine: Engine, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(runner, "available_bytes", lambda _: 1000)
     with refused(r"the cache of 2 x 128 tokens needs 0\.\d GB and 0\.\d GB are free"):
         engine.generate([[1], [2]], max_new_tokens=4)
+
+
+def test_advice_for_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what can help: layers are left out of a shape alone, and bf16 halves what is fp32."""
+    config = shapes.shape("tiny")
+    needed = build.count_parameters(config) * 4 + build.HEADROOM
+
+    def advice(free: int, **switches: Any) -> str:
+        monkeypatch.setattr(build, "available_bytes", lambda _: free)
+        backend = resolve(Backend(device="cpu", **switches), config)
+        with pytest.raises(InputError) as caught:
+            build.from_shape(config, backend)
+        return str(caught.value).rpartition(": use ")[2]
+
+    assert advice(needed - 1) == "dtype=bf16 or layers=N or a larger machine"
+    assert advice(needed // 2 - 1) == advice(needed // 2 - 1, dtype="bf16")
+    assert advice(needed - 1, amp="bf16") == "layers=N or a larger machine"
+    with flags_spelling():
+        assert advice(1) == "--layers N or a larger machine"
+    monkeypatch.setattr(build, "available_bytes", lambda _: needed - 1)
+    with refused("use dtype=bf16 or a larger machine$"):
+        r1.load(EMBEDDED, CPU)
 
 
 # ---------------------------- switches

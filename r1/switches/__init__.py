@@ -1,4 +1,4 @@
 """What is asked, what this machine can do, and what that makes.
 
-Tested in tests/: test_bad_input.py and test_pairs.py.
+Tested in tests/: test_bad_input.py, test_pairs.py and test_conversation.py (--help).
 """
