@@ -12,26 +12,19 @@ from r1.errors import InputError
 # indexer, a soft cap or a sliding window must not load as if it had none. Other unknown fields are
 # ignored, because configs contain notes and training settings.
 ARITHMETIC = re.compile(
-    r"attn|attention|rope|rotary|norm|expert|moe|gate|gating|router|rout|score|scal|cap|window|"
+    r"attn|attention|rope|rotary|norm|expert|moe|gate|gating|rout|score|scal|cap|window|"
     r"bias|head|rank|dim|size|act\b|activation|layer|topk|top_k|index|mtp|nextn|residual|quant|"
     r"hash|conv|embed|logit|group|hidden|position|hc_"
 )
-# Known fields that r1 may leave unread.
+# Fields whose names suggest arithmetic, and that change none: of training, of other kinds of
+# models, of how a library spreads or calls a model.
 HARMLESS = frozenset(
     """
-    _attn_implementation _experts_implementation add_cross_attention architectures attention_dropout
-    attn_implementation auto_map aux_loss_alpha bad_words_ids base_model_ep_plan base_model_pp_plan
-    base_model_tp_plan begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty dtype embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id ep_size experts_implementation
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    hidden_dropout initializer_range is_decoder is_encoder_decoder layerdrop max_length min_length
-    model_parallel_size no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_router_logits output_scores pad_token_id
-    pretraining_tp remove_invalid_values resid_pdrop return_dict_in_generate router_aux_loss_coef
-    router_jitter_noise router_z_loss_coef sep_token_id seq_aux task_specific_params
-    tensor_parallel_size tie_encoder_decoder tie_word_embeddings tokenizer_class top_k torch_dtype
-    torchscript transformers_version typical_p unsloth_fixed use_bfloat16 use_cache
+    add_cross_attention attention_dropout attn_implementation chunk_size_feed_forward
+    cross_attention_hidden_size encoder_no_repeat_ngram_size ep_size experts_implementation
+    hidden_dropout layerdrop model_parallel_size no_repeat_ngram_size num_beam_groups
+    output_attentions output_hidden_states output_router_logits output_scores router_aux_loss_coef
+    router_jitter_noise router_z_loss_coef tensor_parallel_size top_k
     """.split()  # noqa: SIM905
 )
 
