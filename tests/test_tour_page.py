@@ -87,18 +87,3 @@ def test_what_a_rung_says_of_noise() -> None:
     assert "overlap" in rungs.step(row(3, 5), row(2, 4))
     assert "overlap" not in rungs.step(row(5, 6), row(2, 4))
     assert "overlap" not in rungs.step(row(2, 4), row(5, 6))
-
-
-def test_links_lead_somewhere() -> None:
-    """To a file, to a heading of the page, or to the rung that a table names."""
-    headings = re.findall(r"^#+ (.*)$", TOUR_TEXT, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
-    anchors |= set(re.findall(r'<a id="([^"]+)">', TOUR_TEXT))
-    links = re.findall(r"\]\(([^)]+)\)", TOUR_TEXT)
-    assert len(links) > 20
-    for link in links:
-        path, _, anchor = link.partition("#")
-        assert (TOUR.parent / path).exists() and (path or anchor in anchors), link
-    for rung in ("baseline", "+ moe=grouped", *(row["arm"] for row in rungs.rows("ladder"))):
-        anchor = make_tables.rung_link(rung).rpartition("#")[2].rstrip(")")
-        assert anchor in anchors, f"{rung} has no anchor {anchor}"

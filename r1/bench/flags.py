@@ -108,8 +108,8 @@ def _add_output(p: argparse.ArgumentParser) -> None:
     text = "the form of the result (default md)"
     p.add_argument("-o", "--output", choices=FORMS, help=text)
     text = (
-        "write the result to FILE too, in the form of -o or, without it, of FILE's ending "
-        f"({', '.join('.' + form for form in FORMS)}); the table is printed"
+        "write the result to FILE too, in the form that its ending says "
+        f"({', '.join('.' + form for form in FORMS)}), or -o; the table is printed"
     )
     p.add_argument("--output-file", type=Path, metavar="FILE", help=text)
 

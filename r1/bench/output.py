@@ -44,8 +44,10 @@ def _check_profile(profile: Path) -> None:
 
 
 def _form_of_file(arguments: argparse.Namespace) -> str:
-    """The form of --output-file: that of -o, or of the file's ending."""
-    form: str = arguments.output or arguments.output_file.suffix.removeprefix(".").lower()
+    """The form of --output-file: what its ending says; if it says nothing, that of -o."""
+    form: str = arguments.output_file.suffix.removeprefix(".").lower()
+    if form not in FORMS and arguments.output:
+        return str(arguments.output)
     if form not in FORMS:
         endings = ", ".join(f".{each}" for each in FORMS)
         raise InputError(

@@ -8,7 +8,7 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 - NAME.json: a result of bench.py, compare_peers.py or bench_kernels.py
 - NAME, a folder: several results of bench.py, in one table
 - `step-N`: a profiled step of the last arm in kernels/N.json
-- `buys`: what each rung of the ladder costs and brings, for one row and for 32
+- `buys`: what each rung of the ladder brings, and what 32 rows cost
 - `rung ...`: what a rung measured, in sentences (rungs.py)
 """
 
@@ -145,17 +145,14 @@ def tables() -> dict[str, list[str]]:
 
 
 def buys() -> list[str]:
-    """Milliseconds and MBU of each rung, for one row and for 32, with a link to what it changes."""
-    runs = [read(RESULTS / f"{name}.json")["rows"] for name in ("ladder", "ladder-32")]
-    lines = ["| adds | 1 row: ms | MBU | 32 rows: ms | MBU |", "|---|---:|---:|---:|---:|"]
-    for rung in dict.fromkeys(row["arm"] for rows in runs for row in rows):
-        cells = []
-        for rows in runs:
-            row: Found = next((row for row in rows if row["arm"] == rung), {})
-            measured = row.get("tpot_ms") is not None
-            cells += [f"{row['tpot_ms']:.2f}", f"{row['mbu']:.0%}"] if measured else ["n/a", ""]
-        lines.append(f"| {rung_link(rung)} | {' | '.join(cells)} |")
-    return lines
+    """Each rung of the ladder with what it brings, then a line about 32 rows."""
+    lines = ["| adds | ms a token | of the memory's bandwidth |", "|---|---:|---:|"]
+    for row in read(RESULTS / "ladder.json")["rows"]:
+        lines.append(f"| {rung_link(row['arm'])} | {row['tpot_ms']:.2f} | {row['mbu']:.0%} |")
+    off, fused = read(RESULTS / "kernels" / "batch-32.json")["rows"]
+    both = " and ".join(f"`{name}`" for name in fused["arm"].split(" + "))
+    steps = f"{off['tpot_ms']:.1f} ms a step with all switches off, {fused['tpot_ms']:.1f} ms"
+    return [*lines, "", f"32 rows: {steps} with {both} ({fused['mbu']:.0%})."]
 
 
 def rung_link(rung: str) -> str:
