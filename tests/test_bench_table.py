@@ -235,7 +235,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("options", "name", "form"),
-    [([], "a.json", "json"), ([], "a.csv", "csv"), (["-o", "json"], "a.txt", "json")],
+    [
+        ([], "a.json", "json"),
+        ([], "a.csv", "csv"),
+        (["-o", "json"], "a.txt", "json"),
+        (["-o", "md"], "a.json", "json"),
+    ],
 )
 def test_an_output_file_holds_the_result_and_the_table_is_printed(
     options: list[str],
