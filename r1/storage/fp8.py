@@ -1,8 +1,10 @@
-"""R1's FP8 blocks: e4m3 numbers, with one fp32 scale for each block of 128 x 128.
+"""FP8: e4m3 numbers that share a scale, R1's in blocks of 128 x 128 with an fp32 scale each.
 
-(V3 paper, section 3.3.) A matrix (out, in) has a grid of ceil(out / 128) x ceil(in / 128) scales.
-A checkpoint names them `weight_scale_inv`; they *multiply* the stored numbers. Blocks at the lower
-and right edges are cropped.
+(V3 paper, section 3.3.) `Fp8` is the storage: the numbers stay as they are, with a scale for each
+block, row or matrix. `quantize` and `dequantize` convert whole matrices in blocks. A matrix
+(out, in) has a grid of ceil(out / 128) x ceil(in / 128) scales. A checkpoint names them
+`weight_scale_inv`; they *multiply* the stored numbers. Blocks at the lower and right edges are
+cropped.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.errors import InputError
+from r1.storage.codes import Codes
+from r1.storage.quantized import Quantized
+from r1.storage.spec import Spec
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -90,3 +95,28 @@ def _bands(rows: int, columns: int, height: int) -> list[tuple[int, int]]:
     whole = rows // height * height
     cuts = [*range(0, whole, step), whole] + ([rows] if rows > whole else [])
     return [(a, b) for a, b in pairwise(cuts) if b > a]
+
+
+class Fp8(Quantized):
+    """q is e4m3 (..., out, in), as R1's files hold it. There are no zero points."""
+
+    KIND = "fp8"
+    NAMES = ("weight", "weight_scale_inv", "weight_zero_point", "weight_g_idx")
+
+    @staticmethod
+    def pack(q: Tensor) -> Tensor:
+        return q
+
+    @staticmethod
+    def unpack(q: Tensor, columns: int) -> Tensor:
+        """e4m3 -> fp32: a GPU's own cast is fast, a CPU's is not."""
+        return q.float() if q.is_cuda or q.is_meta else _widen(q).mul_(256)
+
+    @staticmethod
+    def packed_shape(shape: tuple[int, ...]) -> tuple[tuple[int, ...], torch.dtype]:
+        return shape, E4M3
+
+    @classmethod
+    def quantize(cls, weight: Tensor, spec: Spec) -> dict[str, Tensor]:
+        q, scale = quantize(weight, spec.block(weight.shape))
+        return cls.encode(Codes(q, scale))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from r1.storage.dense import Dense
 from r1.storage.matrix import Matrix
+from r1.storage.quantized import Quantized, stack_rows
 
 
 class Part(Matrix):
@@ -29,6 +30,14 @@ class Part(Matrix):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.whole.dense(dtype)[..., self.start : self.stop, :]
+
+    def one(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.whole.one(index, dtype)[self.start : self.stop]
+
+    def pick(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if len(self.shape) == 2:  # rows
+            return self.whole.pick(ids + self.start, dtype)
+        return self.whole.pick(ids, dtype)[:, self.start : self.stop]
 
     def stored(self, rows: slice = slice(None)) -> dict[str, Tensor]:
         first, last, _ = rows.indices(self.stop - self.start)
@@ -50,15 +59,29 @@ class Joint:
     """Rows of each part."""
 
 
-def join(*matrices: Matrix) -> tuple[Part, ...]:
-    """Copy dense matrices of one input size into a single one; returns its parts, in order."""
-    whole = Dense(torch.cat([matrix.dense() for matrix in matrices], dim=-2))
+def join(*matrices: Matrix) -> tuple[Matrix, ...]:
+    """Copy matrices of one input size and one storage into a single one; its parts, in order.
+
+    Returns the matrices themselves where they can't be one: their storages differ, or a block that
+    shares a scale would reach from one into the next.
+    """
+    whole = _whole(matrices)
+    if whole is None:
+        return matrices
     sizes = [matrix.shape[-2] for matrix in matrices]
     ends = list(itertools.accumulate(sizes))
     parts = tuple(Part(whole, end - size, end) for size, end in zip(sizes, ends, strict=True))
     for part in parts:
         part.joint = Joint(whole, parts, sizes)
     return parts
+
+
+def _whole(matrices: Sequence[Matrix]) -> Matrix | None:
+    """The matrices, one above the other, as one. None where that can't be."""
+    if all(isinstance(matrix, Dense) for matrix in matrices):
+        return Dense(torch.cat([matrix.dense() for matrix in matrices], dim=-2))
+    quantized = [matrix for matrix in matrices if isinstance(matrix, Quantized)]
+    return stack_rows(*quantized) if len(quantized) == len(matrices) else None
 
 
 def products(product: Callable[[Matrix], Tensor], *matrices: Matrix) -> Sequence[Tensor]:
