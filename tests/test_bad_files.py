@@ -677,11 +677,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "model_type a list": ({"model_type": ["deepseek_v3"]}, "model_type is "),
     "hidden_act a list": ({"hidden_act": ["silu"]}, "hidden_act is "),
     # quantization
-    "awq": (
-        {"quantization_config": {"quant_method": "awq", "bits": 4}},
-        "quant_method = 'awq', but r1 reads only fp8",
+    "bitsandbytes": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "quant_method = 'bitsandbytes', but r1 reads only fp8, .*: load it in transformers",
     ),
-    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "quant_method = 'gptq'"),
     "no method": ({"quantization_config": {"bits": 8}}, "quant_method = None"),
     "quantization a word": ({"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
     "e5m2": (

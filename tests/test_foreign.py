@@ -26,10 +26,16 @@ def test_modelopt_is_told_by_name(sound: Path) -> None:
     rewrite(sound, lambda t: t.update({key: torch.ones(())}))
     config = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (sound / "hf_quant_config.json").write_text(json.dumps(config))
-    with refused(r"hf_quant_config\.json: .* ModelOpt \(NVFP4\), .* get the model's own"):
+    with refused(r"up_proj\.weight_scale_2, for which config\.json's model has no place"):
+        load(sound)
+    plain = json.loads((sound / "config.json").read_text()) | {"quantization_config": None}
+    (sound / "config.json").write_text(json.dumps(plain))
+    config["quantization"] = {"quant_algo": "W4A8_AWQ"}
+    (sound / "hf_quant_config.json").write_text(json.dumps(config))
+    with refused(r"hf_quant_config\.json: .* quant_algo = 'W4A8_AWQ', .* NVFP4 or FP8: get the"):
         load(sound)
     (sound / "hf_quant_config.json").write_text("[]")
-    with refused(r"ModelOpt \(an unknown format\)"):
+    with refused(r"hf_quant_config\.json can't be read \(TypeError"):
         load(sound)
 
 

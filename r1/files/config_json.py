@@ -13,7 +13,10 @@ from typing import Any
 from r1.errors import InputError
 from r1.files.foreign import check_gguf, no_folder
 from r1.files.json_fields import Fields
+from r1.files.quantized import methods
+from r1.files.quantized.recognize import recognize, stored
 from r1.files.rope_fields import read_rope
+from r1.files.shards import entries_of, has_shards
 from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat
 from r1.reading import read_json
 
@@ -37,7 +40,10 @@ ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def load_config(directory: str | Path) -> Config:
-    """Read `directory/config.json`. Raises InputError that names the wrong folder or field."""
+    """Read `directory/config.json`, and of quantized weights the headers of the shards.
+
+    Raises InputError that names the wrong folder or field.
+    """
     directory = Path(directory)
     path = directory / "config.json"
     holds = "a checkpoint's folder holds config.json and *.safetensors"
@@ -58,7 +64,12 @@ def load_config(directory: str | Path) -> Config:
         raise InputError(f"{path} can't be read as JSON ({error}): download it again") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no JSON object: download it again")
-    return parse_config(raw, str(path))
+    config = parse_config(raw, str(path))
+    declared = methods.declared_in(directory)
+    if declared is None or not has_shards(directory):
+        return config
+    entries = entries_of(directory, unlisted=declared.unlisted)
+    return config.change(stored=stored(recognize(entries, declared).found.values()))
 
 
 def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
@@ -110,7 +121,7 @@ def dump_config(config: Config) -> dict[str, Any]:
     for part in ("attention", "experts", "files"):
         out |= out.pop(part)
     yarn, block, eos = out.pop("yarn"), out.pop("fp8_block"), config.eos_token_ids
-    del out["eos_token_ids"]
+    del out["eos_token_ids"], out["stored"]
     version = "V3" if config.model_type == "deepseek_v3" else "V2"
     out["architectures"] = [f"Deepseek{version}ForCausalLM"]
     out["num_key_value_heads"] = config.attention.num_attention_heads
@@ -164,25 +175,14 @@ def read_experts(f: Fields, family: str) -> ExpertShape:
 
 
 def read_fp8_block(f: Fields) -> tuple[int, int] | None:
-    """Read the shape of FP8 blocks. None if there is no quantization_config."""
-    name = "quantization_config"
-    quantization = f.get(name)
-    if quantization is None:
+    """Read the shape of R1's FP8 blocks. None if the weights are in another format, or in none."""
+    f.get("quantization_config")
+    f.get("compression_config")
+    where, description = methods.find(f.raw, f.where)
+    if description is None:
         return None
-    if not isinstance(quantization, dict):
-        raise f.fail(name, f"is {quantization!r}, which is no JSON object")
-    method = quantization.get("quant_method")
-    if method != "fp8":
-        problem = f"has quant_method = {method!r}, but r1 reads only fp8 (e4m3, one scale a block)"
-        raise f.fail(name, problem)
-    if quantization.get("fmt", "e4m3") != "e4m3":
-        raise f.fail(name, f"has fmt = {quantization['fmt']!r}, but r1 reads only e4m3")
-    block: Any = quantization.get("weight_block_size")
-    pair = isinstance(block, list) and len(block) == 2
-    if not pair or not all(isinstance(size, int) and size > 0 for size in block):
-        problem = f"has weight_block_size = {block!r}, not two whole numbers such as [128, 128]"
-        raise f.fail(name, problem)
-    return block[0], block[1]
+    declared = methods.parse(description, where)
+    return declared.block if declared.method == "fp8" else None
 
 
 def check(f: Fields, c: Config) -> None:

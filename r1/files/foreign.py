@@ -20,28 +20,8 @@ of the address's slashes."""
 GGUF = "GGUF, the format of llama.cpp, which r1 does not read"
 ORIGINAL = "get the model's own repository, with its safetensors"
 
-MODELOPT = "hf_quant_config.json"
-"""NVIDIA's ModelOpt describes its quantization here, and not in config.json."""
 FUSED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 """Endings of the tensors in which transformers 5 keeps all experts of a layer."""
-
-
-def check_quantizer(directory: Path) -> None:
-    """Raise InputError for a folder that ModelOpt quantized.
-
-    It comes before the index is read, for that may not list the quantized tensors.
-    """
-    path = directory / MODELOPT
-    if not check_file(path):
-        return
-    try:
-        algorithm = read_json(path)["quantization"]["quant_algo"]
-    except (OSError, ValueError, KeyError, TypeError):
-        algorithm = "an unknown format"
-    raise InputError(
-        f"{path}: the weights are quantized by ModelOpt ({algorithm}), which r1 does not read: get "
-        "the model's own repository, in bf16 or FP8 blocks"
-    )
 
 
 def check_gguf(directory: Path) -> None:

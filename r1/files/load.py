@@ -1,29 +1,32 @@
-"""Safetensors -> the model: strict, tensor by tensor, straight to where each belongs.
+"""Safetensors -> the model: strict, weight by weight, straight to where each belongs.
 
-Each tensor is copied from the mapped file to its place in the model, on its device and in its
-dtype, so there is never a second copy. FP8 blocks become the model's dtype on the way. Every key of
-the files is used, skipped knowingly (`Report` says why), or an error.
+Each weight is copied from the mapped file to its place in the model, on its device and in the
+format of that place (fill.py), so there is never a second copy, nor a model that is not quantized
+yet. Every key of the files is used, skipped knowingly (`Report` says why), or an error.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from r1.errors import InputError
-from r1.files.foreign import check_fused, check_quantizer
-from r1.files.names import elsewhere, places
+from r1.files.fill import check_finite, fill_found, fill_plain
+from r1.files.foreign import check_fused
+from r1.files.names import Slot, elsewhere, slots
 from r1.files.progress import Progress
-from r1.files.shards import DTYPES, Entry, entries_of, some, stream
+from r1.files.quantized import methods
+from r1.files.quantized.recognize import Recognized, recognize, stack_name
+from r1.files.shards import DTYPES, entries_of, one, some, stream, width
 from r1.model.transformer import Transformer
 from r1.placement.placement import Part, Placement
-from r1.storage import fp8
 
-SCALE = "_scale_inv"
-"""The ending of FP8 scales' names, after the weight's."""
+Shapes = dict[str, tuple[int, ...]]
+"""The shapes of whole weights by key."""
 
 
 @dataclass
@@ -53,45 +56,54 @@ def load(
     FP8 weights without sound scales.
     """
     directory = Path(directory)
-    check_quantizer(directory)
-    entries = entries_of(directory)
+    declared = methods.declared_in(directory)
+    entries = entries_of(directory, unlisted=declared is not None and declared.unlisted)
     check_fused(directory, entries)
-    wanted = places(model)
-    report = Report()
-    scales = {key: entries.pop(key) for key in list(entries) if key.endswith(SCALE)}
-    for key, reason in _left_out(entries, wanted, model).items():
-        report.skipped.setdefault(reason, []).append(key)
-        del entries[key]
-        scales.pop(key + SCALE, None)
-    _check_keys(directory, entries, scales, wanted)
-    parts = {key: (placement or Placement()).part(key, e.shape) for key, e in entries.items()}
-    for key, entry in entries.items():
-        _check_entry(entry, parts[key], tuple(wanted[key].shape))
-        if entry.dtype == "F8_E4M3":
-            _check_fp8(entry, scales.get(key + SCALE), model.config.files.fp8_block)
-    block, scale = model.config.files.fp8_block, _read_scales(scales)
-
-    total = sum(wanted[key].numel() * DTYPES[e.dtype].itemsize for key, e in entries.items())
-    with Progress(f"loading {directory.name}", total, quiet) as progress, torch.no_grad():
-        for key, first, source in stream(entries, parts):
-            place = wanted[key]
-            if entries[key].dtype == "F8_E4M3":
-                assert block is not None  # _check_fp8
-                grid = fp8.part(scale[key + SCALE], block, *parts[key])
-                fp8.dequantize(source.to(place.device), grid.to(place.device), block, out=place)
-            else:
-                place[first : first + source.shape[0]].copy_(source)
-            report.nbytes += source.nbytes
-            progress.add(source.nbytes)
-        _check_finite(entries, wanted)
+    wanted, report = slots(model), Report()
+    files = recognize(entries, declared)
+    if files.unused:
+        report.skipped["r1 does not quantize activations or the cache"] = files.unused
+    _check_biases(files)
+    for key, reason in _left_out(files.keys(), wanted, model).items():
+        report.skipped.setdefault(reason, []).extend(files.remove(key))
+    _check_keys(directory, files, wanted)
+    shapes = {key: _shape(files, key, wanted[key], placement) for key in wanted}
+    parts = {key: (placement or Placement()).part(key, shape) for key, shape in shapes.items()}
+    for key, slot in wanted.items():
+        _check(files, key, shapes[key], parts[key], slot, model)
+    _read(directory.name, files, wanted, shapes, parts, report, quiet)
     return report
 
 
-def _left_out(
-    entries: dict[str, Entry], wanted: dict[str, Tensor], model: Transformer
-) -> dict[str, str]:
+def _read(
+    name: str, files: Recognized, wanted: dict[str, Slot], shapes: Shapes,
+    parts: dict[str, Part], report: Report, quiet: bool,
+) -> None:  # fmt: skip
+    """Read every weight into its slot, in the order in which they lie in the files."""
+    mains = {key: files.main(key) for key in wanted}
+    regions = {key: _region(files, key, parts[key]) for key in wanted}
+    whole = {key for key, slot in wanted.items() if slot.spec or key in files.found}
+    beside = {
+        key: {e: entry for e, entry in found.tensors.items() if e != found.format.main}
+        for key, found in files.found.items()
+    }
+    total = sum(math.prod(p.stop - p.start for p in regions[k]) * width(mains[k]) for k in mains)
+    with Progress(f"loading {name}", total, quiet) as progress, torch.no_grad():
+        for piece in stream(mains, regions, whole, beside):
+            key = piece.key
+            if key in files.found:
+                fill_found(wanted[key], files.found[key], piece, parts[key], shapes[key])
+            else:
+                fill_plain(wanted[key], piece)
+            report.nbytes += piece.rows.nbytes
+            progress.add(piece.rows.nbytes)
+        for key, slot in wanted.items():
+            check_finite(key, slot, mains[key].path)
+
+
+def _left_out(keys: Collection[str], wanted: Collection[str], model: Transformer) -> dict[str, str]:
     """The keys that this model has no place for and may go without, with the reason."""
-    surplus = [key for key in entries if key not in wanted]
+    surplus = [key for key in keys if key not in wanted]
     others = elsewhere(model) if surplus else set()
     reasons = {key: _why_skipped(key, model, others) for key in surplus}
     return {key: reason for key, reason in reasons.items() if reason}
@@ -118,82 +130,62 @@ def _why_skipped(key: str, model: Transformer, others: set[str]) -> str | None:
     return "the MTP layer shares the model's embedding and output head" if shared else None
 
 
-_NOTHING = Entry(Path(), "", (), "")
-
-
-def _check_keys(
-    directory: Path, entries: dict[str, Entry], scales: dict[str, Entry], wanted: dict[str, Tensor]
-) -> None:
+def _check_keys(directory: Path, files: Recognized, wanted: Collection[str]) -> None:
     """Compare the keys with the model's, before a weight is read."""
-    missing = [key for key in wanted if key not in entries]
+    keys = files.keys()
+    missing = [key for key in wanted if key not in keys]
     if missing:
         wrong = "config.json and the files are not of one model"
         raise InputError(f"{directory} lacks {some(missing)}: {wrong}")
-    surplus = [key for key in entries if key not in wanted]
-    weights = {key: entries.get(key.removesuffix(SCALE), _NOTHING) for key in scales}
-    surplus += [key for key, weight in weights.items() if weight.dtype != "F8_E4M3"]
+    surplus = [key for key in keys if key not in wanted]
     if surplus:
         wrong = "for which config.json's model has no place"
         raise InputError(f"{directory} has {some(surplus)}, {wrong}")
 
 
-def _check_entry(entry: Entry, part: Part, shape: tuple[int, ...]) -> None:
-    """Compare one header with the tensor that its part is loaded to."""
-    if tuple(cut.stop - cut.start for cut in part) != shape:
+def _check_biases(files: Recognized) -> None:
+    """Old GPTQ writers give each matrix a bias of zeros. Raises InputError for any other."""
+    for entry in files.biases:
+        if bool(one(entry).any()):
+            raise InputError(
+                f"{entry.path}: {entry.key} is not 0, and this family's matrices have no bias: "
+                "compare the file with its publisher's"
+            )
+
+
+def _shape(files: Recognized, key: str, slot: Slot, placement: Placement | None) -> tuple[int, ...]:
+    """The whole weight's shape in the files."""
+    found = files.found.get(key)
+    if found is None:
+        return files.plain[key].shape
+    whole = placement is None or type(placement) is Placement
+    return found.shape(slot.shape if whole else found.format.shape(found.tensors, found.declared))
+
+
+def _region(files: Recognized, key: str, part: Part) -> Part:
+    """What is read of the tensor that holds the numbers: packed ones whole, for others the part."""
+    found = files.found.get(key)
+    return part if found is None else tuple(slice(0, size) for size in found.main.shape)
+
+
+def _check(
+    files: Recognized, key: str, shape: tuple[int, ...], part: Part, slot: Slot, model: Transformer
+) -> None:
+    """Compare the headers with the slot that a weight is loaded to. Raises InputError."""
+    entry, found = files.main(key), files.found.get(key)
+    if tuple(cut.stop - cut.start for cut in part) != slot.shape:
         raise InputError(
-            f"{entry.path}: {entry.key} has shape {entry.shape}, but config.json makes it {shape}"
+            f"{entry.path}: {entry.key} has shape {shape}, but config.json makes it {slot.shape}"
         )
-    if entry.dtype not in DTYPES:
+    if found is not None:
+        found.check((shape[0], shape[1]))
+        return
+    if entry.dtype not in DTYPES or entry.dtype == "F8_E4M3":
         reads = f"r1 reads {', '.join(DTYPES)}"
         raise InputError(f"{entry.path}: {entry.key} is stored as {entry.dtype}; {reads}")
-
-
-def _check_fp8(entry: Entry, scale: Entry | None, block: tuple[int, int] | None) -> None:
-    """Compare an FP8 weight's header with its scales'."""
-    what = f"{entry.path}: {entry.key} is FP8"
-    if len(entry.shape) != 2:
+    name = stack_name(key).removesuffix(".weight")
+    if slot.spec is not None and model.config.files.spec(name) == slot.spec:
         raise InputError(
-            f"{what}, but only matrices come in blocks, and its shape is {entry.shape}"
+            f"{entry.path}: {entry.key} is not quantized, and other experts of its layer are: use "
+            "quant=none"
         )
-    if block is None:
-        lacks = "config.json has no quantization_config to say in what blocks"
-        raise InputError(f"{what}, but {lacks}")
-    if scale is None:
-        raise InputError(f"{what}, but there is no {entry.key + SCALE} to scale it")
-    grid = fp8.grid(entry.shape, block)
-    if scale.shape != grid:
-        makes = f"has shape {scale.shape}; blocks of {block} make it {grid}"
-        raise InputError(f"{scale.path}: {scale.key} {makes}")
-    if scale.dtype not in ("F32", "F16", "BF16"):
-        reads = "r1 reads scales in F32, F16, BF16"
-        raise InputError(f"{scale.path}: {scale.key} is stored as {scale.dtype}; {reads}")
-
-
-def _check_finite(entries: dict[str, Entry], loaded: dict[str, Tensor]) -> None:
-    """Look at what was loaded where it lies, each on its own device; one more read of the weights.
-
-    One NaN is enough to make every logit NaN, and token 0 the answer to everything.
-    """
-    for key, tensor in loaded.items():
-        if not tensor.is_floating_point() or bool(torch.stack(tensor.aminmax()).isfinite().all()):
-            continue
-        name = str(tensor.dtype).removeprefix("torch.")
-        raise InputError(
-            f"{entries[key].path}: {key} holds NaN or infinite values when it is read as {name}: "
-            "compare the file with its publisher's checksum"
-            + (", or load it as bf16 or fp32" if name == "float16" else "")
-        )
-
-
-def _read_scales(scales: dict[str, Entry]) -> dict[str, Tensor]:
-    """All scales, fp32 on the CPU (1/16384 of the weights), checked before any weight is read."""
-    out: dict[str, Tensor] = {}
-    wholes = {key: tuple(slice(0, n) for n in entry.shape) for key, entry in scales.items()}
-    for key, first, source in stream(scales, wholes):
-        if not bool(torch.isfinite(source.float()).all()):
-            holds = f"{key} holds NaN or infinite scales: download it again"
-            raise InputError(f"{scales[key].path}: {holds}")
-        shape = scales[key].shape
-        scale = out.setdefault(key, torch.empty(shape, dtype=torch.float32, device="cpu"))
-        scale[first : first + source.shape[0]] = source
-    return out

@@ -7,51 +7,88 @@ them after the decoder's layers) and the experts, which the model keeps stacked.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from r1.model.moe import Experts
 from r1.model.transformer import Transformer
+from r1.storage.joined import Part
 from r1.storage.matrix import Matrix
+from r1.storage.quantized import Quantized
+from r1.storage.spec import Spec
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
-def places(model: Transformer) -> dict[str, Tensor]:
-    """Views of the model's tensors by checkpoint key, in the model's order.
+@dataclass(frozen=True)
+class Slot:
+    """Where one of the checkpoint's weights lies in the model."""
 
-    One file tensor may be a part of a joined matrix, and several may make one matrix. Buffers that
-    are saved count like parameters. A tied output head is not named twice.
+    views: dict[str, Tensor]
+    """Its tensors as the model stores them, by the endings of their names."""
+    shape: tuple[int, ...]
+    """The weight's own shape."""
+    spec: Spec | None = None
+    """How packed numbers are to be read; None: there is one tensor, the weight itself."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The view of a weight that is stored as it is."""
+        (view,) = self.views.values()
+        return view
+
+
+def slots(model: Transformer) -> dict[str, Slot]:
+    """The model's weights by checkpoint key, in the model's order.
+
+    One weight may be a part of a joined matrix, and several may make one matrix. Buffers that are
+    saved count like parameters. A tied output head is not named twice. The key is `NAME.weight`
+    also where the model stores packed numbers.
     """
-    out: dict[str, Tensor] = {}
+    out: dict[str, Slot] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, Matrix):
             continue  # its owner tells its names
-        for key, tensor in _tensors(module, _key(name, model), seen):
-            out[key] = tensor
+        out.update(_slots(module, _key(name, model), seen))
     return out
 
 
-def _tensors(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors that a module owns itself."""
+def places(model: Transformer) -> dict[str, Tensor]:
+    """Views of the model's tensors by checkpoint key: those of `slots`, one by one."""
+    return {
+        f"{key.rpartition('.')[0]}.{ending}": view
+        for key, slot in slots(model).items()
+        for ending, view in slot.views.items()
+    }
+
+
+def _slots(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, Slot]]:
+    """The checkpoint's weights that a module owns itself."""
     if isinstance(module, Experts):
-        stacks = [(name, getattr(module, name).stored()) for name in EXPERT_MATRICES]
+        stacks = [(name, getattr(module, name)) for name in EXPERT_MATRICES]
+        stored = [(name, stack, stack.stored()) for name, stack in stacks]
         for place, expert in enumerate(module.ids):
-            for name, stored in stacks:
-                for ending, tensor in stored.items():
-                    yield f"{key}.{expert}.{name}.{ending}", tensor[place]
+            for name, stack, tensors in stored:
+                views = {ending: tensor[place] for ending, tensor in tensors.items()}
+                yield f"{key}.{expert}.{name}.weight", _slot(stack, views)
         return
     matrix = getattr(module, "matrix", None)
     if isinstance(matrix, Matrix) and id(matrix) not in seen:
         seen.add(id(matrix))
-        for ending, tensor in matrix.stored().items():
-            yield f"{key}.{ending}", tensor
-    for name, tensor in module.named_parameters(recurse=False):
-        yield f"{key}.{name}", tensor.data
+        yield f"{key}.weight", _slot(matrix, matrix.stored())
+    for name, parameter in module.named_parameters(recurse=False):
+        yield f"{key}.{name}", Slot({name: parameter.data}, tuple(parameter.shape))
     for name, tensor in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
-            yield f"{key}.{name}", tensor
+            yield f"{key}.{name}", Slot({name: tensor}, tuple(tensor.shape))
+
+
+def _slot(matrix: Matrix, views: dict[str, Tensor]) -> Slot:
+    whole = matrix.whole if isinstance(matrix, Part) else matrix
+    spec = whole.spec if isinstance(whole, Quantized) else None
+    return Slot(views, tuple(matrix.shape[-2:]), spec)
 
 
 def _key(name: str, model: Transformer) -> str:

@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from r1.files.config_json import dump_config
-from r1.files.load import SCALE
 from r1.files.names import is_projection, places
 from r1.files.shards import INDEX, SINGLE
 from r1.model.transformer import Transformer
 from r1.storage import fp8
 from r1.writing import new_folder
+
+SCALE = "_scale_inv"
+"""The ending of FP8 scales' names, after the weight's."""
 
 
 def save(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": fp8.E4M3,
 }
-"""The dtypes that r1 reads, by safetensors' names."""
+"""The dtypes of weights that r1 reads, by safetensors' names. (Packed numbers: files/quantized.)"""
+_WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 REMAP_BYTES = 256 * 2**20
 """After so many bytes a file is unmapped and mapped anew, which frees the pages that were read."""
 
@@ -54,14 +55,20 @@ class Entry:
     """The file's version when its header was read."""
 
 
-def entries_of(directory: Path) -> dict[str, Entry]:
+def has_shards(directory: Path) -> bool:
+    """Whether there is anything beside config.json that may hold weights."""
+    return any(path.name.endswith((".safetensors", INDEX)) for path in files_in(directory))
+
+
+def entries_of(directory: Path, *, unlisted: bool = False) -> dict[str, Entry]:
     """Every tensor of the checkpoint, from its files' headers. No weight is read yet.
 
-    Raises InputError for files that are missing or corrupt, and an index that contradicts them.
+    `unlisted`: the index may omit tensors, as ModelOpt's does. Raises InputError for files that are
+    missing or corrupt, and an index that contradicts them.
     """
     index = directory / INDEX
     if check_file(index):
-        return _indexed(directory, index)
+        return _indexed(directory, index, unlisted)
     files = files_in(directory)
     shards = [path for path in files if path.name.endswith(".safetensors")]
     if directory / SINGLE in shards:
@@ -86,7 +93,7 @@ def entries_of(directory: Path) -> dict[str, Entry]:
     )
 
 
-def _indexed(directory: Path, index: Path) -> dict[str, Entry]:
+def _indexed(directory: Path, index: Path, unlisted: bool) -> dict[str, Entry]:
     """The tensors of all files that the index names; both must agree."""
     weight_map = _weight_map(index)
     entries: dict[str, Entry] = {}
@@ -104,7 +111,7 @@ def _indexed(directory: Path, index: Path) -> dict[str, Entry]:
             raise InputError(f"{index} names {name}, {lacks}")
     for name in names:
         for key, entry in _header(directory / name).items():
-            if weight_map.get(key) != name:
+            if weight_map.get(key) != name and not (unlisted and key not in weight_map):
                 told = f"in {weight_map[key]}" if key in weight_map else "nowhere"
                 has = f"but {INDEX} has it {told}: download both again"
                 raise InputError(f"{directory / name} holds {key!r}, {has}")
@@ -172,19 +179,37 @@ def _check_version(path: Path, version: Version) -> None:
         )
 
 
-def stream(entries: dict[str, Entry], parts: dict[str, Part]) -> Iterator[tuple[str, int, Tensor]]:
-    """Read `parts` of tensors, shard after shard: yields key, first row within the part, and rows.
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a tensor's part, as a view of the mapped file."""
 
-    The rows are views of the mapped file. Large tensors come in pieces (FP8 ones never), so no more
-    than 2 REMAP_BYTES are mapped and read at a time, however large an embedding is.
+    key: str
+    first: int
+    """The first row's number within the part."""
+    rows: Tensor
+    beside: dict[str, Tensor]
+    """The tensors that belong to it, by their endings: a quantized matrix's scales."""
+
+
+def stream(
+    entries: dict[str, Entry],
+    parts: dict[str, Part],
+    whole: Collection[str] = (),
+    beside: Mapping[str, Mapping[str, Entry]] | None = None,
+) -> Iterator[Piece]:
+    """Read `parts` of tensors, shard after shard.
+
+    Large tensors come in pieces, but those of `whole` never. So no more than 2 REMAP_BYTES are
+    mapped and read at a time, however large an embedding is. `beside` names tensors that are read
+    with a tensor; they may lie in another shard.
     """
+    beside = beside or {}
     by_shard: dict[Path, list[tuple[str, slice]]] = {}  # in the order in which they lie in the file
     versions = {entry.path: entry.version for entry in entries.values()}
     for key, entry in entries.items():
-        rows, *rest = parts[key]
+        rows, *rest = parts[key] or (slice(0, 1),)
         width = math.prod(part.stop - part.start for part in rest)
-        whole = entry.dtype == "F8_E4M3"
-        height = rows.stop - rows.start if whole else max(1, REMAP_BYTES // (4 * width))
+        height = rows.stop - rows.start if key in whole else max(1, REMAP_BYTES // (4 * width))
         starts = range(rows.start, rows.stop, height)
         cuts = [slice(start, min(start + height, rows.stop)) for start in starts]
         by_shard.setdefault(entry.path, []).extend((key, cut) for cut in cuts)
@@ -196,10 +221,27 @@ def stream(entries: dict[str, Entry], parts: dict[str, Part]) -> Iterator[tuple[
                 while pending and read < REMAP_BYTES:
                     key, cut = pending.pop()
                     region = (cut, *parts[key][1:])
-                    source = shard.get_slice(key)[region]
-                    yield key, cut.start - parts[key][0].start, source
-                    read += source.nbytes
-                    del source
+                    source = shard.get_slice(key)[region] if parts[key] else shard.get_tensor(key)
+                    more = {
+                        ending: shard.get_tensor(each.key) if each.path == path else one(each)
+                        for ending, each in beside.get(key, {}).items()
+                    }
+                    first = cut.start - parts[key][0].start if parts[key] else 0
+                    yield Piece(key, first, source, more)
+                    read += source.nbytes + sum(tensor.nbytes for tensor in more.values())
+                    del source, more
+
+
+def width(entry: Entry) -> int:
+    """Bytes of one of a tensor's numbers."""
+    return _WIDTHS.get(entry.dtype, 1)
+
+
+def one(entry: Entry) -> Tensor:
+    """A whole tensor."""
+    with _opened(entry.path, entry.version) as shard:
+        tensor: Tensor = shard.get_tensor(entry.key)
+        return tensor
 
 
 def some(names: list[str]) -> str:

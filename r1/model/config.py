@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from r1.storage.spec import Spec
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -84,6 +86,20 @@ class FileFormat:
     """How the checkpoint's files store weights."""
 
     fp8_block: tuple[int, int] | None = None  # rows, columns that share a scale; None: no FP8
+    stored: tuple[tuple[Spec, frozenset[str]], ...] = ()
+    """The formats that memory can keep, each with the names of its matrices.
+
+    A stack of experts has one name, its modules' without their numbers. config.json does not tell
+    this: the shards' headers do (files/quantized)."""
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of storage that memory can keep: all formats are of one. None: there is none."""
+        return self.stored[0][0].kind if self.stored else None
+
+    def spec(self, name: str) -> Spec | None:
+        """The format of a matrix, or of a stack of experts. None: it is not quantized."""
+        return next((spec for spec, names in self.stored if name in names), None)
 
 
 @dataclass(frozen=True)
