@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from r1.device import DTYPES, available_bytes, torch_device
 from r1.errors import InputError, setting
 from r1.files.load import Report, load
-from r1.files.names import places
+from r1.files.names import EXPERT_MATRICES, key_of, slots
 from r1.model.config import Config
 from r1.model.layers import MLP, Linear
 from r1.model.mla import MLA
@@ -22,7 +22,10 @@ from r1.model.router import Router
 from r1.model.transformer import Transformer
 from r1.placement.placement import Placement
 from r1.storage.joined import join
+from r1.storage.kinds import KINDS
+from r1.storage.matrix import Matrix
 from r1.switches.backend import Backend
+from r1.switches.precision import spec_of
 from r1.switches.strategies import ATTENTION, EXPERTS
 
 HEADROOM = 256 * 2**20
@@ -82,12 +85,14 @@ def sketch(
             depths = range(config.num_nextn_predict_layers)
             model.mtp.extend(MTPLayer(config, depth) for depth in depths)
         (placement or Placement()).arrange(model)
-        if backend.join == "on":
-            join_matrices(model)
     model.to(DTYPES[backend.dtype])
     for module in model.modules():
         if isinstance(module, Router):
             module.float()  # under every dtype: see router.py
+    with torch.device("meta"):
+        quantize_matrices(model, backend)
+        if backend.join == "on":
+            join_matrices(model)
     return model
 
 
@@ -128,12 +133,35 @@ def _check_fits(needed: int, device: torch.device, backend: Backend, cut: str | 
     available = available_bytes(device)
     if needed > available:
         halved = backend.dtype == "fp32" and backend.amp == "off" and needed / 2 <= available
-        could = [setting("dtype", "bf16") if halved else None, cut, "a larger machine"]
+        packed = setting("quant", "int4") if backend.quant != "int4" else None
+        could = [setting("dtype", "bf16") if halved else None, packed, cut, "a larger machine"]
         advice = " or ".join(each for each in could if each)
         free = f"{backend.device} has {available / 1e9:.1f} GB free"
-        raise InputError(
-            f"the model needs {needed / 1e9:.1f} GB in {backend.dtype} and {free}: use {advice}"
+        stored = (
+            backend.dtype if backend.quant == "none" else f"{backend.dtype} and {backend.quant}"
         )
+        raise InputError(
+            f"the model needs {needed / 1e9:.1f} GB in {stored} and {free}: use {advice}"
+        )
+
+
+def quantize_matrices(model: Transformer, backend: Backend) -> None:
+    """Give each matrix the storage that a resolved `quant` asks for, with no numbers yet."""
+    files = model.config.files
+
+    def storage(matrix: Matrix, name: str) -> Matrix:
+        spec = spec_of(name, files, backend.quant)
+        if spec is None:
+            return matrix
+        return KINDS[spec.kind].empty(spec, matrix.shape, DTYPES[backend.dtype])
+
+    for path, module in model.named_modules():
+        name = key_of(path, model)
+        if isinstance(module, Linear):
+            module.matrix = storage(module.matrix, name)
+        elif isinstance(module, Experts):
+            for each in EXPERT_MATRICES:
+                setattr(module, each, storage(getattr(module, each), f"{name}.{each}"))
 
 
 def join_matrices(model: nn.Module) -> None:
@@ -154,19 +182,31 @@ def _join(*layers: Linear) -> None:
 
 
 def randomize(model: Transformer, seed: int) -> None:
-    """Set every tensor from `seed`: the same bf16 numbers in every dtype, joined or not."""
+    """Set every tensor from `seed`: the same bf16 numbers in every dtype, joined or not.
+
+    Quantized matrices are made of the same numbers, one by one, so the model is never held as it
+    was before.
+    """
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
-        for key, place in places(model).items():
+        for key, slot in slots(model).items():
             if key.endswith("e_score_correction_bias"):
-                place.zero_()
-            elif place.dim() == 1:
-                place.fill_(1.0)
+                slot.weight.zero_()
+            elif len(slot.shape) == 1:
+                slot.weight.fill_(1.0)
+            elif slot.spec is None:
+                _draw(slot.weight, generator)
             else:
-                for part in place.view(-1).split(DRAW_ELEMENTS):
-                    drawn = torch.empty(part.shape, dtype=torch.float32, device=device)
-                    part.copy_(drawn.normal_(0.0, 0.02, generator=generator).bfloat16())
+                drawn = torch.empty(slot.shape, dtype=torch.bfloat16, device=device)
+                _draw(drawn, generator)
+                slot.fill(KINDS[slot.spec.kind].quantize(drawn, slot.spec))
+
+
+def _draw(place: Tensor, generator: torch.Generator) -> None:
+    for part in place.view(-1).split(DRAW_ELEMENTS):
+        drawn = torch.empty(part.shape, dtype=torch.float32, device=part.device)
+        part.copy_(drawn.normal_(0.0, 0.02, generator=generator).bfloat16())
 
 
 def finish(model: Transformer, backend: Backend) -> Transformer:
@@ -193,4 +233,10 @@ def parameters(module: nn.Module) -> int:
 
 def count_parameters(config: Config, *, mtp: bool = False) -> int:
     """How many numbers a model of this config has, with its MTP layers or without."""
-    return parameters(sketch(config, Backend(dtype="fp32", join="off"), mtp=mtp))
+    return parameters(sketch(config, Backend(dtype="fp32", join="off", quant="none"), mtp=mtp))
+
+
+def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:
+    """Bytes of all tensors as a resolved `backend` stores them, in its dtype and quantized."""
+    model = sketch(config, backend, mtp=mtp)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

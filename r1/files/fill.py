@@ -13,7 +13,6 @@ All of it happens on the device of the place, one matrix at a time.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from r1.errors import InputError
 from r1.files.names import Slot
@@ -35,7 +34,7 @@ def fill_plain(slot: Slot, piece: Piece) -> None:
         place.copy_(piece.rows)
         return
     device = next(iter(slot.views.values())).device
-    _fill(slot, KINDS[slot.spec.kind].quantize(piece.rows.to(device), slot.spec))
+    slot.fill(KINDS[slot.spec.kind].quantize(piece.rows.to(device), slot.spec))
 
 
 def fill_found(slot: Slot, found: Found, piece: Piece, mine: Part, wanted: tuple[int, ...]) -> None:
@@ -55,12 +54,12 @@ def fill_found(slot: Slot, found: Found, piece: Piece, mine: Part, wanted: tuple
     if spec is None:
         weight = found.format.dense(values, spec, shape, d)[rows, columns]
     elif spec == slot.spec and whole:
-        _fill(slot, found.format.packed(values, spec, shape, d))
+        slot.fill(found.format.packed(values, spec, shape, d))
         return
     else:
         codes = part(found.format.codes(values, spec, shape, d), spec, rows, columns)
         if spec == slot.spec:
-            _fill(slot, KINDS[spec.kind].encode(codes))
+            slot.fill(KINDS[spec.kind].encode(codes))
             return
         if spec.kind == "fp8" and slot.spec is None and codes.zero is None:
             # The fast way for whole checkpoints: no fp32 copy of the matrix.
@@ -71,12 +70,7 @@ def fill_found(slot: Slot, found: Found, piece: Piece, mine: Part, wanted: tuple
     if slot.spec is None:
         slot.weight.copy_(weight)
     else:
-        _fill(slot, KINDS[slot.spec.kind].quantize(weight, slot.spec))
-
-
-def _fill(slot: Slot, packed: dict[str, Tensor]) -> None:
-    for ending, view in slot.views.items():
-        view.copy_(packed[ending])
+        slot.fill(KINDS[slot.spec.kind].quantize(weight, slot.spec))
 
 
 def check_finite(key: str, slot: Slot, path: object) -> None:

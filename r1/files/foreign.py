@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from r1.errors import InputError
-from r1.files.folder import LFS, POINTER, check_file, files_in
-from r1.reading import kind, read_json, read_start, status_of
+from r1.files.folder import LFS, POINTER, files_in
+from r1.reading import kind, read_start, status_of
 
 CHECKPOINT = "a checkpoint's folder (config.json + *.safetensors)"
 REPOSITORY = re.compile(r"(?:https?:/+huggingface\.co/)?([\w-][\w.-]*/([\w-][\w.-]*))(/tree/.*)?")

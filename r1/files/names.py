@@ -38,6 +38,11 @@ class Slot:
         (view,) = self.views.values()
         return view
 
+    def fill(self, packed: dict[str, Tensor]) -> None:
+        """Copy a quantized matrix's tensors, named as `views` are."""
+        for ending, view in self.views.items():
+            view.copy_(packed[ending])
+
 
 def slots(model: Transformer) -> dict[str, Slot]:
     """The model's weights by checkpoint key, in the model's order.
@@ -51,7 +56,7 @@ def slots(model: Transformer) -> dict[str, Slot]:
     for name, module in model.named_modules():
         if isinstance(module, Matrix):
             continue  # its owner tells its names
-        out.update(_slots(module, _key(name, model), seen))
+        out.update(_slots(module, key_of(name, model), seen))
     return out
 
 
@@ -91,7 +96,7 @@ def _slot(matrix: Matrix, views: dict[str, Tensor]) -> Slot:
     return Slot(views, tuple(matrix.shape[-2:]), spec)
 
 
-def _key(name: str, model: Transformer) -> str:
+def key_of(name: str, model: Transformer) -> str:
     """A module's name in the checkpoint."""
     if name.startswith("mtp."):
         _, depth, *rest = name.split(".", 2)
@@ -111,7 +116,7 @@ def elsewhere(model: Transformer) -> set[str]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     every = range(model.config.experts.n_routed_experts)
     return {
-        f"{_key(name, model)}.{expert}.{matrix}.weight"
+        f"{key_of(name, model)}.{expert}.{matrix}.weight"
         for name, module in found.items()
         for expert in every
         if expert not in module.ids

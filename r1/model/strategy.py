@@ -29,6 +29,7 @@ class Use:
     compiled: bool  # under torch.compile
     captured: bool  # in a CUDA graph
     machine: Callable[[str], str | None]  # from a feature's name: why the machine lacks it, or None
+    quant: str = "none"  # how matrices are stored: the resolved switch
 
     @property
     def dtype_name(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from r1.errors import InputError, setting
 from r1.model.strategy import Strategy
+from r1.storage.kinds import KINDS
 from r1.switches.strategies import ATTENTION, EXPERTS
 
 
@@ -23,6 +24,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "prefill_moe": ("auto", *_for_prompts(EXPERTS)),
         "join": ("auto", "on", "off"),
         "kernels": ("torch", "triton"),
+        "quant": ("auto", "none", *KINDS),
         "speculate": ("off", "mtp"),
         "memory": ("default", "expandable", "empty-cache"),
     }
@@ -74,6 +76,9 @@ class Backend:
     them; empty-cache: what a prompt took is given back before decoding"""
     kernels: str = "torch"
     """triton: hand-written kernels for a whole decode step, attention and experts included"""
+    quant: str = "auto"
+    """how matrices are stored; auto: as the checkpoint has them, but FP8 on a CPU and what kernels
+    can't read become plain numbers, as with none; the others quantize while loading"""
     tune: bool = False
     """search the best launch parameters of `kernels=triton` on this GPU, and keep them in a file"""
     speculate: str = "off"

@@ -28,6 +28,7 @@ def resolve(
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
     backend = _kernels(backend, machine)
+    backend = dataclasses.replace(backend, quant=_quant(backend, config))
     _check_speculation(backend, config)
     uses = {
         phase: _use(backend, config, machine, phase, batch * backend.step_tokens)
@@ -128,12 +129,37 @@ def _kernels(backend: Backend, machine: Machine) -> Backend:
     return dataclasses.replace(backend, attention="triton", moe="triton")
 
 
+def _quant(backend: Backend, config: Config) -> str:
+    """The storage of quantized matrices: for "auto" the files' own, where it can be used."""
+    if backend.quant == "auto":
+        kind = config.files.kind
+        slow = (
+            kind == "fp8" and backend.device == "cpu"
+        )  # it has no FP8 products, and enough memory
+        return "none" if kind is None or slow or _reads_dense(backend) else kind
+    if backend.quant != "none" and (reader := _reads_dense(backend)):
+        raise InputError(
+            f"{reader} reads weights as plain numbers, not as {backend.quant}: use quant=none, or "
+            "leave it out"
+        )
+    return backend.quant
+
+
+def _reads_dense(backend: Backend) -> str | None:
+    """The switch that asks for kernels without a format for quantized weights. None: there is none.
+
+    (attention=triton alone is fine: it reads kv_b_proj, which is never quantized.)
+    """
+    asked = {name: getattr(backend, name) for name in ("kernels", "moe", "prefill_moe")}
+    return next((f"{name}=triton" for name, value in asked.items() if value == "triton"), None)
+
+
 def _use(backend: Backend, config: Config, machine: Machine, phase: str, tokens: int) -> Use:
     captured = backend.cuda_graphs if phase == "decode" else backend.prefill_graphs
     return Use(
         config, phase, DTYPES[backend.compute], tokens, gpu=backend.device != "cpu",
         amp=backend.amp != "off", compiled=backend.compile, captured=captured,
-        machine=machine.why_not,
+        machine=machine.why_not, quant=backend.quant,
     )  # fmt: skip
 
 

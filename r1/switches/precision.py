@@ -1,0 +1,34 @@
+"""Which matrices `quant` leaves in high precision, and why: one table.
+
+The others are the projections of attention, of dense and shared feed-forwards and of routed
+experts, nearly all bytes of a model. What a checkpoint has quantized although it is in this table
+is dequantized while loading.
+"""
+
+from __future__ import annotations
+
+from r1.model.config import FileFormat
+from r1.storage.kinds import USUAL
+from r1.storage.spec import Spec
+
+KEPT = {
+    "embed_tokens": "a token reads one row of it, so fewer bytes save no time",
+    "lm_head": "its error goes straight into the logits, and nothing after it evens it out",
+    "gate": "the router: a small error chooses another expert, and it is a thousandth of a layer",
+    "kv_b_proj": "absorbed attention multiplies by its halves, W_UK and W_UV, head by head in each "
+    "step, which dequantizing first would cost more than it saves",
+    "eh_proj": "joins two vectors of unlike sizes in an MTP layer; R1's files keep it in bf16",
+}
+"""By the last part of the name. Norms are vectors of a few thousand numbers: they are no matrices
+here, and are never quantized."""
+
+
+def spec_of(name: str, files: FileFormat, quant: str) -> Spec | None:
+    """How a matrix, or a stack of experts, lies in memory under a resolved `quant`.
+
+    `name` is the checkpoint's, without an expert's number and without `.weight`. None: it is not
+    quantized. What the files have in this kind is kept as it is, and so is what they leave alone.
+    """
+    if quant == "none" or name.rpartition(".")[2] in KEPT:
+        return None
+    return files.spec(name) if files.kind == quant else USUAL[quant]
