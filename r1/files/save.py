@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from r1.files.config_json import dump_config
-from r1.files.names import is_projection, places
+from r1.files.names import Slot, is_projection, slots
 from r1.files.shards import INDEX, SINGLE
 from r1.model.transformer import Transformer
 from r1.storage import fp8
+from r1.storage.kinds import KINDS
+from r1.storage.spec import Spec
 from r1.writing import new_folder
 
 SCALE = "_scale_inv"
@@ -35,11 +37,11 @@ def save(
     """Write the model as a checkpoint in the published format.
 
     That is config.json, shards of at most `shard_bytes`, and an index. Where the config has
-    `fp8_block`, the projections are stored as FP8 blocks, as R1's are. `dtype` is that of all other
-    tensors (default: as in memory); the gate's bias stays fp32. `extra` adds fields to config.json.
-    The folder must not exist; it appears whole or not at all. `add_files` is called with the folder
-    before it appears, to put more files into it. Raises InputError if the folder exists, or can't
-    be written.
+    `fp8_block`, the projections are stored as FP8 blocks, as R1's are. Other quantized matrices are
+    written as the numbers that they stand for. `dtype` is that of all other tensors (default: as in
+    memory); the gate's bias stays fp32. `extra` adds fields to config.json. The folder must not
+    exist; it appears whole or not at all. `add_files` is called with the folder before it appears,
+    to put more files into it. Raises InputError if the folder exists, or can't be written.
     """
     with new_folder(directory) as partial:
         _write(model, partial, shard_bytes, dtype, extra or {})
@@ -104,12 +106,22 @@ def _write_shard(shard: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o644)
 
 
+def _unpacked(slot: Slot) -> Tensor:
+    """A quantized matrix's numbers, fp32."""
+    assert slot.spec is not None
+    matrix = KINDS[slot.spec.kind](slot.spec, slot.shape, torch.float32, slot.views)
+    return matrix.dense()
+
+
 def _stored(model: Transformer, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors, one after the other, as they are to be stored."""
     block = model.config.files.fp8_block
     rest = dtype or model.norm.weight.dtype
-    for key, place in places(model).items():
-        if block and is_projection(key):
+    for key, slot in slots(model).items():
+        place = slot.weight if slot.spec is None else _unpacked(slot)
+        if block and slot.spec == Spec("fp8", *block):
+            yield from ((key.removesuffix("weight") + e, view) for e, view in slot.views.items())
+        elif block and is_projection(key):
             yield from zip((key, key + SCALE), fp8.quantize(place, block), strict=True)
         elif key.endswith("e_score_correction_bias"):
             yield key, place.float()

@@ -220,8 +220,9 @@ def stream(
             with _opened(path, versions[path]) as shard:
                 while pending and read < REMAP_BYTES:
                     key, cut = pending.pop()
-                    region = (cut, *parts[key][1:])
-                    source = shard.get_slice(key)[region] if parts[key] else shard.get_tensor(key)
+                    region = (cut, *parts[key][1:]) if parts[key] else ()
+                    name = entries[key].key
+                    source = shard.get_slice(name)[region] if region else shard.get_tensor(name)
                     more = {
                         ending: shard.get_tensor(each.key) if each.path == path else one(each)
                         for ending, each in beside.get(key, {}).items()
