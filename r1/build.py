@@ -231,11 +231,6 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def count_parameters(config: Config, *, mtp: bool = False) -> int:
-    """How many numbers a model of this config has, with its MTP layers or without."""
-    return parameters(sketch(config, Backend(dtype="fp32", join="off", quant="none"), mtp=mtp))
-
-
 def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:
     """Bytes of all tensors as a resolved `backend` stores them, in its dtype and quantized."""
     model = sketch(config, backend, mtp=mtp)

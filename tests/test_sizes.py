@@ -68,7 +68,7 @@ def test_the_memory_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum of the model's estimate and the work's: one byte less is too little."""
     w = Workload(None, "tiny", None, 8, 100, 20, 0, 0)
     backend = resolve(Backend(device="cpu", dtype="fp32"), TINY)
-    weights = sizes.count_parameters(TINY) * 4 + sizes.HEADROOM
+    weights = sizes.weight_bytes(TINY, backend) + sizes.HEADROOM
     needed = weights + work_bytes(w, TINY, backend)
     monkeypatch.setattr(sizes, "available_bytes", lambda _: needed)
     check_sizes(w, TINY, backend)

@@ -14,7 +14,8 @@ from r1.switches.machine import Machine
 def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings]:
     """The optimizations that this machine can run.
 
-    They are in the order in which one would add them to the textbook's model.
+    They are in the order in which one would add them to the textbook's model. Quantizing changes
+    what is computed, so it is a step, the last one, only if a format is given.
     """
     gpu = machine.cuda and given.get("device") != "cpu"
     storage = common_settings(given).get("dtype", "auto")
@@ -38,6 +39,8 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
         ]
         steps += [{"prefill_graphs": True}, {"tune": True}]
     steps += [{"amp": "bf16"}] if amp else []
+    if given.get("quant", "auto") not in ("auto", "none"):
+        steps += [{"quant": given["quant"]}]
     return steps
 
 
@@ -76,7 +79,7 @@ class _Ladder:
 
     def __init__(self, given: Settings, machine: Machine, batch: int) -> None:
         self.steps = ladder_steps(given, machine, batch)
-        self.base = Backend(**common_settings(given), **TEXTBOOK)
+        self.base = Backend(**{**TEXTBOOK, **common_settings(given)})
         self.experts = next(step for step in self.steps if "moe" in step)
         self.kernels: Settings = next((step for step in self.steps if "kernels" in step), {})
         self.prompts: Settings = (

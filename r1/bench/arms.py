@@ -23,6 +23,7 @@ TEXTBOOK: Settings = {
     "moe": "loop",
     "prefill_moe": "loop",
     "join": "off",
+    "quant": "none",
 }
 """The model as a textbook has it: full keys and values, one expert after the other."""
 
@@ -56,9 +57,12 @@ class Arm:
 def common_settings(given: Settings) -> Settings:
     """The device and the dtype of all arms, which are no optimizations.
 
-    amp casts fp32 weights, so amp implies dtype=fp32.
+    amp casts fp32 weights, so amp implies dtype=fp32. Weights are not quantized, or dequantized
+    while loading, so that each arm shows one effect. quant=auto, given, keeps the checkpoint's
+    format in all arms: then models run whose plain weights would not fit.
     """
     common: Settings = {name: given[name] for name in ("device", "dtype") if name in given}
+    common["quant"] = "auto" if given.get("quant") == "auto" else "none"
     if given.get("amp", "off") != "off":
         common.setdefault("dtype", "fp32")
     return common

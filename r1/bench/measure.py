@@ -24,8 +24,8 @@ from r1.bench.result import new_result, without_paths
 from r1.bench.session import Session
 from r1.bench.sizes import check_sizes
 from r1.bench.workload import Workload
-from r1.build import HEADROOM, count_parameters
-from r1.device import DTYPES, available_bytes, torch_device
+from r1.build import HEADROOM, weight_bytes
+from r1.device import available_bytes, torch_device
 from r1.errors import InputError
 from r1.model.config import Config
 from r1.switches.machine import Machine
@@ -228,5 +228,5 @@ def how_many_fit(compared: list[Arm], workload: Workload, config: Config) -> int
     """How many models the memory holds at a time, with room for caches and activations."""
     resolved = resolve(compared[0].backend, config, batch=workload.batch)
     mtp = any(arm.backend.speculate == "mtp" for arm in compared)
-    need = count_parameters(config, mtp=mtp) * DTYPES[resolved.dtype].itemsize + 4 * HEADROOM
+    need = weight_bytes(config, resolved, mtp=mtp) + 4 * HEADROOM
     return max(1, int(available_bytes(torch_device(resolved.device)) // need))

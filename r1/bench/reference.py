@@ -35,7 +35,9 @@ def make_reference(
     the rates are measured, so that they do not disturb them. `threads`: of the CPU, as in the arms;
     None for torch's own number.
     """
-    plain = Backend(device=compared[0].backend.device, dtype="fp32", **TEXTBOOK)
+    base = compared[0].backend
+    # Packed numbers are multiplied as the fp32 numbers that they stand for.
+    plain = Backend(**{**TEXTBOOK, "device": base.device, "dtype": "fp32", "quant": base.quant})
     dtypes = sorted(dtypes_of(compared, workload, config))
     answers: Answer = {}
     with Process(serve, plain, workload, folder, "inductor-reference", threads) as process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from r1.bench.workload import Workload
-from r1.build import HEADROOM, count_parameters
+from r1.build import HEADROOM, weight_bytes
 from r1.device import DTYPES, available_bytes, torch_device
 from r1.errors import InputError
 from r1.model.cache import bytes_per_token
@@ -28,7 +28,7 @@ def check_sizes(w: Workload, config: Config, backend: Backend, *, loaded: bool =
     mtp = backend.speculate == "mtp"
     weights = 0
     if not loaded:
-        weights = count_parameters(config, mtp=mtp) * DTYPES[backend.dtype].itemsize + HEADROOM
+        weights = weight_bytes(config, backend, mtp=mtp) + HEADROOM
     needed = work_bytes(w, config, backend)
     available = available_bytes(torch_device(backend.device))
     if weights <= available < weights + needed:  # a model that is too large is refused by build.py

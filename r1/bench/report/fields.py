@@ -118,6 +118,11 @@ FIELDS: dict[str, str] = {
     "max_logit_diff": "largest difference of one logit",
     "top1": "share of positions where both give the same token the highest logit",
     "positions": "how many positions were compared",
+    "quant_kl": (
+        "what quantizing cost: mean_kl against the original weights, where parity and the fields "
+        "before it compare a quantized arm with its own weights, dequantized; null if it has none"
+    ),
+    "quant_top1": "top1 against the original weights",
     "same_text": (
         "share of the reference's greedy text that this arm wrote before its first other "
         "token; null if acceptance is assumed"

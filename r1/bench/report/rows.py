@@ -88,6 +88,7 @@ def _start_up(answers: Answer, backend: Backend) -> dict[str, Any]:
 def _numerics(answers: Answer) -> dict[str, Any]:
     """Distance from the reference, and right answers."""
     parity, accuracy = answers["parity"], answers.get("accuracy", {})
+    cost = parity.get("quantizing")
     return {
         "parity": parity["passes"],
         "kl_bound": parity["bound"],
@@ -96,6 +97,8 @@ def _numerics(answers: Answer) -> dict[str, Any]:
         "max_logit_diff": parity["max_logit_difference"],
         "top1": parity["top1_agreement"],
         "positions": parity["positions"],
+        "quant_kl": cost and cost["mean_kl"],
+        "quant_top1": cost and cost["top1_agreement"],
         "same_text": parity["same_text"],
         "accuracy": accuracy.get("share"),
         "problems": accuracy.get("problems"),

@@ -126,6 +126,12 @@ def _kl(r: Row) -> str:
     return f"{kl:.1e} ({r['kl_bound']:.1e})"
 
 
+def _quantizing(r: Row) -> str:
+    """The distance from the original weights; older results do not have it."""
+    kl = r.get("quant_kl")
+    return "" if kl is None else f"{kl:.1e}, {r['quant_top1']:.3f}"
+
+
 SPEEDUP = ("speedup", "speedup_low", "speedup_high", "within_noise")
 
 COLUMNS: dict[str, Column] = {
@@ -150,6 +156,7 @@ COLUMNS: dict[str, Column] = {
     "start s (warm)": Column(_start, ("start_cold_s", "start_warm_s")),
     "pays after": Column(_field("break_even_tokens", str), ("break_even_tokens",)),
     "correct?": Column(_correct, ("parity", "accuracy", "problems"), wide=False),
+    "quantizing: KL, top-1": Column(_quantizing, ("quant_kl", "quant_top1"), wide=False),
     "KL (bound)": Column(_kl, ("median_kl", "kl_bound")),
     "mean KL": Column(lambda r: f"{r['mean_kl']:.1e}", ("mean_kl",)),
     "max Δlogit": Column(lambda r: f"{r['max_logit_diff']:.1e}", ("max_logit_diff",)),

@@ -108,8 +108,10 @@ ROW: dict[str, Type] = {
         ),
         MEASUREMENT,
     ),
-    **dict.fromkeys(("acceptance", "assumed", "top1", "same_text", "accuracy"), SHARE),
-    **dict.fromkeys(("kl_bound", "median_kl", "mean_kl", "max_logit_diff"), DIFFERENCE),
+    **dict.fromkeys(
+        ("acceptance", "assumed", "top1", "quant_top1", "same_text", "accuracy"), SHARE
+    ),
+    **dict.fromkeys(("kl_bound", "median_kl", "mean_kl", "max_logit_diff", "quant_kl"), DIFFERENCE),
     **dict.fromkeys(("kernels", "break_even_tokens", "positions", "problems"), WHOLE),
     **dict.fromkeys(
         (
@@ -130,6 +132,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "moe_layer_us": ("moe_layer_floor_us",),
     "acceptance": ("tokens_per_step", "predicted_speedup"),
     "accuracy": ("problems",),
+    "quant_kl": ("quant_top1",),
 }
 """Fields that a row has if it has another one, which is neither null nor 0."""
 PAIR: dict[str, Type] = {

@@ -12,6 +12,7 @@ from r1.bench import parity
 from r1.bench.parity import Bound, Parity
 from r1.bench.process import Answer
 from r1.bench.worker import steps
+from r1.bench.worker.dequantized import NO_BOUND, own_reference
 from r1.bench.worker.subject import Subject
 
 REFERENCE = "reference.safetensors"
@@ -21,14 +22,25 @@ ROUNDING = "rounding.json"
 
 
 def check(subject: Subject) -> Answer:
-    """The command "parity": is the arm's distance from the reference within its bound?"""
+    """The command "parity": is the arm's distance from the reference within its bound?
+
+    The reference of a quantized arm is its own weights (dequantized.py). "quantizing" is then its
+    distance from the original's, else None.
+    """
     reference = load_file(subject.folder / REFERENCE)
     rounding = {
         amp: Bound(**made)
         for amp, made in json.loads((subject.folder / ROUNDING).read_text()).items()
     }
-    result = read_text(subject, reference, parity.bound(subject.engine.backend, rounding))
-    return vars(result) | {"passes": result.passes, "same_text": _same_text(subject, reference)}
+    backend = subject.engine.backend
+    allowed, cost = parity.bound(backend, rounding), None
+    right = reference
+    if backend.quant != "none":
+        cost = vars(read_text(subject, reference, NO_BOUND))
+        right = own_reference(subject, reference)
+    result = read_text(subject, right, allowed)
+    same = _same_text(subject, reference)
+    return vars(result) | {"passes": result.passes, "same_text": same, "quantizing": cost}
 
 
 def read_text(subject: Subject, reference: dict[str, Tensor], allowed: Bound) -> Parity:

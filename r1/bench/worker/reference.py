@@ -35,7 +35,7 @@ def build_reference(subject: Subject) -> Answer:
     w = subject.workload
     config = w.config()
     backend = resolve(subject.backend, config, batch=w.batch)
-    needed = 4 * build.count_parameters(config) + 2 * build.HEADROOM
+    needed = build.weight_bytes(config, backend) + 2 * build.HEADROOM
     if needed < available_bytes(torch_device(backend.device)):
         return subject.build()
     subject.backend = dataclasses.replace(subject.backend, dtype="bf16")

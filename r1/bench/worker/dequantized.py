@@ -1,0 +1,80 @@
+"""The second reference of a quantized arm: its own numbers, dequantized, in plain fp32 code.
+
+A quantized arm is compared twice. Against this reference: is the arithmetic right? Against the fp32
+reference, which has the original numbers: what did quantizing cost? Only the first can fail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1 import build
+from r1.bench.arms import TEXTBOOK
+from r1.bench.parity import Bound
+from r1.bench.upcast import upcast
+from r1.bench.worker import steps
+from r1.bench.worker.subject import Subject
+from r1.model.layers import Embedding, Linear
+from r1.model.mla import MLA
+from r1.model.moe import Experts, MoE
+from r1.model.transformer import Transformer
+from r1.run.engine import Engine
+from r1.switches.backend import Backend
+
+NO_BOUND = Bound(math.inf, math.inf)
+"""What quantizing costs is told, and judged by nobody."""
+SLOTS: dict[type, tuple[str, ...]] = {
+    Linear: ("matrix",),
+    Embedding: ("matrix",),
+    Experts: ("gate_proj", "up_proj", "down_proj"),
+    MLA: ("attend", "rotate"),
+    MoE: ("dispatch",),
+}
+"""The attributes of a model that its switches decide."""
+
+
+def own_reference(subject: Subject, reference: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's text, with the logits that the arm's own numbers give it, fp32 (M, B, W)."""
+    tokens, rows = reference["tokens"].to(subject.device), reference["logits"].shape[1]
+    with _plain(subject) as plain:
+        kept = [steps.prefill(plain)[:rows].cpu()]
+        for step in tokens[:-1]:
+            kept.append(steps.decode(plain, step[:, None])[:rows, -1].cpu())
+    return {"tokens": reference["tokens"], "logits": torch.stack(kept)}
+
+
+@contextmanager
+def _plain(subject: Subject) -> Iterator[Subject]:
+    """The same model, as the reference's code calls it: eager, textbook strategies, all in fp32.
+
+    Afterwards the model has the very objects that it had before, so nothing is compiled anew.
+    """
+    model = subject.engine.model
+    before = list(_slots(model))
+    settings = {**vars(Backend()), **TEXTBOOK, "join": subject.engine.backend.join}
+    settings |= {"device": subject.engine.backend.device, "dtype": subject.engine.backend.dtype}
+    backend = Backend(**settings)
+    try:
+        upcast(model)
+        build.finish(model, backend)
+        plain = Subject(backend, subject.workload, subject.folder)
+        plain.engine = Engine(model, backend)
+        steps.cache_in_fp32(plain)
+        plain.prepare()
+        yield plain
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def _slots(model: Transformer) -> Iterator[tuple[Any, str, Any]]:
+    for module in model.modules():
+        for kind, names in SLOTS.items():
+            if isinstance(module, kind):
+                yield from ((module, name, getattr(module, name)) for name in names)
