@@ -66,7 +66,7 @@ def test_given_switches_alone_and_together() -> None:
     assert all(
         a.backend.dtype == "fp32" for a in found
     )  # amp casts fp32 weights, so its baseline has them
-    assert found[0].backend == Backend(dtype="fp32")
+    assert found[0].backend == Backend(dtype="fp32", quant="none")
     assert len(arms.from_switches({"compile": True})) == 2 and len(arms.from_switches({})) == 1
 
 

@@ -24,11 +24,11 @@ here, and are never quantized."""
 
 
 def spec_of(name: str, files: FileFormat, quant: str) -> Spec | None:
-    """How a matrix, or a stack of experts, lies in memory under a resolved `quant`.
+    """How a matrix, or a stack of experts, lies in memory under `quant`.
 
     `name` is the checkpoint's, without an expert's number and without `.weight`. None: it is not
     quantized. What the files have in this kind is kept as it is, and so is what they leave alone.
     """
     if quant == "none" or name.rpartition(".")[2] in KEPT:
         return None
-    return files.spec(name) if files.kind == quant else USUAL[quant]
+    return files.spec(name) if quant in ("auto", files.kind) else USUAL[quant]
