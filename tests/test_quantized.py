@@ -216,6 +216,26 @@ def test_under_autocast() -> None:
     assert torch.equal(ours, F.linear(x.bfloat16(), matrix.dense(torch.bfloat16)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (4, 64), (5, 64), (2, 40), (3, 33)])
+def test_products_with_int8(dtype: torch.dtype, rows: int, columns: int) -> None:
+    """torch's CPU operator for few rows of aligned widths; scales factored out for others."""
+    stack = KINDS["int8"].of(random(3, 7, columns), USUAL["int8"])
+    x = random(rows, columns, seed=1).to(dtype)
+    right = F.linear(x.double(), stack.one(1, torch.float64))
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    alone = KINDS["int8"](
+        stack.spec, (7, columns), dtype, {name: t[1] for name, t in stack.stored().items()}
+    )
+    ends = torch.tensor([0, rows, rows], dtype=torch.int32)
+    products = [alone.matmul(x), alone.matmul(x[:, None])[:, 0]]
+    if dtype != torch.float16 or columns % 8 == 0:  # torch's grouped_mm reads 16 bytes at a time
+        products.append(stack.grouped(x, ends))
+    for ours in products:
+        assert ours.dtype == dtype
+        assert float((ours - right).abs().max()) < bound * float(right.abs().max())
+
+
 def test_columns_of_any_group() -> None:
     """GPTQ's g_idx: a table of the columns' groups."""
     spec = Spec("int4", 1, 8, zeros=True, indexed=True)

@@ -211,8 +211,11 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
 def _auto_experts(use: Use) -> Sequence[str]:
     """Expert strategies, the best first.
 
-    gather copies the experts of every token. grouped has to sort, but reads each expert once.
+    gather copies the experts of every token. grouped has to sort, but reads each expert once. On a
+    CPU it multiplies by int8 as it is, which gather would have to dequantize.
     """
+    if use.quant == "int8" and not use.gpu:
+        return ("grouped", "loop", "gather")
     experts = use.config.experts
     visits = use.tokens * experts.num_experts_per_tok
     few = use.tokens == 1 or 4 * visits <= experts.n_routed_experts
