@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -122,27 +123,30 @@ def allocate(
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         needed[devices[name].type] += sum(tensor.nbytes for tensor in own)
     for kind, nbytes in needed.items():
-        _check_fits(nbytes + HEADROOM, torch.device(kind), backend, cut)
+        if nbytes + HEADROOM > (available := available_bytes(torch.device(kind))):
+            raise _too_large(nbytes + HEADROOM, available, model, backend, cut)
     for name, module in model.named_modules():
         module.to_empty(device=devices[name], recurse=False)
     model.derive()
     return model
 
 
-def _check_fits(needed: int, device: torch.device, backend: Backend, cut: str | None) -> None:
-    available = available_bytes(device)
-    if needed > available:
-        halved = backend.dtype == "fp32" and backend.amp == "off" and needed / 2 <= available
-        packed = setting("quant", "int4") if backend.quant != "int4" else None
-        could = [setting("dtype", "bf16") if halved else None, packed, cut, "a larger machine"]
-        advice = " or ".join(each for each in could if each)
-        free = f"{backend.device} has {available / 1e9:.1f} GB free"
-        stored = (
-            backend.dtype if backend.quant == "none" else f"{backend.dtype} and {backend.quant}"
-        )
-        raise InputError(
-            f"the model needs {needed / 1e9:.1f} GB in {stored} and {free}: use {advice}"
-        )
+def _too_large(
+    needed: int, available: int, model: Transformer, backend: Backend, cut: str | None
+) -> InputError:
+    """The error of a model that does not fit, with advice that helps."""
+    halved = backend.dtype == "fp32" and backend.amp == "off" and needed / 2 <= available
+    could = [setting("dtype", "bf16") if halved else None]
+    if backend.quant != "int4" and "triton" not in (backend.moe, backend.prefill_moe):
+        smaller = replace(backend, quant="int4")
+        if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
+            could.append(setting("quant", "int4"))
+    advice = " or ".join(each for each in (*could, cut, "a larger machine") if each)
+    stored = backend.dtype if backend.quant == "none" else f"{backend.dtype} and {backend.quant}"
+    return InputError(
+        f"the model needs {needed / 1e9:.1f} GB in {stored} and {backend.device} has "
+        f"{available / 1e9:.1f} GB free: use {advice}"
+    )
 
 
 def quantize_matrices(model: Transformer, backend: Backend) -> None:
@@ -229,6 +233,12 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
 def parameters(module: nn.Module) -> int:
     """How many numbers a module has."""
     return sum(p.numel() for p in module.parameters())
+
+
+def count_parameters(config: Config, *, mtp: bool = False) -> int:
+    """How many numbers a model of this config has, with its MTP layers or without."""
+    backend = Backend(dtype="fp32", join="off", quant="none")
+    return parameters(sketch(config, backend, mtp=mtp))
 
 
 def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:

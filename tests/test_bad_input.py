@@ -185,13 +185,14 @@ def test_advice_for_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
             build.from_shape(config, backend)
         return str(caught.value).rpartition(": use ")[2]
 
-    assert advice(needed - 1) == "dtype=bf16 or layers=N or a larger machine"
+    assert advice(needed - 1) == "dtype=bf16 or quant=int4 or layers=N or a larger machine"
     assert advice(needed // 2 - 1) == advice(needed // 2 - 1, dtype="bf16")
-    assert advice(needed - 1, amp="bf16") == "layers=N or a larger machine"
+    assert advice(needed - 1, amp="bf16") == "quant=int4 or layers=N or a larger machine"
+    assert "int4" not in advice(1, quant="int4")
     with flags_spelling():
         assert advice(1) == "--layers N or a larger machine"
     monkeypatch.setattr(build, "available_bytes", lambda _: needed - 1)
-    with refused("use dtype=bf16 or a larger machine$"):
+    with refused("use dtype=bf16 or quant=int4 or a larger machine$"):
         r1.load(EMBEDDED, CPU)
 
 

@@ -96,7 +96,7 @@ def test_an_arm_that_is_not_quantized_has_one_parity(tmp_path: Path) -> None:
 
 
 def test_the_row_tells_the_cost() -> None:
-    cell = COLUMNS["quantizing: KL, top-1"]
+    cell = COLUMNS["quantizing: KL, top-1"].cell
     assert {"quant_kl", "quant_top1"} <= FIELDS.keys()
     assert cell({"quant_kl": 0.0121, "quant_top1": 0.9}) == "1.2e-02, 0.900"
     assert cell({"quant_kl": None, "quant_top1": None}) == "" == cell({})

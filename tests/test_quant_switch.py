@@ -276,10 +276,8 @@ def test_memory_is_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert predicted == sum(t.nbytes for t in tensors.values())
     assert predicted < 0.6 * build.weight_bytes(CONFIG, resolve(Backend(device="cpu"), CONFIG))
     monkeypatch.setattr(build, "available_bytes", lambda _: 0)
-    with refused("needs .* GB in fp32 and int4 and .*: use a smaller dtype, fewer layers"):
+    with refused("needs .* GB in fp32 and int4 and .* free: use "):
         build.from_shape(CONFIG, backend)
-    with refused("needs .* GB in fp32 and .* dtype, quant=int4, fewer"):
-        build.from_shape(CONFIG, resolve(Backend(device="cpu"), CONFIG))
 
 
 def test_saving_a_packed_model(plain: Path, tmp_path: Path) -> None:
