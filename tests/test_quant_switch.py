@@ -257,14 +257,15 @@ def test_auto() -> None:
         (fp8, cpu, {}, "none"),
         (fp8, cpu, {"quant": "fp8"}, "fp8"),
         (CONFIG, gpu, {}, "none"),
-        (int4, gpu, {"kernels": "triton"}, "none"),
-        (int4, gpu, {"prefill_moe": "triton"}, "none"),
+        (int4, gpu, {"kernels": "triton"}, "int4"),
+        (int4, gpu, {"prefill_moe": "triton"}, "int4"),
+        (int4, gpu, {"prefill_moe": "triton", "compile": True}, "none"),
         (int4, cpu, {"quant": "none"}, "none"),
     )
     for config, machine, asked, got in cases:
         assert resolve(Backend(**asked), config, machine).quant == got
-    with refused("kernels=triton reads weights as plain numbers, not as int4: use quant=none"):
-        resolve(Backend(kernels="triton", quant="int4"), CONFIG, gpu)
+    with refused("moe=triton compiled reads plain numbers, not int4: use quant=none"):
+        resolve(Backend(moe="triton", compile=True, quant="int4"), CONFIG, gpu)
 
 
 def test_memory_is_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from r1.kernels.experts import EXPERTS
 from r1.kernels.latent import LATENT
 from r1.kernels.linear import LINEAR, linear
 from r1.kernels.router import ROUTE
-from r1.kernels.tiles import why_not
+from r1.kernels.tiles import block_of, why_not
 from r1.model.cache import LayerCache
 from r1.model.layers import MLP, Linear
 from r1.model.moe import MoE
@@ -52,7 +52,7 @@ class DecodeBlock:
     def why_not(block: nn.Module) -> str | None:
         """One sentence that says which storage the kernels can't read; None if they read all."""
         assert isinstance(block, Block)
-        return why_not(*_matrices(block))
+        return why_not(*_matrices(block)) or _split_blocks(block.mlp)
 
     def __call__(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """(B, S, D) -> (B, S, D). Writes the tokens' latents to `cache`."""
@@ -111,6 +111,25 @@ def _matrices(block: Block) -> Iterator[Matrix]:
     yield from (layer.matrix for layer in layers)
     if isinstance(mlp, MoE):
         yield from (mlp.experts.gate_proj, mlp.experts.up_proj, mlp.experts.down_proj)
+
+
+def _split_blocks(mlp: nn.Module) -> str | None:
+    """Why shared experts can't be read one by one: a block of numbers that share a scale is in two.
+
+    They are one matrix, and the kernels begin in it where each of them begins.
+    """
+    if not isinstance(mlp, MoE) or mlp.shared_experts is None:
+        return None
+    inner, width = mlp.experts.down_proj.shape[2], mlp.shared_experts.down_proj.matrix.shape[1]
+    each = mlp.shared_experts
+    rows = [block_of(layer.matrix)[0] for layer in (each.gate_proj, each.up_proj)]
+    blocks = [*rows, block_of(each.down_proj.matrix)[1]]
+    if width == inner or not any(inner % size for size in blocks if size):
+        return None
+    return (
+        f"{width // inner} shared experts of {inner} are stored as one, in blocks of "
+        f"{max(blocks)} that reach from one into the next: use kernels=torch"
+    )
 
 
 def output_head(lm_head: Linear, chip: Chip, x: Tensor) -> Tensor:

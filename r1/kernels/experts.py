@@ -11,6 +11,7 @@ a token (K + shared).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, power_of_two
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
-from r1.kernels.tiles import Operand, operand, tensor_of
+from r1.kernels.tiles import Operand, operand, packed_bits, tensor_of
 from r1.model.dispatch import Gather
 from r1.model.layers import MLP
 from r1.model.moe import Experts
@@ -48,7 +49,10 @@ class ExpertsLaunch:
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
-        tokens, chosen, experts, dim, inner, itemsize = sizes
+        tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
+        if tokens == 1 and packed:
+            down_inputs = min(256, power_of_two(inner, 16))
+            return ExpertsLaunch(1, 2, min(2048, power_of_two(dim, 16)), 2, down_inputs)
         if tokens == 1:
             down_inputs = min(512, power_of_two(inner))
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, down_inputs)
@@ -83,9 +87,9 @@ class ExpertsLaunch:
     def choices(self) -> Choices:
         if self.rows == 1:
             return {
-                "up_outputs": (1, 2, 4), "up_inputs": (512, 1024, 2048),
+                "up_outputs": (1, 2, 4, 8), "up_inputs": (512, 1024, 2048),
                 "down_outputs": (1, 2, 4, 8), "down_inputs": (64, 128, 256, 512),
-                "warps": (2, 4, 8),
+                "warps": (1, 2, 4, 8),
             }  # fmt: skip
         return {
             "rows": (16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
@@ -120,10 +124,26 @@ def experts(
     for x.
     """
     routed, always = Swiglu.of(experts.gate_proj, experts.up_proj, experts.down_proj), None
+    more, sizes = 0, tuple(experts.down_proj.shape)
     if shared is not None:
         layers = (shared.gate_proj, shared.up_proj, shared.down_proj)
         always = Swiglu.of(*(layer.matrix for layer in layers))
-    return _launch(chip, x, indices, weights, routed, always, residual, norm, eps, launch)
+        more = shared.down_proj.matrix.shape[1] // sizes[2]
+    bits = packed_bits(experts.down_proj)
+    return _launch(
+        chip,
+        x,
+        indices,
+        weights,
+        (*sizes, *bits),
+        routed,
+        more,
+        always,
+        residual,
+        norm,
+        eps,
+        launch,
+    )
 
 
 def experts_torch(
@@ -137,41 +157,47 @@ def experts_torch(
     return y if residual is None else residual + y
 
 
-EXPERTS = {"torch": experts_torch, "triton": experts}
+EXPERTS: dict[str, Callable[..., Tensor]] = {"torch": experts_torch, "triton": experts}
 
 
 def _launch(
-    chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
-    residual: Tensor | None, norm: Tensor | None, eps: float, launch: ExpertsLaunch | None,
+    chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, sizes: Sizes, routed: Swiglu,
+    more: int, shared: Swiglu | None, residual: Tensor | None, norm: Tensor | None, eps: float,
+    launch: ExpertsLaunch | None,
 ) -> Tensor:  # fmt: skip
-    """`experts` of operands."""
-    (count, dim, inner), (tokens, chosen) = routed.down.weight.shape, indices.shape
-    more = shared.down.weight.shape[1] // inner if shared else 0
-    use = launch or chip.launch(ExpertsLaunch, tokens, chosen, count, dim, inner, x.itemsize)
-    sizes = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
+    """`experts` of operands: `sizes` are E, D, I (and the bits of packed numbers) of routed.down,
+    and there are `more` shared experts.
+    """
+    (count, dim, inner, *packed), (tokens, chosen) = sizes, indices.shape
+    use = launch or chip.launch(
+        ExpertsLaunch, tokens, chosen, count, dim, inner, x.itemsize, *packed
+    )
+    names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
     if use.rows > 1:
-        return _several_tokens(chip, use, sizes, x, indices, weights, routed, shared, residual)
+        return _several_tokens(
+            chip, use, names, count, x, indices, weights, routed, shared, residual
+        )
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h, out = x.new_empty(tokens, chosen + more, inner), torch.empty_like(x)
     chip.run(
         up_vector_kernel, (ceil_div(inner, use.up_outputs), chosen + more, tokens), x, indices,
-        routed.gate, routed.up, shared_gate, shared_up, residual, norm, eps, h, **sizes, **use.up,
+        routed.gate, routed.up, shared_gate, shared_up, residual, norm, eps, h, **names, **use.up,
     )  # fmt: skip
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs), tokens), h, indices, weights,
-        routed.down, shared_down, residual, out, CHOSEN_PAD=power_of_two(chosen), **sizes,
+        routed.down, shared_down, residual, out, CHOSEN_PAD=power_of_two(chosen), **names,
         **use.down,
     )  # fmt: skip
     return out
 
 
 def _several_tokens(
-    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], x: Tensor, indices: Tensor,
+    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
     weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Sort the choices by expert, launch the tiles' kernels, and add up each token's slots."""
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
-    (tokens, chosen), count = indices.shape, routed.down.weight.shape[0]
+    tokens, chosen = indices.shape
     order, ends = sort_by_expert(chip, indices, count)
     places, work = count + more, None
     if use.apart:
@@ -202,7 +228,9 @@ def _experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
     routed = Swiglu.of(gate, up, down)
-    return _launch(Chip.of(x.device), x, indices, weights, routed, None, None, None, 0.0, None)
+    return _launch(
+        Chip.of(x.device), x, indices, weights, down.shape, routed, 0, None, None, None, 0.0, None
+    )
 
 
 @_experts.register_fake
@@ -218,5 +246,7 @@ def dispatch(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> T
     They are a custom operator, which torch.compile takes as a whole.
     """
     matrices = (experts.gate_proj, experts.up_proj, experts.down_proj)
+    if packed_bits(experts.down_proj):  # not under the compiler: see TritonDispatch.why_not
+        return EXPERTS["triton"](Chip.of(x.device), x.contiguous(), indices, weights, experts)
     gate, up, down = (tensor_of(matrix) for matrix in matrices)
     return _experts(x.contiguous(), indices, weights, gate, up, down)

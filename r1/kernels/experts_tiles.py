@@ -84,10 +84,10 @@ def up_tile_kernel(
             mask = (out < INNER)[:, None] & inside[None, :]
             v_mask = inside[:, None] & real[None, :]
             v = tl.load(x + token[None, :] * DIM + column + d[:, None], mask=v_mask, other=0.0)
-            w = load_tile(gates, out[:, None], d[None, :], column, mask, gate.FORMAT)
-            gate_sum = product(w, v, gate_sum)
-            w = load_tile(ups, out[:, None], d[None, :], column, mask, up.FORMAT)
-            up_sum = product(w, v, up_sum)
+            w = load_tile(gates, out[:, None], d[None, :], column, mask, gate)
+            gate_sum = product(w.to(v.dtype), v, gate_sum)
+            w = load_tile(ups, out[:, None], d[None, :], column, mask, up)
+            up_sum = product(w.to(v.dtype), v, up_sum)
         inner = gate_sum * tl.sigmoid(gate_sum) * up_sum
         place = h + row[None, :] * INNER + out[:, None]
         tl.store(place, inner.to(h.dtype.element_ty), mask=(out < INNER)[:, None] & real[None, :])
@@ -122,7 +122,7 @@ def down_tile_kernel(
             v_mask = inside[:, None] & real[None, :]
             v = tl.load(h + row[None, :] * INNER + column + i[:, None], mask=v_mask, other=0.0)
             w_mask = (out < DIM)[:, None] & inside[None, :]
-            w = load_tile(matrix, out[:, None], i[None, :], column, w_mask, down.FORMAT)
+            w = load_tile(matrix, out[:, None], i[None, :], column, w_mask, down).to(v.dtype)
             sums = product(tl.trans(v), tl.trans(w), sums) if APART else product(w, v, sums)
         sums = tl.trans(sums) if APART else sums
         weight = tl.where(expert < count, tl.load(weights + choice, mask=real, other=0.0), 1.0)

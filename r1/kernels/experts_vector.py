@@ -74,9 +74,9 @@ def gated(
         if norm is not None:
             squares += v * v
             v *= tl.load(norm + at, mask=at < DIM, other=0.0).to(tl.float32)
-        w = load_tile(gate_matrix, out[:, None], d[None, :], start, mask, gates.FORMAT)
+        w = load_tile(gate_matrix, out[:, None], d[None, :], start, mask, gates)
         gate += w.to(tl.float32) * v[None, :]
-        w = load_tile(up_matrix, out[:, None], d[None, :], start, mask, ups.FORMAT)
+        w = load_tile(up_matrix, out[:, None], d[None, :], start, mask, ups)
         up += w.to(tl.float32) * v[None, :]
     gate_sum, up_sum = tl.sum(gate, axis=1), tl.sum(up, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
@@ -105,7 +105,7 @@ def down_vector_kernel(
     matrices = matrix_of(down, expert[None, :, None])
     row, column = out[:, None, None], i[None, None, :]
     first = real & (i < INNER)[None, None, :]
-    w = load_tile(matrices, row, column, 0, first, down.FORMAT)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
+    w = load_tile(matrices, row, column, 0, first, down)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
     wait_for_previous(PDL)
     let_next_start(PDL)
     h += token * (CHOSEN + SHARED) * INNER
@@ -116,7 +116,7 @@ def down_vector_kernel(
         v = v.to(tl.float32) * weight[:, None]
         sums += w.to(tl.float32) * v[None, :, :]
         inside = real & (start + BLOCK_IN + i < INNER)[None, None, :]
-        w = load_tile(matrices, row, column, start + BLOCK_IN, inside, down.FORMAT)
+        w = load_tile(matrices, row, column, start + BLOCK_IN, inside, down)
     total = tl.sum(tl.reshape(sums, (BLOCK_OUT, CHOSEN_PAD * BLOCK_IN)), axis=1)  # (BLOCK_OUT,)
     if SHARED > 0:
         # The shared slots' h stand side by side, as their matrix has its columns.
@@ -128,7 +128,7 @@ def down_vector_kernel(
             at = start + more
             v = tl.load(h + CHOSEN * INNER + at, mask=at < wide, other=0.0).to(tl.float32)
             w_mask = (out < DIM)[:, None] & (at < wide)[None, :]
-            u = load_tile(matrix, out[:, None], more[None, :], start, w_mask, shared_down.FORMAT)
+            u = load_tile(matrix, out[:, None], more[None, :], start, w_mask, shared_down)
             rest += u.to(tl.float32) * v[None, :]
         total += tl.sum(rest, axis=1)
     if residual is not None:

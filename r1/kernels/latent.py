@@ -138,7 +138,7 @@ def absorb(
     matrix = matrix_of(w_uk, head.to(tl.int64))
     w_mask = (p < NOPE)[:, None] & (c < LATENT)[None, :]
     # A weight, so it is loaded before the wait.
-    w = load_tile(matrix, p[:, None], c[None, :], 0, w_mask, w_uk.FORMAT)
+    w = load_tile(matrix, p[:, None], c[None, :], 0, w_mask, w_uk)
     wait_for_previous(PDL)
     real = (row < tokens)[:, None]
     q += row[:, None] * q_stride + head * (NOPE + ROPE)  # (ROWS, 1)

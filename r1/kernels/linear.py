@@ -29,7 +29,7 @@ from r1.kernels.chip import (
     product,
     wait_for_previous,
 )
-from r1.kernels.tiles import load_tile, matrix_of, operand
+from r1.kernels.tiles import load_tile, matrix_of, operand, packed_bits
 from r1.model.layers import swiglu
 from r1.storage.matrix import Matrix
 
@@ -49,7 +49,9 @@ class LinearLaunch:
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
-        tokens, inputs, outputs, itemsize = sizes
+        tokens, inputs, outputs, itemsize, *packed = sizes
+        if tokens == 1 and packed:
+            return LinearLaunch(1, 2, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
@@ -64,7 +66,11 @@ class LinearLaunch:
     @property
     def choices(self) -> Choices:
         if self.rows == 1:
-            return {"outputs": (1, 2, 4, 8), "inputs": (512, 1024, 2048), "warps": (2, 4, 8)}
+            return {
+                "outputs": (1, 2, 4, 8),
+                "inputs": (512, 1024, 2048, 4096),
+                "warps": (1, 2, 4, 8),
+            }
         return {
             "outputs": (16, 32, 64, 128), "inputs": (64, 128, 256), "warps": (4, 8),
             "stages": (2, 3, 4, 5, 6),
@@ -83,7 +89,9 @@ def linear(
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs, dtype=dtype)
-    use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize)
+    use = launch or chip.launch(
+        LinearLaunch, tokens, inputs, outputs, x.itemsize, *packed_bits(weight)
+    )
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     up_stride = 0 if up is None else up.stride(0)
@@ -146,7 +154,7 @@ def vector_kernel(
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     real = (out < outputs)[:, None]
     mask = real & (columns < INPUTS)[None, :]
-    w = load_tile(matrix, w_row, columns[None, :], 0, mask, weight.FORMAT)  # (BLOCK_OUT, BLOCK_IN)
+    w = load_tile(matrix, w_row, columns[None, :], 0, mask, weight)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
     x += row * x_stride
     if up is not None:
@@ -161,7 +169,7 @@ def vector_kernel(
             v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
         sums += w.to(tl.float32) * v[None, :]
         inside = real & (at + BLOCK_IN < INPUTS)[None, :]
-        w = load_tile(matrix, w_row, columns[None, :], start + BLOCK_IN, inside, weight.FORMAT)
+        w = load_tile(matrix, w_row, columns[None, :], start + BLOCK_IN, inside, weight)
     total = tl.sum(sums, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
         total *= tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
@@ -222,11 +230,11 @@ def tile_kernel(
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
         w_mask = (out < outputs)[:, None] & (at < INPUTS)[None, :]
-        w = load_tile(matrix, w_row, columns[None, :], start, w_mask, weight.FORMAT)
+        w = load_tile(matrix, w_row, columns[None, :], start, w_mask, weight)
         mask = (at < INPUTS)[:, None] & (row < tokens)[None, :]
         # (BLOCK_IN, ROWS)
         v = tl.load(x + row[None, :] * x_stride + at[:, None], mask=mask, other=0.0)
-        sums = product(w, v, sums)
+        sums = product(w.to(v.dtype), v, sums)
     mask = (out < outputs)[:, None] & (row < tokens)[None, :]
     place = row[None, :] * outputs + out[:, None]
     if residual is not None:

@@ -60,8 +60,8 @@ class TritonDispatch(Dispatch):
     dispatch: Callable[..., Tensor]
 
     def why_not(self, use: Use) -> str | None:
-        if use.quant != "none":
-            return f"it reads weights as plain numbers, not as {use.quant}: use quant=none"
+        if use.quant != "none" and use.compiled:
+            return f"torch.compile can't hold its kernels for {use.quant}: leave compile off"
         return _why_not(use)
 
     def prepare(self) -> None:

@@ -139,19 +139,20 @@ def _quant(backend: Backend, config: Config) -> str:
         return "none" if kind is None or slow or _reads_dense(backend) else kind
     if backend.quant != "none" and (reader := _reads_dense(backend)):
         raise InputError(
-            f"{reader} reads weights as plain numbers, not as {backend.quant}: use quant=none, or "
-            "leave it out"
+            f"{reader} compiled reads plain numbers, not {backend.quant}: use quant=none, or leave "
+            "compile off"
         )
     return backend.quant
 
 
 def _reads_dense(backend: Backend) -> str | None:
-    """The switch that asks for kernels without a format for quantized weights. None: there is none.
+    """The switch that asks for experts' kernels under the compiler, which hands them plain tensors.
 
-    (attention=triton alone is fine: it reads kv_b_proj, which is never quantized.)
+    None: there is none. All other kernels read every storage.
     """
-    asked = {name: getattr(backend, name) for name in ("kernels", "moe", "prefill_moe")}
-    return next((f"{name}=triton" for name, value in asked.items() if value == "triton"), None)
+    names = ("prefill_moe",) if backend.kernels == "triton" else ("moe", "prefill_moe")
+    asked = (f"{name}=triton" for name in names if getattr(backend, name) == "triton")
+    return next(asked, None) if backend.compile else None
 
 
 def _use(backend: Backend, config: Config, machine: Machine, phase: str, tokens: int) -> Use:

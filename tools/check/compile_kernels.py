@@ -66,6 +66,9 @@ TARGETS = {
 }
 
 
+QUANTS = {kind: kind for kind in ("none", "fp8", "int8", "int4")}
+
+
 @dataclass
 class Launch:
     """One launch of a kernel, recorded."""
@@ -151,6 +154,9 @@ def type_of(value: Any) -> Any:
         torch.float32: "fp32",
         torch.int64: "i64",
         torch.int32: "i32",
+        torch.int16: "i16",
+        torch.int8: "i8",
+        torch.uint8: "u8",
     }
     if isinstance(value, tuple):
         return type(value)(*map(type_of, value))
@@ -171,7 +177,7 @@ def is_aligned(value: Any) -> bool:
     return isinstance(value, int) and value % 16 == 0
 
 
-def launches(config: Config, batch: int, target: Target) -> list[Launch]:
+def launches(config: Config, batch: int, target: Target, quant: str = "none") -> list[Launch]:
     """The launches of one decode step of `batch` tokens, in bf16: a dense layer, a sparse layer."""
     from r1.kernels.block import DecodeBlock, output_head
     from r1.kernels.step import begin_step
@@ -186,7 +192,7 @@ def launches(config: Config, batch: int, target: Target) -> list[Launch]:
         batch, CONTEXT, config.attention.latent_dim, dtype=torch.bfloat16, device="meta"
     )
     x = torch.empty(batch, 1, config.hidden_size, dtype=torch.bfloat16, device="meta")
-    model = build.sketch(config, Backend(dtype="bf16", join="on"))
+    model = build.sketch(config, Backend(dtype="bf16", join="on", quant=quant))
     for block in (model.layers[0], model.layers[-1]):
         DecodeBlock(block, recorder)(x, step, (cache,))  # type: ignore[arg-type]
     output_head(model.lm_head, recorder, x)  # type: ignore[arg-type]
@@ -270,15 +276,19 @@ def order_of(ptx: str) -> tuple[str, ...]:
 
 
 def wanted(
-    shapes: dict[str, Config], batches: list[int], target: Target
+    shapes: dict[str, Config], batches: list[int], quants: list[str], target: Target
 ) -> Iterator[tuple[str, Launch]]:
     """Every different launch, with the shape and size that it is for."""
     seen: set[tuple[Any, ...]] = set()
     for name, config in shapes.items():
-        found = [(f"{name} prompt", launches_of_experts(config, CONTEXT, target))]
-        for batch in batches:
-            step = launches(config, batch, target) + launches_of_experts(config, batch, target)
-            found.append((f"{name} batch {batch}", step))
+        found = []
+        if "none" in quants:
+            prompts = (CONTEXT, *batches)
+            experts = [launch for n in prompts for launch in launches_of_experts(config, n, target)]
+            found.append((f"{name} experts alone", experts))
+        for quant, batch in itertools.product(quants, batches):
+            weights = "" if quant == "none" else f" {quant}"
+            found.append((f"{name}{weights} batch {batch}", launches(config, batch, target, quant)))
         for where, recorded in found:
             for launch in recorded:
                 if launch.key not in seen:
@@ -312,6 +322,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="GPU,..",
         help=f"of {', '.join(TARGETS)} (default: all)",
     )
+    parser.add_argument(
+        "--quant",
+        default=",".join(QUANTS),
+        metavar="KIND,..",
+        help=f"how weights are stored, of {', '.join(QUANTS)} (default: all)",
+    )
     return shared.run(__file__, work, parser.parse_args(argv))
 
 
@@ -322,10 +338,11 @@ def work(arguments: argparse.Namespace) -> int:
         raise InputError("TRITON_INTERPRET is set, which makes Python of the kernels: unset it")
     shapes = shared.shapes(arguments.shape)
     batches = shared.numbers("--batch", arguments.batch)
+    quants = shared.names("--quant", arguments.quant, QUANTS)
     failures = 0
     for name in shared.names("--target", arguments.target, TARGETS):
         target = TARGETS[name]
-        for where, launch in wanted(shapes, batches, target):
+        for where, launch in wanted(shapes, batches, quants, target):
             text, fits = verdict(launch, target)
             failures += not fits
             size = f"{launch.warps} warps, {launch.stages} stages"
