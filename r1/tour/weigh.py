@@ -40,7 +40,7 @@ def step_bytes(config: Config, dtype: str, context: int, rows: int = 1) -> dict[
 
     Several rows are taken to choose their experts uniformly.
     """
-    model = sketch(config, Backend(dtype=dtype, join="off"))
+    model = sketch(config, Backend(dtype=dtype, join="off", quant="none"))
     hit = roofline.expected_experts(config, rows)
     parts = Counter[str]()
     for layer in model.layers:
