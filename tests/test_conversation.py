@@ -33,36 +33,46 @@ from r1.files.embedded import EMBEDDED, FILE, Domain, domain_of
 from r1.run.start_up import StartUp
 from r1.switches.flags import explanations
 
-CHAT = ("-m", "r1", "--device", "cpu", "--temperature", "0")
+CHAT = ("--device", "cpu", "--temperature", "0")
 
 
 # ---------------------------- a terminal
+SLOW = """
+import sys, time
+import r1.__main__ as command
+from r1.conversation import Painter
+show = Painter.show
+Painter.show = lambda *texts: (time.sleep(0.05), show(*texts))
+sys.exit(command.main())
+"""
+"""The command, with time to press a key while it answers."""
+
+
 def test_a_chat_in_a_terminal() -> None:
-    """The banner, an answer, the last line again by the arrow key, Ctrl-C, and the end."""
-    with Terminal(*CHAT) as chat:
+    """The banner, Ctrl-C, the last line again by the arrow key, an answer, and the end."""
+    with Terminal("-c", SLOW, *CHAT) as chat:
         banner = chat.wait_for("> ")
         assert "tiny-r1 was trained on whole numbers" in banner and "/exit" in banner
-        chat.enter("What is 47 * 86?\n")
-        answer = chat.wait_for("\n> ")
-        assert "\x1b[2m47 * 86 = 47 * 80" in answer and "\x1b[0m" in answer
-        assert "47 * 86 = 4042." in answer and "tokens read" in answer
-        chat.enter(UP + "\n")
-        chat.wait_for("47 * 8:")
-        chat.enter(CTRL_C)
-        stopped = chat.wait_for("\n> ")
-        assert "[stopped]" in stopped and "tokens read" not in stopped and "\x1b[0m" in stopped
+        for typed in ("What is 47 * 86?\n", UP + "\n"):
+            chat.enter(typed)
+            assert "\x1b[2m47 * 86 = 47 * 80" in chat.wait_for("47 * 8:")
+            chat.enter(CTRL_C)
+            stopped = chat.wait_for("\n> ")
+            assert "[stopped]" in stopped and "tokens read" not in stopped and "\x1b[0m" in stopped
         chat.enter("half a quest" + CTRL_C)
         assert "/exit or Ctrl-D ends" in chat.wait_for("\n> ")
         chat.enter("/foo\n")
         assert "/foo is no command: there are /new and /exit" in chat.wait_for("\n> ")
         chat.enter("what is 99 - 45?\n")
-        assert "99 - 45 = 54." in chat.wait_for("\n> ")
+        answer = chat.wait_for("\n> ")
+        assert "\x1b[2m99 - 45:" in answer and "\x1b[0m" in answer
+        assert "99 - 45 = 54." in answer and "tokens read" in answer
         chat.enter(CTRL_D)
         assert chat.end() == 0
 
 
 def test_ctrl_c_ends_a_single_question() -> None:
-    with Terminal(*CHAT, "What is 47 * 86?") as chat:
+    with Terminal("-c", SLOW, *CHAT, "What is 47 * 86?") as chat:
         chat.wait_for("47 * 8:")
         chat.enter(CTRL_C)
         assert chat.end() == 130
