@@ -25,7 +25,7 @@ def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
 
 
 TIMING = re.compile(
-    r"^\[[\d,]+ tokens read, first of ([\d,]+) new after [\d,]+ ms"
+    r"^\[(?:start-up [^;]*; )?[\d,]+ tokens read, first of ([\d,]+) new after [\d,]+ ms"
     r"(, then [\d,.]+ tokens/s \([\d.]+ ms each\))?.*\]$",
     re.M,
 )

@@ -59,9 +59,9 @@ def test_the_callers_autocast_changes_nothing(engine: Engine) -> None:
 
 
 def test_load(engine: Engine) -> None:
-    assert isinstance(engine.config, r1.Config) and engine.config == TINY.change(
-        fp8_block=(128, 128)
-    )
+    assert isinstance(engine.config, r1.Config)
+    # What its shards store as FP8 is test_quant_switch.py's.
+    assert engine.config.change(stored=()) == TINY.change(fp8_block=(128, 128))
     backend = engine.backend
     assert isinstance(backend, Backend) and "auto" not in dataclasses.astuple(
         backend

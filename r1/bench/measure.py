@@ -46,8 +46,6 @@ def run(
     plans = plan.plans(arguments, machine, work)
     result = new_result(arguments, argv, machine, work)
     _note_load(result)
-    if sentence := busy(result["machine"]):
-        streams.complain(f"bench: {sentence}")
     arms = [arm for _, compared in plans for arm in compared]
     progress, number, interrupted = Progress([arm.timed for arm in arms]), 0, False
     try:
@@ -78,6 +76,8 @@ def measure(
     """All arms on one workload. Rows are added to `result` as soon as they are complete."""
     config = workload.config()
     check_sizes(workload, config, resolve(compared[0].backend, config, batch=workload.batch))
+    if not result["rows"] and (sentence := busy(result["machine"])):
+        streams.complain(f"bench: {sentence}")
     with (
         _scratch() as name,
         CompilerChecks(compared, config, Path(name)) as checks,
