@@ -154,12 +154,8 @@ def test_an_arm_is_asked_when_all_that_is_timed_is_done() -> None:
     def finished(questions: list[Question], refuses: str = "") -> tuple[list[str], dict[str, Any]]:
         made = Session.__new__(Session)
         answers: Any = Answers(refuses)
-        made.arm, made.answers, made.process, made.notes = (
-            Arm("one", "alone", Backend()),
-            {},
-            answers,
-            [],
-        )
+        made.arm, made.title, made.notes = Arm("one", "alone", Backend()), "one", []
+        made.answers, made.process = {}, answers
         made.finish(flags.parser(TINY).parse_args([]), questions)
         assert bool(made.notes) == (refuses == "accuracy")
         return answers.asked, made.answers
