@@ -55,7 +55,6 @@ class Runner:
         model: Transformer,
         backend: Backend,
         prefill_chunk: int | None = None,
-        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.backend = model, backend
         self.config: Config = model.config
@@ -63,7 +62,7 @@ class Runner:
         strategy = ATTENTION[backend.prefill_attention]
         self.prefill_chunk = prefill_chunk or CHUNK.get(strategy.needs or "", FUSED_CHUNK)
         self.entry = ATTENTION[backend.attention].entry(self.config.attention)
-        self.cache_dtype = cache_dtype or DTYPES[backend.dtype]
+        self.cache_dtype = DTYPES[backend.dtype]
         self.ways = ways_of(model, backend, self.device)
         self.blocks = {p: [way.block(b) for b in model.layers] for p, way in self.ways.items()}
         self.plain = Plain(backend, self.device)

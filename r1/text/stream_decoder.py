@@ -30,6 +30,4 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """End the text: U+FFFD if a character is incomplete. The decoder can then be used again."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)
