@@ -22,9 +22,10 @@ from refusals import CPU, refused
 import r1
 from r1 import Backend, build
 from r1.files import shards
-from r1.files.names import places
+from r1.files.names import elsewhere, places
 from r1.files.progress import Progress
 from r1.files.shards import PICKLES, SINGLE, entries_of, some, stream
+from r1.model.moe import Experts
 from r1.placement.placement import Placement
 from r1.storage import fp8
 from r1.switches.resolve import resolve
@@ -172,6 +173,19 @@ def test_pieces_are_small_and_in_the_files_order(most: int, sound: Path) -> None
     for key, tensor in tensors(sound).items():
         joined = torch.cat([piece.view(torch.uint8) for piece in read[key]])
         assert torch.equal(joined, tensor.view(torch.uint8)), key
+
+
+def test_the_names_of_experts_that_lie_elsewhere() -> None:
+    made = build.sketch(V3, resolve(CPU, V3))
+    assert elsewhere(made) == set()
+    for module in made.modules():
+        if isinstance(module, Experts):
+            module.ids = range(2, 4)
+    assert elsewhere(made) == {
+        f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight"
+        for expert in (0, 1, 4, 5, 6, 7)
+        for name in ("gate", "up", "down")
+    }
 
 
 # ---------------------------- what a load shows

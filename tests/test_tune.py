@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TINY
+from models import TINY, V3, runner, unit_gain
 from refusals import refused
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from r1.kernels.chip import Chip, Launch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
 from r1.run import tune
+from r1.run.engine import Engine
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
@@ -271,3 +272,13 @@ def test_every_kind_survives_the_file() -> None:
 def test_tune_is_of_the_fused_kernels() -> None:
     with pytest.raises(InputError, match="add kernels=triton"):
         resolve(Backend(tune=True), TINY, Machine.here())
+
+
+def test_a_cache_is_tuned_for_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Any] = []
+    monkeypatch.setattr(tune, "tune", lambda runner, cache: searched.append((runner, cache)))
+    run = runner(unit_gain(V3))
+    for wanted in (False, True):
+        engine = Engine(run.model, dataclasses.replace(run.backend, tune=wanted))
+        made = engine.cache(1, 8)
+        assert searched == ([(engine.runner, made)] if wanted else [])
