@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -1009,8 +1010,9 @@ def test_kernels_compile_for(target: str) -> None:
     keys ahead then): that takes as long again.
     """
     batches = (1, 8) if target == "sm_90" else (8,)
+    batch_list = ",".join(map(str, batches))
     done = compile_kernels(
-        "--shape", "r1", "--batch", ",".join(map(str, batches)), "--target", target
+        "--shape", "r1", "--batch", batch_list, "--target", target, "--quant", "none"
     )
     assert done.status == 0, done.out + done.err
     assert done.out.endswith("all kernels fit\n") and "step_kernel" in done.out
@@ -1026,6 +1028,17 @@ def test_kernels_compile_for(target: str) -> None:
         (name, where == "r1 batch 1", order) for lines in found for name, where, order in lines
     }
     assert orders == (ORDERS if target == "sm_90" else set())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_of_packed_weights_compile_for(target: str) -> None:
+    """e4m3 by integer operations, which every chip has, and half bytes; one token and several."""
+    done = compile_kernels(
+        "--shape", "moonlight-16b", "--batch", "1,8", "--target", target, "--quant", "fp8,int4"
+    )
+    assert done.out.endswith("all kernels fit\n"), done.out + done.err
+    for kind, kernel in itertools.product(("fp8", "int4"), ("down_vector_kernel", "tile_kernel")):
+        assert re.search(rf"{kernel} +moonlight-16b {kind} batch", done.out), done.out
 
 
 ORDERS = {

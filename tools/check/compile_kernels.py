@@ -281,14 +281,14 @@ def wanted(
     """Every different launch, with the shape and size that it is for."""
     seen: set[tuple[Any, ...]] = set()
     for name, config in shapes.items():
-        found = []
-        if "none" in quants:
-            prompts = (CONTEXT, *batches)
-            experts = [launch for n in prompts for launch in launches_of_experts(config, n, target)]
-            found.append((f"{name} experts alone", experts))
+        plain = "none" in quants
+        found = [(f"{name} prompt", launches_of_experts(config, CONTEXT, target))] if plain else []
         for quant, batch in itertools.product(quants, batches):
+            step = launches(config, batch, target, quant)
+            if quant == "none":
+                step += launches_of_experts(config, batch, target)
             weights = "" if quant == "none" else f" {quant}"
-            found.append((f"{name}{weights} batch {batch}", launches(config, batch, target, quant)))
+            found.append((f"{name}{weights} batch {batch}", step))
         for where, recorded in found:
             for launch in recorded:
                 if launch.key not in seen:
