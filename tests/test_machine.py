@@ -151,12 +151,12 @@ def test_free_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_processors_name(system: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert cpu_name() == "CPU, 3 threads"
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert cpu_name() == "CPU, 3 CPUs"
     system(cpuinfo="vendor_id : V\n")
-    assert cpu_name() == "CPU, 3 threads"
+    assert cpu_name() == "CPU, 3 CPUs"
     system(cpuinfo="vendor_id : V\nmodel name\t: A: B\nmodel name\t: C\n")
-    assert cpu_name() == "A: B, 3 threads"
+    assert cpu_name() == "A: B, 3 CPUs"
 
 
 def test_clocks_and_power(monkeypatch: pytest.MonkeyPatch) -> None:
