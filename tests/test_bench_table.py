@@ -25,9 +25,10 @@ import bench
 from r1 import threads
 from r1.__main__ import main
 from r1.bench import busy, measure, output
+from r1.bench.arms import Arm
 from r1.bench.flags import parser
 from r1.bench.load_result import load
-from r1.bench.progress import Progress, left
+from r1.bench.progress import Progress, left, weight
 from r1.bench.report import text
 from r1.bench.report.fields import FIELDS, SCHEMA
 from r1.bench.report.render import render
@@ -204,20 +205,22 @@ def test_load_is_what_others_run_now(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_arm_has_a_line_of_progress(capsys: pytest.CaptureFixture[str]) -> None:
     """Where stderr is no terminal. The time left comes from the arms that are done."""
     now = [0.0]
-    progress = Progress([True, True, True, False], clock=lambda: now[0])
-    for name, seconds in (("baseline", 60.0), ("compile", 90.0), ("amp=bf16", 60.0), ("a & b", 9)):
+    arms = [Arm("baseline", "baseline", Backend()), Arm("compile", "alone", Backend(compile=True))]
+    arms += [Arm("amp=bf16", "alone", Backend(amp="bf16")), Arm("a & b", "pairs", Backend())]
+    progress = Progress([weight(arm) for arm in arms], clock=lambda: now[0])
+    for name, seconds in (("baseline", 30.0), ("compile", 90.0), ("amp=bf16", 60.0), ("a & b", 9)):
         progress.begin(name)
         now[0] += seconds
     assert capsys.readouterr().err.splitlines() == [
         "bench: arm 1 of 4: baseline",
-        "bench: arm 2 of 4, about 2 min left: compile",
-        "bench: arm 3 of 4, about 2 min left: amp=bf16",
-        "bench: arm 4 of 4, about 40 s left: a & b",
+        "bench: arm 2 of 4, about 2 min left: compile",  # 4.5 times the baseline's 30 s
+        "bench: arm 3 of 4, about 40 s left: amp=bf16",
+        "bench: arm 4 of 4, about 20 s left: a & b",
     ]
 
 
 def test_arms_of_a_refused_workload_are_skipped() -> None:
-    progress = Progress([True] * 5)
+    progress = Progress([1.0] * 5)
     progress.begin("baseline")
     progress.skip_to(3)
     assert progress.begin("baseline").startswith("arm 4 of 5, about ")

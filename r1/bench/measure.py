@@ -15,7 +15,7 @@ from r1.bench.busy import load
 from r1.bench.compiler_checks import CompilerChecks
 from r1.bench.exam import Question
 from r1.bench.process import Answer
-from r1.bench.progress import Progress, say
+from r1.bench.progress import Progress, say, weight
 from r1.bench.reference import make_reference
 from r1.bench.report import rows
 from r1.bench.report.speedup import set_speedups
@@ -47,7 +47,7 @@ def run(
     result = new_result(arguments, argv, machine, work)
     _note_load(result)
     arms = [arm for _, compared in plans for arm in compared]
-    progress, number, interrupted = Progress([arm.timed for arm in arms]), 0, False
+    progress, number, interrupted = Progress([weight(arm) for arm in arms]), 0, False
     try:
         for workload, compared in plans:
             progress.skip_to(number)

@@ -10,9 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 
 from r1 import streams
+from r1.bench.arms import Arm
 
-PAIR = 0.5
-"""The time that a pair, which is only built and checked, takes of that of a timed arm; a guess."""
+PAIR, COMPILED = 0.5, 3.0
+"""How long a pair takes, which is only built and checked, and an arm that compiles: guesses, in
+times of a timed arm that does not."""
+
+
+def weight(arm: Arm) -> float:
+    """How long an arm takes, in times of a timed arm that does not compile."""
+    return (1.0 if arm.timed else PAIR) * (COMPILED if arm.backend.compile else 1.0)
 
 
 def say(text: str) -> None:
@@ -24,12 +31,11 @@ def say(text: str) -> None:
 class Progress:
     """Counts the arms of a run, and estimates the time that the rest of them takes."""
 
-    def __init__(self, timed: Sequence[bool], clock: Callable[[], float] = time.monotonic) -> None:
-        """`timed` says of each arm, in the order of measuring, whether it is timed or a pair.
-
-        `clock` returns seconds.
-        """
-        self.weights = [1.0 if each else PAIR for each in timed]
+    def __init__(
+        self, weights: Sequence[float], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`weights`: of each arm, in the order of measuring. `clock` returns seconds."""
+        self.weights = weights
         self.clock, self.start = clock, clock()
         self.at = 0
         """How many arms are begun or skipped."""
