@@ -974,7 +974,9 @@ def test_uniform_routing_spreads_and_is_the_same_in_every_arm() -> None:
 
 
 def test_what_a_table_says_beside_its_numbers() -> None:
-    """A pair of switches that broke down was not refused."""
+    """Only what lies within the noise is listed so; a pair that broke down was not refused."""
+    rows = [beside_baseline(made_row())]
+    rows += [{**beside_baseline(made_row(beside=0.02), 0.02), "arm": "within"}]
     sizes = dict.fromkeys(SIZES, 1)
     pairs = [
         {"pair": name, **sizes, "refused": "why", "crashed": name == "a & b"}
@@ -982,9 +984,10 @@ def test_what_a_table_says_beside_its_numbers() -> None:
     ]
     machine = {"name": "M", "torch": "2", "python": "3"}
     text = markdown(
-        {"machine": machine, "repetitions": 3, "workload": "w", "rows": [made_row()], "notes": [],
+        {"machine": machine, "repetitions": 3, "workload": "w", "rows": rows, "notes": [],
          "pairs": pairs}
     )  # fmt: skip
+    assert "No difference from the baseline beyond the noise: within." in text
     assert "- a & b: BROKE DOWN: why\n- c & d: refused: why" in text
 
 

@@ -1,6 +1,6 @@
 """What a row says, number by number: from repetitions that are all different, by definition.
 
-Holds r1/bench/report/rows.py, r1/bench/report/limits.py and r1/bench/worker/timing.py to account.
+Holds r1/bench/report/rows.py, speedup.py and limits.py, and r1/bench/worker/timing.py to account.
 test_bench.py has what becomes of rows.
 """
 
@@ -19,6 +19,7 @@ from models import TINY
 
 from r1.bench.arms import Arm
 from r1.bench.report.rows import pair, row
+from r1.bench.report.speedup import set_speedups
 from r1.bench.worker import timing
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
@@ -89,14 +90,28 @@ def test_one_new_token_has_no_time_per_token() -> None:
     assert [found[name] for name in names] == [None] * 4 and found["tpot_ms"] == 0
 
 
+def compared(found: dict[str, Any], baseline: tuple[float, ...] = BASELINE) -> dict[str, Any]:
+    """The row, beside that of a baseline with these seconds per token in the whole run."""
+    arm, base = made(found), made(answers()) | {"kind": "baseline"}
+    base["tpot_ms"] = 1e3 * median(baseline)
+    set_speedups([arm, base])
+    return arm
+
+
 @pytest.mark.parametrize("cold", [None, 10.0])
 def test_speedup_and_break_even(cold: float | None) -> None:
     """Ratios 4, 1 and 2; 0.4 - 0.2 seconds a token are saved, and the start takes 6 or 10."""
-    found = made(answers(backend(compile=True), cold=cold))
-    names = ("speedup", "speedup_low", "speedup_high", "within_noise")
-    assert [found[name] for name in names] == pytest.approx([2, 1, 4, True])
-    assert found["break_even_tokens"] == (30 if cold is None else 50)
-    start = (found["start_cold_s"], found["start_warm_s"])
+    found = answers(backend(compile=True), cold=cold)
+    names = ("speedup", "speedup_low", "speedup_high", "within_noise", "beside_ms")
+    noise = compared(found)
+    assert [noise[name] for name in names] == pytest.approx([2, 1, 4, True, 400])
+    assert noise["break_even_tokens"] is None, "noise pays nothing"
+    for beside in found["beside"]:
+        beside["total"] += 0.4  # 0.1 seconds more for each of 4 tokens: ratios 5, 1.5 and 2.2
+    clear = compared(found)
+    assert [clear[name] for name in names] == pytest.approx([2, 1.5, 5, False, 500])
+    assert clear["break_even_tokens"] == (30 if cold is None else 50)
+    start = (clear["start_cold_s"], clear["start_warm_s"])
     assert start == ((6, None) if cold is None else (10, 6))
 
 
@@ -107,7 +122,8 @@ def test_noise_is_on_both_sides_of_1(ratios: tuple[float, ...], noise: bool) -> 
     found = answers()
     for beside, own, ratio in zip(found["beside"], found["measure"], ratios, strict=True):
         beside["total"] = beside["ttft"] + ratio * (own["total"] - own["ttft"])
-    assert made(found)["within_noise"] is noise
+    tpots = tuple((beside["total"] - beside["ttft"]) / 4 for beside in found["beside"])
+    assert compared(found, tpots)["within_noise"] is noise
 
 
 @pytest.mark.parametrize("switch", ["compile", "cuda_graphs", "prefill_graphs", None])
