@@ -209,7 +209,8 @@ def test_many_rows_are_read_a_token_at_a_time() -> None:
 @pytest.mark.parametrize("memory", ["default", "empty-cache"])
 def test_what_a_prompt_took_is_given_back(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = runner_of(unit_gain(V3))
-    run.backend = SimpleNamespace(**vars(run.backend) | {"memory": memory})  # type: ignore[assignment]
+    changed = vars(run.backend) | {"memory": memory}
+    run.backend = SimpleNamespace(**changed)  # type: ignore[assignment]
     emptied: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     Runner.prefill(run, [[1, 2]], run.cache(1, 8))
