@@ -40,13 +40,27 @@ class Terminal:
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """What is shown up to and with `text`. The rest stays for the next call."""
-        end = time.monotonic() + seconds
-        while text not in self.shown:
-            assert time.monotonic() < end, f"{text!r} is not in {self.shown!r}"
-            if select.select([self.fd], [], [], 0.1)[0]:
-                self.shown += self._read()
+        assert self._shows(text, seconds), f"{text!r} is not in {self.shown!r}"
         before, _, self.shown = self.shown.partition(text)
         return before + text
+
+    def interrupt(self, until: str) -> str:
+        """Press Ctrl-C, again after each 10 s in which `until` is not shown, and wait for that.
+
+        Python's input() can miss a signal that comes while it takes in a letter.
+        """
+        for _ in range(6):
+            self.enter(CTRL_C)
+            if self._shows(until, 10):
+                break
+        return self.wait_for(until, 0)
+
+    def _shows(self, text: str, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while text not in self.shown and time.monotonic() < end:
+            if select.select([self.fd], [], [], 0.1)[0]:
+                self.shown += self._read()
+        return text in self.shown
 
     def _read(self) -> str:
         try:

@@ -59,8 +59,9 @@ def test_a_chat_in_a_terminal() -> None:
             chat.enter(CTRL_C)
             stopped = chat.wait_for("\n> ")
             assert "[stopped]" in stopped and "tokens read" not in stopped and "\x1b[0m" in stopped
-        chat.enter("half a quest" + CTRL_C)
-        assert "/exit or Ctrl-D ends" in chat.wait_for("\n> ")
+        chat.enter("half a quest")
+        chat.wait_for("half a quest")
+        assert "/exit or Ctrl-D ends" in chat.interrupt("\n> ")
         chat.enter("/foo\n")
         assert "/foo is no command: there are /new and /exit" in chat.wait_for("\n> ")
         chat.enter("what is 99 - 45?\n")
