@@ -52,7 +52,7 @@ def arm(folder: Path, **switches: Any) -> Subject:
     """An arm's process, in this one, ready for the command "parity"."""
     plain = Subject(Backend(device="cpu", dtype="fp32", **TEXTBOOK), WORK, folder)
     COMMANDS["build_reference"](plain)
-    COMMANDS["reference"](plain, ["fp32"])
+    COMMANDS["reference"](plain, [])
     subject = Subject(Backend(device="cpu", dtype="fp32", **switches), WORK, folder)
     subject.build()
     return subject
