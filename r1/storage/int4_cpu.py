@@ -96,10 +96,12 @@ class CpuInt4(Matrix):
 
 
 def takes(spec: Spec, shape: tuple[int, ...]) -> bool:
-    """Whether the operator can read such a matrix as exactly as we do: symmetric, bf16 scales."""
+    """Whether the operator can read such a matrix as exactly as we do: symmetric, bf16 scales, and
+    in an order that we can undo.
+    """
     usual = Spec("int4", 1, spec.columns, scale="bf16")
     whole = shape[-2] % TALL == 0 and shape[-1] % max(1, spec.columns) == 0
-    return spec == usual and spec.columns in GROUPS and whole
+    return spec == usual and spec.columns in GROUPS and whole and _layout() is not None
 
 
 def repack(model: nn.Module) -> None:
@@ -146,22 +148,33 @@ def _pack(numbers: Tensor) -> Tensor:
 
 def _unpack(q: Tensor) -> Tensor:
     """The inverse, of (..., out, in / 2)."""
+    layout = _layout()
+    assert layout is not None  # `takes` has looked
+    tall, order = layout
     columns = 2 * q.shape[-1]
-    blocks = q.unflatten(-2, (-1, TALL)).flatten(-2)  # (..., out / 64, 64 in / 2)
-    numbers = unpack_nibbles(blocks, TALL * columns)[..., _places(columns)]
-    return numbers.unflatten(-1, (TALL, columns)).flatten(-3, -2)
+    # In each block of rows: for each column the numbers of all rows, two in a byte.
+    blocks = q.unflatten(-2, (-1, tall)).flatten(-2).unflatten(-1, (columns, tall // 2))
+    across = blocks.mT.contiguous()  # (..., out / tall, tall / 2, in)
+    numbers = torch.stack((across & 15, across >> 4), dim=-2).flatten(-3, -2)  # (..., tall, in)
+    return numbers.index_select(-2, order).flatten(-3, -2)
 
 
 @lru_cache
-def _places(columns: int) -> Tensor:
-    """int64 (64 * columns,): where `_pack` puts each number of 64 rows.
+def _layout() -> tuple[int, Tensor] | None:
+    """How many rows are stored together, and the place of each of them among these, int64 (rows,).
 
-    The order depends on the CPU. It shows in what becomes of a matrix that counts its places, one
-    hexadecimal digit at a time.
+    None for an order of another kind. It depends on the CPU, and shows in what becomes of a matrix
+    that counts its places, one hexadecimal digit at a time.
     """
+    columns = 32
     count = torch.arange(TALL * columns).view(TALL, columns)
-    found = torch.zeros(TALL * columns, dtype=torch.int64)
+    found = torch.zeros(count.numel(), dtype=torch.int64)
     for digit in range(0, count.numel().bit_length(), 4):
         packed = _pack(count >> digit & 15).flatten()
         found |= unpack_nibbles(packed, len(found)).long() << digit
-    return found.argsort()
+    places = found.argsort().view(TALL, columns)  # of each row's and column's number
+    tall = int(places[0, 1])
+    order = places[:tall, 0]
+    row, column = torch.arange(TALL)[:, None], torch.arange(columns)
+    known = row // tall * tall * columns + column * tall + order[row % tall]
+    return (tall, order) if places.equal(known) else None
