@@ -145,7 +145,8 @@ def _too_large(
         if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
             could.append(setting("quant", "int4"))
     advice = " or ".join(each for each in (*could, cut, "a larger machine") if each)
-    stored = backend.dtype if backend.quant == "none" else f"{backend.dtype} and {backend.quant}"
+    kinds = {backend.dtype: 1, backend.quant: 1, backend.quant_head: 1}  # a set in order
+    stored = " and ".join(kind for kind in kinds if kind != "none")
     return InputError(
         f"the model needs {needed / 1e9:.1f} GB in {stored} and {backend.device} has "
         f"{available / 1e9:.1f} GB free: use {advice}"
@@ -157,7 +158,7 @@ def quantize_matrices(model: Transformer, backend: Backend) -> None:
     files = model.config.files
 
     def storage(matrix: Matrix, name: str) -> Matrix:
-        spec = spec_of(name, files, backend.quant)
+        spec = spec_of(name, files, backend.quant, backend.quant_head)
         if spec is None:
             return matrix
         return KINDS[spec.kind].empty(spec, matrix.shape, DTYPES[backend.dtype])

@@ -303,6 +303,52 @@ def test_the_table_of_what_is_kept() -> None:
     assert packed and not packed & KEPT.keys()
 
 
+@pytest.mark.parametrize("quant", ["none", "int4"])
+@pytest.mark.parametrize("head", ["fp8", "int8"])
+def test_the_output_head_has_its_own_switch(head: str, quant: str, plain: Path) -> None:
+    """It is stored in its kind, the other matrices as `quant` says, and multiplies as its numbers
+    do.
+    """
+    made, _ = load(plain, quant=quant, quant_head=head, dtype="fp32", join="off")
+    without, _ = load(plain, quant=quant, dtype="fp32", join="off")
+    found, usual = quantized_of(made), quantized_of(without)
+    assert set(found) == {*usual, "lm_head"}
+    assert found["lm_head"].spec == USUAL[head]
+    right = slots(without)["lm_head.weight"].weight
+    packed = KINDS[head].quantize(right, USUAL[head])
+    for name, tensor in packed.items():
+        stored = slots(made)["lm_head.weight"].views[name]
+        assert torch.equal(stored.float(), tensor.float())
+    ours = logits(made, quant=quant, quant_head=head)
+    theirs = logits(without, quant=quant)
+    hidden = theirs @ torch.linalg.pinv(right.T)  # of as many numbers as there are logits at least
+    expected = hidden @ made.lm_head.matrix.dense(torch.float32).T
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
+    assert not torch.equal(ours, theirs)
+
+
+def test_a_tied_output_head_is_not_quantized() -> None:
+    tied = CONFIG.change(tie_word_embeddings=True)
+    with refused("quant_head=int8: this model's output head is its embedding too"):
+        resolve(Backend(device="cpu", quant_head="int8"), tied)
+    assert resolve(Backend(device="cpu", quant="int8"), tied).quant == "int8"
+
+
+def test_the_error_of_a_model_that_is_too_large_names_its_storages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "available_bytes", lambda _: 0)
+    for quant, head, words in (
+        ("int4", "int8", "in fp32 and int4 and int8 and"),
+        ("none", "int8", "in fp32 and int8 and"),
+        ("int8", "int8", "in fp32 and int8 and"),
+        ("none", "none", "in fp32 and"),
+    ):
+        backend = resolve(Backend(device="cpu", quant=quant, quant_head=head), CONFIG)
+        with refused(f"needs .* GB {words} cpu has"):
+            build.from_shape(CONFIG, backend)
+
+
 def test_auto() -> None:
     """It keeps what the files have, where it can be used."""
     stored = ((USUAL["int4"], frozenset({"model.layers.0.mlp.down_proj"})),)

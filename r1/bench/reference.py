@@ -42,7 +42,7 @@ def make_reference(
     backends = resolved(compared, workload, config)
     dtypes = sorted({each.compute for each in backends}) or ["fp32"]
     # A quantized arm has a reference of its own (worker/dequantized.py).
-    rounding = {rounds_by(each) for each in backends if each.quant == "none"}
+    rounding = {rounds_by(each) for each in backends if not each.quantized}
     answers: Answer = {}
     with Process(serve, plain, workload, folder, "inductor-reference", threads) as process:
         if keep(answers, process, NAME, "build_reference") and keep(

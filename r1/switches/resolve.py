@@ -33,6 +33,9 @@ def resolve(
     _check_machine(backend, machine)
     backend = _kernels(backend, machine)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
+    if backend.quant_head != "none" and config.tie_word_embeddings:
+        head = setting("quant_head", backend.quant_head)
+        raise InputError(f"{head}: this model's output head is its embedding too: leave it out")
     _check_speculation(backend, config)
     uses = {
         phase: _use(backend, config, machine, phase, batch * backend.step_tokens)

@@ -35,7 +35,7 @@ def check(subject: Subject) -> Answer:
     """
     reference = load_file(subject.folder / REFERENCE)
     backend, right, cost = subject.engine.backend, reference, None
-    if backend.quant != "none":
+    if backend.quantized:
         cost = vars(compare_text(subject, reference, NO_BOUND))
         right, rounding = own_reference(subject, reference)
     else:
