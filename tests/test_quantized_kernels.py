@@ -5,6 +5,7 @@ Holds r1/kernels/tiles.py to account.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
 import pytest
@@ -66,6 +67,27 @@ def test_linear(tokens: int, spec: Spec) -> None:
         launch = LinearLaunch(1 if tokens == 1 else 16, 2 if tokens == 1 else 16, inputs, 4)
         close(linear(CHIP, x, weight, launch=launch), right)
     close(linear(CHIP, x, weight), right)
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_every_fp8_number(tokens: int, e4m3: bool) -> None:
+    """With the chip's own instruction, or by bits: x picks one column after the other."""
+    if e4m3 and not (CHIP.e4m3 or DEVICE.type == "cpu"):
+        pytest.skip("this GPU has no such instruction: it needs an NVIDIA GPU from sm_89 on")
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[codes & 0x7F == 0x7F] = 0  # NaN
+    spec = Spec("fp8", 0, 0)
+    packed = {"weight": codes.view(torch.float8_e4m3fn).view(16, 16)}
+    packed["weight_scale_inv"] = torch.ones(1, 1)
+    weight = KINDS["fp8"](spec, (16, 16), torch.float32, packed).to(DEVICE)
+    chip = dataclasses.replace(CHIP, e4m3=e4m3)
+    launch = LinearLaunch(1 if tokens == 1 else 16, 2 if tokens == 1 else 16, 16, 4)
+    right = packed["weight"].float()
+    for start in range(0, 16, tokens):
+        x = torch.eye(16, device=DEVICE)[start : start + tokens]
+        ours = linear(chip, x, weight, launch=launch)
+        assert torch.equal(ours.cpu(), right.T[start : start + tokens])
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))

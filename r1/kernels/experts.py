@@ -107,8 +107,8 @@ class Swiglu(NamedTuple):
     down: Operand
 
     @staticmethod
-    def of(gate: Matrix | Tensor, up: Matrix | Tensor, down: Matrix | Tensor) -> Swiglu:
-        return Swiglu(operand(gate), operand(up), operand(down))
+    def of(chip: Chip, *matrices: Matrix | Tensor) -> Swiglu:
+        return Swiglu(*(operand(each, chip.e4m3) for each in matrices))
 
 
 def experts(
@@ -123,11 +123,11 @@ def experts(
     this gain by the previous kernel, and that the residual is older. Then shared experts don't wait
     for x.
     """
-    routed, always = Swiglu.of(experts.gate_proj, experts.up_proj, experts.down_proj), None
+    routed, always = Swiglu.of(chip, experts.gate_proj, experts.up_proj, experts.down_proj), None
     more, sizes = 0, tuple(experts.down_proj.shape)
     if shared is not None:
         layers = (shared.gate_proj, shared.up_proj, shared.down_proj)
-        always = Swiglu.of(*(layer.matrix for layer in layers))
+        always = Swiglu.of(chip, *(layer.matrix for layer in layers))
         more = shared.down_proj.matrix.shape[1] // sizes[2]
     bits = packed_bits(experts.down_proj)
     return _launch(
@@ -227,10 +227,9 @@ def _several_tokens(
 def _experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> Tensor:
-    routed = Swiglu.of(gate, up, down)
-    return _launch(
-        Chip.of(x.device), x, indices, weights, down.shape, routed, 0, None, None, None, 0.0, None
-    )
+    chip = Chip.of(x.device)
+    routed = Swiglu.of(chip, gate, up, down)
+    return _launch(chip, x, indices, weights, down.shape, routed, 0, None, None, None, 0.0, None)
 
 
 @_experts.register_fake

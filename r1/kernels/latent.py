@@ -63,7 +63,8 @@ def latent(
     use = launch or chip.launch(LatentLaunch, tokens, heads, nope, c, q.itemsize)
     absorbing = heads * ceil_div(c, use.columns) * ceil_div(tokens, use.rows)
     chip.run(
-        latent_kernel, (absorbing + tokens, ), q, q.stride(0), kv, kv.stride(0), operand(w_uk),
+        latent_kernel, (absorbing + tokens, ), q, q.stride(0), kv, kv.stride(0),
+        operand(w_uk, chip.e4m3),
         gain, eps, cos, sin, positions, positions.shape[1], cache, cache.stride(0),
         cache.stride(1), cache.shape[1], q_c, q_pe, tokens, absorbing, HEADS=heads, NOPE=nope,
         ROPE=rope, LATENT=c, NOPE_PAD=power_of_two(nope, 16), ROPE_PAD=power_of_two(rope),

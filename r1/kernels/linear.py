@@ -97,8 +97,8 @@ def linear(
     up_stride = 0 if up is None else up.stride(0)
     if use.rows == 1:
         chip.run(
-            vector_kernel, grid, x, x.stride(0), up, up_stride, operand(weight), norm, eps,
-            residual, y, outputs, INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
+            vector_kernel, grid, x, x.stride(0), up, up_stride, operand(weight, chip.e4m3), norm,
+            eps, residual, y, outputs, INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
     if norm is not None or up is not None:
@@ -109,7 +109,7 @@ def linear(
         )  # fmt: skip
         x = h
     chip.run(
-        tile_kernel, grid, x, x.stride(0), operand(weight), residual, y, tokens, outputs,
+        tile_kernel, grid, x, x.stride(0), operand(weight, chip.e4m3), residual, y, tokens, outputs,
         INPUTS=inputs, ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y

@@ -10,6 +10,7 @@ stack, and `load_tile` loads a tile of it. A storage has a format: a branch in `
 | int8 | a byte, -128 to 127 | fp32: (number - zero point) * scale |
 | int4 | half a byte, 0 to 15, the even column low | fp32, likewise; without zero points: - 8 |
 | fp8 | e4m3 | fp32: number * scale |
+| e4m3 | the same | the same, converted by the chip's own instruction (Chip.e4m3) |
 
 Packed numbers become fp32 in registers. A thread loads some columns of a row side by side, and one
 scale for them (see SIDE).
@@ -68,10 +69,11 @@ class Operand(NamedTuple):
     """Columns that have one scale for sure, wherever a multiple of it begins; at most SIDE."""
 
 
-def operand(matrix: Matrix | Tensor) -> Operand:
+def operand(matrix: Matrix | Tensor, e4m3: bool = False) -> Operand:
     """The operand of a matrix object, or of a dense tensor with contiguous rows.
 
-    Raises InputError for a storage without a format.
+    `e4m3` says whether the chip converts FP8 by itself. Raises InputError for a storage without a
+    format.
     """
     if isinstance(matrix, Tensor):
         return _dense(matrix)
@@ -80,7 +82,7 @@ def operand(matrix: Matrix | Tensor) -> Operand:
         return _dense(tensor_of(matrix))
     if why := why_not(matrix):
         raise InputError(why)
-    return _packed(stored, matrix.stored())
+    return _packed(stored, matrix.stored(), e4m3)
 
 
 def tensor_of(matrix: Matrix) -> Tensor:
@@ -110,19 +112,19 @@ def _dense(weight: Tensor) -> Operand:
     return Operand(weight, weight, weight, row, expert, _constant("dense"))
 
 
-def _packed(matrix: Quantized, tensors: dict[str, Tensor]) -> Operand:
+def _packed(matrix: Quantized, tensors: dict[str, Tensor], e4m3: bool) -> Operand:
     """The operand of a quantized matrix, or of rows of it, from its stored tensors."""
     weight, scale, zero, _ = (tensors.get(name) for name in matrix.NAMES)
     assert weight is not None and scale is not None
-    if weight.dtype == torch.float8_e4m3fn:
-        weight = weight.view(torch.uint8)
+    weight = weight.view(torch.uint8)
     spec, columns = matrix.spec, matrix.shape[-1]
+    kind = "e4m3" if spec.kind == "fp8" and e4m3 else spec.kind
     wide = spec.columns or 2**30
     together = next(n for n in (SIDE, 8, 4, 2, 1) if wide % n == 0 and columns % n == 0)
     blocks = (_constant(size) for size in (spec.rows or 2**30, wide, together))
     return Operand(
         weight, scale, scale if zero is None else zero, *_strides(weight.stride()),
-        _constant(spec.kind), _constant(zero is not None), *_strides(scale.stride()), *blocks,
+        _constant(kind), _constant(zero is not None), *_strides(scale.stride()), *blocks,
     )  # fmt: skip
 
 
@@ -221,18 +223,30 @@ def unpacked(place, scale, zero, stride, scale_stride, row, column, first, mask,
     at = row // w.TALL * scale_stride + (first + start) // w.WIDE
     some = some_of(mask, TOGETHER)
     factor = tl.load(scale + at, mask=some, other=0.0).to(tl.float32)
-    if w.FORMAT == "fp8":
+    if w.FORMAT == "e4m3":
+        numbers = numbers.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+    elif w.FORMAT == "fp8":
         # e4m3 is SEEEEMMM and fp16 SEEEEEMMMMMMMMMM, with exponents biased by 7 and 15. So the same
         # bits are a 256th of the number. (Not every GPU converts e4m3 by itself.)
         bits = ((numbers & 0x80).to(tl.uint16) << 8) | ((numbers & 0x7F).to(tl.uint16) << 7)
-        numbers = bits.to(tl.float16, bitcast=True)
+        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32)
         factor *= 256.0
-    values = by_columns(numbers.to(tl.float32), TOGETHER)
+    else:
+        # A number below 256 in the lowest bits of 2^23, less 2^23: two operations at full speed,
+        # where a chip converts integers at a quarter of it.
+        if w.FORMAT == "int8":
+            numbers ^= 0x80  # -128 to 127 become 0 to 255
+        numbers = (numbers.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+        if w.FORMAT == "int8":
+            numbers -= 8388608.0 + 128.0
+        elif w.ZEROS:
+            numbers -= 8388608.0
+        else:
+            numbers -= 8388608.0 + 8.0
+    values = by_columns(numbers, TOGETHER)
     if w.ZEROS:
         off = tl.load(zero + at, mask=some, other=0).to(tl.float32)
         values -= tl.expand_dims(off, len(mask.shape))
-    elif w.FORMAT == "int4":
-        values -= 8.0
     return tl.reshape(values * tl.expand_dims(factor, len(mask.shape)), mask.shape)
 
 

@@ -55,6 +55,11 @@ class Target:
     """Bytes of shared memory that a program may use."""
     dependent_launch: bool = False
 
+    def recorder(self) -> Recorder:
+        """What stands in for its chip."""
+        e4m3 = self.backend == "cuda" and int(self.arch) >= 89
+        return Recorder(self.processors, self.shared, self.dependent_launch, e4m3)
+
 
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 108, 163 * KB),  # A100
@@ -101,6 +106,7 @@ class Recorder:
     processors: int
     shared: int
     dependent_launch: bool
+    e4m3: bool
     launches: list[Launch] = field(default_factory=list)
 
     def launch(self, kind: Any, *sizes: int) -> Any:
@@ -183,7 +189,7 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
     from r1.kernels.step import begin_step
     from r1.model.step import Step
 
-    recorder = Recorder(target.processors, target.shared, target.dependent_launch)
+    recorder = target.recorder()
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     frequency = torch.empty(config.attention.qk_rope_head_dim // 2, device="meta")
     positions, cos, sin = begin_step(recorder, lengths, 1, frequency, 1.0)  # type: ignore[arg-type]
@@ -207,7 +213,7 @@ def launches_of_experts(config: Config, batch: int, target: Target) -> list[Laun
     from r1.kernels.experts import experts
     from r1.model.moe import Experts
 
-    recorder = Recorder(target.processors, target.shared, target.dependent_launch)
+    recorder = target.recorder()
     chosen = (batch, config.experts.num_experts_per_tok)
     with torch.device("meta"):
         weights = Experts(config).bfloat16()
