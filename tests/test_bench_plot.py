@@ -394,18 +394,6 @@ def test_colours_of_what_is_saved_and_of_what_it_costs() -> None:
     assert crosses == [1.0]
 
 
-@pytest.mark.parametrize(("floor", "drawn"), [(1.1, True), (0.9, False)])
-def test_a_floor_that_is_far_off_is_an_arrow(floor: float, drawn: bool) -> None:
-    """More than ten times below the dots; its line would press them together."""
-    pytest.importorskip("matplotlib")
-    rows = [row("baseline", "baseline", 12.0, floor=floor), row("a", "alone", 10.0, floor=floor)]
-    (axes,) = figure.picture(result(rows)).axes
-    lines: list[Any] = list(axes.lines)
-    dashed = [line.get_xdata()[0] for line in lines if line.get_linestyle() == "--"]
-    assert dashed == ([floor] if drawn else [])
-    assert any(line.get_marker() == "<" for line in lines) != drawn
-
-
 def test_curves_over_batches() -> None:
     """The floor's rate is of all rows, and a row that fails parity has none."""
     pytest.importorskip("matplotlib")
