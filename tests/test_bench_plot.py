@@ -13,6 +13,7 @@ import pytest
 from r1 import InputError
 from r1.bench import merge
 from r1.bench.plot import curves, figure, select, style
+from r1.bench.plot.labels import Curve, Labels
 
 CONFIG = {"hidden_size": 2048, "num_hidden_layers": 27}
 
@@ -413,6 +414,19 @@ def test_curves_over_batches() -> None:
     assert "compile" in said and "every switch on" not in said
     ladder = [r | {"kind": "ladder"} if r["kind"] == "alone" else r for r in rows]
     assert "every switch on" in words(ladder)
+
+
+def test_a_label_belongs_to_the_nearest_curve() -> None:
+    """The same place costs more for the other curve's label."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set(xlim=(0, 3), ylim=(0, 9))
+    lines = [Curve(f"y = {y}", "black", [], [1.0, 2.0], [y, y]) for y in (2.0, 7.0)]
+    x, y = axes.transData.transform((1.5, 2.0))
+    box, labels = (x - 5, y + 3, x + 5, y + 9), Labels(axes, lines)
+    assert labels._cost(box, 0) < labels._cost(box, 1)
 
 
 def test_sizes_in_a_title_are_of_all_points() -> None:

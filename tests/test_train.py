@@ -563,9 +563,7 @@ def test_speculation_of_all_answers_together() -> None:
     assert examination.speculation([one, other]) == {"acceptance": 0.5, "tokens_per_step": 2.0}
 
 
-def test_what_is_examined_is_what_was_asked_for(
-    trained: tuple[Trainer, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_examined_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def examine(_engine: r1.Engine, count: int, **named: Any) -> Any:
@@ -573,7 +571,7 @@ def test_what_is_examined_is_what_was_asked_for(
         raise InputError("enough: it was asked")
 
     monkeypatch.setattr(examination, "examine", examine)
-    flags = ["--model", str(trained[1]), "-n", "3", "--seed", "5", "--batch", "2"]
+    flags = ["-n", "3", "--seed", "5", "--batch", "2"]
     assert examination.main([*flags, "--kinds", "mul", "--device", "cpu"]) == 2
     assert asked == [(3, 5, ["mul"], 2)]
 
