@@ -34,7 +34,7 @@ from r1.bench.report.fields import FIELDS, SCHEMA
 from r1.bench.report.render import render
 from r1.bench.report.speedup import set_speedups
 from r1.bench.report.table import COLUMNS, USUAL, number, table
-from r1.bench.worker.serve import serve
+from r1.bench.worker.serve import Setup, serve
 from r1.model.shapes import shape
 from r1.switches.backend import Backend
 
@@ -380,8 +380,9 @@ def test_an_arms_process_has_its_threads(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    pipe: Any = Closed()
     for number_of_threads in (3, None):
-        serve(Closed(), Backend(), WORK, tmp_path, "c", number_of_threads)  # type: ignore[arg-type]
+        serve(pipe, Backend(), WORK, tmp_path, "c", Setup(number_of_threads))
     assert asked == [3]
 
 

@@ -12,7 +12,7 @@ from r1.bench import arms, exam
 from r1.bench.plan import PROBLEMS
 from r1.bench.report.render import FORMS
 from r1.model.shapes import SHAPES
-from r1.switches import flags
+from r1.switches import flags, own_files
 from r1.switches.backend import Backend
 
 MOST = 10**12
@@ -31,6 +31,7 @@ def parser(embedded: Path) -> argparse.ArgumentParser:
     _add_measurement(p)
     _add_output(p)
     threads.add_flag(p)
+    own_files.add_flag(p)
     flags.add_flags(p)
     return p
 
