@@ -32,6 +32,8 @@ from r1.errors import InputError
 from r1.files.embedded import EMBEDDED, FILE, Domain, domain_of
 from r1.run.start_up import StartUp
 from r1.switches.flags import explanations
+from r1.tour.__main__ import SWITCHES
+from r1.tour.__main__ import parser as tour_parser
 
 CHAT = ("--device", "cpu", "--temperature", "0")
 
@@ -193,13 +195,22 @@ def test_the_start_up_is_told_apart() -> None:
     assert timings(done, 12, []).endswith("; cut off at the end of the context]")
 
 
-@pytest.mark.parametrize("command", [chat_parser(), bench_parser(EMBEDDED)], ids=["r1", "bench"])
-def test_help_explains_every_flag(command: argparse.ArgumentParser) -> None:
-    """In a text, and in the flags' own spelling."""
+PARSERS: dict[str, argparse.ArgumentParser] = {
+    "r1": chat_parser(),
+    "bench": bench_parser(EMBEDDED),
+    "r1.tour": tour_parser(),
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_help_explains_every_flag(name: str) -> None:
+    """In a text, and in the flags' own spelling. A tour has fewer switches."""
+    command = PARSERS[name]
     fields = [field.name for field in dataclasses.fields(Backend)]
     assert list(explanations()) == fields
     actions = {flag: action for action in command._actions for flag in action.option_strings}
-    assert {f"--{name.replace('_', '-')}" for name in fields} <= actions.keys()
+    switches = SWITCHES if name == "r1.tour" else fields
+    assert {f"--{each.replace('_', '-')}" for each in switches} <= actions.keys()
     for flag, action in actions.items():
         text = action.help or ""
         assert 15 < len(text) < 250, flag
@@ -211,11 +222,26 @@ def test_help_explains_every_flag(command: argparse.ArgumentParser) -> None:
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (chat_parser(), bench_parser(EMBEDDED)):
+    for command in PARSERS.values():
         with pytest.raises(SystemExit) as end:
             command.parse_args(["--version"])
         assert end.value.code == 0
         assert capsys.readouterr().out.startswith(f"r1 {r1.__version__}, torch ")
+
+
+def test_a_wrong_argument_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in PARSERS.items():
+        for flag, said in (
+            ("--new=many", "--new: 'many': give "),
+            ("--moe=some", "--moe: invalid choice: 'some' (choose from "),
+            ("--no-such", "unrecognized arguments: --no-such"),
+        ):
+            with pytest.raises(SystemExit) as end:
+                command.parse_args([flag])
+            assert end.value.code == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"{name}: {said}") and err.endswith("; --help lists the flags\n")
+            assert err.count("\n") == 1
 
 
 def test_an_engine_shows_what_it_is() -> None:

@@ -5,6 +5,7 @@ Holds to account: r1/tour, and the shape comments of r1/model.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -303,9 +304,28 @@ def test_a_folder_without_tokenizer_or_mtp(
     check_sentence(capsys.readouterr().err.removeprefix("r1.tour: ").removesuffix("\n"))
 
 
+def test_a_wrong_layer_is_told_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("r1.tour.__main__.load")
+    assert main(["--layer", "5"]) == 2
+
+
+def test_a_tour_has_its_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for a small model: with torch's own number a busy machine needed 43 s in place of 6."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert main(["--new", "1"]) == 0 and main(["--new", "1", f"--threads={os.cpu_count()}"]) == 0
+    assert asked == [1, os.cpu_count()]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["12", "+", "30"], 'has 3 parts: put quotes around it, as in python -m r1.tour "12 + 30"'),
+        (["--attention", "naive", "--prefill-attention", "expand"], "--attention naive and --pre"),
+        (["--draft-tokens", "-1"], "--draft-tokens -1: give a whole number"),
         (["--layer", "5"], "has layers 0 to 4"),
         (["--layer", "-1"], "has layers 0 to 4"),
         (["--place", "12"], "has tokens 0 to 11"),

@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         sentence = message.removeprefix("argument ")
+        sentence = re.sub(r"invalid int value: ('.*')", r"\1: give a whole number", sentence)
         self.exit(2, f"{self.speaker}: {sentence}; --help lists the flags\n")
 
 
