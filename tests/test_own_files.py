@@ -21,7 +21,7 @@ from r1 import Backend, InputError
 from r1.__main__ import main
 from r1.bench.worker.serve import Setup, serve
 from r1.switches import own_files
-from r1.switches.strategies import ATTENTION, EXPERTS
+from r1.switches.strategies import ATTENTION
 from r1.tour.__main__ import main as tour
 
 HEAD = """from r1.model.attend import Absorbed
@@ -34,15 +34,11 @@ ASKED = ["--attention", "mine", "--device", "cpu", "--new", "2"]
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def as_before(own_tables: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tables, the modules and their path are afterwards as they were."""
-    attention, experts, modules = dict(ATTENTION), dict(EXPERTS), set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        yield
-    for table, entries in ((ATTENTION, attention), (EXPERTS, experts)):
-        table.clear()
-        table.update(entries)  # type: ignore[arg-type]
+    modules = set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
     for name in set(sys.modules) - modules:
         if name.startswith("imported_"):
             del sys.modules[name]

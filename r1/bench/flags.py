@@ -25,7 +25,9 @@ def parser(embedded: Path) -> argparse.ArgumentParser:
         "bench",
         r1.__version__,
         prog="bench.py",
+        usage="python bench.py [flags]",
         description="Measure what each optimization buys on this machine.",
+        epilog="Example: python bench.py --compile --amp bf16",
     )
     _add_workload(p, embedded)
     _add_measurement(p)
