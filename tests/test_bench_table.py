@@ -267,6 +267,7 @@ def test_an_output_file_holds_the_result_and_the_table_is_printed(
         ("folder.json", "it is a folder, not a file"),
         ("pipe.json", "it is a pipe, not a file"),
         ("a" * 300 + ".json", "the name is too long"),
+        ("folder", "it is a folder, not a file"),
         ("a.txt", "give it one of the endings .md, .json, .jsonl, .csv, or say with -o"),
     ],
 )
@@ -278,12 +279,13 @@ def test_an_output_file_is_checked_before_measuring(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delattr(measure, "run")
-    (tmp_path / "folder.json").mkdir()
+    for folder in ("folder.json", "folder"):
+        (tmp_path / folder).mkdir()
     os.mkfifo(tmp_path / "pipe.json")
     assert bench.main(["--output-file", str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def full(*_: Any) -> None:

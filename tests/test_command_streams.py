@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from cases import ROOT
 
+from r1 import streams
+from r1.bench import progress
 from r1.bench.load_result import load
 from r1.bench.process import SIGNALS, deaf_children, interrupt_once, signals
 
@@ -81,6 +83,29 @@ def test_tables_in_ascii() -> None:
     result = ROOT / "tools" / "measure" / "results" / "h100" / "ladder.json"
     done = run("bench.py", "--show", str(result), "--wide", encoding="ascii")
     assert done.returncode == 0 and rb"max \u0394logit" in done.stdout, done.stderr
+
+
+def test_a_line_of_progress_fits_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a longer one only the last part would be replaced by the next."""
+    text, widths = "x" * 100, {40: 39, 0: 79, None: 79}
+    for columns, shown in widths.items():
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+
+        def size(_: int, columns: int | None = columns) -> os.terminal_size:
+            if columns is None:
+                raise OSError
+            return os.terminal_size((columns, 24))
+
+        monkeypatch.setattr(os, "get_terminal_size", size)
+        for say in (streams.status, progress.say):
+            say(text)
+            assert capsys.readouterr().err == "\r\x1b[K" + "x" * shown
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    streams.status(text)
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------- a full disk, closed streams

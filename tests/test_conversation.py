@@ -124,6 +124,13 @@ def test_a_conversation_goes_on_and_starts_anew() -> None:
     ]
 
 
+def test_words_that_end_a_chat_elsewhere_are_not_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert talked(["exit", "Quit", "exit 1"], None, None) == [["exit 1"]]
+    assert capsys.readouterr().err.count("r1: /exit or Ctrl-D ends\n") == 2
+
+
 def test_each_question_of_tiny_r1_stands_alone() -> None:
     """It was trained on single questions, and answers the first again after any other."""
     known = domain_of(EMBEDDED)
@@ -229,12 +236,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out.startswith(f"r1 {r1.__version__}, torch ")
 
 
+DASH = ": put -- before a text that begins with a dash"
+
+
 def test_a_wrong_argument_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in PARSERS.items():
         for flag, said in (
             ("--new=many", "--new: 'many': give "),
             ("--moe=some", "--moe: invalid choice: 'some' (choose from "),
-            ("--no-such", "unrecognized arguments: --no-such"),
+            ("--no-such", "unrecognized arguments: --no-such; --help"),
+            ("-5+3", f"unrecognized arguments: -5+3{'' if name == 'bench' else DASH}; --help"),
         ):
             with pytest.raises(SystemExit) as end:
                 command.parse_args([flag])

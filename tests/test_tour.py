@@ -126,6 +126,10 @@ def test_a_turn_ends_at_a_stop_token() -> None:
     stopping = Engine(engine.model, engine.backend, None, frozenset([stop]))
     tour = follow(stopping, Prompt(TOKENS), layer=1, new=30)
     assert tour.new == free[: free.index(stop) + 1]
+    at_once = Engine(engine.model, engine.backend, None, frozenset(free[:1]))
+    at_once.drafter = engine.drafter
+    pages = Pages(at_once, follow(at_once, Prompt(TOKENS), layer=1, new=30), "x").lines()
+    assert "The first new token ends the text" in pages[-1]
     assert Pages(stopping, tour, "x").kept(tour.turns[-1])[-1] == stop
 
 
@@ -288,7 +292,9 @@ def test_the_commands_arguments(made: Path, capsys: pytest.CaptureFixture[str]) 
     lines = printed(capsys, "hi there", *given, "--place", "2")
     assert "layer 0 (of 0 to 1)" in " ".join(lines) and "in the chat template R1" in lines[4]
     assert any("k = 1 tokens" in line for line in lines)
-    assert "The text has ended" in printed(capsys, "hi", "--model", str(made), "--new", "1")[-1]
+    assert (
+        "One new token was asked" in printed(capsys, "hi", "--model", str(made), "--new", "1")[-1]
+    )
 
 
 def test_a_folder_without_tokenizer_or_mtp(

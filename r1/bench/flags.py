@@ -98,7 +98,7 @@ def _add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help=text)
     text = "--compare: what each machine costs an hour (one for all, or each)"
     p.add_argument("--price", type=prices, metavar="P,..", help=text)
-    text = "print, and with --plot draw, a result kept by -o json, and end"
+    text = "print, and with --plot draw, a result kept by --output-file FILE.json, and end"
     p.add_argument("--show", type=Path, metavar="JSON", help=text)
     text = (
         "print what this machine can do, and why not, and end; columns: what the table's columns "

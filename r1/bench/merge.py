@@ -180,10 +180,10 @@ def _arm(rows: list[Row], row: Row) -> str:
 def _figures(row: Row) -> dict[str, str]:
     """The measurements of a row."""
     if row.get("refused") or not row["parity"]:
-        return {"TPOT ms": "n/a" if row.get("refused") else "parity fails", "tok/s": "", "MBU": ""}
+        return {"ms/token": "n/a" if row.get("refused") else "parity fails", "tok/s": "", "MBU": ""}
     share = "" if row.get("mbu") is None else f"{100 * row['mbu']:.0f}%"
     return {
-        "TPOT ms": _number(row.get("tpot_ms"), 2),
+        "ms/token": _number(row.get("tpot_ms"), 2),
         "tok/s": _number(row.get("decode_tok_s"), 1),
         "MBU": share,
     }

@@ -184,11 +184,11 @@ class Pages:
     def drafts(self) -> list[str]:
         turns, new = self.tour.turns, self.tour.new
         if not turns:
-            why = (
-                "There is no MTP layer here"
-                if self.engine.drafter is None
-                else "The text has ended"
-            )
+            why = "One new token was asked for, and the prompt gave it"
+            if self.engine.drafter is None:
+                why = "There is no MTP layer here"
+            elif new[-1] in self.engine.stop_ids:
+                why = "The first new token ends the text"
             return ["7. Drafts", *paragraph(f"{why}, so nothing is drafted.")]
         k = len(turns[0].read) - 1
         accepted = sum(turn.accepted for turn in turns)
