@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import r1
-from r1 import streams, threads
+from r1 import starting, streams, threads
 from r1.conversation import Conversation, read_question
 from r1.errors import flags_spelling, hung_up
 from r1.files.embedded import EMBEDDED, domain_of
@@ -118,4 +118,5 @@ def check(arguments: argparse.Namespace) -> str | None:
 
 
 if __name__ == "__main__":
+    starting.done()
     sys.exit(main())

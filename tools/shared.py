@@ -61,7 +61,7 @@ def shapes(text: str) -> dict[str, Config]:
 def run(tool: str, work: Work, arguments: argparse.Namespace) -> int:
     """Do the work. Returns its exit status, or 2 after one sentence about input that can't be used.
 
-    Returns 1 where the reader of the output has gone, as in `... | head`.
+    Returns 1 where the reader of the output has gone, as in `... | head`, and 130 after Ctrl-C.
     """
     streams.prepare()
     try:
@@ -72,6 +72,8 @@ def run(tool: str, work: Work, arguments: argparse.Namespace) -> int:
     except InputError as error:
         streams.complain(f"{Path(tool).stem}: {error}")
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def numbers(flag: str, text: str) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import r1
-from r1 import streams, threads
+from r1 import starting, streams, threads
 from r1.errors import flags_spelling, hung_up
 from r1.files.config_json import load_config
 from r1.files.embedded import EMBEDDED
@@ -141,4 +141,5 @@ def layer_of(config: r1.Config, asked: int | None) -> int:
 
 
 if __name__ == "__main__":
+    starting.done()
     sys.exit(main())
