@@ -45,6 +45,18 @@ def test_every_command_has_help_from_any_folder(tmp_path: Path) -> None:
     assert "not built yet" not in done.stdout
 
 
+def test_a_wrong_flag_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a page of usage before it."""
+    monkeypatch.setattr(sys, "argv", ["tools/train/eval.py"])
+    with pytest.raises(SystemExit) as end:
+        shared.parser("Examine a model.").parse_args(["--no-such"])
+    assert end.value.code == 2
+    wrong = "eval: unrecognized arguments: --no-such; --help lists the flags"
+    assert capsys.readouterr().err.splitlines() == [wrong]
+
+
 def test_the_page_lists_every_command() -> None:
     page = (TOOLS / "README.md").read_text(encoding="utf-8")
     assert all(f"python tools/{path.parent.name}/{path.name}" in page for path in COMMANDS)
