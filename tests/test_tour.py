@@ -119,6 +119,16 @@ def test_the_turns_are_those_of_speculation() -> None:
         token = turn.new[-1]
 
 
+def test_drafts_of_any_width_stand_in_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "--draft-tokens", "5")
+    start = next(n for n, line in enumerate(lines) if line.lstrip().startswith("turn "))
+    at, rows = lines[start].index("accepted"), lines[start + 1 : -2]
+    before = [next(row[:n] for n in range(len(row)) if columns(row[:n]) == at) for row in rows]
+    assert any(columns(text.rstrip()) == at - 1 for text in before)  # one fills the column
+    for text, row in zip(before, rows, strict=True):
+        assert text.endswith(" ") and re.match(r"\d+ ", row[len(text) :]), row
+
+
 def test_a_turn_ends_at_a_stop_token() -> None:
     engine = drafting_engine(V3.change(max_position_embeddings=400), seed=3, k=3)
     free = follow(engine, Prompt(TOKENS), layer=1, new=30).new
@@ -341,7 +351,8 @@ def test_a_tour_has_its_threads(
         (["hi", "--tokens", "1"], "give one of the two"),
         (["--tokens", "1,x"], "such as 0,5,7"),
         (["--tokens", ""], "such as 0,5,7"),
-        (["--tokens", "320"], "outside the vocabulary of 320"),
+        (["--tokens", "1,320"], "--tokens 1,320: 320 is outside the vocabulary of 320"),
+        (["1+" * 6000], "your question has 12,005 tokens, and it must fit the context of 10,240"),
         (["--model", "no-such-folder"], "no-such-folder"),
     ],
 )

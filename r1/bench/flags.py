@@ -56,7 +56,8 @@ def _add_workload(p: argparse.ArgumentParser, embedded: Path) -> None:
         p.add_argument(name, type=numbers_from, default=[default], metavar="N,..", help=text)
     text = "repetitions of each arm (default 5)"
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help=text)
-    p.add_argument("--seed", type=flags.seed, default=0, help="of random weights and prompts")
+    text = "the seed of random weights and prompts (default 0)"
+    p.add_argument("--seed", type=flags.seed, default=0, metavar="N", help=text)
     text = (
         f"how many problems of the checkpoint's {exam.FILE}, if it has one, each arm is asked "
         f"(default {PROBLEMS}; 0: none)"

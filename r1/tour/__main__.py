@@ -13,6 +13,7 @@ from r1 import starting, streams, threads
 from r1.errors import flags_spelling, hung_up
 from r1.files.config_json import load_config
 from r1.files.embedded import EMBEDDED
+from r1.run.prompts import check_conversation
 from r1.switches import flags, own_files
 from r1.switches.backend import choices
 from r1.tour.pages import Pages
@@ -95,7 +96,11 @@ def lines(arguments: argparse.Namespace) -> list[str]:
     if ids and text is not None:
         raise r1.InputError("--tokens stands in place of the text: give one of the two")
     switches = {name: getattr(arguments, name) for name in SWITCHES}
-    layer = layer_of(load_config(arguments.model), arguments.layer)  # loading can take minutes
+    config = load_config(arguments.model)
+    layer = layer_of(config, arguments.layer)  # loading can take minutes
+    if ids and max(ids) >= config.vocab_size:
+        outside = f"{max(ids)} is outside the vocabulary of {config.vocab_size}"
+        raise r1.InputError(f"--tokens {arguments.tokens}: {outside}: give smaller ids")
     engine = load(arguments.model, switches, arguments.draft_tokens)
     backend = engine.backend
     count = threads.choose(arguments.threads, backend.device, engine.config, backend.dtype)
@@ -104,6 +109,7 @@ def lines(arguments: argparse.Namespace) -> list[str]:
     for caution in engine.cautions:
         streams.complain(f"r1.tour: {caution}")
     prompt = Prompt(ids) if ids else prompt_of(engine, text or TEXT)
+    check_conversation(len(prompt.tokens), 1, config)
     last, place = len(prompt.tokens) - 1, arguments.place
     if place is not None and not 0 <= place <= last:
         raise r1.InputError(f"--place {place}: the prompt has tokens 0 to {last}")
