@@ -586,7 +586,7 @@ def test_compare(tmp_path: Path) -> None:
     assert (
         f"Left out of {files[0]}: cuda_graphs; compile; cuda_graphs + compile; "
         "cuda_graphs + compile + kernels=triton; "
-        "cuda_graphs + compile + kernels=triton + quant=fp8." in table.splitlines()
+        "ladder up to quant=fp8." in table.splitlines()
     )
     assert f"Left out of {files[1]}: cuda_graphs; amp=bf16." in table.splitlines()
     note = next(line for line in table.splitlines() if line.startswith("Note"))

@@ -338,10 +338,18 @@ def test_no_row_overwrites_no_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is not written" in capsys.readouterr().err
 
 
-def test_an_output_file_needs_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["--explain"], ["--compare", "a.json"]):
-        assert bench.main([*command, "--output-file", "a.json"]) == 2
-        assert "--output-file goes with a measurement" in capsys.readouterr().err
+def test_a_flag_that_would_be_ignored_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    explain, compare, show = ["--explain"], ["--compare", "a.json"], ["--show", "a.json"]
+    for flag, value, commands in (
+        ("--output-file", "b.json", (explain, compare)),
+        ("-o", "json", (explain, compare)),
+        ("--plot", "b.png", (explain, compare)),
+        ("--profile", "b", (explain, compare, show)),
+        ("--price", "1", (explain, show, [])),
+    ):
+        for command in commands:
+            assert bench.main([*command, flag, value]) == 2
+            assert capsys.readouterr().err.strip().startswith(f"bench: {flag} goes with ")
 
 
 # ---------------------------- threads
