@@ -54,7 +54,7 @@ def test_a_chat_in_a_terminal() -> None:
     """The banner, Ctrl-C, the last line again by the arrow key, an answer, and the end."""
     with Terminal("-c", SLOW, *CHAT) as chat:
         banner = chat.wait_for("> ")
-        assert "tiny-r1 was trained on whole numbers" in banner and "/exit" in banner
+        assert "tiny-r1 was trained on sums and differences" in banner and "/exit" in banner
         for typed in ("What is 47 * 86?\n", UP + "\n"):
             chat.enter(typed)
             assert "\x1b[2m47 * 86 = 47 * 80" in chat.wait_for("47 * 8:")
