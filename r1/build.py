@@ -22,6 +22,7 @@ from r1.model.rope import rotate_each, rotate_jointly
 from r1.model.router import Router
 from r1.model.transformer import Transformer
 from r1.placement.placement import Placement
+from r1.storage import int4_cpu
 from r1.storage.joined import join
 from r1.storage.kinds import KINDS
 from r1.storage.matrix import Matrix
@@ -58,6 +59,7 @@ def from_checkpoint(
     model = allocate(config, backend, mtp=mtp, placement=placement)
     with torch.device("cpu"):  # safetensors maps files to the caller's default device
         report = load(model, directory, placement, quiet=quiet)
+    _repack(model, backend)
     return finish(model, backend), report
 
 
@@ -73,6 +75,7 @@ def from_shape(
     mtp = mtp or backend.speculate == "mtp"
     model = allocate(config, backend, mtp=mtp, placement=placement, cut=setting("layers", "N"))
     randomize(model, seed)
+    _repack(model, backend)
     return finish(model, backend)
 
 
@@ -142,7 +145,8 @@ def _too_large(
         if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
             could.append(setting("quant", "int4"))
     advice = " or ".join(each for each in (*could, cut, "a larger machine") if each)
-    stored = backend.dtype if backend.quant == "none" else f"{backend.dtype} and {backend.quant}"
+    kinds = {backend.dtype: 1, backend.quant: 1, backend.quant_head: 1}  # a set in order
+    stored = " and ".join(kind for kind in kinds if kind != "none")
     return InputError(
         f"the model needs {needed / 1e9:.1f} GB in {stored} and {backend.device} has "
         f"{available / 1e9:.1f} GB free: use {advice}"
@@ -154,7 +158,7 @@ def quantize_matrices(model: Transformer, backend: Backend) -> None:
     files = model.config.files
 
     def storage(matrix: Matrix, name: str) -> Matrix:
-        spec = spec_of(name, files, backend.quant)
+        spec = spec_of(name, files, backend.quant, backend.quant_head)
         if spec is None:
             return matrix
         return KINDS[spec.kind].empty(spec, matrix.shape, DTYPES[backend.dtype])
@@ -211,6 +215,12 @@ def _draw(place: Tensor, generator: torch.Generator) -> None:
     for part in place.view(-1).split(DRAW_ELEMENTS):
         drawn = torch.empty(part.shape, dtype=torch.float32, device=part.device)
         part.copy_(drawn.normal_(0.0, 0.02, generator=generator).bfloat16())
+
+
+def _repack(model: Transformer, backend: Backend) -> None:
+    """Bring packed numbers into the order that is read best here. No number changes."""
+    if backend.device == "cpu" and backend.compute == "bf16":
+        int4_cpu.repack(model)
 
 
 def finish(model: Transformer, backend: Backend) -> Transformer:
