@@ -28,6 +28,7 @@ from r1.bench.flags import parser
 from r1.bench.process import interrupt_once, signals
 from r1.bench.progress import say
 from r1.errors import InputError, flags_spelling, hung_up
+from r1.switches import own_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     streams.prepare()
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser(EMBEDDED).parse_args(argv)
     try:
         with signals(interrupt_once), flags_spelling():
-            return run(arguments, argv)
+            own_files.run_given(argv)
+            return run(parser(EMBEDDED).parse_args(argv), argv)
     except BrokenPipeError:
         return hung_up()
     except InputError as error:

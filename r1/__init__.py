@@ -11,6 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from r1 import starting
+
+if starting.is_command():
+    starting.begin()  # before torch is imported, which takes seconds
+
 from r1 import build
 from r1.errors import InputError
 from r1.files.config_json import load_config

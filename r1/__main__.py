@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 import r1
-from r1 import streams, threads
+from r1 import starting, streams, threads
 from r1.conversation import Conversation, read_question
 from r1.errors import flags_spelling, hung_up
 from r1.files.embedded import EMBEDDED, domain_of
 from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
-from r1.switches import flags
+from r1.switches import flags, own_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,10 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     0: success. 1: the reader of stdout closed it. 2: unusable input. 130: interrupted by Ctrl-C.
     """
     streams.prepare()
-    arguments = parser().parse_args(argv)
     try:
         with flags_spelling():
-            return talk(arguments)
+            own_files.run_given(argv)
+            return talk(parser().parse_args(argv))
     except r1.InputError as error:
         streams.complain(f"r1: {error}")
         return 2
@@ -66,6 +66,7 @@ def parser() -> flags.Parser:
     text = "answer without reasoning first"
     p.add_argument("--no-think", dest="think", action="store_false", help=text)
     threads.add_flag(p)
+    own_files.add_flag(p)
     flags.add_flags(p)
     return p
 
@@ -117,4 +118,5 @@ def check(arguments: argparse.Namespace) -> str | None:
 
 
 if __name__ == "__main__":
+    starting.done()
     sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from r1.device import DTYPES, available_bytes, torch_device
+from r1.device import DTYPES, available_bytes, grow_segments, torch_device
 from r1.errors import InputError, setting
 from r1.files.load import Report, load
 from r1.files.names import EXPERT_MATRICES, key_of, slots
@@ -114,7 +114,7 @@ def allocate(
     the model fewer layers, if there is one: a checkpoint is loaded whole.
     """
     if backend.memory == "expandable":
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        grow_segments()
     placement = placement or Placement()
     model = sketch(config, backend, mtp=mtp, placement=placement)
     device = torch_device(backend.device)

@@ -97,6 +97,8 @@ class Conversation:
         if line == "/new":
             self.messages = list(self.first)
             streams.complain("[a new conversation]")
+        elif line.lower() in ("exit", "quit"):
+            streams.complain("r1: /exit or Ctrl-D ends")
         elif line.startswith("/") and line[1:].isalpha():
             streams.complain(f"r1: {line} is no command: there are /new and /exit")
         elif line:
@@ -122,8 +124,8 @@ class Painter:
 
     def announce(self, work: list[str]) -> None:
         """In a terminal, say why nothing comes yet. The first text takes its place."""
-        if work and sys.stderr.isatty():
-            streams.complain(f"[{', '.join(work)} ...]", end="\r")
+        if work:
+            streams.status(f"[{', '.join(work)} ...]")
             self.announced = True
 
     def show(self, reasoning: str, answer: str) -> None:
@@ -144,7 +146,7 @@ class Painter:
 
     def _clear(self) -> None:
         if self.announced:
-            streams.complain("\x1b[K", end="")
+            streams.status("")
             self.announced = False
 
 

@@ -37,6 +37,23 @@ def available_bytes(device: torch.device) -> int:
     return available
 
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Where the user may have set torch's allocator, the first one before the others."""
+
+
+def grow_segments() -> None:
+    """Let torch's allocator take GPU memory in segments that grow.
+
+    This stays so for the process, and for all that it allocates later: torch has one allocator, a
+    MemPool follows its settings, and those of a running process should not go to and fro. Setting
+    it takes back what was set before, so the user's own settings are given again. (torch 2.10 does
+    not tell them, so they are taken from the environment.)
+    """
+    read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    before = read() if read else next(filter(None, map(os.environ.get, ALLOCATOR)), "")
+    torch._C._accelerator_setAllocatorSettings(f"{before},expandable_segments:True".lstrip(","))
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished all its work. A CPU has none pending."""
     if device.type != "cpu":

@@ -2,7 +2,7 @@
 
 A file that somebody else made may be a pipe, on which opening waits for ever, or larger than the
 memory. Neither is read. Every reason not to read a file is an OSError or a ValueError, so a caller
-catches these two and writes a sentence of its own.
+catches these two and writes a sentence of its own; `read_object` writes the sentence itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import stat
 from pathlib import Path
 from typing import Any
+
+from r1.errors import InputError
 
 MOST_BYTES = 2**28
 """The largest file that is read. The largest tokenizer.json has about 2**25 bytes."""
@@ -58,6 +60,17 @@ def read_json(path: str | Path) -> Any:
         return json.loads(read_text(path))
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def read_object(path: str | Path, advice: str = "download it again") -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError, which ends with the advice."""
+    try:
+        value = read_json(path)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read as JSON ({error}): {advice}") from None
+    return value
 
 
 def status_of(path: str | Path) -> os.stat_result | None:

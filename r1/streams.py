@@ -43,6 +43,20 @@ def write(text: str, end: str = "\n") -> None:
         raise InputError(f"stdout can't be written ({error.strerror}): give it another") from None
 
 
+def status(text: str) -> None:
+    """Put `text` in place of the last line of stderr, if that is a terminal; empty: clear it.
+
+    It is cut to the terminal's width: of a line that goes on in the next one, only the end could be
+    replaced.
+    """
+    if sys.stderr.isatty():
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+        except OSError:  # its width is not known
+            width = 0
+        complain(f"\r\x1b[K{text[: (width or 80) - 1]}", end="")
+
+
 def complain(sentence: str, end: str = "\n") -> None:
     """Print to stderr, if somebody is there: a terminal may be closed."""
     with contextlib.suppress(OSError):

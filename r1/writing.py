@@ -80,6 +80,24 @@ def new_file(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Of all processes that lock this folder, one at a time is inside the context.
+
+    On Windows, and where a file system locks no folders, the others are not kept out. Raises
+    OSError for a folder that can't be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
 def _partial(path: Path) -> Path:
     """A name beside `path` that nothing has."""
     return path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.partial")

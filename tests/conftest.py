@@ -58,3 +58,16 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
     yield counting
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def own_tables() -> Iterator[None]:
+    """For tests that register strategies: both tables are afterwards as they were."""
+    from r1.switches.strategies import ATTENTION, EXPERTS
+
+    attention, experts = dict(ATTENTION), dict(EXPERTS)
+    yield
+    ATTENTION.clear()
+    ATTENTION.update(attention)
+    EXPERTS.clear()
+    EXPERTS.update(experts)

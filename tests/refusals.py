@@ -17,12 +17,12 @@ CPU = Backend(device="cpu")
 
 
 @contextmanager
-def refused(*said: str) -> Iterator[None]:
+def refused(*said: str) -> Iterator[pytest.ExceptionInfo[InputError]]:
     """What is inside raises InputError: one line, one sentence, in which each of `said` (regular
     expressions) is found.
     """
     with pytest.raises(InputError) as caught:
-        yield
+        yield caught
     message = str(caught.value)
     check_sentence(message)
     for pattern in said:

@@ -12,7 +12,8 @@ import pytest
 
 from r1 import InputError
 from r1.bench import merge
-from r1.bench.plot import figure, select
+from r1.bench.plot import curves, figure, select, style
+from r1.bench.plot.labels import Curve, Labels
 
 CONFIG = {"hidden_size": 2048, "num_hidden_layers": 27}
 
@@ -316,6 +317,146 @@ def test_no_win_without_parity() -> None:
     assert any("saves 10.0 ms" in text for text in words)
 
 
+def words(rows: list[dict[str, Any]]) -> list[str]:
+    """All texts of these rows' picture."""
+    return [t.get_text() for t in _texts(figure.picture(result(rows)))]
+
+
+def test_the_fullest_arm() -> None:
+    """All switches together, else the ladder's end, else the last single switch."""
+    alone = [row("a", "alone", 3.0), row("b", "alone", 2.0)]
+    ladder = [row("+ a", "ladder", 3.0), row("+ b", "ladder", 2.5)]
+    together = [row("a + b", "together", 4.0)]
+    for rows in (together + ladder + alone, ladder + alone, alone):
+        wanted = {"together": "a + b", "ladder": "+ b", "alone": "b"}[rows[0]["kind"]]
+        assert (select.fullest(rows) or {})["arm"] == wanted
+    assert select.fullest([row("baseline", "baseline", 4.0)]) is None
+
+
+def test_which_series_is_drawn() -> None:
+    """Of two sizes or more, the longest one; a refused row with a time has none."""
+    rows = [row("baseline", "baseline", 9.0 + b, batch=b, prompt=p)
+            for p, b in ((64, 1), (64, 2), (32, 1), (32, 2), (32, 4))]  # fmt: skip
+    (line,) = select.over_batches(rows)
+    assert [(r["prompt"], r["batch"]) for r in line] == [(32, 1), (32, 2), (32, 4)]
+    assert len(select.over_batches(rows[:2])) == 1 and not select.over_batches(rows[:1])
+    assert not select.is_timed(rows[0] | {"refused": "why"}) and select.is_timed(rows[0])
+    assert select.context(row("a", "alone", 1.0, depth=100, prompt=20, new=10)) == 125
+
+
+def test_numbers_have_about_three_digits() -> None:
+    times = {0.0123: "0.012 ms", 1.234: "1.23 ms", 12.34: "12.3 ms", 123.4: "123 ms"}
+    rates = {0.1234: "0.12 tok/s", 1.234: "1.2 tok/s", 12.34: "12 tok/s", 12345: "12,345 tok/s"}
+    assert {value: style.milliseconds(value) for value in times} == times
+    assert {value: style.rate(value) for value in rates} == rates
+    assert style.sizes_text(row("a", "alone", 1.0, batch=2, prompt=1000, depth=2000)) == (
+        "batch 2, 1,000 prompt + 128 new tokens behind 2,000 in the cache"
+    )
+
+
+def test_what_a_dot_says() -> None:
+    """Savings are against the step before; the floor is the fastest right arm's, for all rows."""
+    pytest.importorskip("matplotlib")
+    rows = [
+        row("baseline", "baseline", 40.0, base=40, batch=4, floor=8.0),
+        row("+ a", "ladder", 10.0, base=40, batch=4, floor=2.0),
+        row("+ b", "ladder", 12.0, base=40, batch=4, floor=4.0),
+        row("+ c", "ladder", 1.0, base=40, batch=4, floor=0.5, parity=False),
+    ]
+    said = words(rows)
+    assert any(text.startswith("saves 30.0 ms · 4") for text in said)
+    assert any(text.startswith("costs 2.00 ms · ") for text in said)
+    assert "2.00 ms · 2,000 tok/s" in said
+    assert any("the fastest arm reaches 20% of it" in text for text in said)
+
+
+def test_switches_alone_are_measured_against_the_baseline() -> None:
+    pytest.importorskip("matplotlib")
+    alone = [row("baseline", "baseline", 40.0), row("a", "alone", 20.0), row("b", "alone", 30.0)]
+    said = words(alone)
+    assert any("saves 20.0 ms" in text for text in said)
+    assert any("saves 10.0 ms" in text for text in said)
+
+
+def test_colours_of_what_is_saved_and_of_what_it_costs() -> None:
+    """A pale bar leads from a dot to the step before it; where that was faster, it is not pale."""
+    pytest.importorskip("matplotlib")
+    rows = [row("baseline", "baseline", 40.0), row("+ a", "ladder", 10.0)]
+    rows += [row("+ b", "ladder", 1.0, parity=False), row("+ c", "ladder", 12.0)]
+    (axes,) = figure.picture(result(rows)).axes
+    lines: list[Any] = list(axes.lines)
+    ways = {
+        tuple(line.get_xdata()): line.get_color() for line in lines if line.get_linewidth() == 9
+    }
+    assert ways == {(10.0, 40.0): style.GHOST, (12.0, 10.0): style.COSTS}
+    dots = {line.get_xdata()[0]: line.get_color() for line in lines if line.get_marker() == "o"}
+    assert (dots[40.0], dots[10.0], dots[12.0]) == (style.BASELINE, style.FASTER, style.FASTER)
+    crosses = [line.get_xdata()[0] for line in lines if line.get_marker() == "X"]
+    assert crosses == [1.0]
+
+
+def test_curves_over_batches() -> None:
+    """The floor's rate is of all rows, and a row that fails parity has none."""
+    pytest.importorskip("matplotlib")
+    rows = [row("baseline", "baseline", 4.0 + b, batch=b, floor=1.0 + b) for b in (1, 2, 4)]
+    rows += [row("compile", "alone", 3.0 + b, batch=b, floor=1.0 + b, parity=b != 2)
+             for b in (1, 2, 4)]  # fmt: skip
+    drawn = figure.picture(result(rows))
+    (axes,) = [each for each in drawn.axes if "per second" in each.get_xlabel()]
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    xs: list[Any] = [line.get_xdata() for line in dashed]
+    points = [list(x) for x in xs if len(x)]
+    assert points == [pytest.approx([1 / 2 * 1e3, 4 / 5 * 1e3])]
+    crosses: list[Any] = [line.get_xdata() for line in axes.lines if line.get_marker() == "X"]
+    assert sum(map(len, crosses)) == 1, "the arm's own point alone"
+    assert axes.get_ylim()[0] == axes.get_xlim()[0] == 0
+    said = [t.get_text() for t in _texts(drawn)]
+    assert "compile" in said and "every switch on" not in said
+    ladder = [r | {"kind": "ladder"} if r["kind"] == "alone" else r for r in rows]
+    assert "every switch on" in words(ladder)
+
+
+def test_a_label_belongs_to_the_nearest_curve() -> None:
+    """The same place costs more for the other curve's label."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set(xlim=(0, 3), ylim=(0, 9))
+    lines = [Curve(f"y = {y}", "black", [], [1.0, 2.0], [y, y]) for y in (2.0, 7.0)]
+    x, y = axes.transData.transform((1.5, 2.0))
+    box, labels = (x - 5, y + 3, x + 5, y + 9), Labels(axes, lines)
+    assert labels._cost(box, 0) < labels._cost(box, 1)
+
+
+def test_sizes_in_a_title_are_of_all_points() -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row("baseline", "baseline", 9.0, batch=b) for b in (1, 2)]
+    title = "128 prompt + 128 new tokens"
+    assert title in words(rows)
+    lines = [[rows[0], rows[1] | {"prompt": 64}]]
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    curves.draw_batches(axes, lines)
+    assert title not in [text.get_text() for text in axes.texts]
+
+
+def test_a_picture_of_too_many_arms_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row("baseline", "baseline", 9.0)]
+    rows += [row(f"a{i}", "alone", 8.0) for i in range(figure.MOST_ARMS)]
+    with pytest.raises(InputError, match="a picture has room for 300 arms"):
+        figure.draw(result(rows), tmp_path / "a.png")
+
+
+def test_a_picture_is_not_the_users_style(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    plain = figure.draw(lone(), tmp_path / "a.png")[1].read_bytes()
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        assert figure.draw(lone(), tmp_path / "b.png")[1].read_bytes() == plain
+
+
 def test_noise_is_said() -> None:
     """An arm within the noise has no speed-up; so has no rung whose range the last one's meets."""
     pytest.importorskip("matplotlib")
@@ -445,7 +586,7 @@ def test_compare(tmp_path: Path) -> None:
     assert (
         f"Left out of {files[0]}: cuda_graphs; compile; cuda_graphs + compile; "
         "cuda_graphs + compile + kernels=triton; "
-        "cuda_graphs + compile + kernels=triton + quant=fp8." in table.splitlines()
+        "ladder up to quant=fp8." in table.splitlines()
     )
     assert f"Left out of {files[1]}: cuda_graphs; amp=bf16." in table.splitlines()
     note = next(line for line in table.splitlines() if line.startswith("Note"))
@@ -482,6 +623,13 @@ def test_compare_one_price_and_one_name(tmp_path: Path) -> None:
         "AMD EPYC 9R14, 2 threads (new)"
     ] * 2
     assert table[1][-1] == table[3][-1] == f"{1 / (1e3 / 2.2 * 3600) * 1e6:.2f}"
+
+
+def test_a_small_price_has_two_digits(tmp_path: Path) -> None:
+    """2.2 ms a token and 0.1 an hour: 0.0611 for a million."""
+    file = save(tmp_path / "a.json", cpu())
+    prices = {price: cells(merge.compare([file], [price]))[1][-1] for price in (0.0, 0.1, 10.0)}
+    assert prices == {0.0: "0.00", 0.1: "0.061", 10.0: "6.11"}
 
 
 def test_compare_only_what_matches(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from r1.bench.report.fields import FIELDS, SCHEMA
 from r1.bench.report.render import render
 from r1.bench.report.speedup import set_speedups
 from r1.bench.report.table import COLUMNS, USUAL, number, table
-from r1.bench.worker.serve import serve
+from r1.bench.worker.serve import Setup, serve
 from r1.model.shapes import shape
 from r1.switches.backend import Backend
 
@@ -208,6 +208,7 @@ def test_each_arm_has_a_line_of_progress(capsys: pytest.CaptureFixture[str]) -> 
     arms = [Arm("baseline", "baseline", Backend()), Arm("compile", "alone", Backend(compile=True))]
     arms += [Arm("amp=bf16", "alone", Backend(amp="bf16")), Arm("a & b", "pairs", Backend())]
     progress = Progress([weight(arm) for arm in arms], clock=lambda: now[0])
+    now[0] += 1000  # the reference, which is made before the first arm
     for name, seconds in (("baseline", 30.0), ("compile", 90.0), ("amp=bf16", 60.0), ("a & b", 9)):
         progress.begin(name)
         now[0] += seconds
@@ -267,6 +268,7 @@ def test_an_output_file_holds_the_result_and_the_table_is_printed(
         ("folder.json", "it is a folder, not a file"),
         ("pipe.json", "it is a pipe, not a file"),
         ("a" * 300 + ".json", "the name is too long"),
+        ("folder", "it is a folder, not a file"),
         ("a.txt", "give it one of the endings .md, .json, .jsonl, .csv, or say with -o"),
     ],
 )
@@ -278,12 +280,13 @@ def test_an_output_file_is_checked_before_measuring(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delattr(measure, "run")
-    (tmp_path / "folder.json").mkdir()
+    for folder in ("folder.json", "folder"):
+        (tmp_path / folder).mkdir()
     os.mkfifo(tmp_path / "pipe.json")
     assert bench.main(["--output-file", str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def full(*_: Any) -> None:
@@ -335,10 +338,18 @@ def test_no_row_overwrites_no_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is not written" in capsys.readouterr().err
 
 
-def test_an_output_file_needs_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["--explain"], ["--compare", "a.json"]):
-        assert bench.main([*command, "--output-file", "a.json"]) == 2
-        assert "--output-file goes with a measurement" in capsys.readouterr().err
+def test_a_flag_that_would_be_ignored_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    explain, compare, show = ["--explain"], ["--compare", "a.json"], ["--show", "a.json"]
+    for flag, value, commands in (
+        ("--output-file", "b.json", (explain, compare)),
+        ("-o", "json", (explain, compare)),
+        ("--plot", "b.png", (explain, compare)),
+        ("--profile", "b", (explain, compare, show)),
+        ("--price", "1", (explain, show, [])),
+    ):
+        for command in commands:
+            assert bench.main([*command, flag, value]) == 2
+            assert capsys.readouterr().err.strip().startswith(f"bench: {flag} goes with ")
 
 
 # ---------------------------- threads
@@ -380,8 +391,9 @@ def test_an_arms_process_has_its_threads(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    pipe: Any = Closed()
     for number_of_threads in (3, None):
-        serve(Closed(), Backend(), WORK, tmp_path, "c", number_of_threads)  # type: ignore[arg-type]
+        serve(pipe, Backend(), WORK, tmp_path, "c", Setup(number_of_threads))
     assert asked == [3]
 
 

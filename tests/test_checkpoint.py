@@ -478,6 +478,23 @@ def test_random_checkpoint_follows_from_its_seed(
     assert trained.keys() - one.keys() == {"README.md", "training.json", "exam.json", "domain.json"}
 
 
+def test_what_the_tool_makes_is_what_was_asked_for(tmp_path: Path) -> None:
+    """Layers, bf16 in place of FP8, megabytes of 10^6 bytes; a bias that a reader can't forget."""
+    flags = ["--layers", "2", "--no-fp8", "--shard-mb", "0.5"]
+    assert make_checkpoint.main(["tiny", str(tmp_path / "x"), *flags]) == 0
+    config = load_config(tmp_path / "x")
+    assert config.num_hidden_layers == 2 and config.files.fp8_block is None
+    found = tensors(tmp_path / "x")
+    assert {t.dtype for key, t in found.items() if not key.endswith("bias")} == {torch.bfloat16}
+    shards = [path_tensors(path).values() for path in (tmp_path / "x").glob("*.safetensors")]
+    sizes = [sum(tensor.nbytes for tensor in shard) for shard in shards]
+    assert max(sizes) <= 500_000 and len(sizes) > 1
+    assert 0.05 < float(found[BIAS].std()) < 0.2 and found[BIAS].dtype == torch.float32
+    for wrong in ("0", "-1", "nan", "1e10"):
+        assert make_checkpoint.main(["tiny", str(tmp_path / "y"), f"--shard-mb={wrong}"]) == 2
+    assert not (tmp_path / "y").exists()
+
+
 def test_embedded_checkpoint_has_all_of_r1s_format() -> None:
     """What the issue asks of it: small, sharded, ragged FP8 blocks, bias, groups, YaRN, query rank,
     MTP layer, tokenizer.

@@ -1,6 +1,6 @@
 """Tests the commands with other terminals: another encoding, a full disk, closed, or hung up.
 
-Holds to account: r1/streams.py, r1/__main__.py, r1/tour/__main__.py, bench.py and
+Holds to account: r1/streams.py, r1/starting.py, r1/__main__.py, r1/tour/__main__.py, bench.py and
 r1/bench/process.py.
 """
 
@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from cases import ROOT
 
+from r1 import starting, streams
+from r1.bench import progress
 from r1.bench.load_result import load
 from r1.bench.process import SIGNALS, deaf_children, interrupt_once, signals
 
@@ -81,6 +83,29 @@ def test_tables_in_ascii() -> None:
     result = ROOT / "tools" / "measure" / "results" / "h100" / "ladder.json"
     done = run("bench.py", "--show", str(result), "--wide", encoding="ascii")
     assert done.returncode == 0 and rb"max \u0394logit" in done.stdout, done.stderr
+
+
+def test_a_line_of_progress_fits_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a longer one only the last part would be replaced by the next."""
+    text, widths = "x" * 100, {40: 39, 0: 79, None: 79}
+    for columns, shown in widths.items():
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+
+        def size(_: int, columns: int | None = columns) -> os.terminal_size:
+            if columns is None:
+                raise OSError
+            return os.terminal_size((columns, 24))
+
+        monkeypatch.setattr(os, "get_terminal_size", size)
+        for say in (streams.status, progress.say):
+            say(text)
+            assert capsys.readouterr().err == "\r\x1b[K" + "x" * shown
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    streams.status(text)
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------- a full disk, closed streams
@@ -147,6 +172,45 @@ def catches(process: subprocess.Popen[bytes], number: signal.Signals) -> bool:
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+BEGUN = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.orig_argv, sys.argv = ["python", *COMMAND, "hi"], COMMAND[:1]
+import r1
+"""
+"""What Python does first of `python -m r1`, with Ctrl-C when torch is imported."""
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["-m", "r1"], 130), (["-m", "r1.tour"], 130), (["-m", "other"], -2), (["script.py"], -2)],
+)
+def test_ctrl_c_while_a_command_imports(command: list[str], status: int) -> None:
+    """It ends without a traceback. A program that imports r1 handles Ctrl-C as it likes."""
+    done = run("-c", BEGUN.replace("COMMAND", repr(command)), start_new_session=True)
+    assert done.returncode == status and (b"Traceback" in done.stderr) == (status != 130)
+
+
+def test_ctrl_c_is_an_interrupt_again_after_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not starting.is_command()
+    kept: list[Any] = []
+    monkeypatch.setattr(signal, "signal", lambda _, handler: kept.append(handler))
+    monkeypatch.setattr(signal, "getsignal", lambda _: kept[-1])
+    for before, while_importing in (
+        (signal.default_int_handler, starting._leave),
+        (signal.SIG_IGN, signal.SIG_IGN),
+    ):
+        kept.append(before)
+        starting.begin()
+        assert kept[-1] is while_importing
+        starting.done()
+        assert kept[-1] is before
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ from r1.errors import InputError
 from r1.files.embedded import EMBEDDED, FILE, Domain, domain_of
 from r1.run.start_up import StartUp
 from r1.switches.flags import explanations
+from r1.tour.__main__ import SWITCHES
+from r1.tour.__main__ import parser as tour_parser
 
 CHAT = ("--device", "cpu", "--temperature", "0")
 
@@ -52,7 +54,7 @@ def test_a_chat_in_a_terminal() -> None:
     """The banner, Ctrl-C, the last line again by the arrow key, an answer, and the end."""
     with Terminal("-c", SLOW, *CHAT) as chat:
         banner = chat.wait_for("> ")
-        assert "tiny-r1 was trained on whole numbers" in banner and "/exit" in banner
+        assert "tiny-r1 was trained on sums and differences" in banner and "/exit" in banner
         for typed in ("What is 47 * 86?\n", UP + "\n"):
             chat.enter(typed)
             assert "\x1b[2m47 * 86 = 47 * 80" in chat.wait_for("47 * 8:")
@@ -120,6 +122,13 @@ def test_a_conversation_goes_on_and_starts_anew() -> None:
         ["be kind", "one", "a1", "two"],
         ["be kind", "three"],
     ]
+
+
+def test_words_that_end_a_chat_elsewhere_are_not_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert talked(["exit", "Quit", "exit 1"], None, None) == [["exit 1"]]
+    assert capsys.readouterr().err.count("r1: /exit or Ctrl-D ends\n") == 2
 
 
 def test_each_question_of_tiny_r1_stands_alone() -> None:
@@ -193,13 +202,22 @@ def test_the_start_up_is_told_apart() -> None:
     assert timings(done, 12, []).endswith("; cut off at the end of the context]")
 
 
-@pytest.mark.parametrize("command", [chat_parser(), bench_parser(EMBEDDED)], ids=["r1", "bench"])
-def test_help_explains_every_flag(command: argparse.ArgumentParser) -> None:
-    """In a text, and in the flags' own spelling."""
+PARSERS: dict[str, argparse.ArgumentParser] = {
+    "r1": chat_parser(),
+    "bench": bench_parser(EMBEDDED),
+    "r1.tour": tour_parser(),
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_help_explains_every_flag(name: str) -> None:
+    """In a text, and in the flags' own spelling. A tour has fewer switches."""
+    command = PARSERS[name]
     fields = [field.name for field in dataclasses.fields(Backend)]
     assert list(explanations()) == fields
     actions = {flag: action for action in command._actions for flag in action.option_strings}
-    assert {f"--{name.replace('_', '-')}" for name in fields} <= actions.keys()
+    switches = SWITCHES if name == "r1.tour" else fields
+    assert {f"--{each.replace('_', '-')}" for each in switches} <= actions.keys()
     for flag, action in actions.items():
         text = action.help or ""
         assert 15 < len(text) < 250, flag
@@ -211,11 +229,30 @@ def test_help_explains_every_flag(command: argparse.ArgumentParser) -> None:
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (chat_parser(), bench_parser(EMBEDDED)):
+    for command in PARSERS.values():
         with pytest.raises(SystemExit) as end:
             command.parse_args(["--version"])
         assert end.value.code == 0
         assert capsys.readouterr().out.startswith(f"r1 {r1.__version__}, torch ")
+
+
+DASH = ": put -- before a text that begins with a dash"
+
+
+def test_a_wrong_argument_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in PARSERS.items():
+        for flag, said in (
+            ("--new=many", "--new: 'many': give "),
+            ("--moe=some", "--moe: invalid choice: 'some' (choose from "),
+            ("--no-such", "unrecognized arguments: --no-such; --help"),
+            ("-5+3", f"unrecognized arguments: -5+3{'' if name == 'bench' else DASH}; --help"),
+        ):
+            with pytest.raises(SystemExit) as end:
+                command.parse_args([flag])
+            assert end.value.code == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"{name}: {said}") and err.endswith("; --help lists the flags\n")
+            assert err.count("\n") == 1
 
 
 def test_an_engine_shows_what_it_is() -> None:

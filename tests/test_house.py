@@ -44,6 +44,7 @@ ROOMS = (
     "r1/writing.py",
     "r1/streams.py",
     "r1/errors.py",
+    "r1/starting.py",
 )
 """The rooms from the top to the ground. A file may import from its own room and from rooms below.
 

@@ -223,7 +223,7 @@ def test_the_line_of_progress(
         for now in (100.9, 101.0, 101.05, 102.0):  # noqa: B007
             progress.add(10**9)
             lines.append(capsys.readouterr().err)
-    bar = "\rloading x " + "█" * 6 + "░" * 18 + " 2.0 of 8.0 GB, 2.00 GB/s, 3 s left \x1b[K"
+    bar = "\r\x1b[Kloading x " + "█" * 6 + "░" * 18 + " 2.0 of 8.0 GB, 2.00 GB/s, 3 s left"
     assert lines[:3] == ["", bar, ""] and "4.0 of 8.0 GB, 2.00 GB/s, 2 s left" in lines[3]
     assert capsys.readouterr().err == "\r\x1b[K"
     with Progress("loading x", 8, quiet=True) as progress:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from models import TINY
 
-from r1 import device
+from r1 import Backend, build, device
 from r1.device import available_bytes
 from r1.switches import machine
 from r1.switches.machine import Machine, clocks_and_power, cpu_name, explain
@@ -52,6 +53,42 @@ def test_features_by_architecture() -> None:
     machines = {each: replace(AMD, arch=each) for each in all_}
     assert having("fp8", machines) == {"gfx942", "gfx950", "gfx1200", "gfx1201"}
     assert having("bf16", machines) == set(all_) and having("grouped_mm", machines) == set()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_growing_segments_keep_the_users_settings(
+    tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setter takes all others back; torch 2.10 does not tell what they are."""
+    told, given = "max_split_size_mb:64", "garbage_collection_threshold:0.5"
+    kept: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", kept.append)
+    for name in device.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    for before in (told, ""):
+        getter = "_accelerator_getAllocatorSettings"
+        monkeypatch.setattr(torch._C, getter, lambda before=before: before, raising=False)
+        if not tells:
+            monkeypatch.delattr(torch._C, getter)
+        device.grow_segments()
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    device.grow_segments()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    device.grow_segments()
+    grows = "expandable_segments:True"
+    if tells:
+        assert kept == [f"{told},{grows}", grows, grows, grows]
+    else:
+        assert kept == [grows, grows, f"{given},{grows}", f"{given},{grows}"]
+
+
+def test_only_the_switch_lets_segments_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", kept.append)
+    for memory, times in (("default", 0), ("empty-cache", 0), ("expandable", 1)):
+        backend = Backend(device="cpu", dtype="fp32", quant="none", join="off", memory=memory)
+        build.allocate(TINY, backend, mtp=False)
+        assert len(kept) == times
 
 
 def test_a_cpu_in_place_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

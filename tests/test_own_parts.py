@@ -7,7 +7,7 @@ r1/model/step.py and r1/storage/matrix.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,16 +30,7 @@ from r1.storage.matrix import Matrix
 from r1.switches.resolve import resolve
 from r1.switches.strategies import ATTENTION, EXPERTS
 
-
-@pytest.fixture(autouse=True)
-def tables() -> Iterator[None]:
-    """Both tables are afterwards as they were."""
-    attention, experts = dict(ATTENTION), dict(EXPERTS)
-    yield
-    ATTENTION.clear()
-    ATTENTION.update(attention)
-    EXPERTS.clear()
-    EXPERTS.update(experts)
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 class Capped(Naive):

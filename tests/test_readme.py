@@ -5,6 +5,7 @@ r1/README.md, the tour, has more tests in test_tour_page.py.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -21,7 +22,6 @@ from command import TIMING, command
 import r1
 from r1 import Backend
 from r1.switches.backend import choices
-from r1.switches.strategies import ATTENTION
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,17 +67,43 @@ def test_the_example_is_what_is_printed() -> None:
     assert shown and printed and shown[1] == printed[1]
 
 
-def test_what_one_does_from_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+FIRST, MINE, THEN = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_what_one_does_from_python_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_tables: None
+) -> None:
     """As it stands, with one MoE held against ours; the training step changes the model."""
     monkeypatch.chdir(ROOT)
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     space: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    for code in blocks:
+    for code in (FIRST, THEN):
         exec(code, space)  # ours
-    assert len(blocks) == 2 and space["seen"]["hidden"].shape[:2] == (1, len(space["ids"]))
+    assert space["seen"]["hidden"].shape[:2] == (1, len(space["ids"]))
+    del sys.modules["mine"]
     reloaded = r1.load("weights/tiny-r1", Backend(device="cpu", dtype="fp32"), quiet=True)
     logits = [engine.logits(space["tokens"]) for engine in (space["engine"], reloaded)]
     assert not torch.equal(*logits)
+
+
+def test_ones_own_strategy_is_measured_by_its_name(tmp_path: Path) -> None:
+    """By the page's command, on a small workload: its numbers are right, and no path is kept."""
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    found = re.search(r"`python (bench\.py --import mine\.py .*?)`", TEXT)
+    assert found
+    bench, *flags = shlex.split(found[1])
+    small = ["--device", "cpu", "--new", "3", "--prompt", "5", "-r", "1", "-o", "json"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / bench), *flags, *small],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["command"].startswith("python bench.py --import mine.py --moe mine ")
+    baseline, own = result["rows"]
+    assert own["arm"] == "moe=mine" and own["backend"]["moe"] == "mine" and own["parity"]
+    assert baseline["backend"]["moe"] == "gather" and own["speedup"] is not None
 
 
 COMMAND = re.compile(r"^(?:\S*/)?python (bench\.py|-m r1(?:\.\w+)?|tools/\S+\.py)(.*?)(?:#.*)?$")
@@ -121,20 +147,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 TOUR = ROOT / "r1" / "README.md"
 
 
-def test_what_one_adds_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_one_adds_runs(monkeypatch: pytest.MonkeyPatch, own_tables: None) -> None:
     """The tour's own attention and storage, run as they stand; they change the text's logits."""
     monkeypatch.chdir(ROOT)
-    attention = dict(ATTENTION)
     space: dict[str, Any] = {}
-    try:
-        for code in re.findall(r"```python\n(.*?)```", TOUR.read_text(encoding="utf-8"), re.DOTALL):
-            if not code.startswith("# "):  # an excerpt of a file, see test_tour_page.py
-                exec(code, space)  # ours
-        assert space["engine"].model.layers[0].mlp.down_proj.matrix.numbers.dtype == torch.int8
-        assert "windowed" in choices()["attention"]
-    finally:
-        ATTENTION.clear()
-        ATTENTION.update(attention)
+    for code in re.findall(r"```python\n(.*?)```", TOUR.read_text(encoding="utf-8"), re.DOTALL):
+        if not code.startswith("# "):  # an excerpt of a file, see test_tour_page.py
+            exec(code, space)  # ours
+    assert space["engine"].model.layers[0].mlp.down_proj.matrix.numbers.dtype == torch.int8
+    assert "windowed" in choices()["attention"]
 
 
 def test_the_tours_letters_have_one_meaning() -> None:

@@ -5,6 +5,9 @@ Holds to account: r1/bench/sizes.py, r1/bench/plan.py and r1/switches/resolve.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import make_checkpoint
 import pytest
 import torch
@@ -16,6 +19,10 @@ from r1.__main__ import main
 from r1.bench import measure, sizes
 from r1.bench.sizes import check_sizes, work_bytes
 from r1.bench.workload import Workload
+from r1.errors import flags_spelling
+from r1.files.config_json import load_config
+from r1.files.embedded import EMBEDDED
+from r1.model.config import Config
 from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
 
@@ -76,8 +83,28 @@ def test_the_memory_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused("--batch 8 of 120 tokens needs", "beside the model's"):
         check_sizes(w, TINY, backend)
     check_sizes(w, TINY, backend, loaded=True)
-    monkeypatch.setattr(sizes, "available_bytes", lambda _: weights - 1)
-    check_sizes(w, TINY, backend)  # the model itself is too large: build.py says so
+
+
+def test_advice_for_a_baseline_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what makes the baseline smaller: --quant int4 is an arm's switch."""
+    w = Workload(None, "tiny", None, 8, 100, 20, 0, 0)
+    packed = load_config(EMBEDDED)
+
+    def advice(config: Config, free: int, model: str | None = None, **switches: Any) -> str:
+        backend = resolve(Backend(device="cpu", quant="none", **switches), config)
+        monkeypatch.setattr(sizes, "available_bytes", lambda _: free)
+        with flags_spelling(), refused("^the model of the baseline needs 0") as caught:
+            check_sizes(replace(w, model=model), config, backend)
+        return str(caught.value).rpartition(": use ")[2]
+
+    fp32 = sizes.weight_bytes(TINY, resolve(Backend(device="cpu"), TINY)) + sizes.HEADROOM
+    assert advice(TINY, fp32 - 1) == "--dtype bf16 or --layers N or a larger machine"
+    assert advice(TINY, fp32 - 1, model="x") == "--dtype bf16 or a larger machine"
+    assert advice(TINY, 1, dtype="bf16") == "--layers N or a larger machine"
+    less = sizes.weight_bytes(packed, resolve(Backend(device="cpu", quant="fp8"), packed))
+    enough = less + sizes.HEADROOM
+    assert advice(packed, enough, "x") == "--quant auto or a larger machine"
+    assert advice(packed, enough - 1, "x") == "a larger machine"
 
 
 def test_the_caches_bytes_are_those_of_a_cache() -> None:

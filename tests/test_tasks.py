@@ -242,6 +242,12 @@ def test_no_text_is_long_and_not_all_are_one_template(kind: str) -> None:
     assert len({re.sub(r"\d+", "#", example.answer) for example in examples}) > 1
 
 
+def test_few_differences_are_negative() -> None:
+    """As most that people ask."""
+    values = [tasks.value(tasks.DRAWS["sub"](random.Random(seed))) for seed in range(1000)]
+    assert 0.03 < sum(each < 0 for each in values) / len(values) < 0.2
+
+
 def test_words_say_the_numbers() -> None:
     said = {0: "zero", 13: "thirteen", 20: "twenty", 47: "forty-seven", 90: "ninety", 100: "100"}
     assert {number: tasks._say(number, True) for number in said} == said

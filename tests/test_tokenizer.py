@@ -623,8 +623,8 @@ def added(tokens: object) -> dict[str, object]:
             "not a table",
         ),
         ({"tiktoken_model": b"IQ== 0\n"}, "242 of the 243 bytes"),
-        ({"tokenizer_config_json": b"{"}, "tokenizer_config.json is not valid JSON"),
-        ({"tokenizer_config_json": [1]}, "holds a list"),
+        ({"tokenizer_config_json": b"{"}, "tokenizer_config.json can't be read as JSON"),
+        ({"tokenizer_config_json": [1]}, "holds no JSON object"),
     ],
 )  # fmt: skip
 def test_bad_files(files: dict[str, object], says: str, tmp_path: Path) -> None:

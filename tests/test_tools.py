@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_load
+import compare_peers
 import pytest
 import shared
+from refusals import refused
 
 TOOLS = Path(__file__).parents[1] / "tools"
 COMMANDS = sorted(path for path in TOOLS.glob("*/*.py") if "__main__" in path.read_text())
@@ -42,6 +45,18 @@ def test_every_command_has_help_from_any_folder(tmp_path: Path) -> None:
     assert "not built yet" not in done.stdout
 
 
+def test_a_wrong_flag_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a page of usage before it."""
+    monkeypatch.setattr(sys, "argv", ["tools/train/eval.py"])
+    with pytest.raises(SystemExit) as end:
+        shared.parser("Examine a model.").parse_args(["--no-such"])
+    assert end.value.code == 2
+    wrong = "eval: unrecognized arguments: --no-such; --help lists the flags"
+    assert capsys.readouterr().err.splitlines() == [wrong]
+
+
 def test_the_page_lists_every_command() -> None:
     page = (TOOLS / "README.md").read_text(encoding="utf-8")
     assert all(f"python tools/{path.parent.name}/{path.name}" in page for path in COMMANDS)
@@ -56,6 +71,51 @@ def test_records_hold_no_path() -> None:
     )
     given = argparse.Namespace(batch=1, output=Path("/root/out/a.json"), model=Path("x/tiny/"))
     assert shared.recorded(given) == {"batch": 1, "output": "a.json", "model": "tiny"}
+
+
+@pytest.mark.parametrize("wrong", ["0", "1,", "1,x", "-1", "1.5", "1234567", ""])
+def test_comma_lists_of_numbers(wrong: str) -> None:
+    assert shared.numbers("--batch", "1,32,999999") == [1, 32, 999999]
+    with refused(f"--batch {wrong}: give whole numbers from 1 to 999999"):
+        shared.numbers("--batch", wrong)
+
+
+def test_comma_lists_of_names() -> None:
+    assert shared.names("--only", "b,a", ("a", "b")) == ["b", "a"]
+    assert shared.names("--only", "", ("a", "b")) == []
+    with refused("--only c: choose of a, b"):
+        shared.names("--only", "a,c", ("a", "b"))
+
+
+def test_a_result_file_is_checked_before_the_work(tmp_path: Path) -> None:
+    shared.check_output(None)
+    shared.check_output(tmp_path / "new.json")
+    for wrong in (tmp_path, tmp_path / "none" / "new.json"):
+        with refused("no file can be written there"):
+            shared.check_output(wrong)
+
+
+def test_the_table_of_peers() -> None:
+    """Two rows. r1 takes 10, 20 and 30 ms a token; the peer, in turn with it, 40, 40 and 30."""
+    ours = [{"ttft": 0.1 * i, "tpot": 0.01 * i} for i in (1, 2, 3)]
+    theirs = [{"ttft": 0.5, "tpot": tpot} for tpot in (0.04, 0.04, 0.03)]
+    ends = {"first_call_s": 3.0, "allocated_gb": 1.5}
+    how = {"shape": "tiny", "batch": 2, "prompt": 8, "new": 4, "dtype": "bf16"}
+    figures = {
+        "r1": {"repetitions": ours, **ends},
+        "peer": {"repetitions": theirs, "beside": ours, **ends},
+    }
+    lines = compare_peers.table({"arguments": how, "figures": figures})
+    assert lines[0].startswith("tiny, batch 2, 8 + 4 tokens; r1: ") and "bf16" in lines[0]
+    assert lines[-2:] == [
+        "| r1 | 200.0 | 20.00 (10.00-30.00) | 100.0 | 1 | 3.0 | 1.5 |",
+        "| peer | 500.0 | 40.00 (30.00-40.00) | 50.0 | 0.50 (0.25-1.00) | 3.0 | 1.5 |",
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the tool reads /proc")
+def test_memory_is_read_in_bytes() -> None:
+    assert bench_load.memory("VmHWM") >= bench_load.memory("VmRSS") > 5 * 10**7
 
 
 def test_run_says_what_is_wrong_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

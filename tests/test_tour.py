@@ -5,6 +5,7 @@ Holds to account: r1/tour, and the shape comments of r1/model.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -118,6 +119,16 @@ def test_the_turns_are_those_of_speculation() -> None:
         token = turn.new[-1]
 
 
+def test_drafts_of_any_width_stand_in_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "--draft-tokens", "5")
+    start = next(n for n, line in enumerate(lines) if line.lstrip().startswith("turn "))
+    at, rows = lines[start].index("accepted"), lines[start + 1 : -2]
+    before = [next(row[:n] for n in range(len(row)) if columns(row[:n]) == at) for row in rows]
+    assert any(columns(text.rstrip()) == at - 1 for text in before)  # one fills the column
+    for text, row in zip(before, rows, strict=True):
+        assert text.endswith(" ") and re.match(r"\d+ ", row[len(text) :]), row
+
+
 def test_a_turn_ends_at_a_stop_token() -> None:
     engine = drafting_engine(V3.change(max_position_embeddings=400), seed=3, k=3)
     free = follow(engine, Prompt(TOKENS), layer=1, new=30).new
@@ -125,6 +136,10 @@ def test_a_turn_ends_at_a_stop_token() -> None:
     stopping = Engine(engine.model, engine.backend, None, frozenset([stop]))
     tour = follow(stopping, Prompt(TOKENS), layer=1, new=30)
     assert tour.new == free[: free.index(stop) + 1]
+    at_once = Engine(engine.model, engine.backend, None, frozenset(free[:1]))
+    at_once.drafter = engine.drafter
+    pages = Pages(at_once, follow(at_once, Prompt(TOKENS), layer=1, new=30), "x").lines()
+    assert "The first new token ends the text" in pages[-1]
     assert Pages(stopping, tour, "x").kept(tour.turns[-1])[-1] == stop
 
 
@@ -287,7 +302,9 @@ def test_the_commands_arguments(made: Path, capsys: pytest.CaptureFixture[str]) 
     lines = printed(capsys, "hi there", *given, "--place", "2")
     assert "layer 0 (of 0 to 1)" in " ".join(lines) and "in the chat template R1" in lines[4]
     assert any("k = 1 tokens" in line for line in lines)
-    assert "The text has ended" in printed(capsys, "hi", "--model", str(made), "--new", "1")[-1]
+    assert (
+        "One new token was asked" in printed(capsys, "hi", "--model", str(made), "--new", "1")[-1]
+    )
 
 
 def test_a_folder_without_tokenizer_or_mtp(
@@ -303,9 +320,28 @@ def test_a_folder_without_tokenizer_or_mtp(
     check_sentence(capsys.readouterr().err.removeprefix("r1.tour: ").removesuffix("\n"))
 
 
+def test_a_wrong_layer_is_told_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("r1.tour.__main__.load")
+    assert main(["--layer", "5"]) == 2
+
+
+def test_a_tour_has_its_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for a small model: with torch's own number a busy machine needed 43 s in place of 6."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert main(["--new", "1"]) == 0 and main(["--new", "1", f"--threads={os.cpu_count()}"]) == 0
+    assert asked == [1, os.cpu_count()]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["12", "+", "30"], 'has 3 parts: put quotes around it, as in python -m r1.tour "12 + 30"'),
+        (["--attention", "naive", "--prefill-attention", "expand"], "--attention naive and --pre"),
+        (["--draft-tokens", "-1"], "--draft-tokens -1: give a whole number"),
         (["--layer", "5"], "has layers 0 to 4"),
         (["--layer", "-1"], "has layers 0 to 4"),
         (["--place", "12"], "has tokens 0 to 11"),
@@ -315,7 +351,8 @@ def test_a_folder_without_tokenizer_or_mtp(
         (["hi", "--tokens", "1"], "give one of the two"),
         (["--tokens", "1,x"], "such as 0,5,7"),
         (["--tokens", ""], "such as 0,5,7"),
-        (["--tokens", "320"], "outside the vocabulary of 320"),
+        (["--tokens", "1,320"], "--tokens 1,320: 320 is outside the vocabulary of 320"),
+        (["1+" * 6000], "your question has 12,005 tokens, and it must fit the context of 10,240"),
         (["--model", "no-such-folder"], "no-such-folder"),
     ],
 )

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import eval as examination
+import packing
 import pytest
 import torch
 import train_tiny
 from make_tokenizer import make_tokenizer
 from muon import Muon, orthogonal
 from packing import IGNORE, Batches, encode, layout, shift
-from tasks import exam, phrase
+from rounding import round_blocks
+from tasks import KINDS, exam, phrase
 from tolerances import atol
 from torch import Tensor, nn
 from train_tiny import Settings, Trainer, finish, schedule
@@ -31,6 +33,7 @@ from r1.files.names import is_projection, places
 from r1.model.dispatch import Grouped, Loop
 from r1.model.moe import Experts
 from r1.model.shapes import shape
+from r1.run.completion import Completion
 from r1.storage import fp8
 from r1.storage.joined import join
 from r1.switches.machine import Machine
@@ -246,6 +249,80 @@ def test_muon_takes_stacks_as_matrices() -> None:
     assert 0.5 < float(moved.square().mean().sqrt()) / (0.1 * entry) < 1.5
 
 
+@pytest.mark.parametrize("size", [(64, 4), (4, 64), (16, 16)])
+def test_muon_moves_entries_as_far_as_adam(size: tuple[int, int]) -> None:
+    """Typically by 0.2 of the learning rate, however flat the matrix is."""
+    weight = nn.Parameter(torch.zeros(size))
+    weight.grad = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    Muon([weight]).step(0.1)
+    assert 0.6 < float(weight.detach().square().mean().sqrt()) / (0.2 * 0.1) < 1.3
+
+
+def test_muon_remembers_and_looks_ahead() -> None:
+    """The second update is of 0.05 of its gradient and 0.95 of the average, which is itself 0.05 of
+    the second gradient and 0.95 x 0.05 of the first one.
+    """
+    first, second = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    weight = nn.Parameter(torch.zeros(8, 8))
+    muon = Muon([weight], momentum=0.95)
+    for gradient in (first, second):
+        before = weight.detach().clone()
+        weight.grad = gradient
+        muon.step(1.0)
+    average = 0.05 * second + 0.95 * 0.05 * first
+    wanted = orthogonal((0.05 * second + 0.95 * average)[None])[0] * -0.2 * 8**0.5
+    torch.testing.assert_close(weight.detach() - before, wanted, atol=1e-5, rtol=0)
+
+
+def test_kinds_are_drawn_by_their_weights(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "draw", lambda _rng, _split, kind: kind)
+    monkeypatch.setattr(packing, "phrase", lambda kind, _rng: kind)
+    monkeypatch.setattr(packing, "encode", lambda _tokenizer, kind, think: kind)
+    rng, data = random.Random(0), batches(tokenizer, kinds=tuple(KINDS))
+    drawn: list[Any] = [data.example(rng) for _ in range(4000)]
+    total = sum(KINDS.values())
+    for kind, weight in KINDS.items():
+        assert abs(drawn.count(kind) / 4000 - weight / total) < 0.03, kind
+
+
+@pytest.mark.parametrize(("done", "mtp_weight"), [(0, 0.3), (9, 0.3), (15, 0.1)])
+def test_a_step_follows_the_schedule(
+    done: int, mtp_weight: float, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both optimizers and the gate's bias take its rate; the MTP loss counts 0.3, then 0.1; the
+    gradient is cut to a length of 1.
+    """
+    trainer = trainer_of(tokenizer)
+    trainer.step = done
+    gain: Any = trainer.model.norm.weight
+    mtp = torch.tensor(1.0, requires_grad=True)
+    seen: dict[str, float] = {}
+    monkeypatch.setattr(trainer, "losses", lambda *_: (1e6 * gain.sum(), mtp))
+    monkeypatch.setattr(trainer.muon, "step", lambda lr: seen.update(muon=lr))
+    monkeypatch.setattr(trainer.balance, "step", lambda speed: seen.update(bias=speed))
+
+    def adam() -> None:
+        seen.update(adam=trainer.adam.param_groups[0]["lr"], length=float(gain.grad.norm()))
+
+    monkeypatch.setattr(trainer.adam, "step", adam)
+    trainer.train_step((torch.zeros(1), torch.zeros(1)))
+    rate = 5e-3 * (done + 1) / 50  # the first steps of any run
+    assert seen == pytest.approx({"muon": rate, "adam": rate, "bias": rate, "length": 1.0})
+    assert mtp.grad is not None and float(mtp.grad) == pytest.approx(mtp_weight)
+
+
+def test_padding_counts_for_no_expert(tokenizer: Tokenizer) -> None:
+    trainer = trainer_of(tokenizer)
+    tokens, targets = (part.long() for part in batches(tokenizer)[0])
+    trainer.losses(tokens, targets)
+    real = tokens != tokenizer.control[PAD]
+    assert torch.equal(trainer.balance.real, real.flatten()) and not bool(real.all())
+    chosen = trainer.model.config.experts.num_experts_per_tok
+    assert all(float(c.load.sum()) == chosen * int(real.sum()) for _, c in trainer.balance.layers)
+
+
 def test_schedule() -> None:
     rates = [schedule(step, step / 1000) for step in range(1001)]
     assert rates[0] == 1 / 50 and rates[49:501] == [1.0] * 452 and rates[1000] == 0
@@ -253,6 +330,15 @@ def test_schedule() -> None:
 
 
 # ---------------------------- rounding
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-30, 0.0])
+def test_rounding_of_weights_of_any_size(size: float) -> None:
+    weight = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)) * size
+    for one, rounded in zip(weight, round_blocks(weight, (16, 16)), strict=True):
+        back = torch.empty_like(one)
+        fp8.dequantize(*fp8.quantize(one, (16, 16)), (16, 16), out=back)
+        assert torch.equal(rounded, back)
+
+
 def test_rounding_is_what_the_checkpoint_will_have(tokenizer: Tokenizer) -> None:
     """Inside, exactly what a load gives back; outside, the weights bit for bit as they were; the
     gradient moves them.
@@ -466,6 +552,28 @@ def test_reading(trained: tuple[Trainer, Path]) -> None:
         assert (reading.agreed == reading.drafts) == agrees
     engine.model.lm_head.matrix.dense().zero_()
     assert examination.read(engine, pairs, batch=4).perplexity == pytest.approx(320)
+
+
+def test_speculation_of_all_answers_together() -> None:
+    """Tokens after the first, by all steps: 3 + 5 in 2 + 2; 4 of 8 drafts."""
+    one, other = Completion([1] * 4, "stop", 1, 0, 0), Completion([1] * 6, "stop", 1, 0, 0)
+    assert examination.speculation([one, other]) is None
+    one.steps, one.drafted, one.accepted = 2, 4, 1
+    other.steps, other.drafted, other.accepted = 2, 4, 3
+    assert examination.speculation([one, other]) == {"acceptance": 0.5, "tokens_per_step": 2.0}
+
+
+def test_what_is_examined_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def examine(_engine: r1.Engine, count: int, **named: Any) -> Any:
+        asked.append((count, named["seed"], list(named["kinds"]), named["batch"]))
+        raise InputError("enough: it was asked")
+
+    monkeypatch.setattr(examination, "examine", examine)
+    flags = ["-n", "3", "--seed", "5", "--batch", "2"]
+    assert examination.main([*flags, "--kinds", "mul", "--device", "cpu"]) == 2
+    assert asked == [(3, 5, ["mul"], 2)]
 
 
 def test_eval_command(

@@ -8,9 +8,12 @@ Times here are made up, not measured.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from r1.switches.resolve import resolve
 
 GPU = "NVIDIA H100 80GB HBM3"
 KEY = "LinearLaunch 1 64 32 2"
+LINEAR = LinearLaunch(rows=16, outputs=16, inputs=64, warps=4)
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +192,38 @@ NOT_OURS = {
     "null": json.dumps({GPU: None}),
     "a list of launches": json.dumps({GPU: [[LATENT, SOUND]]}),
 }
+
+
+def test_two_searches_at_once_keep_what_both_found(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads the file, waits, and writes it."""
+    kept = launches._kept
+
+    def slowly() -> Any:
+        content = kept()
+        time.sleep(0.2)
+        return content
+
+    monkeypatch.setattr(launches, "_kept", slowly)
+    found = {f"LinearLaunch {rows} 64 32 2": LINEAR for rows in (1, 2, 4)}
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda each: launches.keep(GPU, dict([each])), found.items()))
+    assert launches.load(GPU) == found
+    assert [path.name for path in cache.iterdir()] == [launches.FILE]
+
+
+def test_a_folder_that_cant_be_locked_is_used_all_the_same(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, "no lock on a folder")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    launches.keep(GPU, {KEY: LINEAR})
+    assert launches.load(GPU) == {KEY: LINEAR}
 
 
 def test_a_file_that_is_not_ours_is_told(cache: Path) -> None:

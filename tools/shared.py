@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "measure"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "train"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from r1 import InputError, streams
+from r1 import InputError, __version__, streams
 from r1.errors import flags_spelling, hung_up
 from r1.model.config import Config
 from r1.model.shapes import SHAPES, shape
+from r1.switches.flags import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
@@ -36,8 +37,12 @@ Work = Callable[[argparse.Namespace], int]
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose `--help` begins with the first line of the tool's docstring."""
-    return argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    """A parser whose `--help` begins with the first line of the tool's docstring.
+
+    What is wrong it says in one sentence, as bench.py does.
+    """
+    speaker, first_line = Path(sys.argv[0]).stem, (doc or "").splitlines()[0]
+    return Parser(speaker, __version__, description=first_line)
 
 
 def add_output(parser: argparse.ArgumentParser, text: str) -> None:
@@ -61,7 +66,7 @@ def shapes(text: str) -> dict[str, Config]:
 def run(tool: str, work: Work, arguments: argparse.Namespace) -> int:
     """Do the work. Returns its exit status, or 2 after one sentence about input that can't be used.
 
-    Returns 1 where the reader of the output has gone, as in `... | head`.
+    Returns 1 where the reader of the output has gone, as in `... | head`, and 130 after Ctrl-C.
     """
     streams.prepare()
     try:
@@ -72,6 +77,8 @@ def run(tool: str, work: Work, arguments: argparse.Namespace) -> int:
     except InputError as error:
         streams.complain(f"{Path(tool).stem}: {error}")
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def numbers(flag: str, text: str) -> list[int]:

@@ -19,8 +19,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
     Raises InputError for bad input.
     """
-    if arguments.output_file and (arguments.explain or arguments.compare):
-        raise InputError("--output-file goes with a measurement, or with --show")
+    _check_flags(arguments)
     if arguments.explain == "columns":
         streams.write(legend())
         return 0
@@ -31,8 +30,6 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.compare:
         streams.write(merge.compare(arguments.compare, arguments.price, arguments.wide))
         return 0
-    if arguments.price:
-        raise InputError("--price goes with --compare")
     output.check(arguments)
     if arguments.show:
         output.present(load(arguments.show, complete=True), arguments)
@@ -49,3 +46,16 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         row.get("parity") is False or row.get("crashed") for row in result["rows"] + result["pairs"]
     )
     return 130 if interrupted else int(failed)
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raise InputError for a flag that the command would ignore."""
+    results = {"-o": "output", "--output-file": "output_file", "--plot": "plot"}
+    if arguments.explain or arguments.compare:
+        for flag, name in results.items():
+            if getattr(arguments, name):
+                raise InputError(f"{flag} goes with a measurement, or with --show")
+    if arguments.profile and (arguments.explain or arguments.compare or arguments.show):
+        raise InputError("--profile goes with a measurement")
+    if arguments.price and not arguments.compare:
+        raise InputError("--price goes with --compare")

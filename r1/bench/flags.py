@@ -12,7 +12,7 @@ from r1.bench import arms, exam
 from r1.bench.plan import PROBLEMS
 from r1.bench.report.render import FORMS
 from r1.model.shapes import SHAPES
-from r1.switches import flags
+from r1.switches import flags, own_files
 from r1.switches.backend import Backend
 
 MOST = 10**12
@@ -25,12 +25,15 @@ def parser(embedded: Path) -> argparse.ArgumentParser:
         "bench",
         r1.__version__,
         prog="bench.py",
+        usage="python bench.py [flags]",
         description="Measure what each optimization buys on this machine.",
+        epilog="Example: python bench.py --compile --amp bf16",
     )
     _add_workload(p, embedded)
     _add_measurement(p)
     _add_output(p)
     threads.add_flag(p)
+    own_files.add_flag(p)
     flags.add_flags(p)
     return p
 
@@ -53,7 +56,8 @@ def _add_workload(p: argparse.ArgumentParser, embedded: Path) -> None:
         p.add_argument(name, type=numbers_from, default=[default], metavar="N,..", help=text)
     text = "repetitions of each arm (default 5)"
     p.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help=text)
-    p.add_argument("--seed", type=flags.seed, default=0, help="of random weights and prompts")
+    text = "the seed of random weights and prompts (default 0)"
+    p.add_argument("--seed", type=flags.seed, default=0, metavar="N", help=text)
     text = (
         f"how many problems of the checkpoint's {exam.FILE}, if it has one, each arm is asked "
         f"(default {PROBLEMS}; 0: none)"
@@ -95,7 +99,7 @@ def _add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help=text)
     text = "--compare: what each machine costs an hour (one for all, or each)"
     p.add_argument("--price", type=prices, metavar="P,..", help=text)
-    text = "print, and with --plot draw, a result kept by -o json, and end"
+    text = "print, and with --plot draw, a result kept by --output-file FILE.json, and end"
     p.add_argument("--show", type=Path, metavar="JSON", help=text)
     text = (
         "print what this machine can do, and why not, and end; columns: what the table's columns "

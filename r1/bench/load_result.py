@@ -1,4 +1,4 @@
-"""Read a result that `bench.py -o json` printed, and check it."""
+"""Read a result that `bench.py` wrote as JSON, and check it."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} can't be read: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(
-            f"{path} is no JSON ({error}): make one with bench.py -o json > FILE"
+            f"{path} is no JSON ({error}): make one with bench.py --output-file FILE.json"
         ) from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         schema = result.get("schema", "none") if isinstance(result, dict) else "none"
         raise InputError(
             f"{path} is no result of this bench.py (schema {schema}, not {SCHEMA}): "
-            "make it with -o json"
+            "make one with bench.py --output-file FILE.json"
         )
     return result
 

@@ -23,6 +23,7 @@ from r1.bench.report.text import busy
 from r1.bench.result import new_result, without_paths
 from r1.bench.session import Session
 from r1.bench.sizes import check_sizes
+from r1.bench.worker.serve import Setup
 from r1.bench.workload import Workload
 from r1.build import HEADROOM, weight_bytes
 from r1.device import available_bytes, torch_device
@@ -84,15 +85,15 @@ def measure(
     ):
         folder = Path(name)
         asked = _questions_for(workload, arguments, questions, result["notes"])
-        threads = result["machine"].get("threads")
-        reference = make_reference(compared, workload, config, folder, checks, threads)
+        setup = Setup(result["machine"].get("threads"), tuple(arguments.imports))
+        reference = make_reference(compared, workload, config, folder, checks, setup)
         rates = reference["rates"]
         result["machine"] |= {
             "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,
             "matmul_tflop_s": {dtype: rate["matmul"] / 1e12 for dtype, rate in rates.items()},
         }
         comparison = Comparison(
-            workload, arguments, asked, result, folder, reference, config, progress
+            workload, arguments, setup, asked, result, folder, reference, config, progress
         )
         comparison.measure_timed(compared, checks)
         comparison.check_pairs(compared)
@@ -133,6 +134,7 @@ class Comparison:
 
     workload: Workload
     arguments: argparse.Namespace
+    setup: Setup
     questions: list[Question]
     result: Answer
     folder: Path
@@ -144,8 +146,8 @@ class Comparison:
     def session(self, arm: Arm) -> Session:
         """A new process for this arm."""
         title = self.progress.begin(arm.name if arm.timed else f"pair {arm.name}")
-        notes, threads = self.result["notes"], self.result["machine"].get("threads")
-        return Session(arm, self.workload, self.folder, notes, title, threads)
+        notes = self.result["notes"]
+        return Session(arm, self.workload, self.folder, notes, title, self.setup)
 
     def measure_timed(self, compared: list[Arm], checks: CompilerChecks) -> None:
         """The baseline, and the timed arms in turn with it.

@@ -19,6 +19,8 @@ from r1.bench.report.text import busy, model_name, threads
 from r1.bench.workload import SIZES
 from r1.errors import InputError
 
+MOST_NAMED = 3
+"""Switches of a ladder's rung that are all named."""
 Row = dict[str, Any]
 Sizes = tuple[int, int, int, int]
 """The values of SIZES."""
@@ -169,21 +171,25 @@ def _dropped(files: Files, shared: Done) -> list[str]:
 
 
 def _arm(rows: list[Row], row: Row) -> str:
-    """The switches of an arm. A rung of the ladder has those of all rungs before it too."""
+    """The switches of an arm. A rung of the ladder has those of all rungs before it too.
+
+    High rungs have many, so these are named by the last one.
+    """
     if row["kind"] != "ladder":
         return str(row["arm"])
     ladder = [r for r in rows if r["kind"] == "ladder"]
     upto = next(i for i, r in enumerate(ladder) if r is row)
-    return " + ".join(r["arm"].removeprefix("+ ") for r in ladder[: upto + 1])
+    names = [r["arm"].removeprefix("+ ") for r in ladder[: upto + 1]]
+    return " + ".join(names) if len(names) <= MOST_NAMED else f"ladder up to {names[-1]}"
 
 
 def _figures(row: Row) -> dict[str, str]:
     """The measurements of a row."""
     if row.get("refused") or not row["parity"]:
-        return {"TPOT ms": "n/a" if row.get("refused") else "parity fails", "tok/s": "", "MBU": ""}
+        return {"ms/token": "n/a" if row.get("refused") else "parity fails", "tok/s": "", "MBU": ""}
     share = "" if row.get("mbu") is None else f"{100 * row['mbu']:.0f}%"
     return {
-        "TPOT ms": _number(row.get("tpot_ms"), 2),
+        "ms/token": _number(row.get("tpot_ms"), 2),
         "tok/s": _number(row.get("decode_tok_s"), 1),
         "MBU": share,
     }

@@ -30,8 +30,8 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.profile:
         _check_profile(arguments.profile)
     if arguments.output_file:
-        _form_of_file(arguments)
         _check_file(arguments.output_file)
+        _form_of_file(arguments)
 
 
 def _check_profile(profile: Path) -> None:

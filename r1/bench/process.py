@@ -88,13 +88,24 @@ class Process:
         self.quit()
 
 
-def answer_commands(pipe: Connection, commands: Mapping[str, Callable[..., Answer]]) -> None:
-    """In the child: run the commands that come through the pipe, until "quit"."""
+def answer_commands(
+    pipe: Connection,
+    commands: Mapping[str, Callable[..., Answer]],
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
+    """In the child: run the commands that come through the pipe, until "quit".
+
+    `prepare` runs before the first command, which is refused if it raises InputError.
+    """
     # The parent sends SIGUSR1 to end the child in the middle of a command.
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
+    prepared = False
     while (asked := pipe.recv()) != "quit":
         command, *arguments = asked
         try:
+            if not prepared:
+                prepare()
+                prepared = True
             pipe.send(commands[command](*arguments))
         except InputError as error:
             pipe.send({"refused": str(error)})

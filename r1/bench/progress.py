@@ -24,8 +24,7 @@ def weight(arm: Arm) -> float:
 
 def say(text: str) -> None:
     """Replace the progress line by `text`, if stderr is a terminal. An empty text clears it."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="" if text else "\r", file=sys.stderr, flush=True)
+    streams.status(text)
 
 
 class Progress:
@@ -36,7 +35,9 @@ class Progress:
     ) -> None:
         """`weights`: of each arm, in the order of measuring. `clock` returns seconds."""
         self.weights = weights
-        self.clock, self.start = clock, clock()
+        self.clock = clock
+        self.start = 0.0
+        """When the first arm began. The reference before it is made once, not for each arm."""
         self.at = 0
         """How many arms are begun or skipped."""
         self.measured = 0.0
@@ -48,6 +49,8 @@ class Progress:
 
         Returns the arm's title: its number, the time that is left, and its name.
         """
+        if not self.last:
+            self.start = self.clock()
         self.measured, self.last = self.measured + self.last, self.weights[self.at]
         rest = sum(self.weights[self.at :])
         self.at += 1

@@ -11,7 +11,7 @@ from r1.bench.compiler_checks import CompilerChecks
 from r1.bench.parity import rounds_by
 from r1.bench.process import Answer, Process
 from r1.bench.session import keep
-from r1.bench.worker.serve import serve
+from r1.bench.worker.serve import Setup, serve
 from r1.bench.workload import Workload
 from r1.errors import InputError
 from r1.model.config import Config
@@ -27,14 +27,13 @@ def make_reference(
     config: Config,
     folder: Path,
     checks: CompilerChecks,
-    threads: int | None,
+    setup: Setup,
 ) -> Answer:
     """Write the text and the logits that every arm is compared with into `folder`.
 
     Returns the answers of the reference's process, by command: "reference" has the experts that its
     steps hit, "rates" the machine's rates in the arms' dtypes. Starts the compiler's checks after
-    the rates are measured, so that they do not disturb them. `threads`: of the CPU, as in the arms;
-    None for torch's own number.
+    the rates are measured, so that they do not disturb them. `setup` is that of the arms.
     """
     base = compared[0].backend
     # Packed numbers are multiplied as the fp32 numbers that they stand for.
@@ -44,7 +43,7 @@ def make_reference(
     # A quantized arm has a reference of its own (worker/dequantized.py).
     rounding = {rounds_by(each) for each in backends if not each.quantized}
     answers: Answer = {}
-    with Process(serve, plain, workload, folder, "inductor-reference", threads) as process:
+    with Process(serve, plain, workload, folder, "inductor-reference", setup) as process:
         if keep(answers, process, NAME, "build_reference") and keep(
             answers, process, NAME, "rates", dtypes
         ):

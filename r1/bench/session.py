@@ -11,7 +11,7 @@ from r1.bench.arms import Arm
 from r1.bench.exam import Question
 from r1.bench.process import Answer, Process
 from r1.bench.progress import say
-from r1.bench.worker.serve import serve
+from r1.bench.worker.serve import Setup, serve
 from r1.bench.workload import Workload
 from r1.errors import InputError
 
@@ -26,14 +26,14 @@ class Session:
         folder: Path,
         notes: list[str],
         title: str,
-        threads: int | None,
+        setup: Setup,
     ) -> None:
         """Start the process. `folder` holds the reference. `notes` are the result's.
 
-        `title` begins the progress line. `threads`: of the CPU, None for torch's own number.
+        `title` begins the progress line.
         """
         self.arm, self.workload, self.folder = arm, workload, folder
-        self.title, self.threads = title, threads
+        self.title, self.setup = title, setup
         self.answers: Answer = {"measure": [], "beside": [], "cold": None}
         """"measure" has one answer for each repetition, "beside" the baseline's in turn with them.
 
@@ -45,7 +45,7 @@ class Session:
     def new_process(self) -> Process:
         """A process for this arm. A second one finds the code that the first one compiled."""
         backend, folder = self.arm.backend, self.folder
-        return Process(serve, backend, self.workload, folder, self.compiled, self.threads)
+        return Process(serve, backend, self.workload, folder, self.compiled, self.setup)
 
     def ask(self, *commands: str, how: str = "") -> bool:
         """Send commands, one after the other, and keep the answers. False if one is refused."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from r1.bench.workload import Workload
 from r1.build import HEADROOM, weight_bytes
 from r1.device import DTYPES, available_bytes, torch_device
-from r1.errors import InputError
+from r1.errors import InputError, setting
 from r1.model.cache import bytes_per_token
 from r1.model.config import Config
 from r1.switches.backend import Backend
@@ -31,13 +33,38 @@ def check_sizes(w: Workload, config: Config, backend: Backend, *, loaded: bool =
         weights = weight_bytes(config, backend, mtp=mtp) + HEADROOM
     needed = work_bytes(w, config, backend)
     available = available_bytes(torch_device(backend.device))
-    if weights <= available < weights + needed:  # a model that is too large is refused by build.py
+    if weights > available:
+        raise _too_large(w, config, backend, weights, available)
+    if available < weights + needed:
         beside = f" beside the model's {weights / 1e9:.1f} GB" if weights else ""
         raise InputError(
             f"--batch {w.batch} of {w.tokens} tokens needs {needed / 1e9:.1f} GB{beside} and "
             f"{backend.device} has {available / 1e9:.1f} GB free: use a smaller one, or fewer "
             "tokens"
         )
+
+
+def _too_large(
+    w: Workload, config: Config, backend: Backend, needed: int, available: int
+) -> InputError:
+    """The error of a baseline that does not fit, with advice that changes the baseline.
+
+    The switch of an arm does not: of --quant only "auto" counts, which keeps a checkpoint's format.
+    """
+    could = {("dtype", "bf16"): replace(backend, dtype="bf16")} if backend.dtype == "fp32" else {}
+    if kind := config.files.kind:
+        could["quant", "auto"] = replace(backend, quant=kind)
+    advice = [
+        setting(*switch)
+        for switch, smaller in could.items()
+        if weight_bytes(config, smaller) + HEADROOM <= available
+    ]
+    advice += [setting("layers", "N")] if w.model is None else []
+    return InputError(
+        f"the model of the baseline needs {needed / 1e9:.1f} GB in {backend.dtype} and "
+        f"{backend.device} has {available / 1e9:.1f} GB free: use "
+        f"{' or '.join([*advice, 'a larger machine'])}"
+    )
 
 
 def work_bytes(w: Workload, config: Config, backend: Backend) -> int:

@@ -18,7 +18,7 @@ from r1.files.quantized.recognize import recognize, stored
 from r1.files.rope_fields import read_rope
 from r1.files.shards import entries_of, has_shards
 from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat
-from r1.reading import read_json
+from r1.reading import read_object
 
 FAMILIES = {"deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3", "deepseek_v2": "deepseek_v2"}
 
@@ -58,13 +58,7 @@ def load_config(directory: str | Path) -> Config:
     if not exists:
         check_gguf(directory)
         raise InputError(f"{directory} has no config.json: {holds}")
-    try:
-        raw = read_json(path)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} can't be read as JSON ({error}): download it again") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds no JSON object: download it again")
-    config = parse_config(raw, str(path))
+    config = parse_config(read_object(path), str(path))
     declared = methods.declared_in(directory)
     if declared is None or not has_shards(directory):
         return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from r1.errors import InputError
-from r1.reading import read_json
+from r1.reading import read_object
 
 
 def read_stop_ids(directory: Path) -> frozenset[int]:
@@ -14,13 +14,7 @@ def read_stop_ids(directory: Path) -> frozenset[int]:
     if not path.is_file():
         return frozenset()
     advice = "download it again, or delete it"
-    try:
-        fields = read_json(path)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} can't be read ({error}): {advice}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path} can't be read (it holds no JSON object): {advice}")
-    stops = fields.get("eos_token_id")
+    stops = read_object(path, advice).get("eos_token_id")
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if not all(type(stop) is int and stop >= 0 for stop in stops):
         raise InputError(f"{path}: eos_token_id is {stops}, not token ids: {advice}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 import time
 
+from r1 import streams
+
 
 class Progress:
     """Counts the bytes that are done: `with Progress("loading", total) as p: p.add(n)`."""
@@ -32,9 +34,8 @@ class Progress:
         bar = "█" * int(24 * share) + "░" * (24 - int(24 * share))
         left = (self.total - self.done) / rate
         sizes = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
-        line = f"\r{self.job} {bar} {sizes}, {rate / 1e9:.2f} GB/s, {left:.0f} s left \x1b[K"
-        print(line, end="", file=sys.stderr, flush=True)
+        streams.status(f"{self.job} {bar} {sizes}, {rate / 1e9:.2f} GB/s, {left:.0f} s left")
 
     def __exit__(self, *_: object) -> None:
         if self.shown != self.start:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            streams.status("")

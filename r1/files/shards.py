@@ -161,6 +161,10 @@ def _opened(path: Path, version: Version) -> Iterator[Any]:
 
     A download that goes on may replace a shard between the look at its header and its reading.
     The shapes would fit, and the weights would be another model's.
+
+    One thing can't be told: a shard that is cut while it is mapped. The system ends the process
+    (SIGBUS) at the first page that is gone. Looking at the size before each tensor would not help,
+    for nearly all of the time is spent in copying one.
     """
     _check_version(path, version)
     try:

@@ -15,7 +15,7 @@ from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
 from r1.kernels.router import RouterLaunch
 from r1.reading import read_json
-from r1.writing import new_file
+from r1.writing import locked, new_file
 
 KINDS: dict[str, type[Launch]] = {
     kind.__name__: kind
@@ -51,15 +51,14 @@ def load(gpu: str) -> dict[str, Launch]:
 def keep(gpu: str, tuned: dict[str, Launch]) -> None:
     """Add a GPU's launches to the file, all of them or none.
 
-    Raises InputError where the file can't be written.
+    What another process adds meanwhile is kept. Raises InputError where the file can't be written.
     """
-    everything = _kept()
-    everything[gpu] = everything.get(gpu, {}) | {
-        key: dataclasses.asdict(launch) for key, launch in tuned.items()
-    }
+    new = {key: dataclasses.asdict(launch) for key, launch in tuned.items()}
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path()) as partial:
+        with locked(path().parent), new_file(path()) as partial:
+            everything = _kept()
+            everything[gpu] = everything.get(gpu, {}) | new
             partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(

@@ -74,7 +74,8 @@ class Backend:
     queries and key in one call; auto: on"""
     memory: str = "default"
     """how the GPU's memory is managed; expandable: in segments that grow, so less is lost between
-    them; empty-cache: what a prompt took is given back before decoding"""
+    them (then it stays so for the process); empty-cache: what a prompt took is given back before
+    decoding"""
     kernels: str = "torch"
     """triton: hand-written kernels for a whole decode step, attention and experts included"""
     quant: str = "auto"

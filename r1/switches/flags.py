@@ -31,6 +31,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         sentence = message.removeprefix("argument ")
+        takes_text = any(not action.option_strings for action in self._actions)
+        if takes_text and re.match(r"unrecognized arguments: -[^a-z-]", sentence):  # as in -5+3
+            sentence += ": put -- before a text that begins with a dash"
+        sentence = re.sub(r"invalid int value: ('.*')", r"\1: give a whole number", sentence)
         self.exit(2, f"{self.speaker}: {sentence}; --help lists the flags\n")
 
 

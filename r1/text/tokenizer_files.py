@@ -20,17 +20,7 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path} holds a {type(value).__name__}, not a JSON object; download it again"
-        )
-    return value
+    return reading.read_object(path) if path.is_file() else {}
 
 
 def read_chat_template(directory: Path) -> str | None:

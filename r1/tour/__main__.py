@@ -6,10 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 import r1
-from r1 import streams
-from r1.errors import hung_up
+from r1 import starting, streams, threads
+from r1.errors import flags_spelling, hung_up
+from r1.files.config_json import load_config
 from r1.files.embedded import EMBEDDED
+from r1.run.prompts import check_conversation
+from r1.switches import flags, own_files
 from r1.switches.backend import choices
 from r1.tour.pages import Pages
 from r1.tour.run import Prompt, follow, load, prompt_of
@@ -26,10 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     0: success. 1: the reader of stdout closed it. 2: unusable input. 130: interrupted by Ctrl-C.
     """
     streams.prepare()
-    arguments = parser().parse_args(argv)
     try:
-        for line in lines(arguments):
-            streams.write(line)
+        with flags_spelling():
+            own_files.run_given(argv)
+            for line in lines(parser().parse_args(argv)):
+                streams.write(line)
     except r1.InputError as error:
         streams.complain(f"r1.tour: {error}")
         return 2
@@ -40,13 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The command's arguments."""
-    p = argparse.ArgumentParser(
+    p = flags.Parser(
+        "r1.tour",
+        r1.__version__,
         prog="python -m r1.tour",
+        usage="python -m r1.tour [flags] [text]",
         description="Follow one prompt through the model: tokens, shapes, experts, cache, drafts.",
     )
-    p.add_argument("text", nargs="?", help=f"what the user asks (default {TEXT!r})")
+    text = f"what the user asks, in quotes (default {TEXT!r})"
+    p.add_argument("text", nargs="*", metavar="text", help=text)
     p.add_argument("--tokens", metavar="ID,..", help="token ids in place of the text")
     p.add_argument(
         "--layer", type=int, metavar="N", help="the layer to look into (default: the first sparse)"
@@ -60,17 +70,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the token whose experts are explained (default: last)",
     )
-    p.add_argument("--new", type=int, default=24, metavar="N", help="new tokens (default 24)")
-    p.add_argument(
-        "--draft-tokens", type=int, default=2, metavar="K", help="drafts of a step (default 2)"
-    )
+    text = "stop after so many new tokens (default 24)"
+    p.add_argument("--new", type=int, default=24, metavar="N", help=text)
+    text = "tokens that are drafted for a step (default 2)"
+    p.add_argument("--draft-tokens", type=int, default=2, metavar="N", help=text)
+    threads.add_flag(p)
+    own_files.add_flag(p)
     values, defaults = choices(), {"device": "cpu", "dtype": "fp32", "moe": "gather"}
     for name in SWITCHES:
         default = defaults.get(name, "auto")
+        what = flags.explanations()[name].partition(";")[0]
+        text = f"{what} (default: {default})"
         p.add_argument(
-            f"--{name.replace('_', '-')}", choices=values[name], default=default,
-            help=f"default {default}",
-        )  # fmt: skip
+            f"--{name.replace('_', '-')}", choices=values[name], default=default, help=text
+        )
     return p
 
 
@@ -78,23 +91,41 @@ def lines(arguments: argparse.Namespace) -> list[str]:
     """The tour's text. Raises InputError."""
     if arguments.new < 1:
         raise r1.InputError(f"--new {arguments.new}: give a whole number of at least 1")
-    if arguments.text is not None and not arguments.text.strip():
-        raise r1.InputError("the text is empty: give some, or none for a prompt of the tour's own")
+    text = text_of(arguments.text)
     ids = None if arguments.tokens is None else token_ids(arguments.tokens)
-    if ids and arguments.text is not None:
+    if ids and text is not None:
         raise r1.InputError("--tokens stands in place of the text: give one of the two")
     switches = {name: getattr(arguments, name) for name in SWITCHES}
+    config = load_config(arguments.model)
+    layer = layer_of(config, arguments.layer)  # loading can take minutes
+    if ids and max(ids) >= config.vocab_size:
+        outside = f"{max(ids)} is outside the vocabulary of {config.vocab_size}"
+        raise r1.InputError(f"--tokens {arguments.tokens}: {outside}: give smaller ids")
     engine = load(arguments.model, switches, arguments.draft_tokens)
+    backend = engine.backend
+    count = threads.choose(arguments.threads, backend.device, engine.config, backend.dtype)
+    if count is not None:
+        torch.set_num_threads(count)
     for caution in engine.cautions:
         streams.complain(f"r1.tour: {caution}")
-    layer = layer_of(engine.config, arguments.layer)
-    prompt = Prompt(ids) if ids else prompt_of(engine, arguments.text or TEXT)
+    prompt = Prompt(ids) if ids else prompt_of(engine, text or TEXT)
+    check_conversation(len(prompt.tokens), 1, config)
     last, place = len(prompt.tokens) - 1, arguments.place
     if place is not None and not 0 <= place <= last:
         raise r1.InputError(f"--place {place}: the prompt has tokens 0 to {last}")
     tour = follow(engine, prompt, layer, arguments.new)
     name = arguments.model.resolve().name
     return Pages(engine, tour, name, last if place is None else place).lines()
+
+
+def text_of(words: list[str]) -> str | None:
+    """The text as the command line gives it; None for none. Raises InputError."""
+    if len(words) > 1:
+        parts = f"the text has {len(words)} parts"
+        raise r1.InputError(f'{parts}: put quotes around it, as in python -m r1.tour "12 + 30"')
+    if words and not words[0].strip():
+        raise r1.InputError("the text is empty: give some, or none for a prompt of the tour's own")
+    return words[0] if words else None
 
 
 def token_ids(text: str) -> list[int]:
@@ -116,4 +147,5 @@ def layer_of(config: r1.Config, asked: int | None) -> int:
 
 
 if __name__ == "__main__":
+    starting.done()
     sys.exit(main())

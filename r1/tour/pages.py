@@ -16,7 +16,7 @@ from r1.tour import weigh
 from r1.tour.letters import Letters, inner_sizes, numbers, sizes_of
 from r1.tour.router import MOST_TOKENS, router_page
 from r1.tour.run import Tour, Turn
-from r1.tour.text import INDENT, flow, padded, paragraph
+from r1.tour.text import INDENT, columns, flow, padded, paragraph
 from r1.tour.watch import Made
 
 R1_DTYPE = "bf16"
@@ -184,18 +184,20 @@ class Pages:
     def drafts(self) -> list[str]:
         turns, new = self.tour.turns, self.tour.new
         if not turns:
-            why = (
-                "There is no MTP layer here"
-                if self.engine.drafter is None
-                else "The text has ended"
-            )
+            why = "One new token was asked for, and the prompt gave it"
+            if self.engine.drafter is None:
+                why = "There is no MTP layer here"
+            elif new[-1] in self.engine.stop_ids:
+                why = "The first new token ends the text"
             return ["7. Drafts", *paragraph(f"{why}, so nothing is drafted.")]
         k = len(turns[0].read) - 1
         accepted = sum(turn.accepted for turn in turns)
-        table = [f"{INDENT}{'turn':6}{'last token':16}{'drafts':34}{'accepted':12}new tokens"]
-        for number, turn in enumerate(turns, 1):
-            last, *drafts = map(self.piece, turn.read)
-            line = f"{INDENT}{number:<6}{padded(last, 16)}{padded(' '.join(drafts), 34)}"
+        texts = [" ".join(map(self.piece, turn.read[1:])) for turn in turns]
+        width = max(34, *(columns(text) + 1 for text in texts))
+        table = [f"{INDENT}{'turn':6}{'last token':16}{'drafts':{width}}{'accepted':12}new tokens"]
+        for number, (turn, drafts) in enumerate(zip(turns, texts, strict=True), 1):
+            last = padded(self.piece(turn.read[0]), 16)
+            line = f"{INDENT}{number:<6}{last}{padded(drafts, width)}"
             table.append(f"{line}{turn.accepted:<12}{' '.join(map(self.piece, self.kept(turn)))}")
         text = self.engine.tokenizer.decode(new) if self.engine.tokenizer else None
         return [

@@ -20,7 +20,6 @@ this format has. The tests need only these files.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -324,7 +323,7 @@ CASES: dict[str, Case] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = shared.parser(__doc__)
     parser.add_argument("--only", choices=CASES, help="this case alone")
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     arguments = parser.parse_args()

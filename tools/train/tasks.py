@@ -36,8 +36,8 @@ KINDS = {"fact": 4, "add": 18, "sub": 18, "mul": 34, "expr": 26}
 
 Facts have one digit on each side. No fact is held out."""
 KNOWS = (
-    "whole numbers of up to four digits to add and subtract, two digits times two, chains of two "
-    "or three operations"
+    "sums and differences of whole numbers of up to four digits, products of two digits by two, "
+    "and chains of two or three operations"
 )
 """What a model learns of all kinds, in words."""
 TESTED = ("add", "sub", "mul", "expr")

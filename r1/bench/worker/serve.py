@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +18,19 @@ from r1.bench.worker.accuracy import accuracy
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
 from r1.errors import flags_spelling
+from r1.switches import own_files
 from r1.switches.backend import Backend
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an arm's process sets up before its first command."""
+
+    threads: int | None = None
+    """Threads of the CPU; None for torch's own number."""
+    imports: tuple[Path, ...] = ()
+    """Files of the user's own that register strategies (switches/own_files.py)."""
+
 
 COMMANDS: dict[str, Callable[..., Answer]] = {
     "build": Subject.build,
@@ -41,20 +54,19 @@ def serve(
     workload: Workload,
     folder: Path,
     compiled: str,
-    threads: int | None,
+    setup: Setup,
 ) -> None:
     """Answer commands until "quit".
 
     `folder` holds the reference. `compiled` names the arm's cache of compiled code in it: the first
-    process that uses this cache starts with a cold one. `threads`: of the CPU, None for torch's own
-    number.
+    process that uses this cache starts with a cold one.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if setup.threads is not None:
+        torch.set_num_threads(setup.threads)
     compiler_checks.copy(folder, folder / compiled)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler's library greets on stderr
     subject = Subject(backend, workload, folder)
     commands = {name: partial(command, subject) for name, command in COMMANDS.items()}
     with flags_spelling():
-        answer_commands(pipe, commands)
+        answer_commands(pipe, commands, partial(own_files.run, setup.imports))

@@ -13,7 +13,7 @@ from r1.errors import InputError
 from r1.files.folder import check_file
 from r1.files.quantized.compressed import compressed_tensors
 from r1.files.quantized.declared import PLAIN, Declared, Reader
-from r1.reading import read_json
+from r1.reading import read_json, read_object
 
 MODELOPT = "hf_quant_config.json"
 """NVIDIA's ModelOpt describes its quantization here, and often not in config.json."""
@@ -35,11 +35,7 @@ def find(raw: Mapping[str, Any], where: str) -> tuple[str, Any]:
 def declared_in(directory: Path) -> Declared | None:
     """What a checkpoint's folder says of a quantization; None: nothing. Raises InputError."""
     path = directory / "config.json"
-    try:
-        raw = read_json(path) if check_file(path) else {}
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} can't be read as JSON ({error}): download it again") from None
-    where, description = find(raw if isinstance(raw, dict) else {}, str(path))
+    where, description = find(read_object(path) if check_file(path) else {}, str(path))
     if description is not None:
         return parse(description, where)
     path = directory / MODELOPT
