@@ -24,8 +24,17 @@ from r1.model.rope import angles, frequencies
 from r1.model.step import Step, bias_of, visible
 
 
+def whole(y: Tensor) -> Tensor:
+    """What one device makes is the whole sum."""
+    return y
+
+
 class Block(nn.Module):
     """One decoder layer: each half is a norm, a layer, and a sum with its input."""
+
+    # Devices that share a layer add up their parts in these two slots (r1/placement).
+    sum_heads: Callable[[Tensor], Tensor] = staticmethod(whole)
+    sum_inner: Callable[[Tensor], Tensor] = staticmethod(whole)
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -38,9 +47,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)  # (B, S, D)
+        x = x + self.sum_heads(self.self_attn(self.input_layernorm(x), step, cache))  # (B, S, D)
         h = self.post_attention_layernorm(x)  # (B, S, D)
-        return x + (self.mlp(h, step.phase) if self.sparse else self.mlp(h))
+        return x + self.sum_inner(self.mlp(h, step.phase) if self.sparse else self.mlp(h))
 
 
 class Transformer(nn.Module):

@@ -9,6 +9,7 @@ from r1.device import DTYPES
 from r1.errors import InputError, setting
 from r1.model.config import Config
 from r1.model.strategy import Strategy, Use
+from r1.placement import cuts
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 from r1.switches.strategies import ATTENTION, EXPERTS, check_tables
@@ -27,6 +28,7 @@ def resolve(
     machine = machine if device != "cpu" else machine.without_gpu()
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
+    _check_devices(backend, config)
     backend = _kernels(backend, machine)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
     _check_speculation(backend, config)
@@ -90,6 +92,18 @@ def _check_machine(backend: Backend, machine: Machine) -> None:
         raise InputError(
             f"{setting('amp', backend.amp)} casts fp32 weights as it goes, but {asked_dtype}: use "
             f"{setting('dtype', 'fp32')}, or {setting('amp', 'off')}"
+        )
+
+
+def _check_devices(backend: Backend, config: Config) -> None:
+    """Whether so many devices can share this model."""
+    if why := cuts.why_not(config, backend.tp, backend.ep):
+        raise InputError(why)
+    if backend.ranks > 1 and backend.kernels == "triton":
+        spread = " and ".join(setting(n, getattr(backend, n)) for n in ("tp", "ep"))
+        raise InputError(
+            f"{setting('kernels', 'triton')} adds up a whole layer in one device's kernels, and "
+            f"{spread} share it: use {setting('kernels', 'torch')}"
         )
 
 
