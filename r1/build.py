@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from r1.files.draw import randomize
 from r1.files.load import Report, load
 from r1.files.names import EXPERT_MATRICES, key_of
 from r1.model.config import Config
-from r1.model.layers import MLP, Embedding, Linear
+from r1.model.layers import MLP, Embedding, Linear, RMSNorm
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
 from r1.model.mtp import MTPLayer
@@ -83,6 +84,16 @@ def from_shape(
 def connected(backend: Backend) -> Mesh:
     """The processes that share the model. Raises InputError if they are more or fewer."""
     return Mesh.here(backend.tp, backend.ep, torch_device(backend.device).type)
+
+
+def fingerprint(model: Transformer) -> int:
+    """A checksum of the weights that every device holds whole: norms and routers."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, Router)):
+            numbers = module.weight.detach().float().cpu().contiguous()
+            total = zlib.crc32(numbers.numpy().tobytes(), total)
+    return total
 
 
 def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> Placement:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ PATIENCE = 120
 """Seconds to wait for an answer: a rank that waits for another one must not hang the suite."""
 
 
+@dataclass
 class Refused:
     """The sentence of an InputError that a rank raised."""
 
-    def __init__(self, sentence: str) -> None:
-        self.sentence = sentence
+    sentence: str
 
 
 class Ranks:

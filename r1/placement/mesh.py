@@ -87,20 +87,18 @@ class Mesh:
                 raise InputError(sentence if rank == 0 else f"rank {rank}: {sentence}")
         return result
 
-    def check_alike(self, what: str, value: object, advice: str) -> None:
+    def check_alike(self, what: str, value: object, advice: str, *, tell: bool = True) -> None:
         """Raise InputError on every rank where a rank has another value than rank 0.
 
-        `what` begins the sentence, as in "the switches of rank 1"; values are told as text.
+        `what` has the value, as in "the switches". With `tell` the sentence shows both, as text.
         """
         if self.ranks == 1:
             return
-        first, *others = self._all(str(value))
+        first, *others = self._all(value)
         for rank, other in enumerate(others, 1):
             if other != first:
-                raise InputError(
-                    f"{what} of rank {rank} are not those of rank 0 ({other}, and {first}): "
-                    f"{advice}"
-                )
+                both = f" ({other}, and {first})" if tell else ""
+                raise InputError(f"rank {rank} differs from rank 0 in {what}{both}: {advice}")
 
     def _all(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
