@@ -1,0 +1,218 @@
+"""The processes that torchrun started for one command: how they meet, speak, listen and end.
+
+torchrun tells each process its number in the environment, and ends all of them when one fails. The
+processes meet at its store, a table of keys and bytes that all of them reach. A command says one
+sentence when it ends early, however many processes notice: who asks the store first may speak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1 import streams
+from r1.errors import InputError, setting
+
+NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MEETING = timedelta(minutes=5)
+"""How long processes wait for one that starts later."""
+EXCHANGE = timedelta(minutes=30)
+"""How long a rank waits for another one in a sum: loading may take one that much longer."""
+GRACE = 1.0
+"""Seconds for which the other ranks let rank 0 speak first."""
+SILENCE = timedelta(days=30)
+"""How long the others wait for what is asked next."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """A command's processes, and this one's number among them. Alone: 0 of 1."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    """The number among those on this host, which is the number of its GPU."""
+    here: int = 1
+    """How many are on this host."""
+    part: str = "command"
+    """Begins the keys in the store: several groups of processes can meet there."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process talks with the user."""
+        return self.rank == 0
+
+    def store(self) -> Any:
+        """The store that all processes of this command reach. Raises InputError for none."""
+        return dist.PrefixStore(f"r1/{self.part}", _store(self.rank, self.count))
+
+    @contextmanager
+    def connected(self, kind: str) -> Iterator[None]:
+        """Inside this context torch.distributed connects the processes. `kind`: "cpu" or "cuda".
+
+        Each process has its GPU then. Raises InputError for fewer GPUs than processes.
+        """
+        if self.count == 1:
+            yield
+            return
+        backend = "gloo"
+        if kind == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            if (gpus := torch.cuda.device_count()) < self.here:
+                has = f"this host has {gpus} GPUs for {self.here} processes"
+                raise InputError(f"{has}: start fewer, or use {setting('device', 'cpu')}")
+            torch.cuda.set_device(self.local)
+        dist.init_process_group(
+            backend, store=self.store(), rank=self.rank, world_size=self.count, timeout=EXCHANGE
+        )
+        yield
+        dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+
+    def check(self, tp: int, ep: int) -> None:
+        """Raise InputError unless the switches use as many processes as there are."""
+        if self.count in (1, tp * ep):  # too few are reported where they meet (mesh.py)
+            return
+        use = f"{setting('tp', tp)} and {setting('ep', ep)} use {tp * ep}"
+        raise InputError(
+            f"{self.count} processes were started, and {use}: give {setting('tp', self.count)}, or "
+            f"start {tp * ep}"
+        )
+
+    def complain(self, speaker: str, sentence: object) -> None:
+        """Say on stderr why the command ends, unless another process has said why.
+
+        Rank 0 goes first: what all ranks find is not told as another one's finding.
+        """
+        if self.rank:
+            time.sleep(GRACE)
+        if first_to_speak():
+            where = f"rank {self.rank}: " if self.rank and "rank " not in str(sentence) else ""
+            streams.complain(f"{speaker}: {where}{sentence}")
+
+    def ends_together(self, speaker: str) -> None:
+        """End this process at once when a signal comes, wherever it waits.
+
+        torchrun sends SIGTERM when another process has ended, and a terminal SIGINT. A process that
+        waits in a sum for others runs no Python, so a thread of its own takes the signals.
+        """
+        if self.count == 1:
+            return
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # without a handler no byte would be written
+
+        def wait() -> None:
+            number = os.read(reading, 1)[0]
+            why = "interrupted" if number == signal.SIGINT else "another process has ended"
+            if sys.stdout.isatty():
+                streams.complain("\x1b[0m")  # text may be dimmed
+            self.complain(speaker, f"{why}, so all {self.count} end")
+            os._exit(128 + number)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def crew() -> Crew:
+    """The processes of this command, from torchrun's environment."""
+    if not all(name in os.environ for name in NAMES):
+        return Crew()
+    try:
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        return Crew(rank, count, local, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+    except ValueError:
+        numbers = ", ".join(f"{name}={os.environ[name]!r}" for name in NAMES[:2])
+        raise InputError(f"{numbers}: start several processes with torchrun") from None
+
+
+@cache
+def _store(rank: int, count: int) -> Any:
+    """torchrun's store. Without its agent rank 0 has it."""
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", rank, count, timeout=MEETING)))
+    except (RuntimeError, ValueError) as error:
+        at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        first_line = str(error).partition("\n")[0]
+        raise InputError(
+            f"the processes can't meet at {at} ({first_line}): start them with torchrun"
+        ) from None
+    return store
+
+
+@cache
+def first_to_speak() -> bool:
+    """Whether this process may say how the command ends: the first one that asks, or one alone."""
+    mine = crew()
+    if mine.count == 1:
+        return True
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:  # with a connection of its own: the other one may be waiting
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return dist.PrefixStore("r1", store).add("spoken", 1) == 1
+    except (RuntimeError, ValueError):  # there is no store to ask
+        return True
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an exception says that another process of this command has ended."""
+    told = isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection", "TCPStore")
+    )
+    return told or isinstance(error, dist.DistError)
+
+
+class Line:
+    """Hands what rank 0 sends to all other processes, in order; each waits as long as it takes.
+
+    What is sent is pickled: only processes of one command reach the store.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew, self.store, self.sent = crew, crew.store(), 0
+
+    def send(self, thing: object) -> None:
+        """On rank 0: hand a thing to all others."""
+        self.store.set(self._key(), pickle.dumps(thing))
+
+    def end(self) -> None:
+        """On rank 0: nothing more will come; the others receive None."""
+        with contextlib.suppress(RuntimeError):  # where the store is gone, so are they
+            self.send(None)
+
+    def receive(self) -> Any:
+        """On another rank: wait for the next thing."""
+        key = self._key()
+        self.store.wait([key], SILENCE)
+        return pickle.loads(self.store.get(key))
+
+    def _key(self) -> str:
+        self.sent += 1
+        return f"line/{self.sent}"
+
+
+def together(call: Callable[[], int], speaker: str) -> int:
+    """Run a command's main part; a process that is left alone in it ends with a sentence."""
+    try:
+        return call()
+    except RuntimeError as error:
+        mine = crew()
+        if mine.count == 1 or not lost(error):
+            raise
+        mine.complain(speaker, f"another process has ended, so all {mine.count} end")
+        return 1
