@@ -28,6 +28,7 @@ from r1.bench.flags import parser
 from r1.bench.process import interrupt_once, signals
 from r1.bench.progress import say
 from r1.errors import InputError, flags_spelling, hung_up
+from r1.placement import ranks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,14 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     streams.prepare()
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser(EMBEDDED).parse_args(argv)
+    crew = ranks.Crew()
     try:
         with signals(interrupt_once), flags_spelling():
-            return run(arguments, argv)
+            crew = ranks.crew()
+            if not crew.leads:
+                crew.ends_together("bench")
+            return ranks.together(lambda: run(arguments, argv, crew), "bench")
     except BrokenPipeError:
         return hung_up()
     except InputError as error:
         say("")
-        streams.complain(f"bench: {error}")
+        crew.complain("bench", error)
         return 2
     except KeyboardInterrupt:  # before or after the measurement, which handles its own
         return 130

@@ -14,6 +14,7 @@ from r1.bench.worker.serve import serve
 from r1.bench.workload import Workload
 from r1.errors import InputError
 from r1.model.config import Config
+from r1.placement.ranks import Crew
 from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
 
@@ -40,7 +41,8 @@ def make_reference(
     plain = Backend(**{**TEXTBOOK, "device": base.device, "dtype": "fp32", "quant": base.quant})
     dtypes = sorted(dtypes_of(compared, workload, config))
     answers: Answer = {}
-    with Process(serve, plain, workload, folder, "inductor-reference", threads) as process:
+    alone = Crew()
+    with Process(serve, plain, workload, folder, "inductor-reference", threads, alone) as process:
         if keep(answers, process, NAME, "build_reference") and keep(
             answers, process, NAME, "rates", dtypes
         ):

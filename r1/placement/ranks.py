@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -28,6 +28,7 @@ from r1 import streams
 from r1.errors import InputError, setting
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+COMMAND = "command"
 MEETING = timedelta(minutes=5)
 """How long processes wait for one that starts later."""
 EXCHANGE = timedelta(minutes=30)
@@ -48,7 +49,7 @@ class Crew:
     """The number among those on this host, which is the number of its GPU."""
     here: int = 1
     """How many are on this host."""
-    part: str = "command"
+    part: str = COMMAND
     """Begins the keys in the store: several groups of processes can meet there."""
 
     @property
@@ -58,16 +59,15 @@ class Crew:
 
     def store(self) -> Any:
         """The store that all processes of this command reach. Raises InputError for none."""
-        return dist.PrefixStore(f"r1/{self.part}", _store(self.rank, self.count))
+        hosts = self.part == COMMAND and self.rank == 0 and not _has_agent()
+        return dist.PrefixStore(f"{_prefix()}/{self.part}", _store(hosts, MEETING))
 
-    @contextmanager
-    def connected(self, kind: str) -> Iterator[None]:
-        """Inside this context torch.distributed connects the processes. `kind`: "cpu" or "cuda".
+    def connect(self, kind: str) -> None:
+        """Connect the processes for torch.distributed; each has its GPU then.
 
-        Each process has its GPU then. Raises InputError for fewer GPUs than processes.
+        `kind`: "cpu" or "cuda". Raises InputError for fewer GPUs than processes.
         """
-        if self.count == 1:
-            yield
+        if self.count == 1 or dist.is_initialized():
             return
         backend = "gloo"
         if kind == "cuda":
@@ -79,17 +79,27 @@ class Crew:
         dist.init_process_group(
             backend, store=self.store(), rank=self.rank, world_size=self.count, timeout=EXCHANGE
         )
+
+    @contextmanager
+    def connected(self, kind: str) -> Iterator[None]:
+        """Inside this context the processes are connected."""
+        self.connect(kind)
         yield
-        dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+        disconnect()  # not after an error: it would wait for ranks that are gone
+
+    def among(self, count: int, part: str) -> Crew:
+        """This process as one of the first `count`, which meet by themselves."""
+        return replace(self, count=count, here=min(count, self.here), part=part)
 
     def check(self, tp: int, ep: int) -> None:
         """Raise InputError unless the switches use as many processes as there are."""
-        if self.count in (1, tp * ep):  # too few are reported where they meet (mesh.py)
+        if self.count == tp * ep:
             return
         use = f"{setting('tp', tp)} and {setting('ep', ep)} use {tp * ep}"
+        were = "process was" if self.count == 1 else "processes were"
         raise InputError(
-            f"{self.count} processes were started, and {use}: give {setting('tp', self.count)}, or "
-            f"start {tp * ep}"
+            f"{self.count} {were} started, and {use}: start the command with torchrun "
+            f"--nproc-per-node {tp * ep}, or give {setting('tp', self.count)}"
         )
 
     def complain(self, speaker: str, sentence: object) -> None:
@@ -119,7 +129,9 @@ class Crew:
 
         def wait() -> None:
             number = os.read(reading, 1)[0]
-            why = "interrupted" if number == signal.SIGINT else "another process has ended"
+            why = "interrupted"
+            if number != signal.SIGINT:
+                why = "another process has ended, or torchrun was told to"
             if sys.stdout.isatty():
                 streams.complain("\x1b[0m")  # text may be dimmed
             self.complain(speaker, f"{why}, so all {self.count} end")
@@ -141,31 +153,47 @@ def crew() -> Crew:
         raise InputError(f"{numbers}: start several processes with torchrun") from None
 
 
+def disconnect() -> None:
+    """Take the processes apart, where they are connected."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _has_agent() -> bool:
+    """Whether torchrun's agent has the store. Else rank 0 has it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _prefix() -> str:
+    """Begins all keys. After a failure torchrun may start everything once more."""
+    return f"r1/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
 @cache
-def _store(rank: int, count: int) -> Any:
-    """torchrun's store. Without its agent rank 0 has it."""
+def _store(hosts: bool, patience: timedelta) -> Any:
+    """The table itself. Raises InputError."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank, count, timeout=MEETING)))
+        return dist.TCPStore(
+            address, port, None, hosts, timeout=patience, wait_for_workers=False, multi_tenant=True
+        )
     except (RuntimeError, ValueError) as error:
-        at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         first_line = str(error).partition("\n")[0]
         raise InputError(
-            f"the processes can't meet at {at} ({first_line}): start them with torchrun"
+            f"the processes can't meet at {address}:{port} ({first_line}): start them with torchrun"
         ) from None
-    return store
 
 
 @cache
 def first_to_speak() -> bool:
     """Whether this process may say how the command ends: the first one that asks, or one alone."""
-    mine = crew()
-    if mine.count == 1:
-        return True
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:  # with a connection of its own: the other one may be waiting
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        return dist.PrefixStore("r1", store).add("spoken", 1) == 1
-    except (RuntimeError, ValueError):  # there is no store to ask
+    try:
+        if crew().count == 1:
+            return True
+        # With a connection of its own: the other one may be waiting.
+        store = _store(False, timedelta(seconds=5))
+        return int(dist.PrefixStore(_prefix(), store).add("spoken", 1)) == 1
+    except (InputError, RuntimeError):  # there is no store to ask
         return True
 
 
@@ -200,6 +228,11 @@ class Line:
         key = self._key()
         self.store.wait([key], SILENCE)
         return pickle.loads(self.store.get(key))
+
+    @property
+    def waiting(self) -> bool:
+        """On another rank: whether there is a next thing already."""
+        return bool(self.store.check([f"line/{self.sent + 1}"]))
 
     def _key(self) -> str:
         self.sent += 1

@@ -87,11 +87,11 @@ class Backend:
     """tokens that are drafted for a step with `speculate=mtp`; from the second on the MTP layer
     reads its own output"""
     tp: int = 1
-    """tensor parallel: devices that share each layer's heads and inner values; for N devices start
-    the command with torchrun --nproc-per-node N"""
+    """tensor parallel: devices that share each layer's heads and inner values; start the command
+    with torchrun, a process for each device"""
     ep: int = 1
-    """expert parallel: devices that share each layer's experts; with `tp` there are as many as both
-    multiplied"""
+    """expert parallel: devices that share each layer's experts, likewise; together with `tp` as
+    many devices as both multiplied"""
 
     def __post_init__(self) -> None:
         for name, values in choices().items():
