@@ -54,8 +54,8 @@ def load(
     mesh = build.connected(backend)
     placement = build.placement_of(config, backend, mesh)
     same = "give every rank the same command"
-    mesh.check_alike("the switches", backend.describe(), same)
-    mesh.check_alike("config.json", config, "give every rank the same checkpoint", tell=False)
+    mesh.check_alike("the switches", vars(backend), same)
+    mesh.check_alike("config.json", config, "give every rank the same checkpoint")
     stop_ids = frozenset(config.eos_token_ids) | read_stop_ids(directory)
     tokenizer = None
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
@@ -72,7 +72,7 @@ def load(
     model, report = mesh.together(fill)
     if mesh.ranks > 1:
         found = build.fingerprint(model)
-        mesh.check_alike("its weights", found, "give every rank the same checkpoint", tell=False)
+        mesh.check_alike("its weights", found, "give every rank the same checkpoint")
     cautions = list(tokenizer.cautions) if tokenizer else []
     if "fp16" in (backend.dtype, backend.amp):
         ends = "fp16 ends at 65504, which this family's activations can pass"

@@ -31,23 +31,14 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], crew: Crew) -> int:
         return _run(arguments, argv, Lead())
     team.check_host(crew)
     line = Line(crew)
+    line.check_words(list(argv))
     if not crew.leads:
-        _check_command(line, argv)
         team.follow(crew, line)
         return 0
-    line.send(list(argv))
     try:
         return _run(arguments, argv, Lead(crew, line))
     finally:
         line.end()
-
-
-def _check_command(line: Line, argv: Sequence[str]) -> None:
-    """Raise InputError if this rank was started with other words than rank 0."""
-    if (theirs := line.receive()) != list(argv):
-        ours, theirs = (" ".join(words) or "no flags" for words in (argv, theirs))
-        same = "give every rank the same command"
-        raise InputError(f"it was started with {ours}, and rank 0 with {theirs}: {same}")
 
 
 def _run(arguments: argparse.Namespace, argv: Sequence[str], lead: Lead) -> int:

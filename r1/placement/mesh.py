@@ -18,6 +18,10 @@ from r1.errors import InputError, setting
 T = TypeVar("T")
 
 
+class SharedError(InputError):
+    """An InputError that every rank raises, so that rank 0 may tell it for all."""
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The grid, and this process's place in it.
@@ -84,21 +88,28 @@ class Mesh:
             wrong = str(error)
         for rank, sentence in enumerate(self._all(wrong)):
             if sentence is not None:
-                raise InputError(sentence if rank == 0 else f"rank {rank}: {sentence}")
+                raise SharedError(sentence if rank == 0 else f"rank {rank}: {sentence}")
         return result
 
-    def check_alike(self, what: str, value: object, advice: str, *, tell: bool = True) -> None:
+    def check_alike(self, what: str, value: object, advice: str) -> None:
         """Raise InputError on every rank where a rank has another value than rank 0.
 
-        `what` has the value, as in "the switches". With `tell` the sentence shows both, as text.
+        `what` has the value, as in "the prompts". Of two dicts the sentence shows what differs.
         """
         if self.ranks == 1:
             return
         first, *others = self._all(value)
         for rank, other in enumerate(others, 1):
             if other != first:
-                both = f" ({other}, and {first})" if tell else ""
-                raise InputError(f"rank {rank} differs from rank 0 in {what}{both}: {advice}")
+                told = ""
+                if isinstance(first, dict) and isinstance(other, dict):
+                    names = [name for name in first if first[name] != other.get(name)]
+                    ours, theirs = (
+                        ", ".join(setting(name, each.get(name)) for name in names)
+                        for each in (other, first)
+                    )
+                    told = f" ({ours}, and not {theirs})"
+                raise SharedError(f"rank {rank} differs from rank 0 in {what}{told}: {advice}")
 
     def _all(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from r1 import streams
 from r1.errors import InputError, setting
+from r1.placement.mesh import SharedError
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COMMAND = "command"
@@ -102,16 +104,18 @@ class Crew:
             f"--nproc-per-node {tp * ep}, or give {setting('tp', self.count)}"
         )
 
-    def complain(self, speaker: str, sentence: object) -> None:
+    def complain(self, speaker: str, why: object) -> None:
         """Say on stderr why the command ends, unless another process has said why.
 
         Rank 0 goes first: what all ranks find is not told as another one's finding.
         """
+        if isinstance(why, SharedError) and not self.leads:
+            return
         if self.rank:
             time.sleep(GRACE)
         if first_to_speak():
-            where = f"rank {self.rank}: " if self.rank and "rank " not in str(sentence) else ""
-            streams.complain(f"{speaker}: {where}{sentence}")
+            where = f"rank {self.rank}: " if self.rank else ""
+            streams.complain(f"{speaker}: {where}{why}")
 
     def ends_together(self, speaker: str) -> None:
         """End this process at once when a signal comes, wherever it waits.
@@ -190,10 +194,12 @@ def first_to_speak() -> bool:
     try:
         if crew().count == 1:
             return True
+        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        socket.create_connection(address, timeout=2).close()  # TCPStore would trace its failure
         # With a connection of its own: the other one may be waiting.
         store = _store(False, timedelta(seconds=5))
         return int(dist.PrefixStore(_prefix(), store).add("spoken", 1)) == 1
-    except (InputError, RuntimeError):  # there is no store to ask
+    except (InputError, RuntimeError, OSError, ValueError):  # there is no store to ask
         return True
 
 
@@ -213,6 +219,24 @@ class Line:
 
     def __init__(self, crew: Crew) -> None:
         self.crew, self.store, self.sent = crew, crew.store(), 0
+
+    def check_words(self, words: list[str]) -> None:
+        """Raise InputError on every rank if one was started with other words than rank 0."""
+        if self.crew.leads:
+            self.send(words)
+        else:
+            first, sentence = self.receive(), ""
+            if first != words:
+                ours, theirs = (" ".join(each) or "no words" for each in (words, first))
+                sentence = (
+                    f"rank {self.crew.rank} was started with {ours}, and rank 0 with {theirs}"
+                )
+            self.store.set(f"words/{self.crew.rank}", sentence)
+        for rank in range(1, self.crew.count):
+            key = f"words/{rank}"
+            self.store.wait([key], MEETING)
+            if sentence := self.store.get(key).decode():
+                raise SharedError(f"{sentence}: give every rank the same command")
 
     def send(self, thing: object) -> None:
         """On rank 0: hand a thing to all others."""

@@ -188,7 +188,7 @@ class Engine:
             return
         asked = (rows, limit, sampler.temperature, sampler.top_p, sampler.seed)
         advice = "call generate with the same on every rank"
-        self.mesh.check_alike("the prompts or the sampler", asked, advice, tell=False)
+        self.mesh.check_alike("the prompts or the sampler", asked, advice)
         if sampler.seed is None:
             sampler.seed = self.mesh.shared(torch.Generator().seed() % 2**63)
 
