@@ -345,3 +345,22 @@ def test_ranks_that_differ_are_told(
         assert re.search(sentence, found[0].sentence) and found[1] == found[0]
     found = ranks.run(2, unlike_prompts, plain)
     assert "differs from rank 0 in the prompts" in found[0].sentence and found[1] == found[0]
+
+
+# ---------------------------- compiled
+def traced(folder: Path, tokens: Tensor, switches: dict[str, Any]) -> Tensor:
+    """Logits of blocks as compile_block compiles them, but for Inductor, which takes long."""
+    engine = engine_of(folder, switches)
+    engine.runner.blocks["prefill"] = [
+        torch.compile(block.__call__, fullgraph=True, dynamic=True, backend="eager")
+        for block in engine.model.layers
+    ]
+    return engine.logits(tokens)
+
+
+def test_compiled_blocks_hold_the_sums(ranks: Ranks, plain: Path) -> None:
+    """Without a graph break, which is an error."""
+    tokens = torch.arange(12).view(2, 6)
+    right = engine_of(plain, {}).logits(tokens)
+    for logits in run(ranks, {"tp": 2}, traced, plain, tokens, {"tp": 2}):
+        torch.testing.assert_close(logits, right, atol=atol("algebra fp32"), rtol=0)

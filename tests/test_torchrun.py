@@ -57,7 +57,8 @@ def torchrun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def ours(stderr: str) -> list[str]:
     """What r1 says; torchrun has words of its own."""
-    return [line for line in stderr.splitlines() if re.match(r"(?:r1|bench): |\[.* tokens read", line)]
+    said = re.compile(r"(?:r1|bench): |\[.* tokens read")
+    return [line for line in stderr.splitlines() if said.match(line)]
 
 
 def children(pid: int) -> list[int]:

@@ -87,7 +87,12 @@ def measure(
         folder = Path(name)
         asked = _questions_for(workload, arguments, questions, result["notes"])
         threads = result["machine"].get("threads")
-        reference = make_reference(compared, workload, config, folder, checks, threads)
+        reference = make_reference(compared, workload, config, folder, checks, threads, lead)
+        if compared[0].backend.ranks > 1:
+            result["notes"].append(
+                "No single device could hold the model, so devices share it in the baseline and in "
+                "the reference too."
+            )
         rates = reference["rates"]
         result["machine"] |= {
             "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,

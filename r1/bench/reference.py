@@ -8,13 +8,13 @@ from pathlib import Path
 
 from r1.bench.arms import TEXTBOOK, Arm
 from r1.bench.compiler_checks import CompilerChecks
-from r1.bench.process import Answer, Process
+from r1.bench.process import Answer
 from r1.bench.session import keep
+from r1.bench.team import Lead
 from r1.bench.worker.serve import serve
 from r1.bench.workload import Workload
 from r1.errors import InputError
 from r1.model.config import Config
-from r1.placement.ranks import Crew
 from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
 
@@ -28,26 +28,31 @@ def make_reference(
     folder: Path,
     checks: CompilerChecks,
     threads: int | None,
+    lead: Lead,
 ) -> Answer:
     """Write the text and the logits that every arm is compared with into `folder`.
 
     Returns the answers of the reference's process, by command: "reference" has the experts that its
     steps hit, "rates" the machine's rates in the arms' dtypes. Starts the compiler's checks after
     the rates are measured, so that they do not disturb them. `threads`: of the CPU, as in the arms;
-    None for torch's own number.
+    None for torch's own number. `lead` starts the process, or several if the baseline has several.
     """
     base = compared[0].backend
     # Packed numbers are multiplied as the fp32 numbers that they stand for.
-    plain = Backend(**{**TEXTBOOK, "device": base.device, "dtype": "fp32", "quant": base.quant})
+    same = {name: getattr(base, name) for name in ("device", "quant", "tp", "ep")}
+    plain = Backend(**{**TEXTBOOK, **same, "dtype": "fp32"})
     dtypes = sorted(dtypes_of(compared, workload, config))
     answers: Answer = {}
-    alone = Crew()
-    with Process(serve, plain, workload, folder, "inductor-reference", threads, alone) as process:
+    name = "inductor-reference"
+    process = lead.start(plain.ranks, serve, plain, workload, folder, name, threads)
+    try:
         if keep(answers, process, NAME, "build_reference") and keep(
             answers, process, NAME, "rates", dtypes
         ):
             checks.start()
             keep(answers, process, NAME, "reference", dtypes)
+    finally:
+        process.quit()
     if "refused" in answers:
         raise InputError(answers["refused"])
     return answers

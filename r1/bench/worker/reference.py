@@ -63,9 +63,10 @@ def write_reference(subject: Subject, dtypes: Iterable[str]) -> Answer:
             if step + 1 < max(count, 2):
                 logits = steps.decode(subject, text[-1][:, None])[:, -1]
     reference = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}
-    save_file(reference, subject.folder / REFERENCE)
     rounding = {amp: vars(_rounding(subject, amp, reference)) for amp in dtypes if amp != "fp32"}
-    (subject.folder / ROUNDING).write_text(json.dumps(rounding))
+    if subject.place.leads:
+        save_file(reference, subject.folder / REFERENCE)
+        (subject.folder / ROUNDING).write_text(json.dumps(rounding))
     return {"experts_hit": sum(hits) / len(hits) if hits else 0.0, "rows": rows, "steps": count}
 
 

@@ -63,6 +63,7 @@ class Subject:
             config = w.config()
             backend = resolve(self.backend, config, batch=w.batch)
             mesh = build.connected(backend)
+            mesh.check_alike("the switches", vars(backend), "use devices of one kind")
             placement = build.placement_of(config, backend, mesh)
             made = build.from_shape(config, backend, seed=w.seed, placement=placement)
             self.engine = Engine(made, backend, mesh=mesh)
