@@ -153,6 +153,22 @@ def test_in_bf16(ranks: Ranks, plain: Path, grid: dict[str, int]) -> None:
     check_logits(ranks, plain, {**grid, "dtype": "bf16"}, "ranks bf16")
 
 
+VARIANTS = {
+    "direct queries": SPREAD.change(q_lora_rank=None, n_group=1, topk_group=1),
+    "no shared experts": SPREAD.change(n_shared_experts=0),
+    "tied": SPREAD.change(tie_word_embeddings=True),
+    "no experts": SPREAD.change(n_routed_experts=0, n_shared_experts=0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(ranks: Ranks, tmp_path: Path, variant: str) -> None:
+    """What differs between the published models; and a model of dense layers."""
+    folder = saved(VARIANTS[variant], tmp_path / "model")
+    grid = {"tp": 2} if variant == "no experts" else {"tp": 2, "ep": 2}
+    check_logits(ranks, folder, {**grid, "prefill_moe": "gather"}, "algebra fp32")
+
+
 @pytest.mark.parametrize("name", writers.FORMATS)
 @pytest.mark.parametrize("grid", [GRIDS[0], GRIDS[2]], ids=named)
 def test_quantized_checkpoints(

@@ -26,12 +26,14 @@ import torch.distributed as dist
 from cases import ROOT
 from command import TIMING, command
 
-from r1.bench import team
+from r1.bench import ablation, arms, plan, team
 from r1.bench.process import Answer
 from r1.bench.team import Lead, Team
+from r1.bench.workload import Workload
 from r1.errors import InputError
 from r1.placement import ranks
 from r1.placement.ranks import Crew, Line
+from r1.switches.machine import Machine
 
 QUESTION = ("12+30=?", "--temperature", "0", "--device", "cpu")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -150,6 +152,21 @@ def test_as_many_processes_as_devices(count: int, tp: int, ep: int) -> None:
         InputError, match=f"torchrun --nproc-per-node {tp * ep}, or give tp={count}"
     ):
         Crew(count=count).check(tp, ep)
+
+
+def test_devices_share_what_one_can_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then they do in the baseline too; else the baseline is one device's."""
+    given = {"tp": 2, "moe": "grouped"}
+    work = Workload(None, "tiny", None, 1, 8, 8, 0, 0)
+    for free, shared in ((10**12, {}), (10**6, {"tp": 2})):
+        monkeypatch.setattr(plan, "available_bytes", lambda _, free=free: free)
+        assert plan.shared_by_all(given, Machine(), work) == shared
+        base, *others = arms.from_switches(given, shared=shared)
+        names = [arm.name for arm in others]
+        assert base.backend.tp == shared.get("tp", 1) and ("tp=2" in names) == (not shared)
+        rungs = ablation.ablation({"tp": 2}, Machine(), 1, ("ladder",), shared)
+        assert [arm.backend.tp for arm in (rungs[0], rungs[-1])] == [base.backend.tp, 2]
+    assert plan.shared_by_all({"moe": "grouped"}, Machine(), work) == {}
 
 
 class MadeUp:
