@@ -36,6 +36,7 @@ from r1.bench.report.speedup import set_speedups
 from r1.bench.report.table import COLUMNS, USUAL, number, table
 from r1.bench.worker.serve import serve
 from r1.model.shapes import shape
+from r1.placement.ranks import Crew
 from r1.switches.backend import Backend
 
 TINY = ROOT / "weights" / "tiny-r1"
@@ -381,7 +382,8 @@ def test_an_arms_process_has_its_threads(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     for number_of_threads in (3, None):
-        serve(Closed(), Backend(), WORK, tmp_path, "c", number_of_threads)  # type: ignore[arg-type]
+        pipe: Any = Closed()
+        serve(pipe, Backend(), WORK, tmp_path, "c", number_of_threads, Crew())
     assert asked == [3]
 
 

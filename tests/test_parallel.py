@@ -322,6 +322,19 @@ def test_what_devices_can_not_share_is_refused(case: str) -> None:
         build.from_shape(config, backend)
 
 
+@pytest.mark.parametrize("value", [0, -1, 2.0, True])
+@pytest.mark.parametrize("name", ["tp", "ep"])
+def test_a_number_of_devices(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name}={value!r}: give a whole number of at least 1"):
+        Backend(**{name: value})
+
+
+def test_a_part_is_not_saved_as_a_model(tmp_path: Path) -> None:
+    backend = resolve(Backend(device="cpu", tp=2), SPREAD)
+    with pytest.raises(InputError, match="holds a part of the model"):
+        save(build.sketch(SPREAD, backend), tmp_path / "model")
+
+
 def test_a_table_of_groups_keeps_columns_together() -> None:
     """GPTQ's act order: a device's columns would need scales of all groups."""
     spec = Spec("int4", 1, 8, indexed=True)

@@ -212,18 +212,18 @@ def stream(
     by_shard: dict[Path, list[tuple[str, slice]]] = {}  # in the order in which they lie in the file
     versions = {entry.path: entry.version for entry in entries.values()}
     for key, entry in entries.items():
-        rows, *rest = parts[key] or (slice(0, 1),)
-        width = math.prod(part.stop - part.start for part in rest)
-        height = rows.stop - rows.start if key in whole else max(1, REMAP_BYTES // (4 * width))
+        rows = parts[key][0] if parts[key] else slice(0, 1)
+        wide = math.prod(entry.shape[1:])  # all columns: of a page, the system reads all
+        height = rows.stop - rows.start if key in whole else max(1, REMAP_BYTES // (4 * wide))
         starts = range(rows.start, rows.stop, height)
         cuts = [slice(start, min(start + height, rows.stop)) for start in starts]
         by_shard.setdefault(entry.path, []).extend((key, cut) for cut in cuts)
     for path, pending in by_shard.items():
         pending.reverse()
         while pending:
-            read = 0
+            mapped = 0
             with _opened(path, versions[path]) as shard:
-                while pending and read < REMAP_BYTES:
+                while pending and mapped < REMAP_BYTES:
                     key, cut = pending.pop()
                     region = (cut, *parts[key][1:]) if parts[key] else ()
                     first = cut.start - parts[key][0].start if parts[key] else 0
@@ -233,7 +233,9 @@ def stream(
                     }
                     piece = Piece(key, first, _part(shard, entries[key], region), more)
                     yield piece
-                    read += piece.nbytes
+                    wide = math.prod(entries[key].shape[1:]) * width(entries[key])
+                    mapped += (cut.stop - cut.start) * wide
+                    mapped += sum(tensor.nbytes for tensor in more.values())
                     del more, piece
 
 
