@@ -141,7 +141,7 @@ def test_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="2 of 4 processes are on others"):
         team.check_host(found)
     monkeypatch.setenv("RANK", "first")
-    with pytest.raises(InputError, match="RANK='first', .*torchrun"):
+    with pytest.raises(InputError, match=r"RANK='first', .*torchrun"):
         ranks.crew()
 
 

@@ -69,7 +69,7 @@ class Team:
         deadline: float | None = None
         while deadline is None or time.monotonic() < deadline:
             done = self.own.ready(AGAIN)
-            answers |= {rank: told for rank in self.others if (told := self._told(rank))}
+            answers |= {r: told for r in self.others if (told := self._told(r)) is not None}
             if done and len(answers) == len(self.others):
                 break
             failed = any("refused" in each for each in answers.values())
@@ -118,24 +118,32 @@ def _key(team: int, asked: int, rank: int) -> str:
 def follow(crew: Crew, line: Line) -> None:
     """On the other ranks: do what rank 0 sends, until it ends."""
     children: dict[int, Process] = {}
-    while (sent := line.receive()) is not None:
-        what, number, *more = sent
-        if what == "start":
-            ranks, target, arguments = more
-            if crew.rank < ranks:
-                place = crew.among(ranks, f"arm-{number}")
-                children[number] = Process(target, *arguments, place)
-        elif number in children and what == "quit":
-            children.pop(number).quit()
-        elif number in children:
-            asked, command, arguments = more
-            child = children[number]
-            child.begin(command, *arguments)
-            while not child.ready(AGAIN):
-                if line.waiting:  # rank 0 gave this arm up
-                    child.process.kill()
-            told = {name: value for name, value in child.finish().items() if name in TOLD}
-            line.store.set(_key(number, asked, crew.rank), pickle.dumps(told or {"fine": True}))
+    try:
+        while (sent := line.receive()) is not None:
+            what, number, *more = sent
+            if what == "start":
+                ranks, target, arguments = more
+                if crew.rank < ranks:
+                    place = crew.among(ranks, f"arm-{number}")
+                    children[number] = Process(target, *arguments, place)
+            elif number in children and what == "quit":
+                children.pop(number).quit()
+            elif number in children:
+                asked, command, arguments = more
+                told = _ask(children[number], line, command, arguments)
+                line.store.set(_key(number, asked, crew.rank), pickle.dumps(told))
+    finally:
+        for child in children.values():
+            child.quit()
+
+
+def _ask(child: Process, line: Line, command: str, arguments: tuple[object, ...]) -> Answer:
+    """What rank 0 wants of a child's answer. The child is ended if rank 0 does not wait for it."""
+    child.begin(command, *arguments)
+    while not child.ready(AGAIN):
+        if line.waiting:
+            child.process.kill()
+    return {name: value for name, value in child.finish().items() if name in TOLD}
 
 
 def check_host(crew: Crew) -> None:

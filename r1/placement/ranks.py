@@ -39,6 +39,8 @@ GRACE = 1.0
 """Seconds for which the other ranks let rank 0 speak first."""
 SILENCE = timedelta(days=30)
 """How long the others wait for what is asked next."""
+_spoken = threading.Lock()
+"""Held from when this process has tried to say why it ends: two of its threads may notice."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,11 @@ class Crew:
 
         Rank 0 goes first: what all ranks find is not told as another one's finding.
         """
-        if isinstance(why, SharedError) and not self.leads:
-            return
-        if self.rank:
+        if not self.leads:
             time.sleep(GRACE)
-        if first_to_speak():
+            if isinstance(why, SharedError):
+                return
+        if _spoken.acquire(blocking=False) and first_to_speak():
             where = f"rank {self.rank}: " if self.rank else ""
             streams.complain(f"{speaker}: {where}{why}")
 
@@ -132,7 +134,9 @@ class Crew:
             signal.signal(number, lambda *_: None)  # without a handler no byte would be written
 
         def wait() -> None:
-            number = os.read(reading, 1)[0]
+            number = 0
+            while number not in (signal.SIGINT, signal.SIGTERM):  # others may have a handler, too
+                number = os.read(reading, 1)[0]
             why = "interrupted"
             if number != signal.SIGINT:
                 why = "another process has ended, or torchrun was told to"
@@ -149,11 +153,11 @@ def crew() -> Crew:
     if not all(name in os.environ for name in NAMES):
         return Crew()
     try:
-        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, count, _ = (int(os.environ[name]) for name in NAMES if name != "MASTER_ADDR")
         local = int(os.environ.get("LOCAL_RANK", rank))
         return Crew(rank, count, local, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
     except ValueError:
-        numbers = ", ".join(f"{name}={os.environ[name]!r}" for name in NAMES[:2])
+        numbers = ", ".join(f"{name}={os.environ[name]!r}" for name in NAMES)
         raise InputError(f"{numbers}: start several processes with torchrun") from None
 
 
