@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from r1.files.config_json import load_config
 from r1.files.names import places
 from r1.files.save import save
 from r1.model.config import Config
+from r1.model.shapes import shape
 from r1.placement.cuts import ALIGNMENT, COLUMNS, CUTS, block_of, span
 from r1.run.engine import Engine
+from r1.run.runner import Runner
 from r1.storage.spec import Spec
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
@@ -298,6 +301,25 @@ def test_inner_values_are_shared_in_the_blocks_of_all_storages() -> None:
     assert block_of([Spec("int8", 1, 0), Spec("fp8", 0, 0)]) == ALIGNMENT
 
 
+SHARED: list[tuple[str, str, dict[str, int]]] = [
+    ("r1", "fp8", {"tp": 8}),
+    ("r1", "int4", {"tp": 16}),
+    ("moonlight-16b", "fp8", {"tp": 2}),
+    ("moonlight-16b", "none", {"tp": 2, "ep": 2}),
+    ("kimi-k2", "fp8", {"ep": 8}),
+]
+
+
+@pytest.mark.parametrize(("name", "quant", "grid"), SHARED)
+def test_published_shapes_can_be_shared(name: str, quant: str, grid: dict[str, int]) -> None:
+    """In their usual blocks. The largest share is no more than a tenth above an even one."""
+    config = shape(name, 5)
+    alone = resolve(Backend(quant=quant), config, H100)
+    spread = resolve(replace(Backend(quant=quant), **grid), config, H100)  # type: ignore[arg-type]
+    most = build.weight_bytes(config, spread) * spread.ranks
+    assert 1 <= most / build.weight_bytes(config, alone) < 1.1
+
+
 # ---------------------------- refusals
 REFUSED: dict[str, tuple[Config, dict[str, Any], str]] = {
     "heads": (TINY, {"tp": 3}, "4 heads, which 3 devices can't share evenly: use tp=2 or tp=4"),
@@ -376,7 +398,24 @@ def test_ranks_that_differ_are_told(
     assert "differs from rank 0 in the prompts" in found[0].sentence and found[1] == found[0]
 
 
-# ---------------------------- compiled
+# ---------------------------- kernels, and compiled
+def by_kernels(folder: Path, text: Tensor, switches: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """`decoded` with the kernels in the slots, which `resolve` refuses to a CPU."""
+    engine = engine_of(folder, switches)
+    backend = replace(engine.backend, attention="triton", moe="triton", prefill_moe="triton")
+    return read(Runner(build.finish(engine.model, backend), backend), text)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs kernels on a CPU")
+@pytest.mark.parametrize("grid", GRIDS[:2], ids=named)
+def test_kernels_compute_a_part(ranks: Ranks, plain: Path, grid: dict[str, int]) -> None:
+    """Attention and experts as kernels see only this rank's heads and experts."""
+    pytest.importorskip("triton")
+    text, right = decoded(plain, None, {})
+    for _, logits in run(ranks, grid, by_kernels, plain, text[:1], grid):
+        torch.testing.assert_close(logits, right[:2], atol=atol("algebra fp32"), rtol=0)
+
+
 def traced(folder: Path, tokens: Tensor, switches: dict[str, Any]) -> Tensor:
     """Logits of blocks as compile_block compiles them, but for Inductor, which takes long."""
     engine = engine_of(folder, switches)

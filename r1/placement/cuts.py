@@ -46,8 +46,8 @@ CUTS: dict[str, Cut] = {
 """By the last part of a matrix's name. Stacks of experts have the names of their matrices."""
 
 
-def span(size: int, rank: int, ranks: int, block: int = 1) -> slice:
-    """The share of device `rank` of `ranks`, of `size` rows or columns.
+def span(size: int, rank: int, ranks: int, block: int = 1, what: str = "values") -> slice:
+    """The share of device `rank` of `ranks`, of `size` rows or columns; `what` names them.
 
     No block is split: `size` is shared in whole blocks, as evenly as they allow. The first devices
     have one more block where that is not even. A last block may be cropped. Raises InputError for
@@ -55,9 +55,8 @@ def span(size: int, rank: int, ranks: int, block: int = 1) -> slice:
     """
     blocks = -(-size // block)
     if blocks < ranks:
-        each = f" of {block}" if block > 1 else ""
         raise InputError(
-            f"{size} rows or columns are {blocks} blocks{each}, which can't be shared by {ranks} "
+            f"{size} {what} are {blocks} blocks of {block}, which can't be shared by {ranks} "
             f"devices: use fewer, or {setting('quant', 'none')} where a storage makes the blocks"
         )
     fewest, more = divmod(blocks, ranks)
@@ -85,7 +84,8 @@ def share(
             f"{name} has {shape[dim]} {side}, which {ranks} devices can't share evenly"
         )
     size = block if cut.of == "inner values" else shape[dim] // ranks
-    return (*whole[:dim], span(shape[dim], rank, ranks, size), *whole[dim + 1 :])
+    mine = span(shape[dim], rank, ranks, size, f"{cut.of} of {name}")
+    return (*whole[:dim], mine, *whole[dim + 1 :])
 
 
 def block_of(specs: Iterable[Spec]) -> int:

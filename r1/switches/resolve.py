@@ -38,7 +38,7 @@ def resolve(
     }
     attention, prefill_attention = _attention(backend, uses)
     moe, prefill_moe = (
-        _choose(slot, EXPERTS, getattr(backend, slot), use, _auto_experts(use))
+        _choose(slot, EXPERTS, getattr(backend, slot), use, _auto_experts(use, backend.ep))
         for slot, use in (("moe", uses["decode"]), ("prefill_moe", uses["prefill"]))
     )
     return dataclasses.replace(
@@ -223,11 +223,12 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
     return decode, prefill
 
 
-def _auto_experts(use: Use) -> Sequence[str]:
+def _auto_experts(use: Use, ep: int) -> Sequence[str]:
     """Expert strategies, the best first.
 
-    gather copies the experts of every token. grouped has to sort, but reads each expert once. On a
-    CPU it multiplies by int8 as it is, which gather would have to dequantize.
+    gather copies an expert for each choice of every token, also where another of `ep` devices holds
+    it. grouped has to sort, but reads each expert once. On a CPU it multiplies by int8 as it is,
+    which gather would have to dequantize.
     """
     if use.quant == "int8" and not use.gpu:
         return ("grouped", "loop", "gather")
@@ -235,7 +236,7 @@ def _auto_experts(use: Use) -> Sequence[str]:
     visits = use.tokens * experts.num_experts_per_tok
     few = use.tokens == 1 or 4 * visits <= experts.n_routed_experts
     if use.phase == "decode" and few:
-        return ("gather",)
+        return ("gather",) if ep == 1 else ("grouped", "gather")
     if use.phase == "prefill" and use.captured:
         return ("grouped", "triton", "gather")
     return ("grouped", "loop", "gather")
