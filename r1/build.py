@@ -26,6 +26,7 @@ from r1.model.transformer import Transformer
 from r1.placement.mesh import Mesh
 from r1.placement.parallel import Parallel
 from r1.placement.placement import Placement
+from r1.storage import int4_cpu
 from r1.storage.joined import join
 from r1.storage.kinds import KINDS
 from r1.storage.matrix import Matrix
@@ -60,6 +61,7 @@ def from_checkpoint(
     model = allocate(config, backend, mtp=mtp, placement=placement)
     with torch.device("cpu"):  # safetensors maps files to the caller's default device
         report = load(model, directory, placement, quiet=quiet)
+    _repack(model, backend)
     return finish(model, backend), report
 
 
@@ -78,6 +80,7 @@ def from_shape(
     alone = type(placement) is Placement
     whole = None if alone else sketch(config, backend, mtp=mtp, placement=Placement())
     randomize(model, seed, whole, placement)
+    _repack(model, backend)
     return finish(model, backend)
 
 
@@ -178,7 +181,8 @@ def _too_large(
         if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
             could.append(setting("quant", "int4"))
     advice = " or ".join(each for each in (*could, cut, "a larger machine") if each)
-    stored = backend.dtype if backend.quant == "none" else f"{backend.dtype} and {backend.quant}"
+    kinds = {backend.dtype: 1, backend.quant: 1, backend.quant_head: 1}  # a set in order
+    stored = " and ".join(kind for kind in kinds if kind != "none")
     return InputError(
         f"the model needs {needed / 1e9:.1f} GB in {stored} and {backend.device} has "
         f"{available / 1e9:.1f} GB free: use {advice}"
@@ -190,7 +194,7 @@ def quantize_matrices(model: Transformer, backend: Backend) -> None:
     files = model.config.files
 
     def storage(matrix: Matrix, name: str) -> Matrix:
-        spec = spec_of(name, files, backend.quant)
+        spec = spec_of(name, files, backend.quant, backend.quant_head)
         if spec is None:
             return matrix
         return KINDS[spec.kind].empty(spec, matrix.shape, DTYPES[backend.dtype])
@@ -231,6 +235,12 @@ def join_matrices(model: nn.Module) -> None:
 def _join(*layers: Linear) -> None:
     for layer, part in zip(layers, join(*(layer.matrix for layer in layers)), strict=True):
         layer.matrix = part
+
+
+def _repack(model: Transformer, backend: Backend) -> None:
+    """Bring packed numbers into the order that is read best here. No number changes."""
+    if backend.device == "cpu" and backend.compute == "bf16":
+        int4_cpu.repack(model)
 
 
 def finish(model: Transformer, backend: Backend) -> Transformer:

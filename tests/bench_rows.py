@@ -32,8 +32,9 @@ def findings(
 
     kl = {
         "passes": passes, "mean_kl": 1e-9, "median_kl": 1e-9, "max_logit_difference": 1e-6,
-        "top1_agreement": 1.0, "positions": 4, "bound": 1e-6, "mean_bound": 1e-4,
-        "same_text": 1.0,
+        "top1_agreement": 1.0, "positions": 4, "bound": 1e-6, "mean_bound": 1e-4, "excess": 0.5,
+        "outliers": 0 if passes else 3, "outliers_bound": 2, "same_text": 1.0,
+        "wrong_tokens": None,
     }  # fmt: skip
     machine = Machine(name="a CPU", memory=10**10)
     backend = resolve(Backend(device="cpu", compile=True), shape("tiny"), machine)

@@ -190,6 +190,12 @@ def test_quantized_while_loading(ranks: Ranks, plain: Path) -> None:
     check_logits(ranks, plain, {"tp": 2, "quant": "int8"}, "algebra fp32")
 
 
+@pytest.mark.parametrize("head", ["int8", "fp8"])
+def test_a_quantized_output_head(ranks: Ranks, plain: Path, head: str) -> None:
+    """256 words are two blocks of FP8, one for each rank."""
+    check_logits(ranks, plain, {"tp": 2, "quant_head": head}, "algebra fp32")
+
+
 # ---------------------------- the same text
 @pytest.mark.parametrize("grid", GRIDS, ids=named)
 def test_greedy_text_is_the_same(ranks: Ranks, plain: Path, grid: dict[str, int]) -> None:
@@ -328,6 +334,7 @@ REFUSED: dict[str, tuple[Config, dict[str, Any], str]] = {
     "words": (TINY.change(vocab_size=322), {"tp": 4}, "322 words, which 4 devices can't"),
     "states": (TINY, {"tp": 4, "ep": 16}, "160 values in a hidden state, which 64 devices"),
     "blocks": (TINY, {"tp": 2, "quant": "fp8"}, "o_proj is stored in blocks of 128 columns"),
+    "a head's blocks": (TINY, {"tp": 2, "quant_head": "fp8"}, "lm_head is stored in blocks of 128"),
     "groups": (TINY, {"ep": 2, "quant": "int4"}, "1 blocks of 128, which can't be shared by 2"),
     "fused": (TINY, {"tp": 2, "kernels": "triton"}, "use kernels=torch"),
     "nobody else": (TINY, {"tp": 2}, "needs 2 processes, and 1 was started: use torchrun"),

@@ -43,6 +43,8 @@ def test_where_quantized_arms_stand() -> None:
     assert [a.backend.quant for a in kept] == ["auto", "auto"]
     assert ladder_steps({"quant": "int8"}, Machine(), 1)[-1] == {"quant": "int8"}
     assert not any("quant" in step for step in ladder_steps({}, Machine(), 1))
+    assert ladder_steps({"quant_head": "fp8"}, Machine(), 1)[-1] == {"quant_head": "fp8"}
+    assert not any("quant_head" in step for step in ladder_steps({"quant": "int8"}, Machine(), 1))
     rungs = ablation({"quant": "int8"}, Machine(), 1, ["ladder"])
     assert [a.backend.quant for a in rungs[-2:]] == ["none", "int8"]
     assert all(a.backend.quant == "auto" for a in ablation({"quant": "auto"}, Machine(), 1))
@@ -52,7 +54,7 @@ def arm(folder: Path, **switches: Any) -> Subject:
     """An arm's process, in this one, ready for the command "parity"."""
     plain = Subject(Backend(device="cpu", dtype="fp32", **TEXTBOOK), WORK, folder)
     COMMANDS["build_reference"](plain)
-    COMMANDS["reference"](plain, ["fp32"])
+    COMMANDS["reference"](plain, [])
     subject = Subject(Backend(device="cpu", dtype="fp32", **switches), WORK, folder)
     subject.build()
     return subject
@@ -62,10 +64,12 @@ def parity(subject: Subject) -> Answer:
     return COMMANDS["parity"](subject)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
-def test_two_parities(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "switches", [{"quant": "fp8"}, {"quant": "int8"}, {"quant": "int4"}, {"quant_head": "int8"}]
+)
+def test_two_parities(switches: dict[str, str], tmp_path: Path) -> None:
     """Against its own numbers an arm is exact; against the original's it is not."""
-    subject = arm(tmp_path, quant=kind)
+    subject = arm(tmp_path, **switches)
     before = dict(subject.engine.model.named_modules())
     slots = {id(value) for _, _, value in dequantized._slots(subject.engine.model)}
     found = parity(subject)

@@ -26,9 +26,10 @@ from r1.files.config_json import load_config
 from r1.files.names import places, slots
 from r1.files.save import save
 from r1.model.layers import Linear
-from r1.model.moe import Experts
+from r1.model.moe import Experts, MoE
 from r1.model.transformer import Transformer
 from r1.run.runner import Runner
+from r1.storage import int4_cpu
 from r1.storage.joined import Part
 from r1.storage.kinds import KINDS, USUAL
 from r1.storage.quantized import Quantized
@@ -234,6 +235,64 @@ def test_every_strategy_reads_every_storage(kind: str, switches: dict[str, Any])
     assert len(PROMPTS) == len(text[0])
 
 
+WIDE = CONFIG.change(
+    hidden_size=128, intermediate_size=128, moe_intermediate_size=128, q_lora_rank=128,
+    kv_lora_rank=56, qk_rope_head_dim=8,
+)  # fmt: skip
+"""Sizes that the CPU's int4 operator takes; not those of q_b_proj."""
+
+
+@pytest.mark.parametrize("switches", [{"dtype": "bf16"}, {"dtype": "fp32", "amp": "bf16"}])
+@pytest.mark.parametrize("join", ["on", "off"])
+def test_int4_is_repacked_for_a_cpus_bf16(
+    join: str, switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No number changes, prompts and decode steps say the same, and no int4 matrix is dequantized
+    that need not be.
+    """
+    backend = resolve(Backend(device="cpu", quant="int4", join=join, **switches), WIDE)
+    assert backend.moe == backend.prefill_moe == "grouped"
+    ours = build.from_shape(WIDE, backend, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(int4_cpu, "repack", lambda _: None)
+        plain = build.from_shape(WIDE, backend, seed=1)
+    assert not any(isinstance(module, int4_cpu.CpuInt4) for module in plain.modules())
+    assert isinstance(ours.layers[1].mlp, MoE)
+    stack = ours.layers[1].mlp.experts.up_proj
+    assert isinstance(stack.whole if join == "on" else stack, int4_cpu.CpuInt4)
+    for key, slot in slots(plain).items():
+        assert slots(ours)[key].spec == slot.spec
+        for name, tensor in slot.views.items():
+            assert torch.equal(slots(ours)[key].views[name], tensor), key
+    text, right = read(Runner(plain, backend))
+    monkeypatch.setattr(int4_cpu.CpuInt4, "dense", None)  # nobody asks for it
+    _, found = read(Runner(ours, backend), text)
+    far = (found - right).abs().amax(dim=-1) > atol("amp bf16")
+    assert far.sum() <= 1  # a near tie between two experts may go the other way
+
+
+def test_only_bf16_on_a_cpu_is_repacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Transformer] = []
+    monkeypatch.setattr(int4_cpu, "repack", made.append)
+    for dtype, count in (("fp32", 0), ("fp16", 0), ("bf16", 1)):
+        backend = resolve(Backend(device="cpu", quant="int4", dtype=dtype), WIDE)
+        build.from_shape(WIDE, backend)
+        assert len(made) == count
+        assert backend.moe == ("grouped" if count else "gather")
+
+
+def test_saving_a_repacked_model(plain: Path, tmp_path: Path) -> None:
+    save(model(WIDE, dtype="bf16"), tmp_path / "wide")
+    made, _ = load(tmp_path / "wide", quant="int4", dtype="bf16")
+    assert any(isinstance(module, int4_cpu.CpuInt4) for module in made.modules())
+    save(made, tmp_path / "saved")
+    again, _ = load(tmp_path / "saved", dtype="bf16")
+    for key, slot in slots(made).items():
+        if slot.spec is not None:
+            matrix = KINDS["int4"](slot.spec, slot.shape, torch.bfloat16, slot.views)
+            assert torch.equal(slots(again)[key].weight, matrix.dense()), key
+
+
 def test_the_table_of_what_is_kept() -> None:
     """Each entry names a matrix of a model, and none of them is quantized."""
     backend = resolve(Backend(device="cpu", quant="int4"), V3)
@@ -242,6 +301,52 @@ def test_the_table_of_what_is_kept() -> None:
     assert names >= KEPT.keys()
     packed = {path.rpartition(".")[2] for path in quantized_of(made)}
     assert packed and not packed & KEPT.keys()
+
+
+@pytest.mark.parametrize("quant", ["none", "int4"])
+@pytest.mark.parametrize("head", ["fp8", "int8"])
+def test_the_output_head_has_its_own_switch(head: str, quant: str, plain: Path) -> None:
+    """It is stored in its kind, the other matrices as `quant` says, and multiplies as its numbers
+    do.
+    """
+    made, _ = load(plain, quant=quant, quant_head=head, dtype="fp32", join="off")
+    without, _ = load(plain, quant=quant, dtype="fp32", join="off")
+    found, usual = quantized_of(made), quantized_of(without)
+    assert set(found) == {*usual, "lm_head"}
+    assert found["lm_head"].spec == USUAL[head]
+    right = slots(without)["lm_head.weight"].weight
+    packed = KINDS[head].quantize(right, USUAL[head])
+    for name, tensor in packed.items():
+        stored = slots(made)["lm_head.weight"].views[name]
+        assert torch.equal(stored.float(), tensor.float())
+    ours = logits(made, quant=quant, quant_head=head)
+    theirs = logits(without, quant=quant)
+    hidden = theirs @ torch.linalg.pinv(right.T)  # of as many numbers as there are logits at least
+    expected = hidden @ made.lm_head.matrix.dense(torch.float32).T
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
+    assert not torch.equal(ours, theirs)
+
+
+def test_a_tied_output_head_is_not_quantized() -> None:
+    tied = CONFIG.change(tie_word_embeddings=True)
+    with refused("quant_head=int8: this model's output head is its embedding too"):
+        resolve(Backend(device="cpu", quant_head="int8"), tied)
+    assert resolve(Backend(device="cpu", quant="int8"), tied).quant == "int8"
+
+
+def test_the_error_of_a_model_that_is_too_large_names_its_storages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "available_bytes", lambda _: 0)
+    for quant, head, words in (
+        ("int4", "int8", "in fp32 and int4 and int8 and"),
+        ("none", "int8", "in fp32 and int8 and"),
+        ("int8", "int8", "in fp32 and int8 and"),
+        ("none", "none", "in fp32 and"),
+    ):
+        backend = resolve(Backend(device="cpu", quant=quant, quant_head=head), CONFIG)
+        with refused(f"needs .* GB {words} cpu has"):
+            build.from_shape(CONFIG, backend)
 
 
 def test_auto() -> None:

@@ -1,6 +1,6 @@
 """Quantized storage: packed numbers are their definition, however a matrix is asked for them.
 
-Holds to account: r1/storage (spec, codes, packing, quantized, fp8, int8, int4, joined).
+Holds to account: r1/storage (spec, codes, packing, quantized, fp8, int8, int4, int4_cpu, joined).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from r1.errors import InputError
 from r1.storage.codes import Codes, dequantize, part
 from r1.storage.dense import Dense
+from r1.storage.int4 import Int4
+from r1.storage.int4_cpu import CpuInt4, takes
 from r1.storage.joined import Part, join, products
 from r1.storage.kinds import KINDS, USUAL
 from r1.storage.packing import pack_nibbles, pack_words, unpack_nibbles, unpack_words
@@ -234,6 +236,65 @@ def test_products_with_int8(dtype: torch.dtype, rows: int, columns: int) -> None
     for ours in products:
         assert ours.dtype == dtype
         assert float((ours - right).abs().max()) < bound * float(right.abs().max())
+
+
+@pytest.mark.parametrize("columns", [32, 64, 128, 256])
+@pytest.mark.parametrize("shape", [(64, 256), (3, 192, 512)])
+def test_another_order_for_the_cpus_operator(shape: tuple[int, ...], columns: int) -> None:
+    """The numbers stay the same, in whichever way they are asked for."""
+    spec = Spec("int4", 1, columns, scale="bf16")
+    plain = Int4.of(random(*shape).bfloat16(), spec)
+    assert isinstance(plain, Int4)
+    ours = CpuInt4(plain)
+    for dtype in (torch.float32, torch.bfloat16, None):
+        assert torch.equal(ours.dense(dtype), plain.dense(dtype))
+    ids = torch.tensor([2, 0, 2])
+    assert torch.equal(ours.pick(ids, torch.float32), plain.pick(ids, torch.float32))
+    for name, tensor in plain.stored(slice(5, 60)).items():
+        assert torch.equal(ours.stored(slice(5, 60))[name], tensor)
+    if len(shape) == 3:
+        assert torch.equal(ours.one(1), plain.one(1))
+    assert plain.nbytes < ours.nbytes == plain.nbytes + 2 * plain.scale.numel()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_of_the_cpus_operator(dtype: torch.dtype, rows: int) -> None:
+    spec = Spec("int4", 1, 128, scale="bf16")
+    plain = Int4.of(random(3, 128, 256).bfloat16(), spec)
+    assert isinstance(plain, Int4)
+    stack, x = CpuInt4(plain), random(rows, 256, seed=1).to(dtype)
+    alone = CpuInt4(Int4(spec, (128, 256), torch.bfloat16, {n: t[1] for n, t in
+                                                            plain.stored().items()}))  # fmt: skip
+    right = F.linear(x.double(), plain.one(1, torch.float64))
+    ends = torch.tensor([0, rows, rows], dtype=torch.int32)
+    under = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32)
+    for ours in (alone.matmul(x), alone.matmul(x[:, None])[:, 0], stack.grouped(x, ends)):
+        assert ours.dtype == dtype
+        bound = 1e-5 if dtype == torch.float32 else 1e-2
+        assert float((ours - right).abs().max()) < bound * float(right.abs().max())
+    with under:
+        assert torch.equal(alone.matmul(x), alone.matmul(x.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (Spec("int4", 1, 128, scale="bf16", zeros=True), (64, 128)),
+        (Spec("int4", 1, 128, scale="fp16"), (64, 128)),  # it would be rounded to bf16
+        (Spec("int4", 1, 48, scale="bf16"), (64, 96)),
+        (Spec("int4", 1, 0, scale="bf16"), (64, 128)),
+        (Spec("int4", 2, 128, scale="bf16"), (64, 128)),
+        (Spec("int4", 1, 128, scale="bf16"), (65, 128)),
+        (Spec("int4", 1, 128, scale="bf16"), (64, 160)),
+        (Spec("int8", 1, 128, scale="bf16"), (64, 128)),
+    ],
+)
+def test_what_the_cpus_operator_does_not_take(spec: Spec, shape: tuple[int, int]) -> None:
+    assert takes(Spec("int4", 1, 128, scale="bf16"), (64, 128)) and not takes(spec, shape)
+    if spec.kind == "int4":
+        with pytest.raises(ValueError, match="no layout"):
+            CpuInt4(Int4.empty(spec, shape, torch.bfloat16))  # type: ignore[arg-type]
 
 
 def test_columns_of_any_group() -> None:

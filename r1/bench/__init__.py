@@ -27,6 +27,6 @@ output           stdout, --output-file, --plot: checked before measuring, lost t
 merge            --compare: results of several machines in one table
 
 The hardware's limits come from r1/roofline.py.
-Tested in tests/test_bench.py, test_bench_table.py, test_bench_plot.py, test_bench_results.py,
-test_exam.py and test_torchrun.py.
+Tested in tests/test_bench.py, test_bench_table.py, test_gate.py (parity), test_bench_plot.py,
+test_bench_results.py, test_exam.py and test_torchrun.py.
 """

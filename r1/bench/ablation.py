@@ -41,6 +41,8 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
     steps += [{"amp": "bf16"}] if amp else []
     if given.get("quant", "auto") not in ("auto", "none"):
         steps += [{"quant": given["quant"]}]
+    if given.get("quant_head", "none") != "none":
+        steps += [{"quant_head": given["quant_head"]}]
     # Several devices are there only if torchrun started a process for each.
     return steps + [{name: given[name]} for name in ("tp", "ep") if given.get(name, 1) > 1]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from r1.bench.arms import TEXTBOOK, Arm
 from r1.bench.compiler_checks import CompilerChecks
+from r1.bench.parity import rounds_by
 from r1.bench.process import Answer
 from r1.bench.session import keep
 from r1.bench.team import Lead
@@ -41,7 +42,10 @@ def make_reference(
     # Packed numbers are multiplied as the fp32 numbers that they stand for.
     same = {name: getattr(base, name) for name in ("device", "quant", "tp", "ep")}
     plain = Backend(**{**TEXTBOOK, **same, "dtype": "fp32"})
-    dtypes = sorted(dtypes_of(compared, workload, config))
+    backends = resolved(compared, workload, config)
+    dtypes = sorted({each.compute for each in backends}) or ["fp32"]
+    # A quantized arm has a reference of its own (worker/dequantized.py).
+    rounding = {rounds_by(each) for each in backends if not each.quantized}
     answers: Answer = {}
     name = "inductor-reference"
     process = lead.start(plain.ranks, serve, plain, workload, folder, name, threads)
@@ -50,7 +54,7 @@ def make_reference(
             answers, process, NAME, "rates", dtypes
         ):
             checks.start()
-            keep(answers, process, NAME, "reference", dtypes)
+            keep(answers, process, NAME, "reference", sorted(filter(None, rounding)))
     finally:
         process.quit()
     if "refused" in answers:
@@ -58,10 +62,10 @@ def make_reference(
     return answers
 
 
-def dtypes_of(compared: Sequence[Arm], workload: Workload, config: Config) -> set[str]:
-    """The dtypes that the arms compute in, of the arms that can run here."""
-    dtypes = set()
+def resolved(compared: Sequence[Arm], workload: Workload, config: Config) -> list[Backend]:
+    """The switches of the arms that can run here, as they are resolved."""
+    backends = []
     for arm in compared:
         with contextlib.suppress(InputError):  # the arm's own process reports it, in its row
-            dtypes.add(resolve(arm.backend, config, batch=workload.batch).compute)
-    return dtypes or {"fp32"}
+            backends.append(resolve(arm.backend, config, batch=workload.batch))
+    return backends

@@ -15,7 +15,6 @@ from r1.model.moe import Experts
 from r1.model.transformer import Transformer
 from r1.storage.joined import Part
 from r1.storage.matrix import Matrix
-from r1.storage.quantized import Quantized
 from r1.storage.spec import Spec
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -92,8 +91,7 @@ def _slots(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, S
 
 def _slot(matrix: Matrix, views: dict[str, Tensor]) -> Slot:
     whole = matrix.whole if isinstance(matrix, Part) else matrix
-    spec = whole.spec if isinstance(whole, Quantized) else None
-    return Slot(views, tuple(matrix.shape[-2:]), spec)
+    return Slot(views, tuple(matrix.shape[-2:]), whole.spec)
 
 
 def key_of(name: str, model: Transformer) -> str:

@@ -64,7 +64,7 @@ class SpreadRows(Matrix):
 
     def __init__(self, here: Matrix, rank: int, sum_: Sum, gather: Gather) -> None:
         super().__init__()
-        self.here, self.shape = here, here.shape
+        self.here, self.shape, self.spec = here, here.shape, here.spec
         self.first, self.sum, self.gather = rank * here.shape[0], sum_, gather
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:

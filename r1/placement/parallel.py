@@ -109,16 +109,16 @@ class Parallel(Placement):
 def _empty(path: str, matrix: Matrix, shape: tuple[int, ...]) -> Matrix:
     """A matrix of the same storage and this shape, without numbers.
 
-    Raises InputError where heads end within a block. (Inner values are shared in whole blocks.)
+    Raises InputError where heads or words end within a block. (Inner values are shared in blocks.)
     """
     if not isinstance(matrix, Quantized):
         like = matrix.dense()
         return Dense(torch.empty(shape, dtype=like.dtype, device=like.device))
-    spec = matrix.spec
+    spec, inner = matrix.spec, CUTS[path.rpartition(".")[2]].of == "inner values"
     for side, block, cut, whole in zip(
         ("rows", "columns"), (spec.rows, spec.columns), shape[-2:], matrix.shape[-2:], strict=True
     ):
-        if CUTS[path.rpartition(".")[2]].of == "heads" and cut != whole and block and cut % block:
+        if cut != whole and block and cut % block and not inner:
             raise InputError(
                 f"{path} is stored in blocks of {block} {side} that share a scale, and a device's "
                 f"{cut} {side} would split one: use fewer devices, or {setting('quant', 'none')}"

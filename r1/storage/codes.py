@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from r1.errors import InputError
 from r1.storage.spec import SCALES, Spec
@@ -106,9 +107,12 @@ def zero_dtype(kind: str) -> torch.dtype:
 def _of_blocks(w: Tensor, block: tuple[int, int], how: str) -> Tensor:
     """The largest or the smallest number of each block, (down, across)."""
     rows, columns = block
-    columns_cut = [getattr(part, how)(dim=1) for part in w.split(columns, dim=1)]
-    wide = torch.stack(columns_cut, dim=1)  # (out, across)
-    return torch.stack([getattr(part, how)(dim=0) for part in wide.split(rows)])
+    down, across = -w.shape[0] % rows, -w.shape[1] % columns
+    if down or across:  # copies of the last row and column change no block's range
+        w = F.pad(w[None], (0, across, 0, down), mode="replicate")[0]
+    blocks = w.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # (down, rows, across, columns)
+    numbers: Tensor = getattr(blocks, how)(dim=(1, 3))
+    return numbers
 
 
 def bands(shape: torch.Size, spec: Spec) -> Iterator[slice]:

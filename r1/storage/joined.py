@@ -49,7 +49,7 @@ class Part(Matrix):
         return self.whole.nbytes * (self.stop - self.start) // self.whole.shape[-2]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Joint:
     """The parts of one joined matrix, in order."""
 
@@ -57,6 +57,12 @@ class Joint:
     parts: tuple[Part, ...]
     sizes: list[int]
     """Rows of each part."""
+
+    def store(self, whole: Matrix) -> None:
+        """Store the same numbers in another way."""
+        self.whole = whole
+        for part in self.parts:
+            part.whole = whole
 
 
 def join(*matrices: Matrix) -> tuple[Matrix, ...]:

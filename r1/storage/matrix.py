@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r1.storage.grouped import grouped_mm
+from r1.storage.spec import Spec
 
 
 class Matrix(nn.Module):
@@ -25,6 +26,7 @@ class Matrix(nn.Module):
     """
 
     shape: torch.Size
+    spec: Spec | None = None  # how packed numbers are to be read (spec.py); None: it is plain
     joint: Any = None  # the Joint (joined.py) of a matrix that is stored as a part of another one
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -36,6 +36,7 @@ class Quantized(Matrix):
     )  # fmt: skip
     """The checkpoint's names of q, scale, zero and group."""
 
+    spec: Spec
     q: Tensor
     scale: Tensor
     zero: Tensor | None

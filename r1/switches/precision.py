@@ -13,7 +13,8 @@ from r1.storage.spec import Spec
 
 KEPT = {
     "embed_tokens": "a token reads one row of it, so fewer bytes save no time",
-    "lm_head": "its error goes straight into the logits, and nothing after it evens it out",
+    "lm_head": "its error goes straight into the logits, and nothing after it evens it out; so it "
+    "has a switch of its own, quant_head",
     "gate": "the router: a small error chooses another expert, and it is a thousandth of a layer",
     "kv_b_proj": "absorbed attention multiplies by its halves, W_UK and W_UV, head by head in each "
     "step, which dequantizing first would cost more than it saves",
@@ -23,12 +24,14 @@ KEPT = {
 here, and are never quantized."""
 
 
-def spec_of(name: str, files: FileFormat, quant: str) -> Spec | None:
-    """How a matrix, or a stack of experts, lies in memory under `quant`.
+def spec_of(name: str, files: FileFormat, quant: str, head: str = "none") -> Spec | None:
+    """How a matrix, or a stack of experts, lies in memory under `quant`. `head` is quant_head.
 
     `name` is the checkpoint's, without an expert's number and without `.weight`. None: it is not
     quantized. What the files have in this kind is kept as it is, and so is what they leave alone.
     """
+    if name == "lm_head" and head != "none":
+        return USUAL[head]
     if quant == "none" or name.rpartition(".")[2] in KEPT:
         return None
     return files.spec(name) if quant in ("auto", files.kind) else USUAL[quant]

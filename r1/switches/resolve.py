@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from r1.device import DTYPES
 from r1.errors import InputError, setting
 from r1.model.config import Config
 from r1.model.strategy import Strategy, Use
 from r1.placement import cuts
+from r1.storage import int4_cpu
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
+from r1.switches.precision import spec_of
 from r1.switches.strategies import ATTENTION, EXPERTS, check_tables
 
 
@@ -31,6 +35,9 @@ def resolve(
     _check_devices(backend, config)
     backend = _kernels(backend, machine)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
+    if backend.quant_head != "none" and config.tie_word_embeddings:
+        head = setting("quant_head", backend.quant_head)
+        raise InputError(f"{head}: this model's output head is its embedding too: leave it out")
     _check_speculation(backend, config)
     uses = {
         phase: _use(backend, config, machine, phase, batch * backend.step_tokens)
@@ -223,14 +230,26 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
     return decode, prefill
 
 
+def _multiplies_packed(use: Use) -> bool:
+    """Whether `grouped` needs no dequantized experts on a CPU."""
+    experts, hidden = use.config.experts, use.config.hidden_size
+    if use.gpu or use.quant != "int4" or not experts.n_routed_experts:
+        return not use.gpu and use.quant == "int8"
+    stack = f"model.layers.{experts.first_k_dense_replace}.mlp.experts.down_proj"
+    spec = spec_of(stack, use.config.files, use.quant)
+    shapes = ((hidden, experts.moe_intermediate_size), (experts.moe_intermediate_size, hidden))
+    fits = spec is not None and all(int4_cpu.takes(spec, shape) for shape in shapes)
+    return fits and use.dtype == torch.bfloat16
+
+
 def _auto_experts(use: Use, ep: int) -> Sequence[str]:
     """Expert strategies, the best first.
 
     gather copies an expert for each choice of every token, also where another of `ep` devices holds
-    it. grouped has to sort, but reads each expert once. On a CPU it multiplies by int8 as it is,
+    it. grouped has to sort, but reads each expert once. On a CPU it may multiply by packed numbers,
     which gather would have to dequantize.
     """
-    if use.quant == "int8" and not use.gpu:
+    if _multiplies_packed(use):
         return ("grouped", "loop", "gather")
     experts = use.config.experts
     visits = use.tokens * experts.num_experts_per_tok

@@ -104,17 +104,26 @@ FIELDS: dict[str, str] = {
         "if the speed-up is noise"
     ),
     "parity": (
-        "true if median_kl is within kl_bound, and mean_kl within a bound that leaves room "
-        "for flipped experts"
+        "true if median_kl, mean_kl, excess and outliers are all within their bounds, and there "
+        "are no wrong_tokens (../parity.py)"
     ),
     "kl_bound": (
         "the largest median_kl that passes: the KL that rounding to this arm's dtype "
         "explains, measured on this model and text"
     ),
+    "mean_kl_bound": "the largest mean_kl that passes; null in older results",
     "median_kl": (
         "nats, of the median position; null in older results, whose kl_bound is for mean_kl"
     ),
     "mean_kl": "nats, next-token distributions against the fp32 eager reference on the same tokens",
+    "excess": (
+        "KL in units of what rounding makes at the same position, median of all or of the late "
+        "positions, whichever is worse; 1 is the most that passes; null in older results"
+    ),
+    "outliers": (
+        "positions with a KL far above the largest that rounding makes there; null in older results"
+    ),
+    "outliers_bound": "the most outliers that pass; null in older results",
     "max_logit_diff": "largest difference of one logit",
     "top1": "share of positions where both give the same token the highest logit",
     "positions": "how many positions were compared",
@@ -126,6 +135,11 @@ FIELDS: dict[str, str] = {
     "same_text": (
         "share of the reference's greedy text that this arm wrote before its first other "
         "token; null if acceptance is assumed"
+    ),
+    "wrong_tokens": (
+        "of the greedy text that this arm writes with drafts, accepted by the model in any case: "
+        "tokens that its own steps, which read this text, would not choose; null without "
+        "speculation and in older results"
     ),
     "accuracy": (
         "share of held-out problems (the checkpoint's exam.json) with a right answer, greedy; "

@@ -21,7 +21,7 @@ def markdown(result: dict[str, Any], wide: bool = False) -> str:
     noise = [r["arm"] for r in rows if r.get("within_noise")]
     if noise:
         lines += [f"\nNo difference from the baseline beyond the noise: {', '.join(noise)}."]
-    failed = [r["arm"] for r in rows if r.get("parity") is False]
+    failed = [f"{r['arm']}{_wrong(r)}" for r in rows if r.get("parity") is False]
     if failed:
         lines += [f"\nPARITY FAILS, so no speed-up is shown: {', '.join(failed)}."]
     if result["pairs"]:
@@ -82,6 +82,26 @@ def refusal(r: Row) -> str:
     return f"{'BROKE DOWN' if r['crashed'] else 'n/a'}: {r['refused'].removeprefix(f'{name}: ')}"
 
 
+def _wrong(r: Row) -> str:
+    """In which numbers a row fails parity, in brackets. Older results do not say it."""
+    reasons = [
+        f"{words} {_number(r[name])}, where at most {_number(most)} passes"
+        for words, name, most in (
+            ("median KL", "median_kl", r["kl_bound"]),
+            ("mean KL", "mean_kl", r.get("mean_kl_bound")),
+            ("excess", "excess", 1),
+            ("outliers", "outliers", r.get("outliers_bound")),
+            ("wrong tokens of its own", "wrong_tokens", 0),
+        )
+        if r.get(name) is not None and most is not None and not r[name] <= most
+    ]
+    return f" ({'; '.join(reasons)})" if reasons else ""
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.2g}"
+
+
 def drafts(r: Row, rows: Sequence[Row]) -> str:
     """What speculation did in a row, and what it is worth. `rows` has the row's baseline."""
     how = (
@@ -95,6 +115,7 @@ def drafts(r: Row, rows: Sequence[Row]) -> str:
         f"{r['tokens_per_step']:.2f} tokens a step; "
         f"by bytes alone worth {r['predicted_speedup']:.2f}x steps of one token, and {pays}."
         + ("" if r["same_text"] is None else _greedy_text(r, rows))
+        + ("" if r.get("wrong_tokens") is None else _own_text(r))
     )
 
 
@@ -114,6 +135,19 @@ def _greedy_text(r: Row, rows: Sequence[Row]) -> str:
         else f" (the baseline's, without drafts: {base['same_text']:.1%})"
     )
     return f" Its greedy text is the fp32 reference's {how_far}{without}."
+
+
+def _own_text(r: Row) -> str:
+    """Whether the arm's steps, which read the text that it wrote with drafts, agree with it."""
+    without = "" if r["assumed"] is None else "Without the coin, "
+    wrong = r["wrong_tokens"]
+    verdict = (
+        "every token of its text is the one that its own steps choose"
+        if not wrong
+        else f"its own steps choose other tokens than its text has, in {wrong} places"
+    )
+    sentence = f"{without}{verdict}"
+    return f" {sentence[0].upper()}{sentence[1:]}."
 
 
 def _pairs(pairs: Sequence[dict[str, Any]]) -> list[str]:

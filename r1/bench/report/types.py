@@ -111,8 +111,20 @@ ROW: dict[str, Type] = {
     **dict.fromkeys(
         ("acceptance", "assumed", "top1", "quant_top1", "same_text", "accuracy"), SHARE
     ),
-    **dict.fromkeys(("kl_bound", "median_kl", "mean_kl", "max_logit_diff", "quant_kl"), DIFFERENCE),
-    **dict.fromkeys(("kernels", "break_even_tokens", "positions", "problems"), WHOLE),
+    **dict.fromkeys(
+        (
+            "kl_bound", "median_kl", "mean_kl_bound", "mean_kl", "excess", "max_logit_diff",
+            "quant_kl",
+        ),
+        DIFFERENCE,
+    ),
+    **dict.fromkeys(
+        (
+            "kernels", "break_even_tokens", "positions", "problems", "outliers", "outliers_bound",
+            "wrong_tokens",
+        ),
+        WHOLE,
+    ),
     **dict.fromkeys(
         (
             "speedup", "speedup_low", "speedup_high", "tokens_per_step", "predicted_speedup",
@@ -133,6 +145,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "acceptance": ("tokens_per_step", "predicted_speedup"),
     "accuracy": ("problems",),
     "quant_kl": ("quant_top1",),
+    "outliers": ("outliers_bound",),
 }
 """Fields that a row has if it has another one, which is neither null nor 0."""
 PAIR: dict[str, Type] = {

@@ -6,7 +6,6 @@ reference, which has the original numbers: what did quantizing cost? Only the fi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +15,12 @@ from torch import Tensor
 
 from r1 import build
 from r1.bench.arms import TEXTBOOK
-from r1.bench.parity import Bound
+from r1.bench.parity import Bound, rounds_by
 from r1.bench.upcast import upcast
 from r1.bench.worker import steps
+from r1.bench.worker.rounding import Roundings, measure_rounding
 from r1.bench.worker.subject import Subject
+from r1.bench.worker.text import read
 from r1.model.layers import Embedding, Linear
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
@@ -27,7 +28,7 @@ from r1.model.transformer import Transformer
 from r1.run.engine import Engine
 from r1.switches.backend import Backend
 
-NO_BOUND = Bound(math.inf, math.inf)
+NO_BOUND = Bound()
 """What quantizing costs is told, and judged by nobody."""
 SLOTS: dict[type, tuple[str, ...]] = {
     Linear: ("matrix",),
@@ -39,14 +40,25 @@ SLOTS: dict[type, tuple[str, ...]] = {
 """The attributes of a model that its switches decide."""
 
 
-def own_reference(subject: Subject, reference: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's text, with the logits that the arm's own numbers give it, fp32 (M, B, W)."""
+def own_reference(
+    subject: Subject, reference: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Roundings]:
+    """The reference, with the logits that the arm's own numbers give its text, fp32 (M, B, W).
+
+    And what rounding does to these: other numbers have their near ties elsewhere.
+    """
     tokens, rows = reference["tokens"].to(subject.device), reference["logits"].shape[1]
+    compared = set(reference["steps"].tolist())
+    switch = rounds_by(subject.engine.backend)
     with _plain(subject) as plain:
-        kept = [steps.prefill(plain)[:rows].cpu()]
-        for step in tokens[:-1]:
-            kept.append(steps.decode(plain, step[:, None])[:rows, -1].cpu())
-    return {"tokens": reference["tokens"], "logits": torch.stack(kept)}
+        kept = [
+            logits[:rows].cpu()
+            for number, logits in enumerate(read(plain, tokens))
+            if number in compared
+        ]
+        own = {**reference, "logits": torch.stack(kept)}
+        made = {} if switch is None else {switch: measure_rounding(plain, switch, own)}
+    return own, made
 
 
 @contextmanager

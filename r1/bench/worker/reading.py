@@ -1,8 +1,11 @@
-"""Read the reference's text with an arm's model, and compare the logits."""
+"""The command "parity": read the reference's text with an arm's model, and compare the logits.
+
+Of an arm with drafts, its own text is read too: is each token the one that the model would choose?
+
+Shapes: N steps of the text, M of them compared, B rows, W vocab_size.
+"""
 
 from __future__ import annotations
-
-import json
 
 import torch
 from safetensors.torch import load_file
@@ -11,53 +14,73 @@ from torch import Tensor
 from r1.bench import parity
 from r1.bench.parity import Bound, Parity
 from r1.bench.process import Answer
-from r1.bench.worker import steps
 from r1.bench.worker.dequantized import NO_BOUND, own_reference
+from r1.bench.worker.rounding import Roundings, as_roundings
 from r1.bench.worker.subject import Subject
+from r1.bench.worker.text import read, write
 
 REFERENCE = "reference.safetensors"
-"""The reference's text and logits: "tokens" int64 (M, B), "logits" fp32 (M, rows, W)."""
-ROUNDING = "rounding.json"
-"""By dtype: the KL that rounding to it makes in the reference's own code."""
+"""The reference's text "tokens", int64 (N, B), and of the steps "steps", int64 (M,), its "logits",
+fp32 (M, rows, W)."""
+ROUNDING = "rounding.safetensors"
+"""What rounding does to the reference's own code (rounding.as_tensors)."""
 
 
 def check(subject: Subject) -> Answer:
-    """The command "parity": is the arm's distance from the reference within its bound?
+    """The command: is the arm's distance from the reference within its bounds, and its text right?
 
     The reference of a quantized arm is its own weights (dequantized.py). "quantizing" is then its
-    distance from the original's, else None.
+    distance from the original's, else None. "wrong_tokens" counts the tokens of an arm with drafts
+    that it should not have written. It is None without drafts.
     """
     reference = load_file(subject.folder / REFERENCE)
-    rounding = {
-        amp: Bound(**made)
-        for amp, made in json.loads((subject.folder / ROUNDING).read_text()).items()
+    backend, right, cost = subject.engine.backend, reference, None
+    if backend.quantized:
+        cost = vars(compare_text(subject, reference, NO_BOUND))
+        right, rounding = own_reference(subject, reference)
+    else:
+        rounding = load_rounding(subject)
+    allowed = parity.bound(backend, rounding)
+    found = compare_text(subject, right, allowed)
+    wrong = None
+    if subject.engine.drafter:
+        wrong = wrong_tokens(subject, write(subject), allowed.tie)
+    return vars(found) | {
+        "passes": found.passes and not wrong,
+        "wrong_tokens": wrong,
+        "same_text": _same_text(subject, reference),
+        "quantizing": cost,
     }
-    backend = subject.engine.backend
-    allowed, cost = parity.bound(backend, rounding), None
-    right = reference
-    if backend.quant != "none":
-        cost = vars(read_text(subject, reference, NO_BOUND))
-        right = own_reference(subject, reference)
-    result = read_text(subject, right, allowed)
-    same = _same_text(subject, reference)
-    return vars(result) | {"passes": result.passes, "same_text": same, "quantizing": cost}
 
 
-def read_text(subject: Subject, reference: dict[str, Tensor], allowed: Bound) -> Parity:
-    """Feed the reference's tokens to the model, and compare its logits with the reference's.
+def load_rounding(subject: Subject) -> Roundings:
+    """The file ROUNDING."""
+    return as_roundings(load_file(subject.folder / ROUNDING))
 
-    A step reads as many tokens as a step of this arm does: with speculation, a verification.
-    """
+
+def compare_text(subject: Subject, reference: dict[str, Tensor], allowed: Bound) -> Parity:
+    """Feed the reference's tokens to the model, and compare its logits with the reference's."""
     text, logits = reference["tokens"].to(subject.device), reference["logits"]
-    rows = logits.shape[1]
-    ours: list[Tensor] = [steps.prefill(subject)[:rows].clone()]
-    width = subject.engine.backend.step_tokens
-    missing = -(len(text) - 1) % width
-    text = torch.nn.functional.pad(text[:-1], (0, 0, 0, missing))  # (a multiple of S, B)
-    for start in range(0, len(text), width):
-        step = steps.decode(subject, text[start : start + width].T)  # (B, S, W)
-        ours += step[:rows].clone().unbind(dim=1)
-    return parity.compare(ours[: len(logits)], logits, allowed)
+    compared = set(reference["steps"].tolist())
+    ours = [
+        step[: logits.shape[1]].clone()
+        for number, step in enumerate(read(subject, text))
+        if number in compared
+    ]
+    return parity.compare(ours, logits, allowed)
+
+
+def wrong_tokens(subject: Subject, text: Tensor, tie: float) -> int:
+    """How many tokens of the arm's own greedy text, int64 (N, B), it should not have written.
+
+    Its model reads the text without drafting, and gives another token a logit that is larger by
+    more than `tie`. Drafts cannot explain that: they never change which token is chosen.
+    """
+    wrong = 0
+    for tokens, logits in zip(text, read(subject, text), strict=True):
+        chosen = logits.gather(1, tokens[:, None])[:, 0]  # (B,)
+        wrong += int((~(logits.amax(dim=-1) - chosen <= tie)).sum())  # NaN is wrong too
+    return wrong
 
 
 def _same_text(subject: Subject, reference: dict[str, Tensor]) -> float | None:
@@ -68,7 +91,7 @@ def _same_text(subject: Subject, reference: dict[str, Tensor]) -> float | None:
     at_random = subject.workload.assumed is not None and subject.engine.backend.speculate != "off"
     if not subject.text or at_random:
         return None
-    rows, count = reference["logits"].shape[1], len(reference["tokens"])
-    ours = torch.tensor(subject.text[:rows])[:, :count]  # (rows, P)
+    rows = reference["logits"].shape[1]
+    ours = torch.tensor(subject.text[:rows])  # (rows, N)
     same = (ours == reference["tokens"].T[:rows]).long()
     return float(same.cumprod(dim=1).double().mean())

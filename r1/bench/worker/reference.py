@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +13,12 @@ from torch import Tensor, nn
 
 from r1 import build
 from r1.bench import parity
-from r1.bench.parity import Bound
 from r1.bench.process import Answer
 from r1.bench.rates import measure_rates
 from r1.bench.upcast import upcast
 from r1.bench.worker import steps
-from r1.bench.worker.reading import REFERENCE, ROUNDING, read_text
+from r1.bench.worker.reading import REFERENCE, ROUNDING
+from r1.bench.worker.rounding import as_tensors, measure_rounding
 from r1.bench.worker.subject import Subject
 from r1.device import available_bytes, torch_device
 from r1.model.router import Router
@@ -46,28 +44,33 @@ def build_reference(subject: Subject) -> Answer:
     return built
 
 
-def write_reference(subject: Subject, dtypes: Iterable[str]) -> Answer:
+def write_reference(subject: Subject, switches: Iterable[str]) -> Answer:
     """The command "reference": continue the prompts greedily, and keep tokens and logits.
 
-    Also keeps the KL that rounding to each of `dtypes`, the arms' dtypes, makes. Answers how many
-    different experts a MoE layer uses in a step.
+    Also keeps what rounding does to them, by each of the `switches` that make arms round. Answers
+    how many different experts a MoE layer uses in a step.
     """
     w = subject.workload
-    rows, count = parity.rows_and_positions(w.batch, w.new, subject.engine.config.vocab_size)
-    logits = steps.prefill(subject)  # (B, W)
+    rows, compared = parity.rows_and_steps(w.batch, w.new, subject.engine.config.vocab_size)
     kept, text = [], []
+    logits = steps.prefill(subject)  # (B, W)
     with _counted_experts(subject) as hits:
-        for step in range(count):
-            kept.append(logits[:rows].cpu())
+        for step in range(max(w.new, 2)):
+            if step in compared:
+                kept.append(logits[:rows].cpu())
             text.append(logits.argmax(dim=-1))
-            if step + 1 < max(count, 2):
+            if step + 1 < max(w.new, 2):
                 logits = steps.decode(subject, text[-1][:, None])[:, -1]
-    reference = {"tokens": torch.stack(text).cpu(), "logits": torch.stack(kept)}
-    rounding = {amp: vars(_rounding(subject, amp, reference)) for amp in dtypes if amp != "fp32"}
+    reference = {
+        "tokens": torch.stack(text[: w.new]).cpu(),
+        "steps": torch.tensor(compared),
+        "logits": torch.stack(kept),
+    }
+    made = {switch: measure_rounding(subject, switch, reference) for switch in switches}
     if subject.place.leads:
         save_file(reference, subject.folder / REFERENCE)
-        (subject.folder / ROUNDING).write_text(json.dumps(rounding))
-    return {"experts_hit": sum(hits) / len(hits) if hits else 0.0, "rows": rows, "steps": count}
+        save_file(as_tensors(made), subject.folder / ROUNDING)
+    return {"experts_hit": sum(hits) / len(hits) if hits else 0.0}
 
 
 @contextmanager
@@ -88,13 +91,6 @@ def _counted_experts(subject: Subject) -> Iterator[list[int]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _rounding(subject: Subject, amp: str, reference: dict[str, Tensor]) -> Bound:
-    """The KL that the reference's own code makes when its products are rounded to `amp`."""
-    with steps.rounded_to(subject, amp):
-        distance = read_text(subject, reference, Bound(math.inf, math.inf))
-    return Bound(distance.median_kl, distance.mean_kl)
 
 
 def rates(subject: Subject, dtypes: Iterable[str]) -> Answer:

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1.bench.worker.subject import Subject
 from r1.run import graphs
@@ -19,6 +20,11 @@ from r1.run.speculate import speculate
 def prefill(subject: Subject) -> Tensor:
     """Fill the cache to the depth, then read the prompts. Returns fp32 logits (B, W)."""
     subject.fill()
+    return read_prompts(subject)
+
+
+def read_prompts(subject: Subject) -> Tensor:
+    """Read the prompts, after the depth that the cache holds. Returns fp32 logits (B, W)."""
     return subject.engine.runner.prefill(subject.prompts, subject.cache, subject.workload.depth)
 
 
@@ -36,6 +42,27 @@ def rounded_to(subject: Subject, amp: str) -> Iterator[None]:
         yield
     finally:
         caller.backend = before
+
+
+@contextmanager
+def noise(subject: Subject, error: float, seed: int) -> Iterator[None]:
+    """Inside this context the hidden states between the layers have noise, different for each seed.
+
+    Each number is multiplied by 1 + u, where u is drawn evenly from -error to error.
+    """
+    generator = torch.Generator(subject.device).manual_seed(seed)
+
+    def disturb(_module: nn.Module, _inputs: Any, x: Tensor) -> Tensor:
+        u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+        return x * (1 + error * (2 * u - 1))
+
+    model = subject.engine.model
+    hooks = [m.register_forward_hook(disturb) for m in (model.embed_tokens, *model.layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def cache_in_fp32(subject: Subject) -> None:

@@ -91,6 +91,15 @@ class Subject:
             )
         self.cache = self.engine.cache(w.batch, w.tokens)
 
+    def repeat_rows(self, rows: int, times: int) -> None:
+        """Go on with the first `rows` rows, `times` times one after the other, and a cache for
+        them.
+        """
+        if rows * times != len(self.prompts):
+            self.before, self.prompts = self.before[:rows] * times, self.prompts[:rows] * times
+            del self.cache  # so that there is room for another
+            self.cache = self.engine.cache(len(self.prompts), self.workload.tokens)
+
     def fill(self) -> None:
         """Bring the cache to the workload's depth. This is never inside a timed region.
 
