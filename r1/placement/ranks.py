@@ -115,7 +115,7 @@ class Crew:
             time.sleep(GRACE)
             if isinstance(why, SharedError):
                 return
-        if _spoken.acquire(blocking=False) and first_to_speak():
+        if self.count == 1 or (_spoken.acquire(blocking=False) and first_to_speak()):
             where = f"rank {self.rank}: " if self.rank else ""
             streams.complain(f"{speaker}: {where}{why}")
 
