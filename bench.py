@@ -28,6 +28,7 @@ from r1.bench.flags import parser
 from r1.bench.process import interrupt_once, signals
 from r1.bench.progress import say
 from r1.errors import InputError, flags_spelling, hung_up
+from r1.placement import ranks
 from r1.switches import own_files
 
 
@@ -39,18 +40,29 @@ def main(argv: list[str] | None = None) -> int:
     """
     streams.prepare()
     argv = sys.argv[1:] if argv is None else argv
+    crew = ranks.Crew()
     try:
         with signals(interrupt_once), flags_spelling():
             own_files.run_given(argv)
-            return run(parser(EMBEDDED).parse_args(argv), argv)
+            arguments = parser(EMBEDDED).parse_args(argv)
+            crew = ranks.crew()
+            if not crew.leads:
+                crew.ends_together("bench")
+            return ranks.together(lambda: run(arguments, argv, crew), "bench")
     except BrokenPipeError:
         return hung_up()
     except InputError as error:
         say("")
-        streams.complain(f"bench: {error}")
+        crew.complain("bench", error)
         return 2
     except KeyboardInterrupt:  # before or after the measurement, which handles its own
         return 130
+
+
+def interrupt(number: int, frame: object) -> None:
+    """A handler for `signals`: the result's note tells it, and no other rank does."""
+    ranks.first_to_speak()
+    interrupt_once(number, frame)
 
 
 if __name__ == "__main__":

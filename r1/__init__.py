@@ -21,7 +21,9 @@ from r1.errors import InputError
 from r1.files.config_json import load_config
 from r1.files.folder import check_folder
 from r1.files.generation_config import read_stop_ids
+from r1.files.load import Report
 from r1.model.config import Config
+from r1.model.transformer import Transformer
 from r1.run.completion import Completion
 from r1.run.engine import Engine
 from r1.switches.backend import Backend
@@ -46,12 +48,19 @@ def load(
 
     `batch` is how many prompts at a time the "auto" switches are chosen for; any number may be
     given later. `mtp` loads the multi-token-prediction layers too, which `speculate="mtp"` does by
-    itself. Raises InputError, with one sentence, for a folder or switch that can't be used.
+    itself. Where devices share the model (`tp`, `ep`), each is a process that calls this, and calls
+    the engine alike; torch.distributed must connect them before. Raises InputError, with one
+    sentence, for a folder or switch that can't be used: if one process does, all do.
     """
     directory = Path(directory)
     config = load_config(directory)
     check_folder(directory)
     backend = resolve(backend or Backend(), config, batch=batch)
+    mesh = build.connected(backend)
+    placement = build.placement_of(config, backend, mesh)
+    same = "give every rank the same command"
+    mesh.check_alike("the switches", vars(backend), same)
+    mesh.check_alike("config.json", config, "give every rank the same checkpoint")
     stop_ids = frozenset(config.eos_token_ids) | read_stop_ids(directory)
     tokenizer = None
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
@@ -59,9 +68,18 @@ def load(
         tokenizer = Tokenizer.load(directory, bos_id=config.bos_token_id, eos_id=eos_id)
         tokenizer.check(config.vocab_size)
         stop_ids |= tokenizer.stop_ids
-    model, report = build.from_checkpoint(directory, config, backend, mtp=mtp, quiet=quiet)
+
+    def fill() -> tuple[Transformer, Report]:
+        return build.from_checkpoint(
+            directory, config, backend, mtp=mtp, quiet=quiet or mesh.rank > 0, placement=placement
+        )
+
+    model, report = mesh.together(fill)
+    if mesh.ranks > 1:
+        found = build.fingerprint(model)
+        mesh.check_alike("its weights", found, "give every rank the same checkpoint")
     cautions = list(tokenizer.cautions) if tokenizer else []
     if "fp16" in (backend.dtype, backend.amp):
         ends = "fp16 ends at 65504, which this family's activations can pass"
         cautions.append(f"{ends}: prefer bf16 where the machine has it")
-    return Engine(model, backend, tokenizer, stop_ids, report.sentences(), cautions)
+    return Engine(model, backend, tokenizer, stop_ids, report.sentences(), cautions, mesh)

@@ -12,11 +12,14 @@ import torch
 
 import r1
 from r1 import starting, streams, threads
-from r1.conversation import Conversation, read_question
+from r1.conversation import Conversation, follow, read_question
+from r1.device import torch_device
 from r1.errors import flags_spelling, hung_up
 from r1.files.embedded import EMBEDDED, domain_of
+from r1.placement import ranks
 from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
 from r1.switches import flags, own_files
+from r1.switches.machine import Machine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,12 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     0: success. 1: the reader of stdout closed it. 2: unusable input. 130: interrupted by Ctrl-C.
     """
     streams.prepare()
+    crew = ranks.Crew()
     try:
         with flags_spelling():
             own_files.run_given(argv)
-            return talk(parser().parse_args(argv))
+            arguments = parser().parse_args(argv)
+            crew = ranks.crew()
+            crew.ends_together("r1")
+            return ranks.together(lambda: talk(arguments, crew), "r1")
     except r1.InputError as error:
-        streams.complain(f"r1: {error}")
+        crew.complain("r1", error)
         return 2
     except BrokenPipeError:
         return hung_up()
@@ -86,22 +93,37 @@ def sampling(field: str, allowed: str) -> Callable[[str], float]:
     return read
 
 
-def talk(arguments: argparse.Namespace) -> int:
-    """Load the model, then answer the question, or chat on stdin. Returns the exit status."""
-    question = check(arguments)
+def talk(arguments: argparse.Namespace, crew: ranks.Crew) -> int:
+    """Load the model, then answer the question, or chat on stdin. Returns the exit status.
+
+    Of several processes that share the model, rank 0 talks and the others follow it.
+    """
+    question = check(arguments) if crew.leads else None
     domain = domain_of(arguments.model)
-    engine = r1.load(arguments.model, r1.Backend(**flags.given(arguments)))
-    backend = engine.backend
-    count = threads.choose(arguments.threads, backend.device, engine.config, backend.dtype)
-    if count is not None:
-        torch.set_num_threads(count)
-    for caution in engine.cautions:
-        streams.complain(f"r1: {caution}")
-    conversation = Conversation(engine, arguments, domain)
-    if question is None:
-        return conversation.chat()
-    conversation.ask(question)
-    return 0
+    asked = r1.Backend(**flags.given(arguments))
+    crew.check(asked.tp, asked.ep)
+    kind = Machine.here().device if asked.device == "auto" else asked.device
+    with crew.connected(torch_device(kind).type):
+        engine = r1.load(arguments.model, asked)
+        backend = engine.backend
+        count = threads.choose(arguments.threads, backend.device, engine.config, backend.dtype)
+        if count is not None:
+            torch.set_num_threads(count)
+        if not crew.leads:
+            follow(engine, ranks.Line(crew))
+            return 0
+        for caution in engine.cautions:
+            streams.complain(f"r1: {caution}")
+        line = ranks.Line(crew) if crew.count > 1 else None
+        conversation = Conversation(engine, arguments, domain, line)
+        try:
+            if question is None:
+                return conversation.chat()
+            conversation.ask(question)
+            return 0
+        finally:
+            if line:
+                line.end()
 
 
 def check(arguments: argparse.Namespace) -> str | None:

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from r1.device import DTYPES, available_bytes, grow_segments, torch_device
 from r1.errors import InputError, setting
+from r1.files.draw import randomize
 from r1.files.load import Report, load
-from r1.files.names import EXPERT_MATRICES, key_of, slots
+from r1.files.names import EXPERT_MATRICES, key_of
 from r1.model.config import Config
-from r1.model.layers import MLP, Linear
+from r1.model.layers import MLP, Embedding, Linear, RMSNorm
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
 from r1.model.mtp import MTPLayer
 from r1.model.rope import rotate_each, rotate_jointly
 from r1.model.router import Router
 from r1.model.transformer import Transformer
+from r1.placement.mesh import Mesh
+from r1.placement.parallel import Parallel
 from r1.placement.placement import Placement
 from r1.storage import int4_cpu
 from r1.storage.joined import join
 from r1.storage.kinds import KINDS
 from r1.storage.matrix import Matrix
 from r1.switches.backend import Backend
-from r1.switches.precision import spec_of
+from r1.switches.precision import spec_of, specs_of
 from r1.switches.strategies import ATTENTION, EXPERTS
 
 HEADROOM = 256 * 2**20
 """Bytes beside the weights without which no step runs: activations, the cache of a short prompt."""
-
-DRAW_ELEMENTS = 2**24
-"""Random numbers drawn at a time: bounds the fp32 scratch."""
 
 
 def from_checkpoint(
@@ -56,6 +57,7 @@ def from_checkpoint(
     if mtp and not config.num_nextn_predict_layers:
         has = "config.json has num_nextn_predict_layers = 0, so there is no MTP layer to load"
         raise InputError(f"{directory}: {has}")
+    placement = placement or placement_of(config, backend, connected(backend))
     model = allocate(config, backend, mtp=mtp, placement=placement)
     with torch.device("cpu"):  # safetensors maps files to the caller's default device
         report = load(model, directory, placement, quiet=quiet)
@@ -73,28 +75,62 @@ def from_shape(
 ) -> Transformer:
     """A model of random weights, made on the device: N(0, 0.02), norms of 1, no gate bias."""
     mtp = mtp or backend.speculate == "mtp"
+    placement = placement or placement_of(config, backend, connected(backend))
     model = allocate(config, backend, mtp=mtp, placement=placement, cut=setting("layers", "N"))
-    randomize(model, seed)
+    alone = type(placement) is Placement
+    whole = None if alone else sketch(config, backend, mtp=mtp, placement=Placement())
+    randomize(model, seed, whole, placement)
     _repack(model, backend)
     return finish(model, backend)
+
+
+def connected(backend: Backend) -> Mesh:
+    """The processes that share the model. Raises InputError if they are more or fewer."""
+    return Mesh.here(backend.tp, backend.ep, torch_device(backend.device).type)
+
+
+def fingerprint(model: Transformer) -> int:
+    """A checksum of the weights that every device holds whole: norms and routers."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, Router)):
+            numbers = module.weight.detach().float().cpu().contiguous()
+            total = zlib.crc32(numbers.numpy().tobytes(), total)
+    return total
+
+
+def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> Placement:
+    """Where the parts of the model lie, as a resolved `backend` says.
+
+    Without a mesh it tells sizes only, those of the device with the largest share.
+    """
+    if backend.ranks == 1:
+        return Placement()
+    mesh = mesh or Mesh(backend.tp, backend.ep)
+    return Parallel(config, mesh, specs_of(config.files, backend.quant))
 
 
 def sketch(
     config: Config, backend: Backend, *, mtp: bool = False, placement: Placement | None = None
 ) -> Transformer:
-    """The model without memory: modules, storage and dtypes are as they will be."""
+    """The model without memory: modules, storage and dtypes are as they will be.
+
+    Of a model that devices share, it is the largest share, unless `placement` tells another.
+    """
+    placement = placement or placement_of(config, backend)
     with torch.device("meta"):
         model = Transformer(config)
         if mtp:
             depths = range(config.num_nextn_predict_layers)
             model.mtp.extend(MTPLayer(config, depth) for depth in depths)
-        (placement or Placement()).arrange(model)
+        placement.arrange(model)
     model.to(DTYPES[backend.dtype])
     for module in model.modules():
         if isinstance(module, Router):
             module.float()  # under every dtype: see router.py
     with torch.device("meta"):
         quantize_matrices(model, backend)
+        share_matrices(model, placement)
         if backend.join == "on":
             join_matrices(model)
     return model
@@ -115,7 +151,7 @@ def allocate(
     """
     if backend.memory == "expandable":
         grow_segments()
-    placement = placement or Placement()
+    placement = placement or placement_of(config, backend)
     model = sketch(config, backend, mtp=mtp, placement=placement)
     device = torch_device(backend.device)
     devices = {
@@ -172,6 +208,18 @@ def quantize_matrices(model: Transformer, backend: Backend) -> None:
                 setattr(module, each, storage(getattr(module, each), f"{name}.{each}"))
 
 
+def share_matrices(model: Transformer, placement: Placement) -> None:
+    """Leave of each matrix the part that this process holds."""
+    for path, module in model.named_modules():
+        if isinstance(module, (Linear, Embedding)):
+            module.matrix = placement.matrix(path, module.matrix)
+        elif isinstance(module, Experts):
+            for each in EXPERT_MATRICES:
+                part = placement.matrix(f"{path}.{each}", getattr(module, each))
+                setattr(module, each, part)
+            module.inner_numbers = 2 * module.gate_proj.shape[1:].numel()
+
+
 def join_matrices(model: nn.Module) -> None:
     """Store matrices of the same input as one, in every layer (storage/joined.py)."""
     for module in model.modules():
@@ -187,34 +235,6 @@ def join_matrices(model: nn.Module) -> None:
 def _join(*layers: Linear) -> None:
     for layer, part in zip(layers, join(*(layer.matrix for layer in layers)), strict=True):
         layer.matrix = part
-
-
-def randomize(model: Transformer, seed: int) -> None:
-    """Set every tensor from `seed`: the same bf16 numbers in every dtype, joined or not.
-
-    Quantized matrices are made of the same numbers, one by one, so the model is never held as it
-    was before.
-    """
-    device = model.norm.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for key, slot in slots(model).items():
-            if key.endswith("e_score_correction_bias"):
-                slot.weight.zero_()
-            elif len(slot.shape) == 1:
-                slot.weight.fill_(1.0)
-            elif slot.spec is None:
-                _draw(slot.weight, generator)
-            else:
-                drawn = torch.empty(slot.shape, dtype=torch.bfloat16, device=device)
-                _draw(drawn, generator)
-                slot.fill(KINDS[slot.spec.kind].quantize(drawn, slot.spec))
-
-
-def _draw(place: Tensor, generator: torch.Generator) -> None:
-    for part in place.view(-1).split(DRAW_ELEMENTS):
-        drawn = torch.empty(part.shape, dtype=torch.float32, device=part.device)
-        part.copy_(drawn.normal_(0.0, 0.02, generator=generator).bfloat16())
 
 
 def _repack(model: Transformer, backend: Backend) -> None:

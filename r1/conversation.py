@@ -10,6 +10,7 @@ from typing import Any
 import r1
 from r1 import streams
 from r1.files.embedded import Domain
+from r1.placement.ranks import Line
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # a terminal's codes for dimmed and for ordinary text
 PROMPT = "> "
@@ -19,13 +20,18 @@ class Conversation:
     """Asks the model, shows its answers, and keeps what was said."""
 
     def __init__(
-        self, engine: r1.Engine, arguments: argparse.Namespace, domain: Domain | None
+        self,
+        engine: r1.Engine,
+        arguments: argparse.Namespace,
+        domain: Domain | None,
+        line: Line | None = None,
     ) -> None:
         """`arguments` are the command's. With a `domain` each question stands alone.
 
-        Raises InputError for a system prompt that is no text.
+        `line` leads to the other processes that share the model (`follow`). Raises InputError for a
+        system prompt that is no text.
         """
-        self.engine, self.arguments, self.domain = engine, arguments, domain
+        self.engine, self.arguments, self.domain, self.line = engine, arguments, domain, line
         system = arguments.system
         if system:
             _check_text("the system prompt", system)
@@ -47,11 +53,14 @@ class Conversation:
         arguments, painter = self.arguments, Painter()
         if not self.engine.start_up.done:
             painter.announce(self.engine.start_up.work)
+        asked = (
+            turn, arguments.new, arguments.temperature, arguments.top_p, arguments.seed,
+            arguments.think,
+        )  # fmt: skip
         try:
-            completion = self.engine.chat(
-                turn, arguments.new, arguments.temperature, arguments.top_p, arguments.seed,
-                arguments.think, on_text=painter.show,
-            )  # fmt: skip
+            if self.line:
+                self.line.send(asked)
+            completion = self.engine.chat(*asked, on_text=painter.show)
         finally:
             painter.end()
         streams.complain(timings(completion, arguments.new, self.engine.start_up.work))
@@ -113,6 +122,13 @@ class Conversation:
             f"{self.domain.name} was trained on {self.domain.knows}. It knows nothing else, and "
             f"each question stands alone.\nTry: {self.domain.example}\n{keys}"
         )
+
+
+def follow(engine: r1.Engine, line: Line) -> None:
+    """On the processes that do not talk: compute along what rank 0 asks, until it ends."""
+    while (asked := line.receive()) is not None:
+        with contextlib.suppress(r1.InputError):  # rank 0 has the same, and tells it
+            engine.chat(*asked)
 
 
 class Painter:

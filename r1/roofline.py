@@ -3,7 +3,8 @@
 Counted from the model as it is stored, each input read once: the weights of what is active (of the
 routed experts only those really hit), the cache that attention reads, one new entry written.
 Activations are left out: where memory bounds a step they are small beside the weights. So the time
-that results is a floor.
+that results is a floor. Where devices share the model, all numbers are one device's, the one with
+the largest share; what devices exchange is not counted.
 
 Shapes: B rows of a step, S tokens of a row, E experts, K experts per token.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 from torch import nn
 
@@ -22,7 +24,7 @@ from r1.model.config import Config
 from r1.model.layers import Linear
 from r1.model.moe import Experts
 from r1.model.router import Router
-from r1.model.transformer import Transformer
+from r1.model.transformer import Block, Transformer
 from r1.storage.matrix import Matrix
 from r1.switches.backend import Backend
 from r1.switches.strategies import ATTENTION
@@ -100,19 +102,21 @@ def step_work(
     is resolved. `verify`: a decode step over drafts (speculate.py), in which every token gets
     logits; otherwise only the last of each row does.
     """
-    model = model_of(config, backend, False)
+    model = model_of(config, backend, False)  # where devices share it, one device's part
     layers, head = weights_of(model.layers), model.lm_head.matrix
+    shape = cast(Block, model.layers[0]).self_attn.shape
+    experts_hit /= backend.ep
     decode = tokens == 1 or verify
     attention = ATTENTION[backend.attention if decode else backend.prefill_attention]
     n = rows * tokens
     weight_bytes = layers.always + head.nbytes + experts_hit * layers.expert
     weight_bytes += n * embedding_row_bytes(model)
-    chosen = config.experts.num_experts_per_tok * layers.expert_elements
+    chosen = config.experts.num_experts_per_tok * layers.expert_elements / backend.ep
     flops = 2.0 * n * (layers.elements + chosen)
     flops += 2.0 * rows * (tokens if verify else 1) * head.shape.numel()
     pairs = n * (context + (tokens + 1) / 2) * config.num_hidden_layers  # of query and key
-    flops += pairs * attention.flops(config.attention)
-    entry = attention.entry(config.attention)
+    flops += pairs * attention.flops(shape)
+    entry = attention.entry(shape)
     per_token = bytes_per_token(entry, DTYPES[backend.dtype], config.num_hidden_layers)
     return Work(weight_bytes, (rows * context + n) * per_token, flops)
 
@@ -194,15 +198,17 @@ def draft_work(config: Config, backend: Backend, rows: int, context: float) -> W
     model = model_of(config, backend, True)
     layer, head = weights_of(model.mtp[0]), model.lm_head.matrix
     attention = ATTENTION[backend.attention]
-    entry = attention.entry(config.attention)
+    shape = cast(Block, model.layers[0]).self_attn.shape
+    entry = attention.entry(shape)
     per_token = bytes_per_token(entry, DTYPES[backend.dtype], layers=1)
-    chosen = config.experts.num_experts_per_tok * layer.expert_elements
+    chosen = config.experts.num_experts_per_tok * layer.expert_elements / backend.ep
     weight_bytes = cache_bytes = flops = 0.0
     for tokens in [backend.draft_tokens + 1] + [1] * (backend.draft_tokens - 1):
         n = rows * tokens
-        weight_bytes += layer.always + expected_experts(config, n) * layer.expert + head.nbytes
+        hit = expected_experts(config, n) / backend.ep
+        weight_bytes += layer.always + hit * layer.expert + head.nbytes
         weight_bytes += n * embedding_row_bytes(model)
         cache_bytes += (rows * context + n) * per_token
         flops += 2.0 * n * (layer.elements + chosen) + 2.0 * rows * head.shape.numel()
-        flops += n * (context + (tokens + 1) / 2) * attention.flops(config.attention)
+        flops += n * (context + (tokens + 1) / 2) * attention.flops(shape)
     return Work(weight_bytes, cache_bytes, flops)

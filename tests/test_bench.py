@@ -534,6 +534,7 @@ def test_an_interrupt_keeps_what_is_finished(
 
     def interrupted(session: Session) -> dict[str, Any]:
         if next(calls) == 6:
+            assert isinstance(session.process, Process)
             session.process.pipe.send(("measure",))  # a question whose answer nobody waits for
             session.process.busy = True
             os.kill(os.getpid(), signal.SIGINT)

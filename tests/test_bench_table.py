@@ -36,6 +36,7 @@ from r1.bench.report.speedup import set_speedups
 from r1.bench.report.table import COLUMNS, USUAL, number, table
 from r1.bench.worker.serve import Setup, serve
 from r1.model.shapes import shape
+from r1.placement.ranks import Crew
 from r1.switches.backend import Backend
 
 TINY = ROOT / "weights" / "tiny-r1"
@@ -393,7 +394,7 @@ def test_an_arms_process_has_its_threads(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     pipe: Any = Closed()
     for number_of_threads in (3, None):
-        serve(pipe, Backend(), WORK, tmp_path, "c", Setup(number_of_threads))
+        serve(pipe, Backend(), WORK, tmp_path, "c", Setup(number_of_threads), Crew())
     assert asked == [3]
 
 

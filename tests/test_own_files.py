@@ -20,6 +20,7 @@ import bench
 from r1 import Backend, InputError
 from r1.__main__ import main
 from r1.bench.worker.serve import Setup, serve
+from r1.placement.ranks import Crew
 from r1.switches import own_files
 from r1.switches.strategies import ATTENTION
 from r1.tour.__main__ import main as tour
@@ -167,10 +168,10 @@ def test_an_arms_process_runs_the_file(
     backend = Backend(device="cpu")
     object.__setattr__(backend, "attention", "mine")  # as it comes out of the pipe
     pipe: Any = Pipe("build", "warm")
-    serve(pipe, backend, WORK, tmp_path, "c", Setup(imports=(write(MINE),)))
+    serve(pipe, backend, WORK, tmp_path, "c", Setup(imports=(write(MINE),)), Crew())
     assert pipe.answers[0]["backend"]["attention"] == "mine" and "refused" not in pipe.answers[1]
     pipe = Pipe("build")
-    serve(pipe, backend, WORK, tmp_path, "c", Setup(imports=(tmp_path / "gone.py",)))
+    serve(pipe, backend, WORK, tmp_path, "c", Setup(imports=(tmp_path / "gone.py",)), Crew())
     (answer,) = pipe.answers
     assert "gone.py: it can't be read" in answer["refused"] and "crashed" not in answer
     check_sentence(str(InputError(answer["refused"])))

@@ -220,11 +220,16 @@ class Half(Placement):
 
     def half(self, matrix: Matrix, name: str) -> Matrix:
         shape = list(matrix.shape)
-        shape[CUTS[name] - 2] //= 2
+        shape[CUTS[name].dim - 2] //= 2
         return Dense.empty(*shape)
 
     def part(self, key: str, shape: tuple[int, ...]) -> Part:
-        return share(key, shape, self.rank, 2)
+        return share(name_of(key), shape, self.rank, 2)
+
+
+def name_of(key: str) -> str:
+    """The last part of a matrix's name."""
+    return key.removesuffix(".weight").rpartition(".")[2]
 
 
 def test_cuts_add_up(folder: Path) -> None:
@@ -235,15 +240,16 @@ def test_cuts_add_up(folder: Path) -> None:
         names = set()
         for key in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(key)
-            cuts = [share(key, tuple(tensor.shape), rank, 2) for rank in range(2)]
-            name = key.removesuffix(".weight").rpartition(".")[2]
+            name = name_of(key)
+            cuts = [share(name, tuple(tensor.shape), rank, 2) for rank in range(2)]
             if name in CUTS:
                 names.add(name)
                 parts = [tensor[cut] for cut in cuts]
-                assert torch.equal(torch.cat(parts, dim=CUTS[name]), tensor)
+                assert torch.equal(torch.cat(parts, dim=CUTS[name].dim), tensor)
             else:
                 assert all(torch.equal(tensor[cut], tensor) for cut in cuts)
-    assert names == CUTS.keys() - {"q_proj"}, "q_proj is that of models without a low rank of q"
+    other = {"q_proj": "of models without a low rank of q", "eh_proj": "of MTP layers"}
+    assert names == CUTS.keys() - other.keys(), other
 
 
 def test_only_a_part_is_loaded(folder: Path) -> None:
@@ -252,7 +258,7 @@ def test_only_a_part_is_loaded(folder: Path) -> None:
     for rank in range(2):
         halves = places(load(folder, Half(rank)).model)
         for key, tensor in halves.items():
-            right = whole[key][share(key, tuple(whole[key].shape), rank, 2)]
+            right = whole[key][share(name_of(key), tuple(whole[key].shape), rank, 2)]
             assert torch.equal(tensor, right), key
 
 
@@ -264,7 +270,7 @@ def test_a_cut_layer(folder: Path) -> None:
     for rank in range(2):
         w = {
             name: (matrix := getattr(mlp, name).matrix.dense())[
-                share(f"{name}.weight", tuple(matrix.shape), rank, 2)
+                share(name, tuple(matrix.shape), rank, 2)
             ]
             for name in ("gate_proj", "up_proj", "down_proj")
         }
@@ -275,14 +281,14 @@ def test_a_cut_layer(folder: Path) -> None:
 
 def test_uneven_cuts_are_refused() -> None:
     with pytest.raises(InputError, match="7 rows, which 2 devices"):
-        share("model.layers.0.self_attn.q_b_proj.weight", (7, 4), 0, 2)
-    assert share("model.norm.weight", (7,), 1, 2) == (slice(0, 7),)
+        share("q_b_proj", (7, 4), 0, 2)
+    assert share("norm", (7,), 1, 2) == (slice(0, 7),)
 
 
 def test_heads_are_cut_by_rows_of_their_up_projection() -> None:
     """Each head's W_UK and W_UV lie together, so a device's heads are rows, as in q_b_proj."""
     for name in ("q_proj", "q_b_proj", "kv_b_proj"):
-        cut = share(f"model.layers.0.self_attn.{name}.weight", (8, 6), 1, 2)
+        cut = share(name, (8, 6), 1, 2)
         assert cut == (slice(4, 8), slice(0, 6))
 
 

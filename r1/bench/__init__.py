@@ -14,6 +14,7 @@ compiler_checks  Inductor's test of the CPU, once for all arms
 reference        the fp32 reference, in its own process
 session          one arm's process, as the parent sees it
 process          a child process and the pipe to it
+team             an arm that devices share: a child on each rank, asked as one
 worker/          the commands that run in the child: build, measure, parity, profile
 parity           compare logits with the reference's
 routing, upcast  changes to a model: even routing; fp32 arithmetic on bf16 weights
@@ -27,5 +28,5 @@ merge            --compare: results of several machines in one table
 
 The hardware's limits come from r1/roofline.py.
 Tested in tests/test_bench.py, test_bench_table.py, test_gate.py (parity), test_bench_plot.py,
-test_bench_results.py and test_exam.py.
+test_bench_results.py, test_exam.py and test_torchrun.py.
 """

@@ -43,11 +43,16 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
         steps += [{"quant": given["quant"]}]
     if given.get("quant_head", "none") != "none":
         steps += [{"quant_head": given["quant_head"]}]
-    return steps
+    # Several devices are there only if torchrun started a process for each.
+    return steps + [{name: given[name]} for name in ("tp", "ep") if given.get(name, 1) > 1]
 
 
 def ablation(
-    given: Settings, machine: Machine, batch: int, kinds: Sequence[str] = KINDS
+    given: Settings,
+    machine: Machine,
+    batch: int,
+    kinds: Sequence[str] = KINDS,
+    shared: Settings | None = None,
 ) -> list[Arm]:
     """The textbook's model as baseline, and the arms of `kinds` made from the ladder's steps.
 
@@ -60,7 +65,7 @@ def ablation(
     same switches are timed once: the ladder's first rung is also a step alone, and its last but
     one is also "all but" the last step.
     """
-    ladder = _Ladder(given, machine, batch)
+    ladder = _Ladder(given, machine, batch, shared or {})
     arms = [Arm("baseline", "baseline", ladder.base)]
     arms += ladder.rungs()
     full = arms[-1].backend
@@ -79,9 +84,10 @@ def ablation(
 class _Ladder:
     """The steps that one machine can run, and arms made from them."""
 
-    def __init__(self, given: Settings, machine: Machine, batch: int) -> None:
-        self.steps = ladder_steps(given, machine, batch)
-        self.base = Backend(**{**TEXTBOOK, **common_settings(given)})
+    def __init__(self, given: Settings, machine: Machine, batch: int, shared: Settings) -> None:
+        steps = ladder_steps(given, machine, batch)
+        self.steps = [step for step in steps if not step.keys() & shared.keys()]
+        self.base = Backend(**{**TEXTBOOK, **common_settings(given), **shared})
         self.experts = next(step for step in self.steps if "moe" in step)
         self.kernels: Settings = next((step for step in self.steps if "kernels" in step), {})
         self.prompts: Settings = (

@@ -68,12 +68,15 @@ def common_settings(given: Settings) -> Settings:
     return common
 
 
-def from_switches(given: Settings, kinds: Sequence[str] = USUAL) -> list[Arm]:
+def from_switches(
+    given: Settings, kinds: Sequence[str] = USUAL, shared: Settings | None = None
+) -> list[Arm]:
     """Baseline (all off), and the arms of `kinds`.
 
-    These are each given switch alone and, for several switches, all together and all but one.
+    These are each given switch alone and, for several switches, all together and all but one. All
+    arms have the settings `shared`, which spread a model that no single device could hold.
     """
-    base = Backend(**common_settings(given))
+    base = Backend(**common_settings(given), **(shared or {}))
     switches = {name: value for name, value in given.items() if getattr(base, name) != value}
     alone = _alone(switches)
     arms = [Arm("baseline", "baseline", base)]

@@ -23,6 +23,7 @@ from r1.bench.report.text import busy
 from r1.bench.result import new_result, without_paths
 from r1.bench.session import Session
 from r1.bench.sizes import check_sizes
+from r1.bench.team import Lead
 from r1.bench.worker.serve import Setup
 from r1.bench.workload import Workload
 from r1.build import HEADROOM, weight_bytes
@@ -34,11 +35,11 @@ from r1.switches.resolve import resolve
 
 
 def run(
-    arguments: argparse.Namespace, argv: Sequence[str], machine: Machine
+    arguments: argparse.Namespace, argv: Sequence[str], machine: Machine, lead: Lead
 ) -> tuple[Answer, bool]:
     """The command that measures. Returns the result, and whether an interrupt ended it early.
 
-    Raises InputError if nothing can be measured.
+    `lead` starts the arms' processes. Raises InputError if nothing can be measured.
     """
     plan.check(arguments)
     model = plan.checkpoint(arguments)
@@ -54,7 +55,7 @@ def run(
             progress.skip_to(number)
             number += len(compared)
             try:
-                measure(compared, workload, arguments, questions, result, progress)
+                measure(compared, workload, arguments, questions, result, progress, lead)
             except InputError as error:
                 if len(plans) == 1:
                     raise
@@ -73,6 +74,7 @@ def measure(
     questions: list[Question],
     result: Answer,
     progress: Progress,
+    lead: Lead,
 ) -> None:
     """All arms on one workload. Rows are added to `result` as soon as they are complete."""
     config = workload.config()
@@ -86,14 +88,19 @@ def measure(
         folder = Path(name)
         asked = _questions_for(workload, arguments, questions, result["notes"])
         setup = Setup(result["machine"].get("threads"), tuple(arguments.imports))
-        reference = make_reference(compared, workload, config, folder, checks, setup)
+        reference = make_reference(compared, workload, config, folder, checks, setup, lead)
+        if compared[0].backend.ranks > 1:
+            result["notes"].append(
+                "No single device could hold the model, so devices share it in the baseline and in "
+                "the reference too."
+            )
         rates = reference["rates"]
         result["machine"] |= {
             "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,
             "matmul_tflop_s": {dtype: rate["matmul"] / 1e12 for dtype, rate in rates.items()},
         }
         comparison = Comparison(
-            workload, arguments, setup, asked, result, folder, reference, config, progress
+            workload, arguments, setup, asked, result, folder, reference, config, progress, lead
         )
         comparison.measure_timed(compared, checks)
         comparison.check_pairs(compared)
@@ -142,12 +149,13 @@ class Comparison:
     reference: Answer
     config: Config
     progress: Progress
+    lead: Lead
 
     def session(self, arm: Arm) -> Session:
         """A new process for this arm."""
         title = self.progress.begin(arm.name if arm.timed else f"pair {arm.name}")
         notes = self.result["notes"]
-        return Session(arm, self.workload, self.folder, notes, title, self.setup)
+        return Session(arm, self.workload, self.folder, notes, title, self.setup, self.lead)
 
     def measure_timed(self, compared: list[Arm], checks: CompilerChecks) -> None:
         """The baseline, and the timed arms in turn with it.

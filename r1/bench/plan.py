@@ -9,9 +9,12 @@ from r1.bench import ablation, arms, exam
 from r1.bench.arms import Arm, Settings
 from r1.bench.exam import Question
 from r1.bench.workload import Workload
+from r1.build import HEADROOM, weight_bytes
+from r1.device import available_bytes, torch_device
 from r1.errors import InputError
 from r1.model.config import Config
 from r1.switches import flags
+from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
@@ -69,14 +72,30 @@ def arms_of(
 
     Raises InputError if --only names a kind that has no arm.
     """
+    shared = shared_by_all(given, machine, workload)
     if arguments.ablate:
-        compared = ablation.ablation(given, machine, workload.batch, arguments.only or arms.KINDS)
+        kinds = arguments.only or arms.KINDS
+        compared = ablation.ablation(given, machine, workload.batch, kinds, shared)
     else:
-        compared = arms.from_switches(given, arguments.only or arms.USUAL)
+        compared = arms.from_switches(given, arguments.only or arms.USUAL, shared)
     for kind in arguments.only or ():
         if not any(each.is_of([kind]) for each in compared[1:]):
             raise InputError(f"--only {kind}: with these switches no arm is of this kind")
     return compared
+
+
+def shared_by_all(given: Settings, machine: Machine, workload: Workload) -> Settings:
+    """tp and ep, where they are given and no single device could hold the baseline's model.
+
+    Then devices share the model in all arms, and in the reference.
+    """
+    spread = {name: given[name] for name in ("tp", "ep") if given.get(name, 1) > 1}
+    if not spread:
+        return {}
+    config, base = workload.config(), Backend(**arms.common_settings(given))
+    resolved = resolve(base, config, machine, batch=workload.batch)
+    needed = weight_bytes(config, resolved) + HEADROOM
+    return spread if needed > available_bytes(torch_device(resolved.device)) else {}
 
 
 def check_possible(planned: list[Plan], config: Config, machine: Machine) -> None:

@@ -7,10 +7,12 @@ to.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +30,10 @@ Answer = dict[str, Any]
 `"crashed": True` beside it marks a defect: the command should have run."""
 
 Handler = Callable[[int, Any], object] | signal.Handlers
+
+
+DEAD = (EOFError, BrokenPipeError, ConnectionResetError)
+"""What a pipe raises when the other end is gone."""
 
 
 class Process:
@@ -55,15 +61,31 @@ class Process:
 
     def ask(self, command: str, *arguments: object) -> Answer:
         """Send a command and wait for its answer. If the child died, the answer says so."""
-        try:
+        self.begin(command, *arguments)
+        return self.finish()
+
+    def begin(self, command: str, *arguments: object) -> None:
+        """Send a command."""
+        with contextlib.suppress(*DEAD):  # `finish` says that
             if self.busy:  # an interrupt came before the last answer: discard that answer
                 self.pipe.recv()
             self.busy = True
             self.pipe.send((command, *arguments))
+
+    def ready(self, seconds: float) -> bool:
+        """Whether there is an answer, or the child has died, after so many seconds at the most."""
+        try:
+            return self.pipe.poll(seconds)
+        except DEAD:
+            return True
+
+    def finish(self) -> Answer:
+        """Wait for the answer to the command. If the child died, it says so."""
+        try:
             answer: Answer = self.pipe.recv()
             self.busy = False
             return answer
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+        except DEAD:
             self.process.join()
             refused = (
                 f"its process ended with status {self.process.exitcode} (its own words are above)"
@@ -120,6 +142,18 @@ def answer_commands(
                     "crashed": True,
                 }
             )
+
+
+def end_with_parent() -> None:
+    """In a child: end when bench.py's process is gone, also in the middle of a sum."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

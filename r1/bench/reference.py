@@ -9,8 +9,9 @@ from pathlib import Path
 from r1.bench.arms import TEXTBOOK, Arm
 from r1.bench.compiler_checks import CompilerChecks
 from r1.bench.parity import rounds_by
-from r1.bench.process import Answer, Process
+from r1.bench.process import Answer
 from r1.bench.session import keep
+from r1.bench.team import Lead
 from r1.bench.worker.serve import Setup, serve
 from r1.bench.workload import Workload
 from r1.errors import InputError
@@ -28,27 +29,34 @@ def make_reference(
     folder: Path,
     checks: CompilerChecks,
     setup: Setup,
+    lead: Lead,
 ) -> Answer:
     """Write the text and the logits that every arm is compared with into `folder`.
 
     Returns the answers of the reference's process, by command: "reference" has the experts that its
     steps hit, "rates" the machine's rates in the arms' dtypes. Starts the compiler's checks after
-    the rates are measured, so that they do not disturb them. `setup` is that of the arms.
+    the rates are measured, so that they do not disturb them. `setup` is that of the arms. `lead`
+    starts the process, or several if the baseline has several.
     """
     base = compared[0].backend
     # Packed numbers are multiplied as the fp32 numbers that they stand for.
-    plain = Backend(**{**TEXTBOOK, "device": base.device, "dtype": "fp32", "quant": base.quant})
+    same = {name: getattr(base, name) for name in ("device", "quant", "tp", "ep")}
+    plain = Backend(**{**TEXTBOOK, **same, "dtype": "fp32"})
     backends = resolved(compared, workload, config)
     dtypes = sorted({each.compute for each in backends}) or ["fp32"]
     # A quantized arm has a reference of its own (worker/dequantized.py).
     rounding = {rounds_by(each) for each in backends if not each.quantized}
     answers: Answer = {}
-    with Process(serve, plain, workload, folder, "inductor-reference", setup) as process:
+    name = "inductor-reference"
+    process = lead.start(plain.ranks, serve, plain, workload, folder, name, setup)
+    try:
         if keep(answers, process, NAME, "build_reference") and keep(
             answers, process, NAME, "rates", dtypes
         ):
             checks.start()
             keep(answers, process, NAME, "reference", sorted(filter(None, rounding)))
+    finally:
+        process.quit()
     if "refused" in answers:
         raise InputError(answers["refused"])
     return answers

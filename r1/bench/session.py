@@ -9,8 +9,9 @@ from pathlib import Path
 
 from r1.bench.arms import Arm
 from r1.bench.exam import Question
-from r1.bench.process import Answer, Process
+from r1.bench.process import Answer
 from r1.bench.progress import say
+from r1.bench.team import Child, Lead
 from r1.bench.worker.serve import Setup, serve
 from r1.bench.workload import Workload
 from r1.errors import InputError
@@ -27,13 +28,15 @@ class Session:
         notes: list[str],
         title: str,
         setup: Setup,
+        lead: Lead,
     ) -> None:
         """Start the process. `folder` holds the reference. `notes` are the result's.
 
-        `title` begins the progress line.
+        `title` begins the progress line. `lead` starts processes, several for an arm that devices
+        share.
         """
         self.arm, self.workload, self.folder = arm, workload, folder
-        self.title, self.setup = title, setup
+        self.title, self.setup, self.lead = title, setup, lead
         self.answers: Answer = {"measure": [], "beside": [], "cold": None}
         """"measure" has one answer for each repetition, "beside" the baseline's in turn with them.
 
@@ -42,10 +45,11 @@ class Session:
         self.compiled = "inductor-" + str(abs(hash(arm.backend)))
         self.process = self.new_process()
 
-    def new_process(self) -> Process:
+    def new_process(self) -> Child:
         """A process for this arm. A second one finds the code that the first one compiled."""
         backend, folder = self.arm.backend, self.folder
-        return Process(serve, backend, self.workload, folder, self.compiled, self.setup)
+        arguments = (backend, self.workload, folder, self.compiled, self.setup)
+        return self.lead.start(backend.ranks, serve, *arguments)
 
     def ask(self, *commands: str, how: str = "") -> bool:
         """Send commands, one after the other, and keep the answers. False if one is refused."""
@@ -110,7 +114,7 @@ class Session:
             self.answers["accuracy"] = answer
 
 
-def keep(answers: Answer, process: Process, name: str, command: str, *arguments: object) -> bool:
+def keep(answers: Answer, process: Child, name: str, command: str, *arguments: object) -> bool:
     """Send a command, and put its answer into `answers` under the command's name.
 
     If it is refused, "refused" is put there instead, and False returned. `name` is shown in the

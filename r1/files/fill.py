@@ -7,25 +7,29 @@
 | a quantized matrix | numbers | it is dequantized, and rounded once to the place's dtype |
 | either | another format | the fp32 numbers are quantized, rounding to nearest |
 
-All of it happens on the device of the place, one matrix at a time.
+All of it happens on the device of the place, one matrix at a time. Where the place holds a part of
+the weight, so much of the files was read as this part needs (parts.py).
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from r1.errors import InputError
 from r1.files.names import Slot
+from r1.files.parts import Reading
 from r1.files.quantized.published import Found
 from r1.files.quantized.words import check_index
 from r1.files.shards import Piece
 from r1.placement.placement import Part
 from r1.storage import fp8
-from r1.storage.codes import dequantize, part
+from r1.storage.codes import part
 from r1.storage.kinds import KINDS
+from r1.storage.spec import Spec
 
 
-def fill_plain(slot: Slot, piece: Piece) -> None:
+def fill_plain(slot: Slot, piece: Piece, reading: Reading) -> None:
     """A tensor of numbers, or some rows of one."""
     if slot.spec is None:
         place = slot.weight
@@ -34,43 +38,60 @@ def fill_plain(slot: Slot, piece: Piece) -> None:
         place.copy_(piece.rows)
         return
     device = next(iter(slot.views.values())).device
-    slot.fill(KINDS[slot.spec.kind].quantize(piece.rows.to(device), slot.spec))
+    _quantize(slot, slot.spec, piece.rows.to(device), reading.inside)
 
 
-def fill_found(slot: Slot, found: Found, piece: Piece, mine: Part, wanted: tuple[int, ...]) -> None:
-    """A quantized matrix; `wanted` is its whole shape, `mine` the part that this slot holds.
+def fill_found(slot: Slot, found: Found, piece: Piece, reading: Reading) -> None:
+    """A quantized matrix, or a part of one.
 
     Raises InputError for scales that are no number, and a part that begins within a block.
     """
-    shape, d, spec = found.shape(wanted), found.declared, found.spec
+    shape, d, spec = found.shape(reading.shape), found.declared, found.spec
     device = next(iter(slot.views.values())).device
     values = {found.format.main: piece.rows, **piece.beside}
     found.check_values(values, shape)
     if spec is not None:
         check_index(found.tensors, values, spec, shape)
     values = {ending: value.to(device) for ending, value in values.items()}
-    rows, columns = mine
-    whole = (columns.stop - columns.start, rows.stop - rows.start) == (shape[1], shape[0])
-    if spec is None:
-        weight = found.format.dense(values, spec, shape, d)[rows, columns]
-    elif spec == slot.spec and whole:
-        slot.fill(found.format.packed(values, spec, shape, d))
-        return
-    else:
-        codes = part(found.format.codes(values, spec, shape, d), spec, rows, columns)
-        if spec == slot.spec:
+    for table in ("g_idx", "weight_g_idx"):
+        if table in values:
+            values[table] = values[table][reading.read[1]]
+    read = reading.sizes[0], reading.sizes[1]  # as a matrix of its own
+    whole = slot.shape == read
+    if spec is not None and spec == slot.spec:
+        if whole:
+            slot.fill(found.format.packed(values, spec, read, d))
+        else:
+            codes = part(found.format.codes(values, spec, read, d), spec, *reading.inside)
             slot.fill(KINDS[spec.kind].encode(codes))
-            return
-        if spec.kind == "fp8" and slot.spec is None and codes.zero is None:
-            # The fast way for whole checkpoints: no fp32 copy of the matrix.
-            scale, block = codes.scale.float(), spec.block(codes.q.shape)
-            fp8.dequantize(codes.q, scale, block, out=slot.weight)
-            return
-        weight = dequantize(codes, spec)
+        return
+    if (
+        spec is not None
+        and spec.kind == "fp8"
+        and slot.spec is None
+        and "weight_zero_point" not in values
+    ):
+        # The fast way for whole checkpoints: no fp32 copy of the matrix.
+        codes = found.format.codes(values, spec, read, d)
+        out = slot.weight if whole else torch.empty(read, dtype=slot.weight.dtype, device=device)
+        fp8.dequantize(codes.q, codes.scale.float(), spec.block(read), out=out)
+        if not whole:
+            slot.weight.copy_(out[reading.inside])
+        return
+    weight = found.format.dense(values, spec, read, d)
     if slot.spec is None:
-        slot.weight.copy_(weight)
+        slot.weight.copy_(weight[reading.inside])
     else:
-        slot.fill(KINDS[slot.spec.kind].quantize(weight, slot.spec))
+        _quantize(slot, slot.spec, weight, reading.inside)
+
+
+def _quantize(slot: Slot, spec: Spec, weight: Tensor, inside: Part) -> None:
+    """Quantize what was read, and keep the part of it that the slot holds."""
+    kind = KINDS[spec.kind]
+    if slot.shape == weight.shape:
+        slot.fill(kind.quantize(weight, spec))
+    else:
+        slot.fill(kind.encode(part(kind.codes(weight, spec), spec, *inside)))
 
 
 def check_finite(key: str, slot: Slot, path: object) -> None:

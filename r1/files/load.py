@@ -7,7 +7,6 @@ yet. Every key of the files is used, skipped knowingly (`Report` says why), or a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +17,13 @@ from r1.errors import InputError
 from r1.files.fill import check_finite, fill_found, fill_plain
 from r1.files.foreign import check_fused
 from r1.files.names import Slot, elsewhere, slots
+from r1.files.parts import Reading, nbytes, plan
 from r1.files.progress import Progress
 from r1.files.quantized import methods
 from r1.files.quantized.recognize import Recognized, recognize, stack_name
-from r1.files.shards import DTYPES, entries_of, one, some, stream, width
+from r1.files.shards import DTYPES, entries_of, one, some, stream
 from r1.model.transformer import Transformer
 from r1.placement.placement import Part, Placement
-
-Shapes = dict[str, tuple[int, ...]]
-"""The shapes of whole weights by key."""
 
 
 @dataclass
@@ -59,7 +56,7 @@ def load(
     declared = methods.declared_in(directory)
     entries = entries_of(directory, unlisted=declared is not None and declared.unlisted)
     check_fused(directory, entries)
-    wanted, report = slots(model), Report()
+    wanted, report, placement = slots(model), Report(), placement or Placement()
     files = recognize(entries, declared)
     if files.unused:
         report.skipped["r1 does not quantize activations or the cache"] = files.unused
@@ -67,36 +64,43 @@ def load(
     for key, reason in _left_out(files.keys(), wanted, model).items():
         report.skipped.setdefault(reason, []).extend(files.remove(key))
     _check_keys(directory, files, wanted)
-    shapes = {key: _shape(files, key, wanted[key], placement) for key in wanted}
-    parts = {key: (placement or Placement()).part(key, shape) for key, shape in shapes.items()}
-    for key, slot in wanted.items():
-        _check(files, key, shapes[key], parts[key], slot, model)
-    _read(directory.name, files, wanted, shapes, parts, report, quiet)
+    readings = _plan(files, wanted, model, placement)
+    _read(directory.name, files, wanted, readings, report, quiet)
     return report
 
 
+def _plan(
+    files: Recognized, wanted: dict[str, Slot], model: Transformer, placement: Placement
+) -> dict[str, Reading]:
+    """What is read of each weight, once its headers are checked."""
+    readings = {}
+    for key, slot in wanted.items():
+        shape = _shape(files, key, slot, placement)
+        mine = placement.part(key, shape)
+        _check(files, key, shape, mine, slot, model)
+        readings[key] = plan(files.found.get(key), slot, shape, mine)
+    return readings
+
+
 def _read(
-    name: str, files: Recognized, wanted: dict[str, Slot], shapes: Shapes,
-    parts: dict[str, Part], report: Report, quiet: bool,
+    name: str, files: Recognized, wanted: dict[str, Slot], readings: dict[str, Reading],
+    report: Report, quiet: bool,
 ) -> None:  # fmt: skip
     """Read every weight into its slot, in the order in which they lie in the files."""
     mains = {key: files.main(key) for key in wanted}
-    regions = {key: _region(files, key, parts[key]) for key in wanted}
+    regions = {key: reading.region for key, reading in readings.items()}
     whole = {key for key, slot in wanted.items() if slot.spec or key in files.found}
-    beside = {
-        key: {e: entry for e, entry in found.tensors.items() if e != found.format.main}
-        for key, found in files.found.items()
-    }
-    total = sum(math.prod(p.stop - p.start for p in regions[k]) * width(mains[k]) for k in mains)
+    beside = {key: reading.beside for key, reading in readings.items()}
+    total = sum(nbytes(mains[key], reading) for key, reading in readings.items())
     with Progress(f"loading {name}", total, quiet) as progress, torch.no_grad():
         for piece in stream(mains, regions, whole, beside):
             key = piece.key
             if key in files.found:
-                fill_found(wanted[key], files.found[key], piece, parts[key], shapes[key])
+                fill_found(wanted[key], files.found[key], piece, readings[key])
             else:
-                fill_plain(wanted[key], piece)
-            report.nbytes += piece.rows.nbytes
-            progress.add(piece.rows.nbytes)
+                fill_plain(wanted[key], piece, readings[key])
+            report.nbytes += piece.nbytes
+            progress.add(piece.nbytes)
         for key, slot in wanted.items():
             check_finite(key, slot, mains[key].path)
 
@@ -153,27 +157,21 @@ def _check_biases(files: Recognized) -> None:
             )
 
 
-def _shape(files: Recognized, key: str, slot: Slot, placement: Placement | None) -> tuple[int, ...]:
+def _shape(files: Recognized, key: str, slot: Slot, placement: Placement) -> tuple[int, ...]:
     """The whole weight's shape in the files."""
     found = files.found.get(key)
     if found is None:
         return files.plain[key].shape
-    whole = placement is None or type(placement) is Placement
+    whole = type(placement) is Placement
     return found.shape(slot.shape if whole else found.format.shape(found.tensors, found.declared))
 
 
-def _region(files: Recognized, key: str, part: Part) -> Part:
-    """What is read of the tensor that holds the numbers: packed ones whole, for others the part."""
-    found = files.found.get(key)
-    return part if found is None else tuple(slice(0, size) for size in found.main.shape)
-
-
 def _check(
-    files: Recognized, key: str, shape: tuple[int, ...], part: Part, slot: Slot, model: Transformer
+    files: Recognized, key: str, shape: tuple[int, ...], mine: Part, slot: Slot, model: Transformer
 ) -> None:
     """Compare the headers with the slot that a weight is loaded to. Raises InputError."""
     entry, found = files.main(key), files.found.get(key)
-    if tuple(cut.stop - cut.start for cut in part) != slot.shape:
+    if tuple(cut.stop - cut.start for cut in mine) != slot.shape:
         raise InputError(
             f"{entry.path}: {entry.key} has shape {shape}, but config.json makes it {slot.shape}"
         )

@@ -194,47 +194,53 @@ class Piece:
     beside: dict[str, Tensor]
     """The tensors that belong to it, by their endings: a quantized matrix's scales."""
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all of them."""
+        return self.rows.nbytes + sum(tensor.nbytes for tensor in self.beside.values())
+
 
 def stream(
     entries: dict[str, Entry],
     parts: dict[str, Part],
     whole: Collection[str] = (),
-    beside: Mapping[str, Mapping[str, Entry]] | None = None,
+    beside: Mapping[str, Mapping[str, tuple[Entry, Part]]] | None = None,
 ) -> Iterator[Piece]:
     """Read `parts` of tensors, shard after shard.
 
     Large tensors come in pieces, but those of `whole` never. So no more than 2 REMAP_BYTES are
-    mapped and read at a time, however large an embedding is. `beside` names tensors that are read
-    with a tensor; they may lie in another shard.
+    mapped and read at a time, however large an embedding is. `beside` names parts of tensors
+    that are read with a tensor; they may lie in another shard.
     """
     beside = beside or {}
     by_shard: dict[Path, list[tuple[str, slice]]] = {}  # in the order in which they lie in the file
     versions = {entry.path: entry.version for entry in entries.values()}
     for key, entry in entries.items():
-        rows, *rest = parts[key] or (slice(0, 1),)
-        width = math.prod(part.stop - part.start for part in rest)
-        height = rows.stop - rows.start if key in whole else max(1, REMAP_BYTES // (4 * width))
+        rows = parts[key][0] if parts[key] else slice(0, 1)
+        wide = math.prod(entry.shape[1:])  # all columns: of a page, the system reads all
+        height = rows.stop - rows.start if key in whole else max(1, REMAP_BYTES // (4 * wide))
         starts = range(rows.start, rows.stop, height)
         cuts = [slice(start, min(start + height, rows.stop)) for start in starts]
         by_shard.setdefault(entry.path, []).extend((key, cut) for cut in cuts)
     for path, pending in by_shard.items():
         pending.reverse()
         while pending:
-            read = 0
+            mapped = 0
             with _opened(path, versions[path]) as shard:
-                while pending and read < REMAP_BYTES:
+                while pending and mapped < REMAP_BYTES:
                     key, cut = pending.pop()
                     region = (cut, *parts[key][1:]) if parts[key] else ()
-                    name = entries[key].key
-                    source = shard.get_slice(name)[region] if region else shard.get_tensor(name)
-                    more = {
-                        ending: shard.get_tensor(each.key) if each.path == path else one(each)
-                        for ending, each in beside.get(key, {}).items()
-                    }
                     first = cut.start - parts[key][0].start if parts[key] else 0
-                    yield Piece(key, first, source, more)
-                    read += source.nbytes + sum(tensor.nbytes for tensor in more.values())
-                    del source, more
+                    more = {
+                        ending: _part(shard, each, mine) if each.path == path else one(each, mine)
+                        for ending, (each, mine) in beside.get(key, {}).items()
+                    }
+                    piece = Piece(key, first, _part(shard, entries[key], region), more)
+                    yield piece
+                    wide = math.prod(entries[key].shape[1:]) * width(entries[key])
+                    mapped += (cut.stop - cut.start) * wide
+                    mapped += sum(tensor.nbytes for tensor in more.values())
+                    del more, piece
 
 
 def width(entry: Entry) -> int:
@@ -242,11 +248,16 @@ def width(entry: Entry) -> int:
     return _WIDTHS.get(entry.dtype, 1)
 
 
-def one(entry: Entry) -> Tensor:
-    """A whole tensor."""
+def one(entry: Entry, part: Part = ()) -> Tensor:
+    """A part of a tensor, or all of it."""
     with _opened(entry.path, entry.version) as shard:
-        tensor: Tensor = shard.get_tensor(entry.key)
-        return tensor
+        return _part(shard, entry, part)
+
+
+def _part(shard: Any, entry: Entry, part: Part) -> Tensor:
+    """A part of a tensor of an opened shard. Without dimensions it is the whole tensor."""
+    tensor: Tensor = shard.get_slice(entry.key)[part] if part else shard.get_tensor(entry.key)
+    return tensor
 
 
 def some(names: list[str]) -> str:

@@ -62,7 +62,6 @@ class MLA(nn.Module):
         c_kv, k_pe = kv.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)  # (B, S, C), (B, S, R)
         c_kv = self.kv_a_layernorm(c_kv)  # (B, S, C)
         q_pe, k_pe = self.rotate(q_pe, k_pe, step)  # (B, S, H, R), (B, S, R)
-        attend = self.attend[step.phase]
-        # (B, S, H, V)
-        o = attend(q_nope, q_pe, c_kv, k_pe, self.kv_b_proj, self.scale, step, cache)
+        attend, up = self.attend[step.phase], self.kv_b_proj
+        o = attend(q_nope, q_pe, c_kv, k_pe, up, self.scale, step, cache)  # (B, S, H, V)
         return self.o_proj(o.flatten(2))  # (B, S, H V) -> (B, S, D)

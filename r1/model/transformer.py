@@ -1,8 +1,7 @@
 """The page to read first: R1 is a stack of blocks, and a block is attention and a feed-forward.
 
-No switch is read here. A switch acts through a strategy in a slot (mla.py's `attend`, moe.py's
-`dispatch`), through the matrix object that holds a weight (r1/storage), or through the code that
-calls the model (r1/run).
+No switch is read here. A switch acts through an object in a slot (`attend`, `dispatch`, the sums),
+through a matrix object that holds a weight (r1/storage), or the code that calls the model (r1/run).
 
 Shapes: B rows, S tokens of a row, D hidden_size, R rope dim, W vocab_size.
 """
@@ -27,20 +26,23 @@ from r1.model.step import Step, bias_of, visible
 class Block(nn.Module):
     """One decoder layer: each half is a norm, a layer, and a sum with its input."""
 
+    sum_heads: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)  # devices may share a layer,
+    sum_inner: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)  # and add up: r1/placement
+
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MLA(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.sparse = config.is_moe(layer)
-        sizes = (config.hidden_size, config.intermediate_size)
+        sizes = config.hidden_size, config.intermediate_size
         self.mlp = MoE(config) if self.sparse else MLP(*sizes)
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), step, cache)  # (B, S, D)
+        x = x + self.sum_heads(self.self_attn(self.input_layernorm(x), step, cache))  # (B, S, D)
         h = self.post_attention_layernorm(x)  # (B, S, D)
-        return x + (self.mlp(h, step.phase) if self.sparse else self.mlp(h))
+        return x + self.sum_inner(self.mlp(h, step.phase) if self.sparse else self.mlp(h))
 
 
 class Transformer(nn.Module):
@@ -52,8 +54,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        blocks = (Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from r1.storage.matrix import Matrix
+
 Part = tuple[slice, ...]
 """A piece of a tensor: start and stop in each dimension."""
 
@@ -16,6 +18,13 @@ class Placement:
 
     def arrange(self, model: Any) -> None:
         """Swap modules of a Transformer that has no memory yet, such as experts held elsewhere."""
+
+    def matrix(self, path: str, matrix: Matrix) -> Matrix:
+        """The part of a matrix that this process holds, in the same storage, without numbers.
+
+        `path` is that of the module that owns it; for a stack of experts, with the matrix's name.
+        """
+        return matrix
 
     def device(self, name: str, module: nn.Module, device: torch.device) -> torch.device:
         """The device of a module's own tensors; `name` is its path in the model."""

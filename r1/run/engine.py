@@ -15,6 +15,7 @@ from torch import Tensor
 from r1.errors import InputError
 from r1.model.cache import Cache
 from r1.model.transformer import Transformer
+from r1.placement.mesh import Mesh
 from r1.run.completion import Collector, Completion
 from r1.run.drafter import Drafter
 from r1.run.generate import speculated_steps, steps
@@ -37,8 +38,13 @@ class Engine:
         stop_ids: frozenset[int] = frozenset(),
         notes: Sequence[str] = (),
         cautions: Sequence[str] = (),
+        mesh: Mesh | None = None,
     ) -> None:
-        """`notes`: what loading left out knowingly. `cautions`: risks that its user should know."""
+        """`notes`: what loading left out knowingly. `cautions`: risks that its user should know.
+
+        `mesh`: the processes that share the model; all must call the engine alike.
+        """
+        self.mesh = mesh or Mesh()
         self.model, self.backend, self.config = model, backend, model.config
         self.runner = Runner(model, backend)
         self.drafter = Drafter(self.runner) if backend.speculate == "mtp" else None
@@ -88,8 +94,9 @@ class Engine:
         limit = min(wanted, room_for_answers(rows, self.config))
         stop_ids = frozenset[int]() if ignore_stop else self.stop_ids
         drafts = self.drafter.count if self.drafter else 0
+        self._agree(rows, limit, sampler)
         collector = Collector(rows, limit, stop_ids, drafts)
-        cache = self._take_cache(len(rows), max(map(len, rows)) + limit)
+        cache = self.mesh.together(lambda: self._take_cache(len(rows), max(map(len, rows)) + limit))
         if self.start_up.run(rows, sampler, cache, self.steps):
             collector.begin(time.perf_counter() - collector.start)
         for step in self.steps(rows, limit, sampler, cache):
@@ -174,6 +181,16 @@ class Engine:
 
             tune(self.runner, cache)
         return cache
+
+    def _agree(self, rows: list[list[int]], limit: int, sampler: Sampler) -> None:
+        """Where devices share the model: make sure that all go on alike, and draw alike."""
+        if self.mesh.ranks == 1:
+            return
+        asked = (rows, limit, sampler.temperature, sampler.top_p, sampler.seed)
+        advice = "call generate with the same on every rank"
+        self.mesh.check_alike("the prompts or the sampler", asked, advice)
+        if sampler.seed is None:
+            sampler.seed = self.mesh.shared(torch.Generator().seed() % 2**63)
 
     def _take_cache(self, rows: int, tokens: int) -> Cache:
         """A call's cache. The last captured call's is kept with its graphs, if it has this size."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from r1.errors import InputError, setting
 from r1.model.cache import Cache, LayerCache, bytes_per_token
 from r1.model.config import Config
 from r1.model.step import Step
-from r1.model.transformer import Transformer
+from r1.model.transformer import Block, Transformer
 from r1.run.callers import Caller, Captured, Plain
 from r1.run.ways import ways_of
 from r1.switches.backend import Backend
@@ -61,7 +61,9 @@ class Runner:
         self.device = torch_device(backend.device)
         strategy = ATTENTION[backend.prefill_attention]
         self.prefill_chunk = prefill_chunk or CHUNK.get(strategy.needs or "", FUSED_CHUNK)
-        self.entry = ATTENTION[backend.attention].entry(self.config.attention)
+        # Of the heads that this device has (r1/placement).
+        shape = cast(Block, model.layers[0]).self_attn.shape
+        self.entry = ATTENTION[backend.attention].entry(shape)
         self.cache_dtype = DTYPES[backend.dtype]
         self.ways = ways_of(model, backend, self.device)
         self.blocks = {p: [way.block(b) for b in model.layers] for p, way in self.ways.items()}

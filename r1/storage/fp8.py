@@ -117,6 +117,5 @@ class Fp8(Quantized):
         return shape, E4M3
 
     @classmethod
-    def quantize(cls, weight: Tensor, spec: Spec) -> dict[str, Tensor]:
-        q, scale = quantize(weight, spec.block(weight.shape))
-        return cls.encode(Codes(q, scale))
+    def codes(cls, weight: Tensor, spec: Spec) -> Codes:
+        return Codes(*quantize(weight, spec.block(weight.shape)))

@@ -92,9 +92,14 @@ class Quantized(Matrix):
         return {name: value for name, value in pairs if value is not None}
 
     @classmethod
+    def codes(cls, weight: Tensor, spec: Spec) -> Codes:
+        """A matrix (out, in) of any float dtype as numbers and scales: round to nearest."""
+        return round_to_nearest(weight, spec)
+
+    @classmethod
     def quantize(cls, weight: Tensor, spec: Spec) -> Packed:
-        """The tensors to store, of a matrix (out, in) of any float dtype: round to nearest."""
-        return cls.encode(round_to_nearest(weight, spec))
+        """The tensors to store, of a matrix (out, in) of any float dtype."""
+        return cls.encode(cls.codes(weight, spec))
 
     @classmethod
     def of(cls, weight: Tensor, spec: Spec) -> Quantized:

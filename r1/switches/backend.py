@@ -91,6 +91,12 @@ class Backend:
     draft_tokens: int = 1
     """tokens that are drafted for a step with `speculate=mtp`; from the second on the MTP layer
     reads its own output"""
+    tp: int = 1
+    """tensor parallel: devices that share each layer's heads and inner values; start the command
+    with torchrun, a process for each device"""
+    ep: int = 1
+    """expert parallel: devices that share each layer's experts, likewise; together with `tp` as
+    many devices as both multiplied"""
 
     def __post_init__(self) -> None:
         for name, values in choices().items():
@@ -101,15 +107,21 @@ class Backend:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InputError(f"{setting(name, repr(value))}: choose True or False")
-        drafts = self.draft_tokens
-        if isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1:
-            asked = setting("draft_tokens", repr(drafts))
-            raise InputError(f"{asked}: give a whole number of at least 1")
+        for name in ("draft_tokens", "tp", "ep"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                asked = setting(name, repr(value))
+                raise InputError(f"{asked}: give a whole number of at least 1")
 
     @property
     def step_tokens(self) -> int:
         """Tokens that a decode step reads of each row: the last one, and the drafts after it."""
         return 1 + (self.draft_tokens if self.speculate == "mtp" else 0)
+
+    @property
+    def ranks(self) -> int:
+        """Devices, each with a process, that share the model."""
+        return self.tp * self.ep
 
     @property
     def compute(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from r1.errors import flags_spelling, setting
+from r1.placement.ranks import first_to_speak
 from r1.switches.backend import Backend, choices
 
 
@@ -27,6 +28,11 @@ class Parser(argparse.ArgumentParser):
         line = f"r1 {version}, torch {torch.__version__}, Python {platform.python_version()}"
         text = "print the versions of r1, torch and Python, and end"
         self.add_argument("--version", action="version", version=line, help=text)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Of several processes with the same command line, one prints."""
+        if first_to_speak():
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""

@@ -35,3 +35,11 @@ def spec_of(name: str, files: FileFormat, quant: str, head: str = "none") -> Spe
     if quant == "none" or name.rpartition(".")[2] in KEPT:
         return None
     return files.spec(name) if quant in ("auto", files.kind) else USUAL[quant]
+
+
+def specs_of(files: FileFormat, quant: str) -> tuple[Spec, ...]:
+    """The formats in which a model lies in memory under `quant`."""
+    if quant == "none":
+        return ()
+    kept = quant in ("auto", files.kind)
+    return tuple(spec for spec, _ in files.stored) if kept else (USUAL[quant],)

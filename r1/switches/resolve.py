@@ -11,6 +11,7 @@ from r1.device import DTYPES
 from r1.errors import InputError, setting
 from r1.model.config import Config
 from r1.model.strategy import Strategy, Use
+from r1.placement import cuts
 from r1.storage import int4_cpu
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
@@ -31,6 +32,7 @@ def resolve(
     machine = machine if device != "cpu" else machine.without_gpu()
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
+    _check_devices(backend, config)
     backend = _kernels(backend, machine)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
     if backend.quant_head != "none" and config.tie_word_embeddings:
@@ -43,7 +45,7 @@ def resolve(
     }
     attention, prefill_attention = _attention(backend, uses)
     moe, prefill_moe = (
-        _choose(slot, EXPERTS, getattr(backend, slot), use, _auto_experts(use))
+        _choose(slot, EXPERTS, getattr(backend, slot), use, _auto_experts(use, backend.ep))
         for slot, use in (("moe", uses["decode"]), ("prefill_moe", uses["prefill"]))
     )
     return dataclasses.replace(
@@ -97,6 +99,18 @@ def _check_machine(backend: Backend, machine: Machine) -> None:
         raise InputError(
             f"{setting('amp', backend.amp)} casts fp32 weights as it goes, but {asked_dtype}: use "
             f"{setting('dtype', 'fp32')}, or {setting('amp', 'off')}"
+        )
+
+
+def _check_devices(backend: Backend, config: Config) -> None:
+    """Whether so many devices can share this model."""
+    if why := cuts.why_not(config, backend.tp, backend.ep):
+        raise InputError(why)
+    if backend.ranks > 1 and backend.kernels == "triton":
+        spread = " and ".join(setting(n, getattr(backend, n)) for n in ("tp", "ep"))
+        raise InputError(
+            f"{setting('kernels', 'triton')} adds up a whole layer in one device's kernels, and "
+            f"{spread} share it: use {setting('kernels', 'torch')}"
         )
 
 
@@ -228,11 +242,12 @@ def _multiplies_packed(use: Use) -> bool:
     return fits and use.dtype == torch.bfloat16
 
 
-def _auto_experts(use: Use) -> Sequence[str]:
+def _auto_experts(use: Use, ep: int) -> Sequence[str]:
     """Expert strategies, the best first.
 
-    gather copies the experts of every token. grouped has to sort, but reads each expert once. On a
-    CPU it may multiply by packed numbers, which gather would have to dequantize.
+    gather copies an expert for each choice of every token, also where another of `ep` devices holds
+    it. grouped has to sort, but reads each expert once. On a CPU it may multiply by packed numbers,
+    which gather would have to dequantize.
     """
     if _multiplies_packed(use):
         return ("grouped", "loop", "gather")
@@ -240,7 +255,7 @@ def _auto_experts(use: Use) -> Sequence[str]:
     visits = use.tokens * experts.num_experts_per_tok
     few = use.tokens == 1 or 4 * visits <= experts.n_routed_experts
     if use.phase == "decode" and few:
-        return ("gather",)
+        return ("gather",) if ep == 1 else ("grouped", "gather")
     if use.phase == "prefill" and use.captured:
         return ("grouped", "triton", "gather")
     return ("grouped", "loop", "gather")

@@ -66,9 +66,10 @@ def write_reference(subject: Subject, switches: Iterable[str]) -> Answer:
         "steps": torch.tensor(compared),
         "logits": torch.stack(kept),
     }
-    save_file(reference, subject.folder / REFERENCE)
     made = {switch: measure_rounding(subject, switch, reference) for switch in switches}
-    save_file(as_tensors(made), subject.folder / ROUNDING)
+    if subject.place.leads:
+        save_file(reference, subject.folder / REFERENCE)
+        save_file(as_tensors(made), subject.folder / ROUNDING)
     return {"experts_hit": sum(hits) / len(hits) if hits else 0.0}
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from r1.bench import compiler_checks
-from r1.bench.process import Answer, answer_commands
+from r1.bench.process import Answer, answer_commands, end_with_parent
 from r1.bench.worker import profiling, reading, reference, timing
 from r1.bench.worker.accuracy import accuracy
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
 from r1.errors import flags_spelling
+from r1.placement.ranks import Crew, disconnect
 from r1.switches import own_files
 from r1.switches.backend import Backend
 
@@ -55,18 +56,23 @@ def serve(
     folder: Path,
     compiled: str,
     setup: Setup,
+    place: Crew,
 ) -> None:
     """Answer commands until "quit".
 
     `folder` holds the reference. `compiled` names the arm's cache of compiled code in it: the first
-    process that uses this cache starts with a cold one.
+    process that uses this cache starts with a cold one. `place`: this process among those that
+    share the model.
     """
+    end_with_parent()
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
+    compiled = f"{compiled}-{place.rank}" if place.count > 1 else compiled
     compiler_checks.copy(folder, folder / compiled)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler's library greets on stderr
-    subject = Subject(backend, workload, folder)
+    subject = Subject(backend, workload, folder, place)
     commands = {name: partial(command, subject) for name, command in COMMANDS.items()}
     with flags_spelling():
         answer_commands(pipe, commands, partial(own_files.run, setup.imports))
+    disconnect()

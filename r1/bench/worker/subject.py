@@ -13,11 +13,13 @@ from r1.bench.process import Answer
 from r1.bench.routing import make_uniform
 from r1.bench.sizes import check_sizes
 from r1.bench.workload import Workload
-from r1.device import synchronize
+from r1.device import synchronize, torch_device
 from r1.errors import InputError
+from r1.placement.ranks import Crew
 from r1.run.engine import Engine
 from r1.run.runner import round_capacity
 from r1.switches.backend import Backend
+from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
 
@@ -26,8 +28,14 @@ class Subject:
 
     engine: Engine
 
-    def __init__(self, backend: Backend, workload: Workload, folder: Path) -> None:
-        """`folder` holds the files of the reference. Nothing is loaded yet."""
+    def __init__(
+        self, backend: Backend, workload: Workload, folder: Path, place: Crew | None = None
+    ) -> None:
+        """`folder` holds the files of the reference. Nothing is loaded yet.
+
+        `place`: this process among those that share the model.
+        """
+        self.place = place or Crew()
         self.backend, self.workload, self.folder = backend, workload, folder
         self.text: list[list[int]] = []
         """The tokens that the last repetition wrote, by row."""
@@ -46,13 +54,19 @@ class Subject:
     def load(self) -> Answer:
         """Load or make the model, with the workload's routing."""
         w = self.workload
+        asked = self.backend.device
+        self.place.connect(torch_device(Machine.here().device if asked == "auto" else asked).type)
         start = time.perf_counter()
         if w.model is not None:
             self.engine = r1.load(w.model, self.backend, batch=w.batch, quiet=True)
         else:
             config = w.config()
             backend = resolve(self.backend, config, batch=w.batch)
-            self.engine = Engine(build.from_shape(config, backend, seed=w.seed), backend)
+            mesh = build.connected(backend)
+            mesh.check_alike("the switches", vars(backend), "use devices of one kind")
+            placement = build.placement_of(config, backend, mesh)
+            made = build.from_shape(config, backend, seed=w.seed, placement=placement)
+            self.engine = Engine(made, backend, mesh=mesh)
         if w.routing == "uniform":
             make_uniform(self.engine.model, w.seed)
         seconds = time.perf_counter() - start

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from r1.errors import InputError
 from r1.files.quantized.declared import Declared
-from r1.files.quantized.published import Published, Tensors, Values, scale_dtype
+from r1.files.quantized.published import (
+    COLUMNS,
+    ROWS,
+    Axis,
+    Published,
+    Tensors,
+    Values,
+    scale_dtype,
+)  # fmt: skip
 from r1.storage.codes import Codes, zero_dtype
 from r1.storage.spec import Spec
 
@@ -63,6 +71,12 @@ class EightBits(Published):
             grid = actual
         names = [self.scale, *(["weight_zero_point"] if spec.zeros else [])]
         return {name: grid for name in names}
+
+    def layout(self, spec: Spec | None) -> dict[str, tuple[Axis, ...]]:
+        assert spec is not None
+        scales = ((ROWS, spec.rows), (COLUMNS, spec.columns))
+        numbers = ((ROWS, 1), (COLUMNS, 1))
+        return {"weight": numbers, self.scale: scales, "weight_zero_point": scales}
 
     def codes(self, v: Values, spec: Spec, shape: tuple[int, int], d: Declared) -> Codes:
         grid = spec.grid(shape)

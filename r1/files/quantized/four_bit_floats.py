@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from r1.files.quantized.declared import Declared
-from r1.files.quantized.published import Published, Tensors, Values
+from r1.files.quantized.published import COLUMNS, ROWS, Axis, Published, Tensors, Values
 from r1.storage.packing import unpack_nibbles
 from r1.storage.spec import Spec
 
@@ -38,6 +38,10 @@ class FourBitFloats(Published):
         rows, columns = shape
         scales = (rows, -(-columns // self.columns))
         return {self.main: (rows, -(-columns // 2)), self.scale: scales}
+
+    def layout(self, spec: Spec | None) -> dict[str, tuple[Axis, ...]]:
+        scales = ((ROWS, 1), (COLUMNS, self.columns))
+        return {self.main: ((ROWS, 1), (COLUMNS, 2)), self.scale: scales}
 
     def scales(self, v: Values) -> Tensor:
         """fp32 (out, in / columns)."""

@@ -23,6 +23,10 @@ Tensors = Mapping[str, Entry]
 """A matrix's tensors by the ending of their names, from the files' headers."""
 Values = Mapping[str, Tensor]
 """The same with their numbers."""
+Axis = tuple[int, int]
+"""What a tensor's dimension runs along, the matrix's ROWS or COLUMNS, and of how many of them each
+of its entries is; 0: of all."""
+ROWS, COLUMNS = 0, 1
 AGAIN = "download it again"
 SCALE_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 """The scales' dtypes that r1 reads, by safetensors' names, as Spec names them."""
@@ -57,6 +61,13 @@ class Published:
     ) -> dict[str, tuple[int, ...]]:
         """The shape that each of the tensors must have."""
         raise NotImplementedError(f"{type(self).__name__} must define expected(...)")
+
+    def layout(self, spec: Spec | None) -> dict[str, tuple[Axis, ...]]:
+        """How the tensors lie beside the matrix, so that a part of it can be read alone.
+
+        What is not named is read whole.
+        """
+        return {}
 
     def codes(self, v: Values, spec: Spec, shape: tuple[int, int], d: Declared) -> Codes:
         """The numbers, (out, in), unpacked."""

@@ -11,6 +11,9 @@ from torch import Tensor
 from r1.errors import InputError
 from r1.files.quantized.declared import Declared
 from r1.files.quantized.published import (
+    COLUMNS,
+    ROWS,
+    Axis,
     Published,
     Tensors,
     Values,
@@ -37,6 +40,17 @@ def _bits(d: Declared, t: Tensors, main: str) -> int:
 def _integers(q: Tensor, bits: int) -> Tensor:
     """Unsigned numbers -> as codes hold them: int4 0 to 15, int8 around 0."""
     return q if bits == 4 else (q.to(torch.int16) - 128).to(torch.int8)
+
+
+def _per_word(spec: Spec | None) -> int:
+    """Numbers in a word."""
+    return 8 if spec is not None and spec.kind == "int4" else 4
+
+
+def _groups(spec: Spec | None) -> Axis:
+    """Columns of a group. A table of groups (g_idx) may send a column to any of them."""
+    assert spec is not None
+    return COLUMNS, 0 if spec.indexed else spec.columns
 
 
 def _zeros(z: Tensor, bits: int) -> Tensor:
@@ -84,6 +98,15 @@ class CompressedWords(Published):
         if spec.indexed:
             shapes["weight_g_idx"] = (columns,)
         return shapes
+
+    def layout(self, spec: Spec | None) -> dict[str, tuple[Axis, ...]]:
+        assert spec is not None
+        per_word, groups = _per_word(spec), _groups(spec)
+        return {
+            "weight_packed": ((ROWS, 1), (COLUMNS, per_word)),
+            "weight_scale": ((ROWS, spec.rows), groups),
+            **({"weight_zero_point": ((ROWS, per_word), groups)} if spec.zeros else {}),
+        }
 
     def codes(self, v: Values, spec: Spec, shape: tuple[int, int], d: Declared) -> Codes:
         bits = 4 if spec.kind == "int4" else 8
@@ -146,6 +169,11 @@ class Awq(Transposed):
         shapes |= {"qzeros": (groups, rows // 8)} if spec.zeros else {}
         return {**shapes}
 
+    def layout(self, spec: Spec | None) -> dict[str, tuple[Axis, ...]]:
+        groups = _groups(spec)
+        words = {"qweight": ((COLUMNS, 1), (ROWS, 8)), "qzeros": (groups, (ROWS, 8))}
+        return {**words, "scales": (groups, (ROWS, 1))}
+
     def codes(self, v: Values, spec: Spec, shape: tuple[int, int], d: Declared) -> Codes:
         q = unpack_words(v["qweight"], 4, AWQ_ORDER).T.contiguous()
         zero = unpack_words(v["qzeros"], 4, AWQ_ORDER) if spec.zeros else q
@@ -175,6 +203,12 @@ class Gptq(Transposed):
         shapes = {"qweight": (-(-columns // per_word), rows), "scales": (groups, rows)}
         shapes |= {"qzeros": (groups, -(-rows // per_word))} if spec.zeros else {}
         return {**shapes, **({"g_idx": (columns,)} if "g_idx" in t else {})}
+
+    def layout(self, spec: Spec | None) -> dict[str, tuple[Axis, ...]]:
+        groups, per_word = _groups(spec), _per_word(spec)
+        words = {"qweight": ((COLUMNS, per_word), (ROWS, 1)), "scales": (groups, (ROWS, 1))}
+        # Symmetric numbers have zero points in the files too, and they are not looked at.
+        return {**words, "qzeros": (groups, (ROWS, per_word))}
 
     def codes(self, v: Values, spec: Spec, shape: tuple[int, int], d: Declared) -> Codes:
         bits = 4 if spec.kind == "int4" else 8

@@ -1,0 +1,65 @@
+"""Random weights instead of a checkpoint's: the same numbers for a seed, wherever parts lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r1.files.names import Slot, slots
+from r1.model.transformer import Transformer
+from r1.placement.placement import Part, Placement
+from r1.storage.codes import part
+from r1.storage.kinds import KINDS
+
+DRAW_ELEMENTS = 2**24
+"""Random numbers drawn at a time: bounds the fp32 scratch."""
+
+
+def randomize(
+    model: Transformer, seed: int, whole: Transformer | None = None,
+    placement: Placement | None = None,
+) -> None:  # fmt: skip
+    """Set every tensor from `seed`: the same bf16 numbers in every dtype, joined or not.
+
+    Quantized matrices are made of the same numbers, one by one, so the model is never held as it
+    was before. Where this process holds a part of a model, `whole` is all of it, without memory:
+    each of its tensors is drawn, and `placement`'s part of it is kept.
+    """
+    device = model.norm.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    mine, place = slots(model), placement or Placement()
+    with torch.no_grad():
+        for key, all_of_it in (slots(whole) if whole is not None else mine).items():
+            slot = mine.get(key)
+            if key.endswith("e_score_correction_bias"):
+                if slot is not None:
+                    slot.weight.zero_()
+            elif len(all_of_it.shape) == 1:
+                if slot is not None:
+                    slot.weight.fill_(1.0)
+            elif whole is None and slot is not None and slot.spec is None:
+                _draw(slot.weight, generator)
+            else:
+                drawn = torch.empty(all_of_it.shape, dtype=torch.bfloat16, device=device)
+                _draw(drawn, generator)
+                if slot is not None:
+                    _keep(slot, drawn, place.part(key, all_of_it.shape))
+
+
+def _keep(slot: Slot, drawn: Tensor, mine: Part) -> None:
+    """Put a part of a matrix (out, in) into its slot."""
+    if slot.spec is None:
+        slot.weight.copy_(drawn[mine])
+        return
+    kind = KINDS[slot.spec.kind]
+    if slot.shape == drawn.shape:
+        slot.fill(kind.quantize(drawn, slot.spec))
+        return
+    rows, columns = mine
+    slot.fill(kind.encode(part(kind.codes(drawn, slot.spec), slot.spec, rows, columns)))
+
+
+def _draw(place: Tensor, generator: torch.Generator) -> None:
+    for some in place.view(-1).split(DRAW_ELEMENTS):
+        drawn = torch.empty(some.shape, dtype=torch.float32, device=some.device)
+        some.copy_(drawn.normal_(0.0, 0.02, generator=generator).bfloat16())

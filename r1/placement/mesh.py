@@ -1,0 +1,118 @@
+"""The processes that share a model, in a grid of `ep` x `tp`, and what they agree on.
+
+Rank r is number r % tp among those that share a layer's heads, and number r // tp among those that
+share its experts. The grid is made of the process group that is there (ranks.py): importing r1
+starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from r1.errors import InputError, setting
+
+T = TypeVar("T")
+
+
+class SharedError(InputError):
+    """An InputError that every rank raises, so that rank 0 may tell it for all."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid, and this process's place in it.
+
+    Without groups it only tells sizes: those of rank 0, which has the largest share.
+    """
+
+    tp: int = 1
+    ep: int = 1
+    rank: int = 0
+    tp_group: Any = None
+    group: Any = None
+    """All ranks."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.ep
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank // self.tp
+
+    @staticmethod
+    def here(tp: int, ep: int, device: str) -> Mesh:
+        """The grid of the processes that torch.distributed connects. `device` is torch's name.
+
+        Raises InputError if they are more or fewer than the grid has places.
+        """
+        ranks = tp * ep
+        if ranks == 1:  # whoever else is there goes on alone, too
+            return Mesh()
+        there = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if there != ranks:
+            asked = " and ".join(setting(n, v) for n, v in (("tp", tp), ("ep", ep)) if v > 1)
+            raise InputError(
+                f"{asked} needs {ranks} processes, and {there} {'were' if there > 1 else 'was'} "
+                f"started: use torchrun --nproc-per-node {ranks}"
+            )
+        from torch.distributed.device_mesh import init_device_mesh  # some builds of torch lack it
+
+        grid = init_device_mesh(device, (ep, tp), mesh_dim_names=("ep", "tp"))
+        return Mesh(tp, ep, dist.get_rank(), grid.get_group("tp"), dist.group.WORLD)
+
+    def shared(self, value: T) -> T:
+        """Rank 0's value, on every rank. (It is pickled: only ranks of one command talk here.)"""
+        if self.ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def together(self, call: Callable[[], T]) -> T:
+        """Call it on every rank. If it raises InputError on one of them, every rank raises it."""
+        if self.ranks == 1:
+            return call()
+        wrong: str | None = None
+        try:
+            result = call()
+        except InputError as error:
+            wrong = str(error)
+        for rank, sentence in enumerate(self._all(wrong)):
+            if sentence is not None:
+                raise SharedError(sentence if rank == 0 else f"rank {rank}: {sentence}")
+        return result
+
+    def check_alike(self, what: str, value: object, advice: str) -> None:
+        """Raise InputError on every rank where a rank has another value than rank 0.
+
+        `what` has the value, as in "the prompts". Of two dicts the sentence shows what differs.
+        """
+        if self.ranks == 1:
+            return
+        first, *others = self._all(value)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                told = ""
+                if isinstance(first, dict) and isinstance(other, dict):
+                    names = [name for name in first if first[name] != other.get(name)]
+                    ours, theirs = (
+                        ", ".join(setting(name, each.get(name)) for name in names)
+                        for each in (other, first)
+                    )
+                    told = f" ({ours}, and not {theirs})"
+                raise SharedError(f"rank {rank} differs from rank 0 in {what}{told}: {advice}")
+
+    def _all(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value, group=self.group)
+        return values

@@ -1,0 +1,131 @@
+"""Tensor and expert parallel: each rank of a mesh holds its part of every layer.
+
+| part of the model | shared by | how | what is exchanged |
+|---|---|---|---|
+| attention | `tp` ranks | each has some heads | one sum after o_proj |
+| routed experts | `ep` x `tp` ranks | some experts; of each, some inner values | the sum below |
+| dense and shared feed-forward | all ranks | each has some inner values | one sum after the layer |
+| embedding, output head, MTP's eh_proj | all ranks | each has some rows | a sum; the outputs |
+
+Every rank holds the norms, the router and the latent cache, and sees every token. So all ranks
+choose the same experts, and each adds what it can to the one sum after the layer. With `ep` alone
+attention is whole on every rank, and there is one sum a layer and not two. The output head's parts
+are put together on every rank, so that all ranks draw the same token from all logits: of R1 it is
+half a megabyte a row, once a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1.errors import InputError, setting
+from r1.model.config import Config
+from r1.model.mla import MLA
+from r1.model.moe import Experts, MoE
+from r1.model.transformer import Block
+from r1.placement.collectives import Gather, SpreadRows, Sum
+from r1.placement.cuts import CUTS, block_of, share
+from r1.placement.mesh import Mesh
+from r1.placement.placement import Part, Placement
+from r1.storage.dense import Dense
+from r1.storage.matrix import Matrix
+from r1.storage.quantized import Quantized
+from r1.storage.spec import Spec
+
+
+class RankExperts(Experts):
+    """The routed experts of one rank. A choice that another rank holds gets weight 0 here.
+
+    `combine` does nothing: the block adds up the ranks' outputs together with the shared experts'.
+    """
+
+    def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        local = indices - self.ids.start  # (N, K)
+        held = (local >= 0) & (local < self.count)
+        return [(local.where(held, torch.zeros_like(local)), weights * held)]
+
+
+class Parallel(Placement):
+    """One rank's part of a model."""
+
+    def __init__(self, config: Config, mesh: Mesh, specs: Iterable[Spec]) -> None:
+        """`specs`: the formats in which the model stores matrices; their blocks stay whole."""
+        self.config, self.mesh, self.block = config, mesh, block_of(specs)
+        self.cut: dict[int, Matrix] = {}
+        """The cut matrices by the whole one's id: a tied embedding is cut once."""
+        self.whole: list[Matrix] = []
+        """Keeps the whole ones, so that no other object gets their ids."""
+
+    def arrange(self, model: Any) -> None:
+        """Give each layer its share of heads and experts, and the slots that add up."""
+        mesh = self.mesh
+        for module in model.modules():
+            if isinstance(module, Block):
+                if mesh.tp > 1:
+                    module.sum_heads = Sum(mesh.tp_group)
+                module.sum_inner = Sum(mesh.group)
+            elif isinstance(module, MLA):
+                heads = self.config.attention.num_attention_heads // mesh.tp
+                module.shape = dataclasses.replace(module.shape, num_attention_heads=heads)
+                module.kv_b_proj.heads = heads
+            elif isinstance(module, MoE) and mesh.ep > 1:
+                each = self.config.experts.n_routed_experts // mesh.ep
+                ids = range(mesh.ep_rank * each, (mesh.ep_rank + 1) * each)
+                module.experts = RankExperts(self.config, ids)
+
+    def matrix(self, path: str, matrix: Matrix) -> Matrix:
+        """This rank's part of a matrix, without numbers. Raises InputError if it splits a block."""
+        name = path.rpartition(".")[2]
+        rank, ranks = self._among(path)
+        if name not in CUTS or ranks == 1:
+            return matrix
+        if id(matrix) not in self.cut:
+            part = share(name, tuple(matrix.shape), rank, ranks, self.block)
+            small = _empty(path, matrix, tuple(cut.stop - cut.start for cut in part))
+            if CUTS[name].of in ("words", "outputs"):
+                group = self.mesh.group
+                small = SpreadRows(small, rank, Sum(group), Gather(group, ranks))
+            self.cut[id(matrix)] = small
+            self.whole.append(matrix)
+        return self.cut[id(matrix)]
+
+    def part(self, key: str, shape: tuple[int, ...]) -> Part:
+        path = key.removesuffix(".weight")
+        return share(path.rpartition(".")[2], shape, *self._among(path), self.block)
+
+    def _among(self, path: str) -> tuple[int, int]:
+        """This process's number among the ranks that share a matrix, and how many they are."""
+        mesh, name = self.mesh, path.rpartition(".")[2]
+        if ".experts." in path or (name in CUTS and CUTS[name].of == "heads"):
+            return mesh.tp_rank, mesh.tp
+        return mesh.rank, mesh.ranks
+
+
+def _empty(path: str, matrix: Matrix, shape: tuple[int, ...]) -> Matrix:
+    """A matrix of the same storage and this shape, without numbers.
+
+    Raises InputError where heads or words end within a block. (Inner values are shared in blocks.)
+    """
+    if not isinstance(matrix, Quantized):
+        like = matrix.dense()
+        return Dense(torch.empty(shape, dtype=like.dtype, device=like.device))
+    spec, inner = matrix.spec, CUTS[path.rpartition(".")[2]].of == "inner values"
+    for side, block, cut, whole in zip(
+        ("rows", "columns"), (spec.rows, spec.columns), shape[-2:], matrix.shape[-2:], strict=True
+    ):
+        if cut != whole and block and cut % block and not inner:
+            raise InputError(
+                f"{path} is stored in blocks of {block} {side} that share a scale, and a device's "
+                f"{cut} {side} would split one: use fewer devices, or {setting('quant', 'none')}"
+            )
+    if spec.indexed and shape[-1] != matrix.shape[-1]:
+        raise InputError(
+            f"{path} has a table (g_idx) that spreads its columns over all groups of numbers, so "
+            f"devices can't share them: use {setting('quant', 'none')}"
+        )
+    return type(matrix).empty(spec, shape, matrix.dtype)

@@ -1,0 +1,84 @@
+"""Processes that stay, for tests of several devices: each test is a function that all of them run.
+
+Starting a process takes seconds, most of them for imports. A new process group takes milliseconds,
+so the same processes serve as two ranks and as four.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1 import InputError
+
+PATIENCE = 120
+"""Seconds to wait for an answer: a rank that waits for another one must not hang the suite."""
+
+
+@dataclass
+class Refused:
+    """The sentence of an InputError that a rank raised."""
+
+    sentence: str
+
+
+class Ranks:
+    """A context with up to so many processes, which start when they are first needed."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.jobs = scratch, 0
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def run(self, count: int, call: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `call(*arguments)` returns on each of `count` ranks. A defect on one is raised."""
+        context = multiprocessing.get_context("spawn")
+        while len(self.pipes) < count:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self.jobs += 1
+        store = self.scratch / f"store-{self.jobs}"
+        for rank, pipe in enumerate(self.pipes[:count]):
+            pipe.send((store, rank, count, call, arguments))
+        answers = []
+        for pipe in self.pipes[:count]:
+            assert pipe.poll(PATIENCE), "a rank does not answer"
+            answers.append(pipe.recv())
+        for answer in answers:
+            if isinstance(answer, str):
+                raise AssertionError(f"a rank failed:\n{answer}")
+        return [answer[0] for answer in answers]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        store, rank, count, call, arguments = pipe.recv()
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+        try:
+            pipe.send((call(*arguments),))
+        except InputError as error:
+            pipe.send((Refused(str(error)),))
+        except Exception:  # a defect: the test shows it
+            pipe.send(traceback.format_exc())
+        finally:
+            dist.destroy_process_group()
