@@ -55,6 +55,29 @@ def load(
     tensors that are missing, surplus or of another shape or dtype, values that are no number, and
     FP8 weights without sound scales.
     """
+    found = survey(model, directory, placement)
+    read(found, slots(model), quiet=quiet)
+    return found.report
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A checkpoint's tensors, compared with a model's. No weight is read yet."""
+
+    name: str
+    files: Recognized
+    shapes: Shapes
+    parts: dict[str, Part]
+    report: Report
+
+
+def survey(
+    model: Transformer, directory: str | Path, placement: Placement | None = None
+) -> Survey:
+    """Compare the headers of `directory` with the model, which needs no memory yet.
+
+    Raises InputError as `load` does.
+    """
     directory = Path(directory)
     declared = methods.declared_in(directory)
     entries = entries_of(directory, unlisted=declared is not None and declared.unlisted)
@@ -71,31 +94,33 @@ def load(
     parts = {key: (placement or Placement()).part(key, shape) for key, shape in shapes.items()}
     for key, slot in wanted.items():
         _check(files, key, shapes[key], parts[key], slot, model)
-    _read(directory.name, files, wanted, shapes, parts, report, quiet)
-    return report
+    return Survey(directory.name, files, shapes, parts, report)
 
 
-def _read(
-    name: str, files: Recognized, wanted: dict[str, Slot], shapes: Shapes,
-    parts: dict[str, Part], report: Report, quiet: bool,
-) -> None:  # fmt: skip
-    """Read every weight into its slot, in the order in which they lie in the files."""
+def read(found: Survey, wanted: dict[str, Slot], *, quiet: bool = False) -> None:
+    """Read weights into their slots, in the order in which they lie in the files.
+
+    `wanted` may be some of the surveyed model's slots. Raises InputError as `load` does.
+    """
+    files, parts = found.files, found.parts
     mains = {key: files.main(key) for key in wanted}
     regions = {key: _region(files, key, parts[key]) for key in wanted}
     whole = {key for key, slot in wanted.items() if slot.spec or key in files.found}
     beside = {
-        key: {e: entry for e, entry in found.tensors.items() if e != found.format.main}
-        for key, found in files.found.items()
+        key: {e: entry for e, entry in each.tensors.items() if e != each.format.main}
+        for key, each in files.found.items()
+        if key in wanted
     }
     total = sum(math.prod(p.stop - p.start for p in regions[k]) * width(mains[k]) for k in mains)
-    with Progress(f"loading {name}", total, quiet) as progress, torch.no_grad():
+    with Progress(f"loading {found.name}", total, quiet) as progress, torch.no_grad():
         for piece in stream(mains, regions, whole, beside):
             key = piece.key
             if key in files.found:
-                fill_found(wanted[key], files.found[key], piece, parts[key], shapes[key])
+                shape = found.shapes[key]
+                fill_found(wanted[key], files.found[key], piece, parts[key], shape)
             else:
                 fill_plain(wanted[key], piece)
-            report.nbytes += piece.rows.nbytes
+            found.report.nbytes += piece.rows.nbytes
             progress.add(piece.rows.nbytes)
         for key, slot in wanted.items():
             check_finite(key, slot, mains[key].path)

@@ -24,6 +24,8 @@ class Declared:
     bits: int | None = None
     group: int | None = None
     """Columns that share a scale; 0: a whole row."""
+    groups: tuple[int, ...] = ()
+    """The numbers of such columns, where matrices differ in it. Their scales tell which it is."""
     block: tuple[int, int] | None = None
     """Rows and columns of the blocks that share a scale."""
     symmetric: bool = False
@@ -34,6 +36,22 @@ class Declared:
     """Columns lie in order, so that a table of their groups only repeats that."""
     unlisted: bool = False
     """The index may omit tensors that the quantizer added."""
+
+    def columns(self, key: str, columns: int, across: int) -> int | None:
+        """How many columns of a matrix share a scale, `across` scales to a row (see `group`).
+
+        Raises InputError where several of `groups` would make as many scales.
+        """
+        if not self.groups:
+            return self.group
+        sizes = {size or columns for size in self.groups}
+        fitting = {min(n, columns) for n in sizes if -(-columns // n) == across}
+        if len(fitting) > 1:
+            raise InputError(
+                f"{self.where} has groups of {' and '.join(map(str, sorted(fitting)))} columns, "
+                f"and {key} may be of either: {PLAIN}"
+            )
+        return next(iter(fitting), self.group)
 
 
 class Reader:
