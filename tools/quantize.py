@@ -57,11 +57,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--experts-only", action="store_true", help="quantize only routed experts")
     out.add_argument(
         "--format", choices=FORMATS, default="compressed-tensors",
-        help="of the files (default compressed-tensors, its pack-quantized; awq: AutoAWQ's gemm)",
+        help="of the files: compressed-tensors (default), its pack-quantized, symmetric; or awq, "
+        "AutoAWQ's gemm, with zero points",
     )  # fmt: skip
-    out.add_argument(
-        "--zeros", action="store_true", help="zero points for compressed-tensors; awq has them"
-    )
     text = out.add_mutually_exclusive_group()
     text.add_argument("--text", type=Path, metavar="FILE", help="calibrate on this text")
     text.add_argument(
@@ -73,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
         "-n", type=int, default=256, metavar="N", help="rows of text, or questions (default 256)"
     )
     out.add_argument("--length", type=int, default=512, metavar="N", help="tokens (default 512)")
-    out.add_argument("--seed", type=flags.seed, default=0, help="of tiny-r1's questions (default 0)")
+    out.add_argument(
+        "--seed", type=flags.seed, default=0, help="of tiny-r1's questions (default 0)"
+    )
     out.add_argument("--device", choices=choices()["device"], default="auto", help="default auto")
     out.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of a layer in memory (fp32)"
@@ -93,7 +93,7 @@ def work(arguments: argparse.Namespace) -> int:
     check_new(a.out)
     shared.check_output(a.output)
     form = FORMATS[a.format]
-    grid = Grid(a.bits, a.group, a.zeros or a.format == "awq", form.scale)
+    grid = Grid(a.bits, a.group, form.zeros, form.scale)
     text = _text(a)
     plan = job.Plan(a.method, grid, a.format, a.experts_only, text)
     source = Source(a.model, a.device, a.dtype)

@@ -71,9 +71,7 @@ class Survey:
     report: Report
 
 
-def survey(
-    model: Transformer, directory: str | Path, placement: Placement | None = None
-) -> Survey:
+def survey(model: Transformer, directory: str | Path, placement: Placement | None = None) -> Survey:
     """Compare the headers of `directory` with the model, which needs no memory yet.
 
     Raises InputError as `load` does.

@@ -1,4 +1,4 @@
-"""The text that shows a model's layers what they read: a user's file, or the model's own answers."""
+"""What the layers read while they are looked at: a user's text, or the model's own answers."""
 
 from __future__ import annotations
 

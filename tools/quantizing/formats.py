@@ -27,6 +27,8 @@ class Format:
     scale: str
     """The dtype of its scales."""
     bits: tuple[int, ...]
+    zeros: bool
+    """Whether groups have zero points."""
 
     def why_not(self, rows: int, columns: int, grid: Grid) -> str | None:
         """Why a matrix can't be written, in a clause. None: it can."""
@@ -48,41 +50,40 @@ class Format:
 
 
 class PackQuantized(Format):
-    """compressed-tensors' pack-quantized: numbers lie along the rows, as unsigned words."""
+    """compressed-tensors' pack-quantized: numbers lie along the rows, as unsigned words.
 
-    scale, bits = "bf16", (2, 3, 4, 8)
+    Without zero points: the format has them, but transformers 5 drops those of experts.
+    """
+
+    scale, bits, zeros = "bf16", (2, 3, 4, 8), False
 
     def why_not(self, rows: int, columns: int, grid: Grid) -> str | None:
-        per_word = 32 // _stored_bits(grid)
-        if grid.zeros and rows % per_word:
-            return f"its {rows} rows are no multiple of {per_word}, as packed zero points are"
         return None
 
     def tensors(self, codes: Codes, grid: Grid) -> dict[str, Tensor]:
         bits = _stored_bits(grid)
-        out = {
-            "weight_packed": pack_words(_unsigned(codes.q, bits), bits),  # (out, in / n)
+        q = codes.q if bits == 4 else codes.q.to(torch.int16) + 128  # from 0 on
+        return {
+            "weight_packed": pack_words(F.pad(q, (0, -q.shape[-1] % (32 // bits))), bits),
             "weight_scale": codes.scale,  # (out, G)
-            "weight_shape": torch.tensor(codes.q.shape),
+            "weight_shape": torch.tensor(q.shape),
         }
-        if codes.zero is not None:  # packed along out
-            zero = _unsigned(codes.zero, bits).T.contiguous()  # (G, out)
-            out["weight_zero_point"] = pack_words(zero, bits).T.contiguous()  # (out / n, G)
-        return out
 
     def config(
         self, grid: Grid, widths: Mapping[int, Collection[str]], kept: Collection[str]
     ) -> dict[str, Any]:
+        # transformers takes the first group that names experts for all routed ones.
+        order = sorted(widths, key=lambda w: not any(".experts." in name for name in widths[w]))
         groups = {}
-        for number, (width, modules) in enumerate(sorted(widths.items(), reverse=True)):
+        for number, width in enumerate(order):
             weights = {
-                "num_bits": _stored_bits(grid), "type": "int", "symmetric": not grid.zeros,
+                "num_bits": _stored_bits(grid), "type": "int", "symmetric": True,
                 "strategy": "group" if width else "channel", "group_size": width or None,
                 "dynamic": False, "actorder": None, "observer": "minmax",
             }  # fmt: skip
             # One group takes all linear layers that are not in `ignore`; several have to name them.
             others = {m for w, names in widths.items() if w != width for m in names} | {*kept}
-            targets = ["Linear"] if len(widths) == 1 else patterns(modules, others)
+            targets = ["Linear"] if len(widths) == 1 else patterns(widths[width], others)
             groups[f"group_{number}"] = {
                 "targets": targets, "weights": weights,
                 "input_activations": None, "output_activations": None,
@@ -98,7 +99,7 @@ class PackQuantized(Format):
 class AwqGemm(Format):
     """AutoAWQ's gemm: transposed, packed along the rows of the matrix, with zero points."""
 
-    scale, bits = "fp16", (2, 3, 4)
+    scale, bits, zeros = "fp16", (2, 3, 4), True
 
     def why_not(self, rows: int, columns: int, grid: Grid) -> str | None:
         if rows % 8:
@@ -120,7 +121,9 @@ class AwqGemm(Format):
     ) -> dict[str, Any]:
         return {
             "quant_method": "awq", "bits": 4, "group_size": grid.group or -1, "version": "gemm",
-            "zero_point": True, "modules_to_not_convert": sorted(kept),
+            "zero_point": True,
+            # Parts of names. The router's would be a part of "mlp.gate_proj"; nobody quantizes it.
+            "modules_to_not_convert": sorted(n for n in kept if not n.endswith("mlp.gate")),
         }  # fmt: skip
 
 
@@ -147,9 +150,3 @@ def patterns(modules: Collection[str], others: Collection[str]) -> list[str]:
 def _stored_bits(grid: Grid) -> int:
     """The bits that a number takes in the file: 2 and 3 are stored in 4."""
     return 8 if grid.bits == 8 else 4
-
-
-def _unsigned(q: Tensor, bits: int) -> Tensor:
-    """Numbers as codes hold them -> 0 to 2^bits - 1, in whole words: the last one is padded."""
-    q = q if bits == 4 else q.to(torch.int16) + 128
-    return F.pad(q, (0, -q.shape[-1] % (32 // bits)))

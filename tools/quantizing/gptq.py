@@ -14,8 +14,6 @@ Shapes: out and in are a matrix's rows and columns. A leading E, the experts, ma
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,12 @@ def gptq(
     lead = w.shape[:-2]
     if h.dim() == 2 and lead:  # rows do not depend on each other: one tall matrix
         codes = gptq(w.flatten(0, -2), h, grid, damping=damping, ordered=ordered)
-        return Codes(*(t if t is None else t.unflatten(0, w.shape[:-1]) for t in _tensors(codes)))
+        rows, zero = w.shape[:-1], codes.zero
+        return Codes(
+            codes.q.unflatten(0, rows),
+            codes.scale.unflatten(0, rows),
+            None if zero is None else zero.unflatten(0, rows),
+        )
     w, spread = w.float(), damped(h, damping)
     size = spread.diagonal(dim1=-2, dim2=-1)  # (..., in)
     order = torch.arange(w.shape[-1], device=w.device).expand(size.shape)
@@ -84,13 +87,7 @@ def _better(
     return torch.where(which, qb, qa), fitted, torch.where(which, eb, ea)
 
 
-def _tensors(codes: Codes) -> tuple[Any, ...]:
-    return codes.q, codes.scale, codes.zero
-
-
-def _round(
-    w: Tensor, u: Tensor, fitted: Fitted, groups: Tensor
-) -> tuple[Tensor, Tensor]:
+def _round(w: Tensor, u: Tensor, fitted: Fitted, groups: Tensor) -> tuple[Tensor, Tensor]:
     """The loop over columns; returns the numbers and what they stand for.
 
     All are fp32 (..., out, in), in the order of rounding. w is changed.

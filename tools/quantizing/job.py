@@ -15,6 +15,7 @@ complete.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -45,7 +46,7 @@ from r1 import InputError
 from r1.files.folder import files_in
 from r1.files.names import slots
 from r1.files.quantized.methods import MODELOPT
-from r1.files.shards import INDEX
+from r1.files.shards import INDEX, some
 from r1.model.transformer import Block
 from r1.reading import read_json
 from r1.storage.codes import Codes
@@ -85,12 +86,28 @@ class Choice:
     unfit: dict[str, list[str]] = field(default_factory=dict)
     """Those that the format can't hold, by the reason."""
 
+    def cautions(self) -> list[str]:
+        """What the user should know, a line each."""
+        lines = [
+            f"not quantized, because {why}: {some(names)}" for why, names in self.unfit.items()
+        ]
+        sizes = [w for w, names in self.widths.items() if any(".experts." in n for n in names)]
+        if len(sizes) > 1:
+            lines.append(
+                f"experts have groups of {' and '.join(map(str, sizes))} columns: r1 reads that, "
+                f"but transformers wants one size (--group {math.gcd(*sizes)})"
+            )
+        return lines
+
 
 def choose(source: Source, plan: Plan) -> Choice:
     """Look at every matrix of the model. Raises InputError if none can be quantized."""
     out, form = Choice(kept=["lm_head"]), FORMATS[plan.format]
     for layer in range(source.layers):
-        block, stem = cast(Block, source.model.get_submodule(source.path(layer))), source.stem(layer)
+        block, stem = (
+            cast(Block, source.model.get_submodule(source.path(layer))),
+            source.stem(layer),
+        )
         out.quantized[layer] = []
         out.kept.append(f"{stem}.self_attn.kv_b_proj")
         if block.sparse:
@@ -139,8 +156,8 @@ def run(
     run has them. Raises InputError.
     """
     chosen = choose(source, plan)
-    for why, names in chosen.unfit.items():
-        say(f"{len(names)} kinds of matrices stay as they are: {why} (such as {names[0]})")
+    for line in chosen.cautions():
+        say(line)
     settings = {**asdict(plan), "files": source.versions, "device": source.backend.device}
     settings["dtype"] = source.backend.dtype
     with work_folder(target, settings) as folder:
@@ -157,7 +174,7 @@ def _layers(
 ) -> list[Report]:  # fmt: skip
     """Quantize every layer that is not done yet."""
     reports = [read_json(p) for n in range(source.layers) if (p := _report(folder, n)).exists()]
-    first, start = len(reports), time.monotonic()
+    first = len(reports)
     if first:
         say(f"going on with layer {first} of {source.layers}")
     calibrated: list[tuple[Tensor, Tensor]] = []
@@ -165,6 +182,7 @@ def _layers(
         calibrated = batches(_rows(folder, rows))
         if not _hidden(folder, 0).exists() and not first:
             write_list(_hidden(folder, 0), source.embedded([tokens for tokens, _ in calibrated]))
+    start = time.monotonic()
     for layer in range(first, source.layers):
         report = _layer(source, plan, chosen.quantized[layer], layer, calibrated, folder)
         write_json(_report(folder, layer), report)
@@ -274,14 +292,11 @@ def _tensors(source: Source, plan: Plan, layer: int, done: Done) -> dict[str, Te
         codes = done.codes[path]
         if experts_of(path):
             expert = int(module.split(".")[-2])
-            codes = Codes(*(None if t is None else t[expert] for t in _fields(codes)))  # type: ignore[arg-type]
+            zero = None if codes.zero is None else codes.zero[expert]
+            codes = Codes(codes.q[expert], codes.scale[expert], zero)
         tensors = form.tensors(codes, plan.grid)
         out |= {f"{module}.{ending}": t.cpu().contiguous() for ending, t in tensors.items()}
     return out
-
-
-def _fields(codes: Codes) -> tuple[Tensor | None, ...]:
-    return codes.q, codes.scale, codes.zero
 
 
 def _assemble(source: Source, plan: Plan, chosen: Choice, folder: Path, out: Path) -> None:

@@ -94,9 +94,7 @@ class Calibrated:
         return out
 
 
-def quantize(
-    calibrated: Calibrated, method: str, grid: Grid, quantized: Collection[str]
-) -> Done:
+def quantize(calibrated: Calibrated, method: str, grid: Grid, quantized: Collection[str]) -> Done:
     """Quantize the matrices of these paths, in place: the block computes with the result."""
     block, done = calibrated.block, Done()
     stages = [[s for s in stage if {*s.readers} & {*quantized}] for stage in sites(block)]

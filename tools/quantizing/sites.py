@@ -46,7 +46,7 @@ def sites(block: Block) -> tuple[tuple[Site, ...], ...]:
     """A block's sites in the order in which they are computed; those of a stage are independent."""
     mla = block.self_attn
     first = ("q_proj",) if mla.shape.q_lora_rank is None else ("q_a_proj",)
-    stages = [(_site(ATTENTION, *first, "kv_a_proj_with_mqa"),)]
+    stages: list[tuple[Site, ...]] = [(_site(ATTENTION, *first, "kv_a_proj_with_mqa"),)]
     if mla.shape.q_lora_rank is not None:
         stages.append((_site(ATTENTION, "q_b_proj"),))
     stages.append((_site(ATTENTION, "o_proj"),))

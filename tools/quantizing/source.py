@@ -58,8 +58,8 @@ class Source:
         self.entries = entries
         raw = read_json(directory / "config.json")
         name = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
-        kept = getattr(torch, str(name), None)
-        self.kept = kept if kept in DTYPES.values() else torch.bfloat16
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+        self.kept = known.get(str(name), torch.bfloat16)
 
     @property
     def layers(self) -> int:

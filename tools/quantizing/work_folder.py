@@ -35,7 +35,9 @@ def work_folder(target: Path, plan: dict[str, Any]) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         found = set(os.listdir(folder))
         if found - {LOCK} and PLAN not in found:
-            raise InputError(f"{folder} is no unfinished quantization: move it, or name another OUT")
+            raise InputError(
+                f"{folder} is no unfinished quantization: move it, or name another OUT"
+            )
         with open(folder / LOCK, "w", encoding="utf-8") as lock:
             _hold(lock, folder)
             check_new(target)  # another run may have just finished
@@ -44,7 +46,9 @@ def work_folder(target: Path, plan: dict[str, Any]) -> Iterator[Path]:
             shutil.rmtree(folder)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(f"{folder} can't be written ({reason}): make room, or name another OUT") from None
+        raise InputError(
+            f"{folder} can't be written ({reason}): make room, or name another OUT"
+        ) from None
 
 
 def _hold(lock: IO[str], folder: Path) -> None:
@@ -74,8 +78,8 @@ def _same_plan(folder: Path, plan: dict[str, Any]) -> None:
         raise InputError(f"{path} can't be read ({error}): delete its folder") from None
     if changed:
         raise InputError(
-            f"{folder} is an unfinished quantization with other {', '.join(changed)}: give the same "
-            "flags and files to go on with it, or delete it"
+            f"{folder} is an unfinished quantization with other {', '.join(changed)}: give the "
+            "same flags and files to go on with it, or delete it"
         )
 
 

@@ -24,8 +24,6 @@ class Declared:
     bits: int | None = None
     group: int | None = None
     """Columns that share a scale; 0: a whole row."""
-    groups: tuple[int, ...] = ()
-    """The numbers of such columns, where matrices differ in it. Their scales tell which it is."""
     block: tuple[int, int] | None = None
     """Rows and columns of the blocks that share a scale."""
     symmetric: bool = False
@@ -36,16 +34,20 @@ class Declared:
     """Columns lie in order, so that a table of their groups only repeats that."""
     unlisted: bool = False
     """The index may omit tensors that the quantizer added."""
+    groups: tuple[int, ...] = ()
+    """The columns that share a scale, where matrices differ in it: their scales tell which."""
 
     def columns(self, key: str, columns: int, across: int) -> int | None:
         """How many columns of a matrix share a scale, `across` scales to a row (see `group`).
 
-        Raises InputError where several of `groups` would make as many scales.
+        Of several sizes that make as many scales it is the one that divides the matrix. Raises
+        InputError where there is none.
         """
         if not self.groups:
             return self.group
-        sizes = {size or columns for size in self.groups}
-        fitting = {min(n, columns) for n in sizes if -(-columns // n) == across}
+        sizes = {min(size or columns, columns) for size in self.groups}
+        fitting = {size for size in sizes if -(-columns // size) == across}
+        fitting = {size for size in fitting if columns % size == 0} or fitting
         if len(fitting) > 1:
             raise InputError(
                 f"{self.where} has groups of {' and '.join(map(str, sorted(fitting)))} columns, "
