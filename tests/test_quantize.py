@@ -1,6 +1,7 @@
 """tools/quantize.py: its algorithms against small exact cases, what it writes, and how it goes on.
 
-Holds to account: tools/quantizing, tools/quantize.py, and how r1/files/quantized reads its files.
+Holds to account: tools/quantizing, tools/quantize.py, tools/measure/quality.py, and how
+r1/files/quantized reads what they write.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quality
 import quantize as command
 import torch
 from folders import load, tensors
@@ -203,14 +206,17 @@ def test_gptq_is_near_the_best_of_all_numbers(bits: int, whole: None) -> None:
 
 
 @pytest.mark.parametrize("grid", [g for g in GRIDS if g.bits < 8], ids=str)
-def test_gptq_harms_less_than_rtn(grid: Grid) -> None:
+def test_gptq_harms_less_than_rtn(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix, a stack with the same inputs, and a stack with inputs of its own."""
+    monkeypatch.setattr(rounding, "PART", 700)
     w = random(3, 10, 32)
     shared, each = moments(32), moments(32, (3,))
     for h in (shared, each):
         got = gptq.gptq(w, h, grid)
+        in_parts = rounding.by_parts(partial(gptq.gptq, grid=grid), w, h)  # two at a time
         assert harm(got, w, h, grid).sum() < 0.7 * harm(rtn(w, grid), w, h, grid).sum()
         for e in range(3):
+            assert torch.equal(in_parts.q[e], got.q[e])
             one = gptq.gptq(w[e], h if h.dim() == 2 else h[e], grid)
             assert torch.equal(got.q[e], one.q) and torch.equal(got.scale[e], one.scale)
             assert one.zero is None or torch.equal(got.zero[e], one.zero)  # type: ignore[index]
@@ -321,6 +327,24 @@ def test_folding_leaves_the_function_unchanged(
     assert changed == old.keys() - left
     for name, p in block.named_parameters():
         assert torch.equal(p.abs().frexp().mantissa, old[name].abs().frexp().mantissa), name
+
+
+def test_awq_weighs_all_readers_of_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack with the same inputs counts as all its matrices; else each expert has its s."""
+    w, h, size = random(3, 8, 16), moments(16, (3,)), random(3, 16, seed=5).exp()
+    grid, s = Grid(3, 8), torch.exp2(random(3, 16, seed=6).round())
+    for part in (2**20, 1):  # all at once, and one after the other
+        monkeypatch.setattr(rounding, "PART", part)
+        together = awq._error(w, s[0], h[0], grid)
+        each = torch.stack([awq._error(one, s[0], h[0], grid) for one in w])
+        assert torch.allclose(together, each.sum(), rtol=1e-4)
+        apart = awq._error(w, s, h, grid)
+        each = torch.stack([awq._error(w[e], s[e], h[e], grid) for e in range(3)])
+        assert torch.allclose(apart, each, rtol=1e-4)
+    found = awq.search([w], sites.Statistics(h, size), grid)
+    for e in range(3):
+        one = awq.search([w[e]], sites.Statistics(h[e], size[e]), grid)
+        assert torch.equal(torch.ones(16) if one is None else one, found[e])  # type: ignore[index]
 
 
 def test_awq_saves_columns_with_large_inputs() -> None:
@@ -589,7 +613,7 @@ def test_unusable_input(
     err = capsys.readouterr().err
     assert said in err and err.startswith("quantize: ") and err.count("\n") == 1
     check_sentence(err.strip())
-    assert not Path("out").exists()
+    assert sorted(os.listdir()) == ["binary.txt", "empty.txt", "long.txt"]
 
 
 def test_folders_that_are_refused(
@@ -680,3 +704,56 @@ def test_rows_of_text_and_of_answers(made: Path, text: Path, tmp_path: Path) -> 
     assert len(rows) == 2 and all(len(row) <= 40 for row in rows)
     for prompt, row in zip(sorted(prompts, key=len), rows, strict=True):
         assert row[: len(prompt)] == prompt and len(row) > len(prompt)
+
+
+# ---------------------------- what it costs
+def test_greedy_answers_are_those_of_generate(made: Path) -> None:
+    """Given the answers, others, and the answers with an error in the middle; also their figures
+    with themselves.
+    """
+    engine = r1.load(made, Backend(device="cpu", dtype="fp32", quant="none"))
+    prompts = [[0, 5, 7], [0, 9], [0, 11, 12, 13]]
+    own = [done.tokens for done in engine.generate(prompts, 12, temperature=0.0)]
+    for k, answers in enumerate((own, [[3] * 12] * 3, [[*a[:5], 1 + a[5], *a[6:]] for a in own])):
+        pairs = [(prompt, list(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        thought = quality.read(engine, pairs, 2)
+        got = quality.greedy(engine, pairs, thought, 2)
+        assert [answer[:12] for _, answer in got] == own, k
+        assert [prompt for prompt, _ in got] == prompts
+        assert quality.compare(thought, thought) == {"kl": 0.0, "top1": 1.0}
+
+
+def test_kl_and_top_1() -> None:
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.3, 0.6, 0.1]])
+    kl = float((p * (p / q).log()).sum())
+    both = quality.compare([q.log(), p.log()], [p.log(), p.log()])
+    assert both == pytest.approx({"kl": kl / 2, "top1": 0.5}, rel=1e-5)
+
+
+# ---------------------------- other programs
+@pytest.mark.parametrize("more", [(), ("--experts-only",), ("--bits", "8"), ("--group", "0")])
+def test_transformers_reads_it_too(
+    more: tuple[str, ...], made: Path, tmp_path: Path, text: Path
+) -> None:
+    """The same logits, through compressed-tensors. It dequantizes experts while it loads them, and
+    rounds them to their scales' bf16: so are ours here.
+    """
+    transformers = pytest.importorskip("transformers", reason="the peer: pip install transformers")
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+    transformers.logging.set_verbosity_error()
+    out = tmp_path / "out"
+    assert command.main(flags(made, out, "gptq", text, *more)) == 0
+    peer, report = transformers.AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+        output_loading_info=True,
+    )  # fmt: skip
+    assert not report["missing_keys"] and not report["mismatched_keys"], report
+    assert all(key.startswith("model.layers.2.") for key in report["unexpected_keys"]), report
+    ours, _ = load(out, dtype="fp32", quant="none", join="off")
+    for weight in (p for name, p in ours.named_parameters() if ".experts." in name):
+        weight.copy_(weight.bfloat16())
+    for weight in (p for name, p in peer.named_parameters() if ".experts." in name):
+        weight.data = weight.data.float()
+    tokens = torch.arange(40).view(2, 20)
+    theirs, got = peer(tokens).logits.detach(), runner(ours, join="off").logits(tokens)
+    assert torch.allclose(got, theirs, atol=1e-4), float((got - theirs).abs().max())

@@ -1,6 +1,6 @@
 """Measure what quantizing costs tiny-r1: right answers, tokens per answer, KL and top-1.
 
-    python tools/measure/quality.py -o tools/measure/results/tiny-r1/quantized.json
+    python tools/measure/quality.py -o tools/measure/results/quality/tiny-r1.json
     python tools/measure/quality.py -n 100 --arms fp8,int4-32-rtn
 
 An arm is `fp32`, `fp8`, `int8` (as `--quant` makes them), or `int{bits}-{group}-{method}`, which
@@ -47,6 +47,7 @@ from r1.bench.exam import right
 from r1.files.names import EXPERT_MATRICES
 from r1.model.layers import Linear
 from r1.model.moe import Experts
+from r1.reading import read_json
 from r1.storage.dense import Dense
 from r1.storage.quantized import Quantized
 from r1.writing import new_file
@@ -170,9 +171,14 @@ class Measure:
         return figures | compare(thought, self.theirs)
 
 
+def lines(found: dict[str, Any]) -> list[str]:
+    """A result file as Markdown: the command, and the table."""
+    return [f"`{found['command']}` (torch {found['torch']})", "", *table(found)]
+
+
 def table(found: dict[str, Any]) -> list[str]:
-    """The result as Markdown."""
-    lines = [
+    """The figures as Markdown."""
+    rows = [
         f"| weights | right of {found['problems']:,} | tokens per answer | KL, nats | top-1 |",
         "|---|---:|---:|---:|---:|",
     ]
@@ -180,10 +186,10 @@ def table(found: dict[str, Any]) -> list[str]:
         spelled = SPELLED.fullmatch(arm)
         told = f"{spelled[1]} bits, groups of {spelled[2]}, {spelled[3]}" if spelled else arm
         kl = f"{f['kl']:.1e}" if f["kl"] else "0"
-        lines.append(
+        rows.append(
             f"| {told} | {f['right']:,} | {f['tokens_per_answer']:.1f} | {kl} | {f['top1']:.2%} |"
         )
-    return lines
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,10 +212,13 @@ def work(arguments: argparse.Namespace) -> int:
         if arm not in ARMS[:3] and not SPELLED.fullmatch(arm):
             raise InputError(f"--arms {arm}: give names such as {', '.join(ARMS[:4])}")
     shared.check_output(out)
-    found = json.loads(out.read_text("utf-8")) if out and out.exists() else {}
-    kept = found.get("arms", {}) if found.get("problems") == arguments.n else {}
+    kept = measured(out, arguments.n) if out and out.exists() else {}
     measure = Measure(arguments.n, arguments.batch)
-    result: dict[str, Any] = {"problems": arguments.n, "arms": kept}
+    how = {
+        "command": f"python tools/measure/quality.py -n {arguments.n}",
+        "torch": torch.__version__,
+    }
+    result: dict[str, Any] = {**how, "problems": arguments.n, "arms": kept}
     with tempfile.TemporaryDirectory() as folder:
         for arm in arms:
             if arm in kept:
@@ -222,6 +231,18 @@ def work(arguments: argparse.Namespace) -> int:
                     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(result)))
     return 0
+
+
+def measured(path: Path, problems: int) -> dict[str, Any]:
+    """The arms of an earlier run with as many problems. Raises InputError for another file."""
+    try:
+        found = read_json(path)
+        arms: dict[str, Any] = found["arms"]
+        if found["problems"] == problems:
+            return arms
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"-o {path} is no result of {problems} problems: name another file")
 
 
 if __name__ == "__main__":

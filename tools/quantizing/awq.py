@@ -29,7 +29,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from quantizing.rounding import Grid, by_output, fit, groups_of, nearest, parts
+from quantizing.rounding import (
+    Grid,
+    by_output,
+    fit,
+    groups_of,
+    most_experts,
+    nearest,
+    parts,
+)
 from quantizing.sites import ATTENTION, EXPERTS, Site, Statistics, weight
 from r1.model.moe import MoE
 from r1.model.transformer import Block
@@ -81,7 +89,9 @@ def search(readers: list[Tensor], stats: Statistics, grid: Grid) -> Tensor | Non
     best = torch.ones_like(size)
     for power in POWERS:
         s = torch.exp2((power * size.log2()).round())  # (..., in)
-        error = sum((_error(w, s, stats.h, grid) for w in readers), torch.zeros_like(least))
+        error = torch.zeros_like(least)
+        for w in readers:
+            error += _error(w, s, stats.h, grid)
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better[..., None], s, best)
@@ -90,11 +100,21 @@ def search(readers: list[Tensor], stats: Statistics, grid: Grid) -> Tensor | Non
 
 def _error(w: Tensor, s: Tensor, h: Tensor, grid: Grid) -> Tensor:
     """The mean squared error of the outputs, of each expert where each has its own s."""
+    if w.dim() == 2:
+        return _error_of(w, s, h, grid)
+    each = most_experts(w)
+    if s.dim() == 1:
+        return torch.stack([_error_of(part, s, h, grid).sum() for part in w.split(each)]).sum()
+    parts = zip(w.split(each), s.split(each), h.split(each), strict=True)
+    return torch.cat([_error_of(*part, grid) for part in parts])  # (E,)
+
+
+def _error_of(w: Tensor, s: Tensor, h: Tensor, grid: Grid) -> Tensor:
+    """The same of each matrix, () or (E,)."""
     w, h = w.float() * s[..., None, :], h / (s[..., None, :] * s[..., :, None])
     fitted = fit(w, grid, FEW_CLIPS, by_output(h))
     change = fitted.value(nearest(w, fitted), groups_of(w.shape[-1], grid, w.device)) - w
-    error = ((change @ h) * change).sum((-1, -2))  # () or (E,)
-    return error if s.dim() > 1 else error.sum()
+    return ((change @ h) * change).sum((-1, -2))
 
 
 def _divide(block: Block, site: Site) -> Callable[[Tensor], object]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantizing import awq
 from quantizing.gptq import gptq
-from quantizing.rounding import Grid, rtn
+from quantizing.rounding import Grid, by_parts, rtn
 from quantizing.sites import EXPERTS, Site, Statistics, Watcher, sites, watch, weight
 from r1.model.step import Step
 from r1.model.transformer import Block
@@ -109,13 +110,15 @@ def quantize(calibrated: Calibrated, method: str, grid: Grid, quantized: Collect
             if awq.fold(block, site, quantized, watcher.seen, grid) is not None:
                 done.folded.append(site.name)
         for path, stats in _readers(stages, quantized, watcher.seen):
-            _put(block, path, awq.clipped(weight(block, path), stats.h, grid), grid, done)
+            codes = by_parts(partial(awq.clipped, grid=grid), weight(block, path), stats.h)
+            _put(block, path, codes, grid, done)
     else:
         for stage in stages:  # later stages see the quantized earlier ones
             watcher = calibrated.seen(stage)
             done.loads = done.loads if watcher.loads is None else watcher.loads
             for path, stats in _readers([stage], quantized, watcher.seen):
-                _put(block, path, gptq(weight(block, path), stats.h, grid), grid, done)
+                codes = by_parts(partial(gptq, grid=grid), weight(block, path), stats.h)
+                _put(block, path, codes, grid, done)
     return done
 
 

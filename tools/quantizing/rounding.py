@@ -20,6 +20,8 @@ from r1.storage.spec import SCALES, Spec
 
 BITS = (2, 3, 4, 8)
 """How many bits a number may have. Those of 2 and 3 bits are stored in 4: see Grid."""
+PART = 2**28
+"""Numbers of a stack that are worked on at a time: some GB, with all copies."""
 Error = Callable[[Tensor], Tensor]
 """Measures what rounding a group did: see `fit`."""
 
@@ -130,6 +132,26 @@ def groups_of(columns: int, grid: Grid, device: torch.device | None = None) -> T
 def nearest(w: Tensor, fitted: Fitted) -> Tensor:
     """Round each number of (..., out, in) by itself."""
     return fitted.q(w, groups_of(w.shape[-1], fitted.grid, w.device))
+
+
+def by_parts(how: Callable[[Tensor, Tensor], Codes], w: Tensor, h: Tensor) -> Codes:
+    """Quantize a matrix or a stack, some experts at a time: their fp32 copies are many.
+
+    `how` takes (..., out, in) and its inputs' moments h: (..., in, in), or (in, in) for all.
+    """
+    if w.dim() == 2:
+        return how(w, h)
+    each = most_experts(w)
+    hs = [h] * len(w.split(each)) if h.dim() == 2 else h.split(each)
+    done = [how(*pair) for pair in zip(w.split(each), hs, strict=True)]
+    zeros = [codes.zero for codes in done if codes.zero is not None]
+    q, scale = torch.cat([c.q for c in done]), torch.cat([c.scale for c in done])
+    return Codes(q, scale, torch.cat(zeros) if zeros else None)
+
+
+def most_experts(w: Tensor) -> int:
+    """How many experts of a stack (E, out, in) are worked on at a time."""
+    return max(1, PART // w[0].numel())
 
 
 def rtn(w: Tensor, grid: Grid) -> Codes:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,11 +26,13 @@ LOCK, PLAN = "lock", "plan.json"
 def work_folder(target: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """The folder beside `target`, new or of a run of the same plan that was killed.
 
-    It is deleted when the context ends without an error. Raises InputError if `target` exists, if
-    another run is at work, and for the folder of another plan.
+    It is deleted when the context ends without an error, or before anything was written to it.
+    Raises InputError if `target` exists, if another run is at work, and for the folder of another
+    plan.
     """
     target = check_new(target)
     folder = target.with_name(f"{target.name}.quantizing")
+    missing = [above for above in folder.parents if not above.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         found = set(os.listdir(folder))
@@ -42,13 +44,26 @@ def work_folder(target: Path, plan: dict[str, Any]) -> Iterator[Path]:
             _hold(lock, folder)
             check_new(target)  # another run may have just finished
             _same_plan(folder, plan)
-            yield folder
-            shutil.rmtree(folder)
+            try:
+                yield folder
+            except BaseException:
+                if not set(os.listdir(folder)) - {LOCK, PLAN}:
+                    _delete(folder, missing)
+                raise
+            _delete(folder, [])
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(
             f"{folder} can't be written ({reason}): make room, or name another OUT"
         ) from None
+
+
+def _delete(folder: Path, missing: list[Path]) -> None:
+    """Delete the folder, and those above it that were made for it if they are empty."""
+    shutil.rmtree(folder)
+    for above in missing:  # the innermost first
+        with suppress(OSError):  # it has content now
+            above.rmdir()
 
 
 def _hold(lock: IO[str], folder: Path) -> None:
