@@ -56,6 +56,8 @@ PLAIN = Backend(device="cpu", dtype="fp32", join="off", quant="none")
 GRIDS = ("4-128", "4-32", "3-128", "3-32", "2-32")
 ARMS = ["fp32", "fp8", "int8", *(f"int{grid}-{each}" for grid in GRIDS for each in METHODS)]
 SPELLED = re.compile(rf"int(2|3|4|8)-(\d{{1,4}})-({'|'.join(METHODS)})")
+READ = 10
+"""Answers that are read together. More are no faster on a CPU."""
 SLACK = 64
 """An answer is cut off when it has so many tokens more than that of the fp32 weights."""
 ROWS, LENGTH = 256, 512
@@ -94,17 +96,20 @@ def unpacked(engine: Engine) -> Engine:
 
 
 @torch.inference_mode()
-def read(engine: Engine, pairs: Sequence[Pair], batch: int) -> list[Tensor]:
+def read(engine: Engine, pairs: Sequence[Pair]) -> list[Tensor]:
     """What the model thinks of each token of given answers: log-probabilities, fp32 (M, W) each."""
-    out: list[Tensor] = []
-    for start in range(0, len(pairs), batch):
-        some = pairs[start : start + batch]
-        tokens, _, learned = padded(some, engine.runner.device)
+    out: list[Tensor] = [torch.empty(0)] * len(pairs)
+    # Rows of one length go together, so little is computed for padding.
+    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row][0]) + len(pairs[row][1]))
+    for start in range(0, len(pairs), READ):
+        rows = order[start : start + READ]
+        tokens, _, learned = padded([pairs[row] for row in rows], engine.runner.device)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         hidden = engine.model(tokens, engine.model.step("prefill", positions, 0))[:, :-1]
         logits = engine.model.lm_head(hidden[learned[:, 1:]])  # (M of all rows, W)
-        each = F.log_softmax(logits.float(), dim=-1)
-        out += each.split([len(answer) for _, answer in some])
+        each = F.log_softmax(logits.float(), dim=-1).split([len(pairs[row][1]) for row in rows])
+        for row, thought in zip(rows, each, strict=True):
+            out[row] = thought
     return out
 
 
@@ -155,12 +160,12 @@ class Measure:
         assert engine.tokenizer is not None
         self.problems = exam(count)
         taught = [encode(engine.tokenizer, example) for example in phrased(self.problems)]
-        self.pairs = greedy(engine, taught, read(engine, taught, batch), batch)
-        self.theirs = read(engine, self.pairs, batch)
+        self.pairs = greedy(engine, taught, read(engine, taught), batch)
+        self.theirs = read(engine, self.pairs)
 
     def arm(self, engine: Engine) -> dict[str, float]:
         """The figures of one model."""
-        thought = read(engine, self.pairs, self.batch)
+        thought = read(engine, self.pairs)
         written = greedy(engine, self.pairs, thought, self.batch)
         good = [
             right(engine, answer, problem.answer)

@@ -93,9 +93,11 @@ class Choice:
         ]
         sizes = [w for w, names in self.widths.items() if any(".experts." in n for n in names)]
         if len(sizes) > 1:
+            told = " and ".join(f"{size} columns" if size else "a whole row" for size in sizes)
+            same = math.gcd(*sizes) if all(sizes) else 0
             lines.append(
-                f"experts have groups of {' and '.join(map(str, sizes))} columns: r1 reads that, "
-                f"but transformers wants one size (--group {math.gcd(*sizes)})"
+                f"experts have groups of {told}: r1 reads that, but transformers wants one size "
+                f"(--group {same})"
             )
         return lines
 
@@ -104,10 +106,8 @@ def choose(source: Source, plan: Plan) -> Choice:
     """Look at every matrix of the model. Raises InputError if none can be quantized."""
     out, form = Choice(kept=["lm_head"]), FORMATS[plan.format]
     for layer in range(source.layers):
-        block, stem = (
-            cast(Block, source.model.get_submodule(source.path(layer))),
-            source.stem(layer),
-        )
+        block = cast(Block, source.model.get_submodule(source.path(layer)))
+        stem = source.stem(layer)
         out.quantized[layer] = []
         out.kept.append(f"{stem}.self_attn.kv_b_proj")
         if block.sparse:
@@ -228,6 +228,8 @@ def told(report: Report, layers: int) -> str:
     if loads := report["expert_tokens"]:
         fewest = loads.index(min(loads))
         parts.append(f"{min(loads):,} (expert {fewest}) to {max(loads):,} chosen for an expert")
+    if report["folded"]:
+        parts.append(f"{len(report['folded'])} inputs scaled")
     if report["error"] is not None:
         parts.append(f"output off by {report['error']:.2%}")
     return ", ".join([*parts, f"{report['seconds']:.1f} s"])

@@ -47,6 +47,11 @@ class Source:
         self.versions = {e.path.name: e.version for e in entries.values()}
         last = f"model.layers.{self.config.num_hidden_layers}."
         mtp = self.config.num_nextn_predict_layers > 0 and any(k.startswith(last) for k in entries)
+        if mtp and self.config.num_nextn_predict_layers > 1:
+            raise InputError(
+                f"{directory} has {self.config.num_nextn_predict_layers} layers for multi-token "
+                "prediction, and this tool knows models with one: set num_nextn_predict_layers = 0"
+            )
         asked = Backend(device=device, dtype=dtype, join="off", quant="none", prefill_moe="loop")
         self.backend = resolve(asked, self.config)
         self.device = torch_device(self.backend.device)
@@ -110,8 +115,10 @@ class Source:
         The multi-token-prediction layer's own parts are among them, and the copies of the embedding
         and the output head that its files have.
         """
-        found = self.survey.files.found
+        files = self.survey.files
+        found = files.found
         packed = {e.key for each in found.values() for e in each.tensors.values()}
+        packed |= {*files.unused, *(entry.key for entry in files.biases)}
         stems = [self.stem(layer) for layer in range(self.layers)]
 
         def outside(key: str) -> bool:
