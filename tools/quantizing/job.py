@@ -30,7 +30,7 @@ from torch import Tensor
 
 from quantizing.formats import FORMATS
 from quantizing.layer import Batch, Calibrated, Done, batches, experts_of, paths, quantize
-from quantizing.rounding import Grid
+from quantizing.rounding import Grid, expert_of
 from quantizing.sites import matrix
 from quantizing.source import Source
 from quantizing.work_folder import (
@@ -49,7 +49,6 @@ from r1.files.quantized.methods import MODELOPT
 from r1.files.shards import INDEX, some
 from r1.model.transformer import Block
 from r1.reading import read_json
-from r1.storage.codes import Codes
 from r1.switches.precision import KEPT
 from r1.writing import new_folder
 
@@ -293,9 +292,7 @@ def _tensors(source: Source, plan: Plan, layer: int, done: Done) -> dict[str, Te
             continue
         codes = done.codes[path]
         if experts_of(path):
-            expert = int(module.split(".")[-2])
-            zero = None if codes.zero is None else codes.zero[expert]
-            codes = Codes(codes.q[expert], codes.scale[expert], zero)
+            codes = expert_of(codes, int(module.split(".")[-2]))
         tensors = form.tensors(codes, plan.grid)
         out |= {f"{module}.{ending}": t.cpu().contiguous() for ending, t in tensors.items()}
     return out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantizing import awq
 from quantizing.gptq import gptq
-from quantizing.rounding import Grid, by_parts, rtn
+from quantizing.rounding import Grid, by_parts, expert_of, rtn
 from quantizing.sites import EXPERTS, Site, Statistics, Watcher, sites, watch, weight
 from r1.model.step import Step
 from r1.model.transformer import Block
@@ -138,7 +138,11 @@ def _readers(
 def _put(block: Block, path: str, codes: Codes, grid: Grid, done: Done) -> None:
     """Let the block compute with a quantized matrix, as r1 will read it."""
     place = weight(block, path)
-    place.copy_(dequantize(codes, grid.spec(place.shape[-1])))
+    spec = grid.spec(place.shape[-1])
+    if place.dim() == 2:
+        place.copy_(dequantize(codes, spec))
+    for expert in range(len(place) if place.dim() > 2 else 0):
+        place[expert].copy_(dequantize(expert_of(codes, expert), spec))
     done.codes[path] = codes
 
 

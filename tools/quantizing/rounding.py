@@ -149,6 +149,12 @@ def by_parts(how: Callable[[Tensor, Tensor], Codes], w: Tensor, h: Tensor) -> Co
     return Codes(q, scale, torch.cat(zeros) if zeros else None)
 
 
+def expert_of(codes: Codes, expert: int) -> Codes:
+    """One matrix of a stack."""
+    zero = None if codes.zero is None else codes.zero[expert]
+    return Codes(codes.q[expert], codes.scale[expert], zero)
+
+
 def most_experts(w: Tensor) -> int:
     """How many experts of a stack (E, out, in) are worked on at a time."""
     return max(1, PART // w[0].numel())
