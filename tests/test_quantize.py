@@ -87,6 +87,19 @@ def test_a_grid_has_as_many_numbers_as_its_bits_tell(grid: Grid) -> None:
     assert torch.equal(matrix.dense(), dequantize(codes, grid.spec(16)))
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_zeros_stay_zeros(grid: Grid) -> None:
+    """A group, or a row, of zeros harms no other one, in any method."""
+    w = random(4, 32)
+    w[1] = w[2, 16:] = 0
+    h = moments(32)
+    for codes in (rtn(w, grid), gptq.gptq(w, h, grid), awq.clipped(w, h, grid)):
+        back = dequantize(codes, grid.spec(32))
+        assert bool(back.isfinite().all()) and not bool(back[1].any())
+        assert bool((codes.scale > 0).all())
+        assert bool(((back - w)[[0, 3]].norm(dim=1) < w[[0, 3]].norm(dim=1)).all())
+
+
 @pytest.mark.parametrize(
     ("columns", "group", "width"),
     [
@@ -637,6 +650,18 @@ def test_folders_that_are_refused(
     assert command.main([*rtn_, str(sound), str(tmp_path / "y")]) == 2
     assert "which the folder lacks" in capsys.readouterr().err
     assert not (tmp_path / "y").exists() and not (tmp_path / "y.quantizing").exists()
+
+
+def test_inputs_that_are_no_numbers(
+    made: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    old = Source.embedded
+    monkeypatch.setattr(Source, "embedded", lambda *a: [x * torch.inf for x in old(*a)])
+    assert command.main(flags(made, tmp_path / "out", "gptq", text)) == 2
+    err = capsys.readouterr().err
+    assert "NaN or infinite inputs of self_attn.q_a_proj" in err
+    check_sentence(err.strip())
 
 
 def test_the_report_names_each_experts_tokens(made: Path, tmp_path: Path, text: Path) -> None:

@@ -45,8 +45,6 @@ from r1.storage.codes import Codes
 
 POWERS = tuple(step / 20 for step in range(21))
 """The exponents of the mean input that are tried for s (the paper's alpha). 0: s is 1."""
-
-
 CLIPS, FEW_CLIPS = parts(0.5, 1.2), parts(0.6, 1.1, 0.1)
 """The parts of a group's range that are tried for its scale: at the end, and while s is chosen."""
 

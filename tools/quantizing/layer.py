@@ -16,6 +16,7 @@ from quantizing import awq
 from quantizing.gptq import gptq
 from quantizing.rounding import Grid, by_parts, expert_of, rtn
 from quantizing.sites import EXPERTS, Site, Statistics, Watcher, sites, watch, weight
+from r1 import InputError
 from r1.model.step import Step
 from r1.model.transformer import Block
 from r1.storage.codes import Codes, dequantize
@@ -84,6 +85,12 @@ class Calibrated:
                 watcher.real = batch.real.flatten().to(self.device)
                 self._call(batch)
         watcher.seen = {name: statistics.mean() for name, statistics in watcher.seen.items()}
+        for name, statistics in watcher.seen.items():
+            if not bool(statistics.h.isfinite().all()):
+                raise InputError(
+                    f"the calibration makes NaN or infinite inputs of {name}: check that the model "
+                    "answers sensibly, or use --dtype fp32"
+                )
         return watcher
 
     @property

@@ -20,6 +20,8 @@ from r1.storage.spec import SCALES, Spec
 
 BITS = (2, 3, 4, 8)
 """How many bits a number may have. Those of 2 and 3 bits are stored in 4: see Grid."""
+LEAST_FP16 = 2.0**-24
+"""The least number above 0 in fp16."""
 PART = 2**28
 """Numbers of a stack that are worked on at a time: some GB, with all copies."""
 Error = Callable[[Tensor], Tensor]
@@ -232,9 +234,10 @@ def _fit(
 def _range(w: Tensor, grid: Grid, part: float) -> tuple[Tensor, Tensor]:
     """Scales and zero points of groups (..., width) for a part of their range."""
     dtype, (low, high) = SCALES[grid.scale], grid.ends
+    least = LEAST_FP16 if grid.scale == "fp16" else TINY  # a scale is never 0
     if not grid.zeros:
-        scale = (w.abs().amax(-1) * part / grid.top).clamp(min=TINY).to(dtype).float()
+        scale = (w.abs().amax(-1) * part / grid.top).clamp(min=least).to(dtype).float()
         return scale, torch.full_like(scale, grid.middle)
     top, bottom = w.amax(-1).clamp(min=0) * part, w.amin(-1).clamp(max=0) * part
-    scale = ((top - bottom) / (high - low)).clamp(min=TINY).to(dtype).float()
+    scale = ((top - bottom) / (high - low)).clamp(min=least).to(dtype).float()
     return scale, (low - bottom / scale).round().clamp(low, high)

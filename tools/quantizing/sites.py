@@ -27,8 +27,6 @@ from r1.storage.matrix import Matrix
 ATTENTION, FEED_FORWARD, SHARED, EXPERTS = (
     "self_attn", "mlp", "mlp.shared_experts", "mlp.experts",
 )  # fmt: skip
-STACKS = 2
-"""The dimensions of a single matrix. A stack of experts has one more."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def watch(block: Block, wanted: Sequence[Site]) -> Iterator[Watcher]:
         shape, device = source.shape, weight(block, site.name).device
         shared = site.name == f"{EXPERTS}.gate_proj"  # all experts read the same tokens
         watcher.seen[site.name] = Statistics.empty(shape[-2:] if shared else shape, device)
-        if len(shape) == STACKS:
+        if len(shape) == 2:  # experts show their inputs through the slot `dispatch`
             owner = block.get_submodule(site.name)
             swap(owner, "matrix", Watched(source, watcher.seen[site.name], watcher))
     if block.sparse:
