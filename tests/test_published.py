@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from safetensors import safe_open
 from torch import Tensor
 
@@ -73,6 +75,42 @@ def test_bit_equal(name: str) -> None:
     }
     matrix = kind(found.spec, shape, reference.dtype, packed)
     assert torch.equal(matrix.dense(), reference)
+
+
+def _groups(*sizes: int | None) -> dict[str, Any]:
+    """A description by compressed-tensors, with groups of these columns (None: a whole row)."""
+    each = [
+        {"num_bits": 4, "type": "int", "strategy": "group" if n else "channel", "group_size": n}
+        for n in sizes
+    ]
+    named = {f"group_{k}": {"targets": [f"re:x{k}$"], "weights": w} for k, w in enumerate(each)}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": named,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "columns", "across", "right"),
+    [
+        ((32, 24), 72, 3, 24), ((32, 24), 160, 5, 32), ((32, 24), 96, 4, 24), ((32, 24), 96, 3, 32),
+        ((8, None), 20, 1, 20), ((8, None), 24, 3, 8), ((128, 64), 64, 1, 64), ((64,), 96, 2, 64),
+        ((128, 64), 96, 9, 128),
+    ],
+)  # fmt: skip
+def test_groups_of_several_sizes(
+    sizes: tuple[int | None, ...], columns: int, across: int, right: int
+) -> None:
+    """A matrix's scales tell which it is. (The last one fits none: the check of shapes says so.)"""
+    assert parse(_groups(*sizes), "config.json").columns("m", columns, across) == right
+
+
+def test_groups_that_cant_be_told_apart() -> None:
+    with refused("groups of 36 and 40 columns, and m may be of either"):
+        parse(_groups(40, 36), "config.json").columns("m", 100, 3)
+    mixed = _groups(32, 24)
+    mixed["config_groups"]["group_1"]["weights"]["num_bits"] = 8
+    with refused("mixed bits"):
+        parse(mixed, "config.json")
 
 
 def test_every_format_has_a_case() -> None:

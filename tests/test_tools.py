@@ -14,7 +14,8 @@ import shared
 from refusals import refused
 
 TOOLS = Path(__file__).parents[1] / "tools"
-COMMANDS = sorted(path for path in TOOLS.glob("*/*.py") if "__main__" in path.read_text())
+FILES = [*TOOLS.glob("*.py"), *TOOLS.glob("*/*.py")]
+COMMANDS = sorted(path for path in FILES if "__main__" in path.read_text())
 
 RUN = """
 import os, runpy, sys
@@ -41,7 +42,7 @@ def test_every_command_has_help_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, *map(str, COMMANDS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(COMMANDS) == 17 and done.stdout.count("usage: ") == 17
+    assert len(COMMANDS) == 19 and done.stdout.count("usage: ") == 19
     assert "not built yet" not in done.stdout
 
 
@@ -59,8 +60,8 @@ def test_a_wrong_flag_is_one_sentence(
 
 def test_the_page_lists_every_command() -> None:
     page = (TOOLS / "README.md").read_text(encoding="utf-8")
-    assert all(f"python tools/{path.parent.name}/{path.name}" in page for path in COMMANDS)
-    assert page.count("\n") <= 70
+    assert all(f"python {path.relative_to(TOOLS.parent)}" in page for path in COMMANDS)
+    assert page.count("\n") <= 80
 
 
 def test_records_hold_no_path() -> None:

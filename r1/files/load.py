@@ -52,6 +52,27 @@ def load(
     tensors that are missing, surplus or of another shape or dtype, values that are no number, and
     FP8 weights without sound scales.
     """
+    found = survey(model, directory, placement)
+    read(found, slots(model), quiet=quiet)
+    return found.report
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A checkpoint's tensors, compared with a model's. No weight is read yet."""
+
+    name: str
+    files: Recognized
+    readings: dict[str, Reading]
+    """What this process reads of each weight."""
+    report: Report
+
+
+def survey(model: Transformer, directory: str | Path, placement: Placement | None = None) -> Survey:
+    """Compare the headers of `directory` with the model, which needs no memory yet.
+
+    Raises InputError as `load` does.
+    """
     directory = Path(directory)
     declared = methods.declared_in(directory)
     entries = entries_of(directory, unlisted=declared is not None and declared.unlisted)
@@ -64,35 +85,28 @@ def load(
     for key, reason in _left_out(files.keys(), wanted, model).items():
         report.skipped.setdefault(reason, []).extend(files.remove(key))
     _check_keys(directory, files, wanted)
-    readings = _plan(files, wanted, model, placement)
-    _read(directory.name, files, wanted, readings, report, quiet)
-    return report
-
-
-def _plan(
-    files: Recognized, wanted: dict[str, Slot], model: Transformer, placement: Placement
-) -> dict[str, Reading]:
-    """What is read of each weight, once its headers are checked."""
     readings = {}
     for key, slot in wanted.items():
         shape = _shape(files, key, slot, placement)
         mine = placement.part(key, shape)
         _check(files, key, shape, mine, slot, model)
         readings[key] = plan(files.found.get(key), slot, shape, mine)
-    return readings
+    return Survey(directory.name, files, readings, report)
 
 
-def _read(
-    name: str, files: Recognized, wanted: dict[str, Slot], readings: dict[str, Reading],
-    report: Report, quiet: bool,
-) -> None:  # fmt: skip
-    """Read every weight into its slot, in the order in which they lie in the files."""
+def read(found: Survey, wanted: dict[str, Slot], *, quiet: bool = False) -> None:
+    """Read weights into their slots, in the order in which they lie in the files.
+
+    `wanted` may be some of the surveyed model's slots. Raises InputError as `load` does.
+    """
+    files, report = found.files, found.report
+    readings = {key: found.readings[key] for key in wanted}
     mains = {key: files.main(key) for key in wanted}
     regions = {key: reading.region for key, reading in readings.items()}
     whole = {key for key, slot in wanted.items() if slot.spec or key in files.found}
     beside = {key: reading.beside for key, reading in readings.items()}
     total = sum(nbytes(mains[key], reading) for key, reading in readings.items())
-    with Progress(f"loading {name}", total, quiet) as progress, torch.no_grad():
+    with Progress(f"loading {found.name}", total, quiet) as progress, torch.no_grad():
         for piece in stream(mains, regions, whole, beside):
             key = piece.key
             if key in files.found:

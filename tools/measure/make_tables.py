@@ -10,6 +10,7 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 - `step-N`: a profiled step of the last arm in kernels/N.json
 - `buys`: what each rung of the ladder brings, and what 32 rows cost
 - `rung ...`: what a rung measured, in sentences (rungs.py)
+- `quality`: what quantizing costs tiny-r1, from quality/tiny-r1.json beside that folder
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
 import bench_kernels
 import compare_peers
+import quality
 import rungs
 import shared
 
@@ -141,7 +143,8 @@ def tables() -> dict[str, list[str]]:
         found[f"step-{name}"] = timeline.table(
             [part for part in parts if not part["kernel"].startswith(LAUNCHED)]
         )
-    return found | {"buys": buys()} | rungs.sentences()
+    costs = quality.lines(read(RESULTS.parent / "quality" / "tiny-r1.json"))
+    return found | {"buys": buys(), "quality": costs} | rungs.sentences()
 
 
 def buys() -> list[str]:

@@ -1,11 +1,13 @@
 """How compressed-tensors describes a quantization: groups of layers, each with its arguments.
 
-r1 reads checkpoints whose groups all quantize weights alike. What the groups say of activations and
-of the cache is ignored: r1 multiplies by weights only.
+r1 reads checkpoints whose groups all quantize weights alike, but for the number of columns that
+share a scale. What the groups say of activations and of the cache is ignored: r1 multiplies by
+weights only.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from r1.files.quantized.declared import PLAIN, Declared, Reader
@@ -30,7 +32,9 @@ def compressed_tensors(r: Reader) -> Declared:
     if not isinstance(groups, dict) or not groups:
         raise r.fail("has no config_groups, which say how weights are quantized: download it again")
     every = [_weights(r, name, group) for name, group in groups.items()]
-    if any(each != every[0] for each in every):
+    sizes = tuple(dict.fromkeys(each.group for each in every if each.group is not None))
+    every = [replace(each, groups=sizes if len(sizes) > 1 else ()) for each in every]
+    if any(replace(each, group=every[0].group) != every[0] for each in every):
         raise r.fail(
             "has config_groups that quantize weights in different ways (mixed bits), and r1 reads "
             f"one way a checkpoint: {PLAIN}"

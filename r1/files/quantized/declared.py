@@ -34,6 +34,26 @@ class Declared:
     """Columns lie in order, so that a table of their groups only repeats that."""
     unlisted: bool = False
     """The index may omit tensors that the quantizer added."""
+    groups: tuple[int, ...] = ()
+    """The columns that share a scale, where matrices differ in it: their scales tell which."""
+
+    def columns(self, key: str, columns: int, across: int) -> int | None:
+        """How many columns of a matrix share a scale, `across` scales to a row (see `group`).
+
+        Of several sizes that make as many scales it is the one that divides the matrix. Raises
+        InputError where there is none.
+        """
+        if not self.groups:
+            return self.group
+        sizes = {min(size or columns, columns) for size in self.groups}
+        fitting = {size for size in sizes if -(-columns // size) == across}
+        fitting = {size for size in fitting if columns % size == 0} or fitting
+        if len(fitting) > 1:
+            raise InputError(
+                f"{self.where} has groups of {' and '.join(map(str, sorted(fitting)))} columns, "
+                f"and {key} may be of either: {PLAIN}"
+            )
+        return next(iter(fitting), self.group)
 
 
 class Reader:

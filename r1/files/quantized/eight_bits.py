@@ -49,8 +49,8 @@ class EightBits(Published):
             return Spec(kind, 0, 0, scale=dtype, zeros=zeros)
         if scale in ((rows,), (rows, 1)):
             return Spec(kind, 1, 0, scale=dtype, zeros=zeros)
-        if d.group:
-            return Spec(kind, 1, d.group, scale=dtype, zeros=zeros)
+        if group := d.columns(t["weight"].key, columns, scale[-1]):
+            return Spec(kind, 1, group, scale=dtype, zeros=zeros)
         entry, weight = t[self.scale], t["weight"]
         if not d.method:
             lacks = "config.json has no quantization_config to say in what blocks"

@@ -82,8 +82,10 @@ class CompressedWords(Published):
             lacks = f"{entry.key.removesuffix('weight_packed')}weight_zero_point"
             says = f"{d.where} says symmetric = false, and there is no {lacks}"
             raise InputError(f"{entry.path}: {entry.key}: {says}: download it again")
-        rows = 0 if t["weight_scale"].shape in ((), (1,)) else 1
-        return Spec(f"int{bits}", rows, d.group or 0, dtype, zeros, indexed)
+        scale, columns = t["weight_scale"].shape, self.shape(t, d)[1]
+        rows = 0 if scale in ((), (1,)) else 1
+        group = d.columns(t["weight_packed"].key, columns, scale[-1] if scale else 1) or 0
+        return Spec(f"int{bits}", rows, group, dtype, zeros, indexed)
 
     def expected(
         self, t: Tensors, spec: Spec | None, shape: tuple[int, int]
