@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     crew = ranks.Crew()
     try:
-        with signals(interrupt_once), flags_spelling():
+        with signals(interrupt), flags_spelling():
             own_files.run_given(argv)
             arguments = parser(EMBEDDED).parse_args(argv)
             crew = ranks.crew()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,13 @@ pytest.register_assert_rewrite("cases", "refusals")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # without a GPU its kernels are run as Python
+
+
+# A suite in the background (nohup, `&`) ignores these, and so would every command that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)  # the suite goes on; its commands need not
 
 
 class CountingBackend:

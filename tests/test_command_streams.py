@@ -227,6 +227,7 @@ def test_a_signal_ends_a_benchmark(number: signal.Signals, seconds: float) -> No
     """At any time: while it imports, checks, starts children, or measures."""
     process = started([*SHORT, "-r", "500", "-o", "json"])
     while not all(catches(process, each) for each in SIGNALS):  # Python itself starts
+        assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     time.sleep(seconds)
     process.send_signal(number)
