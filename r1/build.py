@@ -181,7 +181,7 @@ def _too_large(
         if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
             could.append(setting("quant", "int4"))
     advice = " or ".join(each for each in (*could, cut, "a larger machine") if each)
-    kinds = {backend.dtype: 1, backend.quant: 1, backend.quant_head: 1}  # a set in order
+    kinds = dict.fromkeys((backend.dtype, backend.quant, backend.quant_head))  # each once
     stored = " and ".join(kind for kind in kinds if kind != "none")
     return InputError(
         f"the model needs {needed / 1e9:.1f} GB in {stored} and {backend.device} has "

@@ -7,6 +7,7 @@ Shapes: M rows, E experts (the groups); out and in are a matrix's rows and colum
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,3 +66,18 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     return _grouped_mm(x, weight, ends)
+
+
+def expert_by_expert(
+    x: Tensor, ends: Tensor, outputs: int, product: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """The same by `product(rows of x, expert)`, of which only experts with rows are read.
+
+    It reads `ends` on the host. So it is for operators of a CPU.
+    """
+    out, start = x.new_empty(x.shape[0], outputs), 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            out[start:end] = product(x[start:end], expert)
+        start = end
+    return out

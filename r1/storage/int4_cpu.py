@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r1.storage.codes import Codes, dequantize
+from r1.storage.grouped import expert_by_expert
 from r1.storage.int4 import Int4
 from r1.storage.joined import Part
 from r1.storage.matrix import Matrix
@@ -126,13 +127,9 @@ def _product(x: Tensor, q: Tensor, factors: Tensor, columns: int) -> Tensor:
 
 @torch.library.custom_op("r1::grouped_int4", mutates_args=())
 def _grouped(x: Tensor, q: Tensor, factors: Tensor, ends: Tensor, columns: int) -> Tensor:
-    """Only the experts that have rows are read."""
-    out, start = x.new_empty(x.shape[0], q.shape[1]), 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            out[start:end] = _product(x[start:end], q[expert], factors[expert], columns)
-        start = end
-    return out
+    return expert_by_expert(
+        x, ends, q.shape[1], lambda rows, e: _product(rows, q[e], factors[e], columns)
+    )
 
 
 @_grouped.register_fake

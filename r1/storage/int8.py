@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from r1.storage.grouped import expert_by_expert
 from r1.storage.quantized import Quantized, product_dtype
 
 FEW_ROWS = 4
@@ -70,13 +71,7 @@ def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 
 @torch.library.custom_op("r1::grouped_int8", mutates_args=())
 def _grouped(x: Tensor, q: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
-    """On a CPU: only the experts that have rows are read."""
-    out, start = x.new_empty(x.shape[0], q.shape[1]), 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            out[start:end] = product(x[start:end], q[expert], scale[expert])
-        start = end
-    return out
+    return expert_by_expert(x, ends, q.shape[1], lambda rows, e: product(rows, q[e], scale[e]))
 
 
 @_grouped.register_fake

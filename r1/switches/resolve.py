@@ -233,8 +233,10 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
 def _multiplies_packed(use: Use) -> bool:
     """Whether `grouped` needs no dequantized experts on a CPU."""
     experts, hidden = use.config.experts, use.config.hidden_size
-    if use.gpu or use.quant != "int4" or not experts.n_routed_experts:
-        return not use.gpu and use.quant == "int8"
+    if use.gpu or use.quant == "int8":
+        return not use.gpu
+    if use.quant != "int4" or not experts.n_routed_experts:
+        return False
     stack = f"model.layers.{experts.first_k_dense_replace}.mlp.experts.down_proj"
     spec = spec_of(stack, use.config.files, use.quant)
     shapes = ((hidden, experts.moe_intermediate_size), (experts.moe_intermediate_size, hidden))
