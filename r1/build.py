@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,9 @@ from r1.errors import InputError, setting
 from r1.files.draw import randomize
 from r1.files.load import Report, load
 from r1.files.names import EXPERT_MATRICES, key_of
+from r1.model import gqa
 from r1.model.config import Config
+from r1.model.gqa import GQA
 from r1.model.layers import MLP, Embedding, Linear, RMSNorm
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
@@ -32,7 +36,7 @@ from r1.storage.kinds import KINDS
 from r1.storage.matrix import Matrix
 from r1.switches.backend import Backend
 from r1.switches.precision import spec_of, specs_of
-from r1.switches.strategies import ATTENTION, EXPERTS
+from r1.switches.strategies import EXPERTS, attention_of
 
 HEADROOM = 256 * 2**20
 """Bytes beside the weights without which no step runs: activations, the cache of a short prompt."""
@@ -73,7 +77,7 @@ def from_shape(
     mtp: bool = False,
     placement: Placement | None = None,
 ) -> Transformer:
-    """A model of random weights, made on the device: N(0, 0.02), norms of 1, no gate bias."""
+    """A model of random weights, made on the device: N(0, 0.02), norms of 1, biases of 0."""
     mtp = mtp or backend.speculate == "mtp"
     placement = placement or placement_of(config, backend, connected(backend))
     model = allocate(config, backend, mtp=mtp, placement=placement, cut=setting("layers", "N"))
@@ -226,6 +230,8 @@ def join_matrices(model: nn.Module) -> None:
         if isinstance(module, MLA):
             direct = module.shape.q_lora_rank is None
             _join(module.q_proj if direct else module.q_a_proj, module.kv_a_proj_with_mqa)
+        elif isinstance(module, GQA):
+            _join(module.q_proj, module.k_proj, module.v_proj)
         elif isinstance(module, MLP):
             _join(module.gate_proj, module.up_proj)
         elif isinstance(module, Experts):
@@ -247,7 +253,8 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
     """Fill the slots with the strategies that `backend` names."""
     attention = {"prefill": backend.prefill_attention, "decode": backend.attention}
     experts = {"prefill": backend.prefill_moe, "decode": backend.moe}
-    attend = {phase: ATTENTION[name] for phase, name in attention.items()}
+    table: Mapping[str, Any] = attention_of(model.config.attention)
+    attend = {phase: table[name] for phase, name in attention.items()}
     dispatch = {phase: EXPERTS[name] for phase, name in experts.items()}
     for strategy in (*attend.values(), *dispatch.values()):
         strategy.prepare()
@@ -255,6 +262,9 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
         if isinstance(module, MLA):
             module.attend = dict(attend)
             module.rotate = rotate_jointly if backend.join == "on" else rotate_each
+        elif isinstance(module, GQA):
+            module.attend = dict(attend)
+            module.rotate = gqa.rotate_jointly if backend.join == "on" else gqa.rotate_each
         elif isinstance(module, MoE):
             module.dispatch = dict(dispatch)
     return model.eval().requires_grad_(False)

@@ -27,7 +27,7 @@ from r1.model.router import Router
 from r1.model.transformer import Block, Transformer
 from r1.storage.matrix import Matrix
 from r1.switches.backend import Backend
-from r1.switches.strategies import ATTENTION
+from r1.switches.strategies import attention_of
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def step_work(
     shape = cast(Block, model.layers[0]).self_attn.shape
     experts_hit /= backend.ep
     decode = tokens == 1 or verify
-    attention = ATTENTION[backend.attention if decode else backend.prefill_attention]
+    table = attention_of(config.attention)
+    attention = table[backend.attention if decode else backend.prefill_attention]
     n = rows * tokens
     weight_bytes = layers.always + head.nbytes + experts_hit * layers.expert
     weight_bytes += n * embedding_row_bytes(model)
@@ -197,7 +198,7 @@ def draft_work(config: Config, backend: Backend, rows: int, context: float) -> W
     """
     model = model_of(config, backend, True)
     layer, head = weights_of(model.mtp[0]), model.lm_head.matrix
-    attention = ATTENTION[backend.attention]
+    attention = attention_of(config.attention)[backend.attention]
     shape = cast(Block, model.layers[0]).self_attn.shape
     entry = attention.entry(shape)
     per_token = bytes_per_token(entry, DTYPES[backend.dtype], layers=1)

@@ -243,7 +243,7 @@ def test_diff_layers_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "none of the names" in complaint(str(case))
     path.unlink()
     assert "has no reference.safetensors" in complaint(str(case))
-    (case / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (case / "config.json").write_text(json.dumps({"model_type": "gemma3"}))
     assert "model_type" in complaint(str(case))
 
 

@@ -11,7 +11,7 @@ from r1.errors import InputError, setting
 from r1.model.cache import bytes_per_token
 from r1.model.config import Config
 from r1.switches.backend import Backend
-from r1.switches.strategies import ATTENTION
+from r1.switches.strategies import attention_of
 
 TOKEN = 64
 """Bytes of a prompt's or an answer's token: a Python number, its places in lists, and tensors."""
@@ -70,7 +70,7 @@ def _too_large(
 def work_bytes(w: Workload, config: Config, backend: Backend) -> int:
     """The bytes of the cache, the tokens, and the logits of a step."""
     layers = config.num_hidden_layers + (backend.speculate == "mtp")
-    entry = ATTENTION[backend.attention].entry(config.attention)
+    entry = attention_of(config.attention)[backend.attention].entry(config.attention)
     cache = w.batch * w.tokens * bytes_per_token(entry, DTYPES[backend.dtype], layers)
     logits = w.batch * backend.step_tokens * config.vocab_size * 4
     return cache + w.batch * w.tokens * TOKEN + logits

@@ -1,7 +1,7 @@
 """Hugging Face's config.json <-> Config.
 
 Two families share this code: `deepseek_v3` (R1, V3, V3.1, Moonlight, Kimi-K2) and `deepseek_v2`
-(V2, V2-Lite).
+(V2, V2-Lite). Those of R1's distilled models are in grouped_json.py.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from r1.errors import InputError
-from r1.files.foreign import check_gguf, no_folder
+from r1.files import grouped_json
+from r1.files.foreign import check_gguf, nearest, no_folder
 from r1.files.json_fields import Fields
 from r1.files.quantized import methods
 from r1.files.quantized.recognize import recognize, stored
 from r1.files.rope_fields import read_rope
 from r1.files.shards import entries_of, has_shards
-from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat
+from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat, Llama3
 from r1.reading import read_object
 
 FAMILIES = {"deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3", "deepseek_v2": "deepseek_v2"}
@@ -73,8 +74,14 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
     """
     f = Fields(raw, where)
     model_type = f.get("model_type")
+    if model_type in grouped_json.FAMILIES:
+        config = grouped_json.read(f, FileFormat(read_fp8_block(f)))
+        check_tokens(f, config)
+        f.unknown()
+        return config
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise f.fail("model_type", f"is {model_type!r}, but r1 runs only {', '.join(FAMILIES)}")
+        runs = ", ".join((*FAMILIES, *grouped_json.FAMILIES))
+        raise f.fail("model_type", f"is {model_type!r}, but r1 runs only {runs}{nearest(f.raw)}")
     family = FAMILIES[model_type]
     for name, allowed in ONLY.items():
         if f.get(name, allowed[0]) not in allowed:
@@ -112,16 +119,20 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
 def dump_config(config: Config) -> dict[str, Any]:
     """A Config as the fields of a published config.json: `parse_config(dump_config(c)) == c`."""
     out = dataclasses.asdict(config)
+    grouped = config.model_type in grouped_json.FAMILIES
     for part in ("attention", "experts", "files"):
         out |= out.pop(part)
     yarn, block, eos = out.pop("yarn"), out.pop("fp8_block"), config.eos_token_ids
     del out["eos_token_ids"], out["stored"]
-    version = "V3" if config.model_type == "deepseek_v3" else "V2"
-    out["architectures"] = [f"Deepseek{version}ForCausalLM"]
-    out["num_key_value_heads"] = config.attention.num_attention_heads
-    out |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
-    out["moe_layer_freq"] = 1
+    out |= {"hidden_act": "silu", "attention_dropout": 0.0}
     out["rope_scaling"] = {"type": "yarn", **yarn} if yarn else None
+    if grouped:
+        out = grouped_json.dump(config, out)
+    else:
+        version = "V3" if config.model_type == "deepseek_v3" else "V2"
+        out["architectures"] = [f"Deepseek{version}ForCausalLM"]
+        out["num_key_value_heads"] = config.attention.num_attention_heads
+        out |= {"attention_bias": False, "moe_layer_freq": 1}
     out["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
     if block:
         out["quantization_config"] = {
@@ -134,6 +145,8 @@ def dump_config(config: Config) -> dict[str, Any]:
 def read_attention(f: Fields) -> AttentionShape:
     """Read the fields of latent attention."""
     theta, yarn = read_rope(f)
+    if isinstance(yarn, Llama3):
+        raise f.fail("rope_scaling", "has type 'llama3', but latent attention takes only yarn")
     return AttentionShape(
         num_attention_heads=f.integer("num_attention_heads"),
         q_lora_rank=f.integer("q_lora_rank") if f.get("q_lora_rank") is not None else None,
@@ -181,7 +194,7 @@ def read_fp8_block(f: Fields) -> tuple[int, int] | None:
 
 def check(f: Fields, c: Config) -> None:
     """Raise InputError if fields contradict each other."""
-    a = c.attention
+    a = c.latent
     heads = f.get("num_key_value_heads", a.num_attention_heads)
     if heads != a.num_attention_heads:
         problem = f"is {heads}, but latent attention has as many as num_attention_heads, "
@@ -195,10 +208,15 @@ def check(f: Fields, c: Config) -> None:
     if a.qk_rope_head_dim % 2:
         problem = f"is {a.qk_rope_head_dim}, but rotation takes pairs: it must be even"
         raise f.fail("qk_rope_head_dim", problem)
+    check_tokens(f, c)
+    check_experts(f, c.experts)
+
+
+def check_tokens(f: Fields, c: Config) -> None:
+    """Raise InputError for a token outside the vocabulary."""
     for name, value in (("bos_token_id", (c.bos_token_id,)), ("eos_token_id", c.eos_token_ids)):
         if any(i is not None and i >= c.vocab_size for i in value):
             raise f.fail(name, f"is {f.raw[name]}, outside the vocabulary of {c.vocab_size}")
-    check_experts(f, c.experts)
 
 
 def check_experts(f: Fields, e: ExpertShape) -> None:

@@ -31,7 +31,7 @@ def randomize(
     with torch.no_grad():
         for key, all_of_it in (slots(whole) if whole is not None else mine).items():
             slot = mine.get(key)
-            if key.endswith("e_score_correction_bias"):
+            if key.endswith("bias"):
                 if slot is not None:
                     slot.weight.zero_()
             elif len(all_of_it.shape) == 1:

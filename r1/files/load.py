@@ -79,6 +79,7 @@ def survey(model: Transformer, directory: str | Path, placement: Placement | Non
     check_fused(directory, entries)
     wanted, report, placement = slots(model), Report(), placement or Placement()
     files = recognize(entries, declared)
+    files.keep_biases(wanted)
     if files.unused:
         report.skipped["r1 does not quantize activations or the cache"] = files.unused
     _check_biases(files)
@@ -166,7 +167,7 @@ def _check_biases(files: Recognized) -> None:
     for entry in files.biases:
         if bool(one(entry).any()):
             raise InputError(
-                f"{entry.path}: {entry.key} is not 0, and this family's matrices have no bias: "
+                f"{entry.path}: {entry.key} is not 0, and this matrix has no bias in its family: "
                 "compare the file with its publisher's"
             )
 

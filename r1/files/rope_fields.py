@@ -1,4 +1,4 @@
-"""Read the fields of a config.json that describe the rotary embedding and YaRN."""
+"""Read the fields of a config.json that describe the rotary embedding, for long contexts too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 from r1.files.json_fields import Fields
-from r1.model.config import Yarn
+from r1.model.config import Llama3, Yarn
 
 
-def read_rope(f: Fields) -> tuple[float, Yarn | None]:
-    """Read the rotation's base and its YaRN settings.
+def read_rope(f: Fields) -> tuple[float, Yarn | Llama3 | None]:
+    """Read the rotation's base and its settings for long contexts.
 
     There are two spellings: `rope_theta` with `rope_scaling` (published checkpoints), and
     `rope_parameters` (newer versions of transformers).
@@ -42,15 +42,50 @@ def read_rope(f: Fields) -> tuple[float, Yarn | None]:
         rest = {k: v for k, v in both.items() if k != "partial_rotary_factor" or v != 1}
         f.no_more("rope_parameters", rest, {"type", "rope_type", "rope_theta"})
         return theta, None
+    if kind == "llama3":
+        return theta, read_llama3(f, both)
     if kind != "yarn":
-        raise f.fail("rope_scaling", f"has type {kind!r}, but r1 implements only yarn")
+        raise f.fail("rope_scaling", f"has type {kind!r}, but r1 implements only yarn and llama3")
     return theta, read_yarn(f, both)
+
+
+def read_llama3(f: Fields, both: dict[str, Any]) -> Llama3:
+    """Read Llama 3's settings. `both` holds the fields of rope_scaling and rope_parameters."""
+    known = {"type", "rope_type", "rope_theta"} | {x.name for x in dataclasses.fields(Llama3)}
+    f.no_more("rope_scaling", both, known)
+    llama3 = Llama3(
+        factor=f.number("factor", source=both),
+        original_max_position_embeddings=read_original(f, both),
+        low_freq_factor=f.number("low_freq_factor", source=both),
+        high_freq_factor=f.number("high_freq_factor", source=both),
+    )
+    if llama3.factor < 1:
+        problem = f"has factor = {llama3.factor}, but llama3 stretches: at least 1"
+        raise f.fail("rope_scaling", problem)
+    if not 0 < llama3.low_freq_factor < llama3.high_freq_factor:
+        factors = f"{llama3.low_freq_factor} and high_freq_factor = {llama3.high_freq_factor}"
+        problem = f"has low_freq_factor = {factors}, but llama3 wants 0 < low < high"
+        raise f.fail("rope_scaling", problem)
+    return llama3
+
+
+def read_original(f: Fields, both: dict[str, Any]) -> int:
+    """Read the length of the first training."""
+    original = both.get("original_max_position_embeddings")
+    if isinstance(original, bool) or not isinstance(original, int) or not 0 < original <= 10**9:
+        problem = f"has original_max_position_embeddings = {original!r}, not 1 to 1000000000"
+        raise f.fail("rope_scaling", problem)
+    return original
 
 
 def read_yarn(f: Fields, both: dict[str, Any]) -> Yarn:
     """Read YaRN's settings. `both` holds the fields of rope_scaling and rope_parameters."""
     known = {"type", "rope_type", "rope_theta", "truncate", "attention_factor"}
-    known |= {"partial_rotary_factor"} | {field.name for field in dataclasses.fields(Yarn)}
+    # R1-0528-Qwen3-8B has attn_factor = 1 / (0.1 ln 4 + 1), which would cancel YaRN's factor on cos
+    # and sin. transformers, our reference, does not read this name (attention_factor is its own).
+    known |= {"partial_rotary_factor", "attn_factor"} | {
+        field.name for field in dataclasses.fields(Yarn)
+    }
     f.no_more("rope_scaling", both, known)
     if both.get("truncate", True) is not True:
         problem = "has truncate = false, but r1 implements only YaRN's truncated range"
@@ -58,13 +93,9 @@ def read_yarn(f: Fields, both: dict[str, Any]) -> Yarn:
     if both.get("partial_rotary_factor", 1) != 1:
         problem = f"has partial_rotary_factor = {both['partial_rotary_factor']}, not 1"
         raise f.fail("rope_scaling", problem)
-    original = both.get("original_max_position_embeddings")
-    if isinstance(original, bool) or not isinstance(original, int) or not 0 < original <= 10**9:
-        problem = f"has original_max_position_embeddings = {original!r}, not 1 to 1000000000"
-        raise f.fail("rope_scaling", problem)
     yarn = Yarn(
         factor=f.number("factor", source=both),
-        original_max_position_embeddings=original,
+        original_max_position_embeddings=read_original(f, both),
         beta_fast=f.number("beta_fast", 32.0, both),
         beta_slow=f.number("beta_slow", 1.0, both),
         mscale=f.number("mscale", 1.0, both),

@@ -21,7 +21,7 @@ from r1.model.cache import Entry, LayerCache
 from r1.model.config import AttentionShape
 from r1.model.layers import Linear
 from r1.model.step import Step
-from r1.model.strategy import Strategy
+from r1.model.strategy import Attention
 
 
 class UpProjection(Linear):
@@ -47,18 +47,15 @@ class UpProjection(Linear):
         return w_uk, w_uv
 
 
-class Attend(Strategy):
+class Attend(Attention):
     """A way to compute attention of a call's tokens to their keys, and the cache that it keeps."""
 
-    needs: str | None = None  # the field of a Step that hides keys from it: "mask", "bias" or None
-    keeps: str = "the latent"  # what it caches of a token, in words; here `c_kv` and `k_pe`
+    keeps = "the latent"  # `c_kv` and `k_pe`
 
     def entry(self, shape: AttentionShape) -> Entry:
-        """The shapes that one token leaves in a layer's cache. Both phases must keep the same."""
         return [(shape.latent_dim,)]
 
     def flops(self, shape: AttentionShape) -> float:
-        """Operations of one query and one key, of all heads: score and weighted sum."""
         return 2.0 * shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
 
     def __call__(

@@ -34,9 +34,8 @@ class Cache:
         device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.rows, self.capacity = rows, capacity
-        # Zeros, so that hidden slots are finite: a probability of 0 times NaN would be NaN.
         self.layers: list[LayerCache] = [
-            tuple(torch.zeros(rows, capacity, *each, dtype=dtype, device=device) for each in entry)
+            tuple(_empty(rows, capacity, each, dtype, device) for each in entry)
             for _ in range(layers)
         ]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -57,3 +56,16 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes of all entries."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+
+def _empty(
+    rows: int, capacity: int, each: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One tensor of a layer, (B, T, *each).
+
+    Zeros, so that hidden slots are finite: a probability of 0 times NaN would be NaN. The slots of
+    one head lie side by side in memory, so that a product can read a head's keys in place.
+    """
+    *heads, size = each
+    memory = torch.zeros(rows, *heads, capacity, size, dtype=dtype, device=device)
+    return memory.movedim(-2, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from r1.storage.spec import Spec
 
@@ -53,6 +53,8 @@ class AttentionShape:
     rope_theta: float
     yarn: Yarn | None
 
+    rope_interleave: ClassVar[bool] = True  # which elements of a vector are rotated: see rope.py
+
     @property
     def qk_head_dim(self) -> int:
         """Elements of one head's query or key."""
@@ -62,6 +64,42 @@ class AttentionShape:
     def latent_dim(self) -> int:
         """Elements of `c_kv` and `k_pe`, which a token leaves in the cache of one layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Llama 3.1's settings for long contexts, config.json's `rope_scaling`; see rope.py."""
+
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+@dataclass(frozen=True)
+class GroupedShape:
+    """Grouped-query attention (arXiv 2305.13245), see gqa.py. Sizes in elements."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    yarn: Yarn | None = None
+    llama3: Llama3 | None = None
+    attention_bias: bool = False  # whether q_proj, k_proj and v_proj add a bias, as Qwen2's do
+    qk_norm: bool = False  # whether each head's query and key are normed, as Qwen3's are
+
+    rope_interleave: ClassVar[bool] = False
+
+    @property
+    def qk_rope_head_dim(self) -> int:
+        """The rotated elements of a query or key: all."""
+        return self.head_dim
+
+    @property
+    def group(self) -> int:
+        """How many query heads share one head of keys and values."""
+        return self.num_attention_heads // self.num_key_value_heads
 
 
 @dataclass(frozen=True)
@@ -113,7 +151,7 @@ class Config:
     num_hidden_layers: int
     max_position_embeddings: int
     rms_norm_eps: float
-    attention: AttentionShape
+    attention: Any  # AttentionShape or GroupedShape, as `latent` and `grouped` are typed
     experts: ExpertShape = field(default_factory=ExpertShape)
     files: FileFormat = field(default_factory=FileFormat)
     tie_word_embeddings: bool = False
@@ -124,6 +162,20 @@ class Config:
     def is_moe(self, layer: int) -> bool:
         """Whether layer number `layer` has experts. (MTP layers: `num_hidden_layers` and on.)"""
         return self.experts.n_routed_experts > 0 and layer >= self.experts.first_k_dense_replace
+
+    @property
+    def latent(self) -> AttentionShape:
+        """`attention` of a model with latent attention. Raises TypeError for another one."""
+        if not isinstance(self.attention, AttentionShape):
+            raise TypeError(f"{self.model_type} has no latent attention")
+        return self.attention
+
+    @property
+    def grouped(self) -> GroupedShape:
+        """`attention` of a model with grouped-query attention. Raises TypeError for another one."""
+        if not isinstance(self.attention, GroupedShape):
+            raise TypeError(f"{self.model_type} has no grouped-query attention")
+        return self.attention
 
     def change(self, **values: Any) -> Config:
         """A copy with other values: `config.change(num_hidden_layers=4, n_routed_experts=16)`.

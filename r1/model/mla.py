@@ -34,7 +34,7 @@ class MLA(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        a = self.shape = config.attention
+        a = self.shape = config.latent
         q_dim = a.num_attention_heads * a.qk_head_dim
         if a.q_lora_rank is None:
             self.q_proj = Linear(config.hidden_size, q_dim)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from r1.errors import InputError, setting
-from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat, Yarn
+from r1.model.config import (
+    AttentionShape,
+    Config,
+    ExpertShape,
+    FileFormat,
+    GroupedShape,
+    Llama3,
+    Yarn,
+)
 
 _R1_YARN = Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)
 
@@ -23,6 +31,47 @@ R1 = Config(
     files=FileFormat(fp8_block=(128, 128)), num_nextn_predict_layers=1,
     bos_token_id=0, eos_token_ids=(1,),
 )  # fmt: skip
+
+_QWEN_7B = Config(
+    model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+    num_hidden_layers=28, max_position_embeddings=131072, rms_norm_eps=1e-6,
+    attention=GroupedShape(28, 4, 128, rope_theta=10000.0, attention_bias=True),
+    bos_token_id=151643, eos_token_ids=(151643,),
+)  # fmt: skip
+_QWEN_14B = _QWEN_7B.change(
+    hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, rms_norm_eps=1e-5,
+    num_attention_heads=40, num_key_value_heads=8, rope_theta=1e6,
+)  # fmt: skip
+_LLAMA_8B = Config(
+    model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+    num_hidden_layers=32, max_position_embeddings=131072, rms_norm_eps=1e-5,
+    attention=GroupedShape(32, 8, 128, rope_theta=5e5, llama3=Llama3(8.0, 8192)),
+    bos_token_id=128000, eos_token_ids=(128001,),
+)  # fmt: skip
+
+DISTILLS: dict[str, Config] = {
+    "r1-distill-qwen-1.5b": _QWEN_7B.change(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
+        num_key_value_heads=2,
+    ),
+    "r1-distill-qwen-7b": _QWEN_7B,
+    "r1-distill-qwen-14b": _QWEN_14B,
+    "r1-distill-qwen-32b": _QWEN_14B.change(intermediate_size=27648, num_hidden_layers=64),
+    "r1-distill-llama-8b": _LLAMA_8B,
+    "r1-distill-llama-70b": _LLAMA_8B.change(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    ),
+    "r1-0528-qwen3-8b": _LLAMA_8B.change(
+        model_type="qwen3", vocab_size=151936, intermediate_size=12288, num_hidden_layers=36,
+        rms_norm_eps=1e-6, rope_theta=1e6, llama3=None, yarn=Yarn(4.0, 32768), qk_norm=True,
+        bos_token_id=151643, eos_token_ids=(151645,),
+    ),
+    "llama-3.2-1b": _LLAMA_8B.change(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
+        llama3=Llama3(32.0, 8192), tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+"""R1's distilled models, and Llama-3.2-1B, which published measurements of small models use."""
 
 SHAPES: dict[str, Config] = {
     "r1": R1,
@@ -56,6 +105,7 @@ SHAPES: dict[str, Config] = {
         n_group=4, topk_group=2, first_k_dense_replace=1, max_position_embeddings=10240,
         yarn=dataclasses.replace(_R1_YARN, original_max_position_embeddings=256),
     ),
+    **DISTILLS,
 }  # fmt: skip
 
 

@@ -1,18 +1,21 @@
 """Strategies: the ways to compute one part of a layer, each an object with its own facts.
 
-A slot (mla.py's `attend`, moe.py's `dispatch`) holds one strategy for prompts ("prefill") and one
-for decode steps ("decode"). Other code never compares names: it asks the strategy for its facts.
+A slot (`attend` of mla.py and gqa.py, `dispatch` of moe.py) holds one strategy for prompts
+("prefill") and one for decode steps ("decode"). Other code never compares names: it asks the
+strategy for its facts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from r1.device import DTYPES
 from r1.errors import setting
+from r1.model.cache import Entry
 from r1.model.config import Config
 
 
@@ -49,7 +52,7 @@ def without_kernels() -> str:
 
 
 class Strategy:
-    """The base of attention strategies (attend.py) and expert strategies (dispatch.py)."""
+    """The base of attention strategies and expert strategies (dispatch.py)."""
 
     name: str  # the switch's value that chooses it
     phases: tuple[str, ...] = ("prefill", "decode")  # those that it is built for
@@ -60,3 +63,18 @@ class Strategy:
 
     def prepare(self) -> None:
         """Called when the strategy is put into a slot. Imports modules that only it needs."""
+
+
+class Attention(Strategy):
+    """The base of the ways to attend: to latents (attend.py), to grouped heads (gqa_attend.py)."""
+
+    needs: str | None = None  # the field of a Step that hides keys from it: "mask", "bias" or None
+    keeps: str  # what it caches of a token, in words
+
+    def entry(self, shape: Any) -> Entry:
+        """The shapes that one token leaves in a layer's cache. Both phases must keep the same."""
+        raise NotImplementedError(f"{type(self).__name__} must define entry(shape)")
+
+    def flops(self, shape: Any) -> float:
+        """Operations of one query and one key, of all heads: score and weighted sum."""
+        raise NotImplementedError(f"{type(self).__name__} must define flops(shape)")

@@ -9,18 +9,22 @@ Shapes: B rows, S tokens of a row, D hidden_size, R rope dim, W vocab_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from r1.model.cache import LayerCache
-from r1.model.config import Config
+from r1.model.config import AttentionShape, Config, GroupedShape
+from r1.model.gqa import GQA
 from r1.model.layers import MLP, Embedding, Linear, RMSNorm
 from r1.model.mla import MLA
 from r1.model.moe import MoE
 from r1.model.rope import angles, frequencies
 from r1.model.step import Step, bias_of, visible
+
+ATTENTION: dict[type, type[MLA] | type[GQA]] = {AttentionShape: MLA, GroupedShape: GQA}
+"""The attention that a config's shape describes."""
 
 
 class Block(nn.Module):
@@ -32,7 +36,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLA(config)
+        self.self_attn: Any = ATTENTION[type(config.attention)](config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.sparse = config.is_moe(layer)
         sizes = config.hidden_size, config.intermediate_size
@@ -74,7 +78,8 @@ class Transformer(nn.Module):
         keys > 0: each token sees the cache's slots from 0 to its own, of the first `keys` slots.
         keys = 0: the tokens are the first of their rows. Each sees itself and the earlier ones.
         """
-        cos, sin = angles(positions, self.frequency, self.table_factor)
+        interleave = self.config.attention.rope_interleave
+        cos, sin = angles(positions, self.frequency, self.table_factor, interleave)
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
         step = Step(phase, positions, cos, sin, rows, starts_rows=keys == 0)
         # All layers have the same strategy, so the first one tells what they need.

@@ -22,7 +22,7 @@ from r1.model.transformer import Block, Transformer
 from r1.run.callers import Caller, Captured, Plain
 from r1.run.ways import ways_of
 from r1.switches.backend import Backend
-from r1.switches.strategies import ATTENTION
+from r1.switches.strategies import attention_of
 
 MOST_TOKENS = 2**16
 """Tokens of all rows together in a prefill call: its activations must fit beside the weights."""
@@ -59,11 +59,12 @@ class Runner:
         self.model, self.backend = model, backend
         self.config: Config = model.config
         self.device = torch_device(backend.device)
-        strategy = ATTENTION[backend.prefill_attention]
+        table = attention_of(self.config.attention)
+        strategy = table[backend.prefill_attention]
         self.prefill_chunk = prefill_chunk or CHUNK.get(strategy.needs or "", FUSED_CHUNK)
         # Of the heads that this device has (r1/placement).
         shape = cast(Block, model.layers[0]).self_attn.shape
-        self.entry = ATTENTION[backend.attention].entry(shape)
+        self.entry = table[backend.attention].entry(shape)
         self.cache_dtype = DTYPES[backend.dtype]
         self.ways = ways_of(model, backend, self.device)
         self.blocks = {p: [way.block(b) for b in model.layers] for p, way in self.ways.items()}

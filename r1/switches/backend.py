@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from r1.errors import InputError, setting
 from r1.model.strategy import Strategy
 from r1.storage.kinds import KINDS
-from r1.switches.strategies import ATTENTION, EXPERTS
+from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED
 
 
 def choices() -> dict[str, tuple[str, ...]]:
     """The values of each switch that is a choice; a strategy that was registered is one of them."""
+    attention: dict[str, Strategy] = {**ATTENTION, **GROUPED}
     return {
         "device": ("auto", "cpu", "cuda", "rocm"),
         "dtype": ("auto", "fp32", "bf16", "fp16"),
         "amp": ("off", "bf16", "fp16"),
-        "attention": ("auto", *ATTENTION),
-        "prefill_attention": ("auto", *_for_prompts(ATTENTION)),
+        "attention": ("auto", *attention),
+        "prefill_attention": ("auto", *_for_prompts(attention)),
         "moe": ("auto", *EXPERTS),
         "prefill_moe": ("auto", *_for_prompts(EXPERTS)),
         "join": ("auto", "on", "off"),
@@ -61,17 +62,18 @@ class Backend:
     """the same for prompts: one graph for each number of prompts and each length, rounded up"""
     attention: str = "auto"
     """attention of a decode step; naive caches all keys and values, the others the latent; auto:
-    absorbed, or triton with `kernels=triton`"""
+    absorbed, or triton with `kernels=triton`; grouped for grouped-query attention, whose naive and
+    sdpa cache the same"""
     prefill_attention: str = "auto"
-    """attention of a prompt; auto: expand"""
+    """attention of a prompt; auto: expand, or sdpa for grouped-query attention"""
     moe: str = "auto"
     """experts of a decode step; auto: gather for a few tokens, grouped for more, or triton with
     `kernels=triton`"""
     prefill_moe: str = "auto"
     """experts of a prompt; auto: grouped, or triton where a graph can't hold that"""
     join: str = "auto"
-    """store matrices that multiply the same input as one (q_a with kv_a, gate with up), and rotate
-    queries and key in one call; auto: on"""
+    """store matrices that multiply the same input as one (q_a with kv_a, q with k and v, gate with
+    up), and rotate queries and key in one call; auto: on"""
     memory: str = "default"
     """how the GPU's memory is managed; expandable: in segments that grow, so less is lost between
     them (then it stays so for the process); empty-cache: what a prompt took is given back before

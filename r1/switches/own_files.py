@@ -15,10 +15,14 @@ from types import ModuleType
 
 from r1.errors import InputError
 from r1.reading import read_bytes
-from r1.switches.strategies import ATTENTION, EXPERTS, check_tables
+from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED, check_tables
 
 FLAG = "--import"
-TABLES: dict[str, Mapping[str, object]] = {"ATTENTION": ATTENTION, "EXPERTS": EXPERTS}
+TABLES: dict[str, Mapping[str, object]] = {
+    "ATTENTION": ATTENTION,
+    "GROUPED": GROUPED,
+    "EXPERTS": EXPERTS,
+}
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,13 @@ from r1.storage import int4_cpu
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 from r1.switches.precision import spec_of
-from r1.switches.strategies import ATTENTION, EXPERTS, check_tables
+from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED, attention_of, check_tables
+
+BEST_ATTENTION = {
+    "decode": ("absorbed", "grouped", "naive"),
+    "prefill": ("expand", "sdpa", "naive"),
+}
+"""Attention strategies, the best first. A model's kind of attention has some of them."""
 
 
 def resolve(
@@ -33,7 +39,7 @@ def resolve(
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
     _check_devices(backend, config)
-    backend = _kernels(backend, machine)
+    backend = _kernels(backend, config, machine)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
     if backend.quant_head != "none" and config.tie_word_embeddings:
         head = setting("quant_head", backend.quant_head)
@@ -127,7 +133,7 @@ def _check_speculation(backend: Backend, config: Config) -> None:
         raise InputError(f"{drafts} {use}")
 
 
-def _kernels(backend: Backend, machine: Machine) -> Backend:
+def _kernels(backend: Backend, config: Config, machine: Machine) -> Backend:
     """kernels=triton brings its own attention and experts of a decode step."""
     triton = setting("kernels", "triton")
     if backend.kernels != "triton":
@@ -136,6 +142,9 @@ def _kernels(backend: Backend, machine: Machine) -> Backend:
             search = f"{tune} searches the launch parameters of {triton}"
             raise InputError(f"{search}: add {triton}, or leave {tune} out")
         return backend
+    if "triton" not in attention_of(config.attention):
+        fuses = "fuses blocks with latent attention, and this model's is grouped-query attention"
+        raise InputError(f"{triton} {fuses}: use {setting('compile')}, no {setting('kernels')}")
     if why := machine.why_not("triton"):
         raise InputError(f"{triton}: {why}")
     if backend.amp != "off":
@@ -204,9 +213,15 @@ def _choose(
 def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
     """Both phases share one cache, so their strategies must keep the same of a token."""
     shape = uses["decode"].config.attention
-    kept = {name: [tuple(each) for each in s.entry(shape)] for name, s in ATTENTION.items()}
+    table = attention_of(shape)
+    kept = {name: [tuple(each) for each in s.entry(shape)] for name, s in table.items()}
     asked = {"decode": backend.attention, "prefill": backend.prefill_attention}
-    auto = {"decode": ("absorbed", "naive"), "prefill": ("expand", "naive")}
+    auto = {phase: [n for n in best if n in table] for phase, best in BEST_ATTENTION.items()}
+    for slot, name in (("attention", asked["decode"]), ("prefill_attention", asked["prefill"])):
+        if name not in ("auto", *table):
+            kinds = {id(ATTENTION): "latent", id(GROUPED): "grouped-query"}
+            has = f"this model has {kinds[id(table)]} attention, for which there is no {name}"
+            raise InputError(f"{setting(slot, name)}: {has}: choose {', '.join(table)}")
     chosen = []
     for phase, other, slot in (
         ("decode", "prefill", "attention"),
@@ -216,10 +231,10 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
         fitting: Sequence[str] = auto[phase]
         if fixed != "auto":  # one with a cache of its own serves both phases
             fitting = [n for n in (*auto[phase], fixed) if kept[n] == kept[fixed]]
-        chosen.append(_choose(slot, ATTENTION, asked[phase], uses[phase], fitting))
+        chosen.append(_choose(slot, table, asked[phase], uses[phase], fitting))
     decode, prefill = chosen
     if kept[decode] != kept[prefill]:
-        keeps = {name: ATTENTION[name].keeps for name in chosen}
+        keeps = {name: table[name].keeps for name in chosen}
         if keeps[decode] == keeps[prefill]:  # words that a subclass inherited don't tell
             keeps = {name: f"{keeps[name]} as {kept[name]}" for name in chosen}
         both = f"{setting('attention', decode)} and {setting('prefill_attention', prefill)}"

@@ -9,25 +9,37 @@ from collections.abc import Mapping
 
 from r1.errors import InputError
 from r1.kernels.strategies import TritonAttend, TritonDispatch
-from r1.model import attend, dispatch
+from r1.model import attend, dispatch, gqa_attend
 from r1.model.attend import Attend
+from r1.model.config import AttentionShape, GroupedShape
 from r1.model.dispatch import Dispatch
-from r1.model.strategy import Strategy
+from r1.model.gqa_attend import GroupedAttend
+from r1.model.strategy import Attention, Strategy
 
 ATTENTION: dict[str, Attend] = {s.name: s for s in (*attend.STRATEGIES, TritonAttend())}
-"""For `attention` and `prefill_attention`."""
+"""For `attention` and `prefill_attention` of models with latent attention."""
+GROUPED: dict[str, GroupedAttend] = {s.name: s for s in gqa_attend.STRATEGIES}
+"""The same for models with grouped-query attention."""
 EXPERTS: dict[str, Dispatch] = {s.name: s for s in (*dispatch.STRATEGIES, TritonDispatch())}
 """For `moe` and `prefill_moe`."""
 
 
+def attention_of(shape: AttentionShape | GroupedShape) -> Mapping[str, Attention]:
+    """The attention strategies of models with this kind of attention."""
+    return GROUPED if isinstance(shape, GroupedShape) else ATTENTION
+
+
 def check_tables() -> None:
-    """Check every entry of both tables; raises InputError for one that a user entered wrongly."""
+    """Check every entry of all tables; raises InputError for one that a user entered wrongly."""
     _check("ATTENTION", ATTENTION, Attend)
+    _check("GROUPED", GROUPED, GroupedAttend)
     _check("EXPERTS", EXPERTS, Dispatch)
-    for key, strategy in ATTENTION.items():
-        if strategy.needs not in (None, "mask", "bias"):
-            wrong = f"ATTENTION[{key!r}] has needs = {strategy.needs!r}"
-            raise InputError(f"{wrong}: choose 'mask', 'bias' or None")
+    tables: dict[str, Mapping[str, Attention]] = {"ATTENTION": ATTENTION, "GROUPED": GROUPED}
+    for title, table in tables.items():
+        for key, strategy in table.items():
+            if strategy.needs not in (None, "mask", "bias"):
+                wrong = f"{title}[{key!r}] has needs = {strategy.needs!r}"
+                raise InputError(f"{wrong}: choose 'mask', 'bias' or None")
 
 
 def _check(title: str, table: Mapping[str, Strategy], base: type[Strategy]) -> None:

@@ -21,6 +21,7 @@ from r1.bench.worker import steps
 from r1.bench.worker.rounding import Roundings, measure_rounding
 from r1.bench.worker.subject import Subject
 from r1.bench.worker.text import read
+from r1.model.gqa import GQA
 from r1.model.layers import Embedding, Linear
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
@@ -35,6 +36,7 @@ SLOTS: dict[type, tuple[str, ...]] = {
     Embedding: ("matrix",),
     Experts: ("gate_proj", "up_proj", "down_proj"),
     MLA: ("attend", "rotate"),
+    GQA: ("attend", "rotate"),
     MoE: ("dispatch",),
 }
 """The attributes of a model that its switches decide."""

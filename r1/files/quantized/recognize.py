@@ -7,7 +7,7 @@ What counts are the tensors' endings and dtypes, module by module. Lists of laye
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from r1.errors import InputError
@@ -82,11 +82,16 @@ class Recognized:
     unused: list[str] = field(default_factory=list)
     """Scales of activations."""
     biases: list[Entry] = field(default_factory=list)
-    """Biases of quantized modules, which must be zeros."""
+    """Biases that old GPTQ writers give each module. Those that a model lacks must be zeros."""
 
     def keys(self) -> list[str]:
         """The weights' keys, in the files' order."""
         return [*self.found, *self.plain]
+
+    def keep_biases(self, wanted: Container[str]) -> None:
+        """Sort the biases that a model has, as Qwen2's q_proj, among the plain tensors."""
+        self.plain |= {entry.key: entry for entry in self.biases if entry.key in wanted}
+        self.biases = [entry for entry in self.biases if entry.key not in wanted]
 
     def main(self, key: str) -> Entry:
         """The tensor that holds a weight's numbers."""
