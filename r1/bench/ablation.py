@@ -7,12 +7,18 @@ import itertools
 from collections.abc import Sequence
 
 from r1.bench.arms import KINDS, TEXTBOOK, Arm, Settings, common_settings, label
+from r1.model.config import Config
+from r1.model.shapes import R1
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
+from r1.switches.resolve import BEST_ATTENTION
+from r1.switches.strategies import attention_of
 
 
-def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings]:
-    """The optimizations that this machine can run.
+def ladder_steps(
+    given: Settings, machine: Machine, batch: int, config: Config = R1
+) -> list[Settings]:
+    """The optimizations that this machine can run, of a model of this config.
 
     They are in the order in which one would add them to the textbook's model. Quantizing changes
     what is computed, so it is a step, the last one, only if a format is given.
@@ -21,23 +27,25 @@ def ladder_steps(given: Settings, machine: Machine, batch: int) -> list[Settings
     storage = common_settings(given).get("dtype", "auto")
     amp = storage == "fp32" or (storage == "auto" and not gpu)
     grouped = batch > 1 and (not gpu or _captures_grouped(given, machine))
-    steps: list[Settings] = [{"attention": "absorbed", "prefill_attention": "expand"}]
-    steps += [{"moe": "grouped" if grouped else "gather", "prefill_moe": "grouped"}]
+    table, sparse = attention_of(config.attention), config.experts.n_routed_experts > 0
+    best, prefill = (next(n for n in names if n in table) for names in BEST_ATTENTION.values())
+    steps: list[Settings] = [{"attention": best, "prefill_attention": prefill}]
+    if sparse:
+        steps += [{"moe": "grouped" if grouped else "gather", "prefill_moe": "grouped"}]
     steps += [{"join": "on"}]
     steps += [{"cuda_graphs": True}] if gpu else []
     steps += [{"compile": True}] if not machine.why_not("compile") else []
     steps += [{"memory": "expandable"}] if gpu else []
     # The kernels read weights as they are stored, so they do not work with amp.
-    if gpu and not amp and not machine.why_not("triton"):
-        attention = {"attention": "triton", "prefill_attention": "expand"}
-        experts = {"moe": "triton", "prefill_moe": "grouped"}
-        steps += [
-            attention,
-            experts,
-            {"kernels": "triton", **attention, **experts},
-            {"prefill_moe": "triton"},
-        ]
-        steps += [{"prefill_graphs": True}, {"tune": True}]
+    kernels = gpu and not amp and not machine.why_not("triton") and "triton" in table
+    if kernels:
+        attention = {"attention": "triton", "prefill_attention": prefill}
+        experts = {"moe": "triton", "prefill_moe": "grouped"} if sparse else {}
+        steps += [attention, *([experts] if sparse else [])]
+        steps += [{"kernels": "triton", **attention, **experts}]
+        steps += [{"prefill_moe": "triton"}] if sparse else []
+    steps += [{"prefill_graphs": True}] if gpu and (kernels or not sparse) else []
+    steps += [{"tune": True}] if kernels else []
     steps += [{"amp": "bf16"}] if amp else []
     if given.get("quant", "auto") not in ("auto", "none"):
         steps += [{"quant": given["quant"]}]
@@ -53,6 +61,7 @@ def ablation(
     batch: int,
     kinds: Sequence[str] = KINDS,
     shared: Settings | None = None,
+    config: Config = R1,
 ) -> list[Arm]:
     """The textbook's model as baseline, and the arms of `kinds` made from the ladder's steps.
 
@@ -65,7 +74,7 @@ def ablation(
     same switches are timed once: the ladder's first rung is also a step alone, and its last but
     one is also "all but" the last step.
     """
-    ladder = _Ladder(given, machine, batch, shared or {})
+    ladder = _Ladder(given, machine, batch, shared or {}, config)
     arms = [Arm("baseline", "baseline", ladder.base)]
     arms += ladder.rungs()
     full = arms[-1].backend
@@ -84,14 +93,19 @@ def ablation(
 class _Ladder:
     """The steps that one machine can run, and arms made from them."""
 
-    def __init__(self, given: Settings, machine: Machine, batch: int, shared: Settings) -> None:
-        steps = ladder_steps(given, machine, batch)
+    def __init__(
+        self, given: Settings, machine: Machine, batch: int, shared: Settings, config: Config
+    ) -> None:
+        steps = ladder_steps(given, machine, batch, config)
         self.steps = [step for step in steps if not step.keys() & shared.keys()]
         self.base = Backend(**{**TEXTBOOK, **common_settings(given), **shared})
-        self.experts = next(step for step in self.steps if "moe" in step)
+        self.experts: Settings = next((step for step in self.steps if "moe" in step), {})
+        """The step that computes the experts; empty for a model without any."""
         self.kernels: Settings = next((step for step in self.steps if "kernels" in step), {})
         self.prompts: Settings = (
-            self.experts if _captures_grouped(given, machine) else {"prefill_moe": "triton"}
+            self.experts
+            if _captures_grouped(given, machine) or not self.experts
+            else {"prefill_moe": "triton"}
         )
         """The step whose prefill experts a CUDA graph can hold."""
 
@@ -141,7 +155,7 @@ class _Ladder:
             and (self.prompts != self.experts or "prefill_moe" not in switches)
         ):
             needed += [self.prompts]
-        return needed
+        return [step for step in needed if step]
 
 
 def _captures_grouped(given: Settings, machine: Machine) -> bool:

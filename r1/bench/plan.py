@@ -75,7 +75,9 @@ def arms_of(
     shared = shared_by_all(given, machine, workload)
     if arguments.ablate:
         kinds = arguments.only or arms.KINDS
-        compared = ablation.ablation(given, machine, workload.batch, kinds, shared)
+        compared = ablation.ablation(
+            given, machine, workload.batch, kinds, shared, workload.config()
+        )
     else:
         compared = arms.from_switches(given, arguments.only or arms.USUAL, shared)
     for kind in arguments.only or ():

@@ -51,7 +51,7 @@ def resolve(
     }
     attention, prefill_attention = _attention(backend, uses)
     moe, prefill_moe = (
-        _choose(slot, EXPERTS, getattr(backend, slot), use, _auto_experts(use, backend.ep))
+        _experts(slot, getattr(backend, slot), use, backend.ep)
         for slot, use in (("moe", uses["decode"]), ("prefill_moe", uses["prefill"]))
     )
     return dataclasses.replace(
@@ -243,6 +243,13 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
             f"{keeps[prefill]}; use strategies that keep the same"
         )
     return decode, prefill
+
+
+def _experts(slot: str, asked: str, use: Use, ep: int) -> str:
+    auto = _auto_experts(use, ep)
+    if not use.config.experts.n_routed_experts:  # then no strategy is called, so each one can run
+        return auto[0] if asked == "auto" else asked
+    return _choose(slot, EXPERTS, asked, use, auto)
 
 
 def _multiplies_packed(use: Use) -> bool:

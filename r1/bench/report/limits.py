@@ -48,9 +48,12 @@ def against_limits(
     rates = Rates(**reference["rates"][backend.compute])
     hit = reference["reference"]["experts_hit"]
     work = roofline.step_work(config, backend, w.batch, 1, _context(w), hit)
-    # The last layer is a MoE layer: its work is the difference to a model without it.
-    fewer = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
-    layer = work - roofline.step_work(fewer, backend, w.batch, 1, _context(w), hit)
+    floor = None
+    if hit and config.num_hidden_layers > 1:
+        # The last layer is a MoE layer: its work is the difference to a model without it.
+        fewer = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
+        layer = work - roofline.step_work(fewer, backend, w.batch, 1, _context(w), hit)
+        floor = 1e6 * rates.seconds(layer)
     if backend.speculate != "off":
         work = roofline.speculation(config, backend, w.batch, _context(w)).turn
     ttft = statistics.median(r["ttft"] for r in repetitions)
@@ -68,7 +71,7 @@ def against_limits(
         "mfu_prefill": prompt.flops / ttft / rates.matmul,
         "bottleneck": bottleneck(work, rates, kernels, backend.cuda_graphs, seconds),
         "step_gb": work.nbytes / 1e9,
-        "moe_layer_floor_us": 1e6 * rates.seconds(layer) if hit else None,
+        "moe_layer_floor_us": floor,
         "experts_hit": hit,
         "kernels": kernels,
     }
