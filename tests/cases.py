@@ -23,6 +23,7 @@ from r1.run.trace import Difference, compare, first_divergence, trace
 from r1.storage.dense import Dense
 from r1.storage.joined import join
 from r1.switches.resolve import resolve
+from r1.switches.strategies import attention_of
 
 torch.set_num_threads(
     1
@@ -43,6 +44,12 @@ def reference(case: str) -> dict[str, Tensor]:
 @cache
 def config(case: str) -> Config:
     return load_config(REFERENCE / case)
+
+
+def attention_names(case: str) -> list[str]:
+    """The attention strategies of the case's model that run on a CPU."""
+    table = attention_of(config(case).attention)
+    return [name for name in table if name != "triton"]
 
 
 @cache

@@ -18,6 +18,7 @@ from cases import (
     CASES,
     REFERENCE,
     GroupedPadded,
+    attention_names,
     check,
     config,
     differences,
@@ -31,16 +32,19 @@ from tolerances import TOLERANCES, atol
 
 from r1 import InputError
 from r1.files.names import places
+from r1.model.config import AttentionShape, Llama3, Yarn
 from r1.run.runner import Runner
 from r1.run.trace import Difference, compare, first_divergence, trace
 
-ATTENTION = ("naive", "expand", "absorbed")
+WITH_ATTENTION = [(case, attention) for case in CASES for attention in attention_names(case)]
+LATENT = [case for case in CASES if isinstance(config(case).attention, AttentionShape)]
+DECODED = ("v3-yarn", "v3-odd", "v3-groups", "v2-groups")
+DECODED += ("qwen2-biases", "llama-scaled", "qwen3-yarn")
 
 
 # ---------------------------- prefill
 @pytest.mark.parametrize("moe", ["loop", "gather", "grouped"])
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "attention"), WITH_ATTENTION)
 def test_every_layer_agrees(case: str, attention: str, moe: str) -> None:
     """Logits, each layer's attention, feed-forward and output, and the router's choices, for each
     pair of strategies.
@@ -60,14 +64,14 @@ def test_separate_matrices_agree(case: str) -> None:
 
 
 def test_grouped_refuses_sizes_that_are_not_aligned() -> None:
-    for case in CASES:
+    for case in LATENT:
         with pytest.raises(InputError, match="grouped_mm wants rows of a multiple of 16 bytes"):
             runner(case, prefill_moe="grouped")
 
 
 def test_the_cases_cover_what_is_promised() -> None:
     """Each variant of the architecture has its reference."""
-    found = [config(case) for case in CASES]
+    found = [config(case) for case in LATENT]
     assert len(found) == 13
     assert {c.attention.q_lora_rank is None for c in found} == {True, False}
     assert {1, 8} <= {c.experts.n_group for c in found if c.experts.topk_method != "greedy"}
@@ -77,7 +81,7 @@ def test_the_cases_cover_what_is_promised() -> None:
         ("greedy", True),
     }
     assert {c.experts.first_k_dense_replace for c in found} >= {0, 1, 3}
-    for case, c in zip(CASES, found, strict=True):
+    for case, c in zip(LATENT, found, strict=True):
         if c.attention.yarn:
             assert c.attention.yarn.factor == 40
             assert (
@@ -90,10 +94,28 @@ def test_the_cases_cover_what_is_promised() -> None:
     )
 
 
+def test_the_grouped_cases_cover_what_is_promised() -> None:
+    """Biases, norms, ties, both kinds of scaling beyond the original length, and every group."""
+    found = [(case, config(case)) for case in CASES if case not in LATENT]
+    shapes = [c.grouped for _, c in found]
+    assert {c.model_type for _, c in found} == {"qwen2", "llama", "qwen3"}
+    assert {c.tie_word_embeddings for _, c in found} == {True, False}
+    for name in ("attention_bias", "qk_norm"):
+        assert {getattr(shape, name) for shape in shapes} == {True, False}
+    assert {1, 3, 6} <= {shape.group for shape in shapes}
+    scaled = [(case, c.grouped.yarn or c.grouped.llama3) for case, c in found]
+    assert {type(scaling) for _, scaling in scaled} == {Yarn, Llama3, type(None)}
+    for case, scaling in scaled:
+        if scaling is not None:
+            length = reference(case)["tokens"].shape[1]
+            assert length > scaling.original_max_position_embeddings, f"{case} stays within"
+
+
 # ---------------------------- decode
 @pytest.mark.parametrize("moe", ["loop", "gather", "grouped"])
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("case", ["v3-yarn", "v3-odd", "v3-groups", "v2-groups"])
+@pytest.mark.parametrize(
+    ("case", "attention"), [pair for pair in WITH_ATTENTION if pair[0] in DECODED]
+)
 def test_decoding_agrees(case: str, attention: str, moe: str) -> None:
     """One token after the other through the cache gives the reference's logits too."""
     run = runner(case, attention=attention, moe="loop" if moe == "grouped" else moe)

@@ -1,4 +1,6 @@
-"""Make tests/reference: outputs of transformers' DeepseekV3 and DeepseekV2, to compare r1 with.
+"""Make tests/reference: outputs of transformers' models, to compare r1's with.
+
+These are DeepseekV3 and DeepseekV2, and Qwen2, Llama and Qwen3 for R1's distilled models.
 
     # write every case, or one
     python tools/check/make_reference.py
@@ -9,7 +11,7 @@
 The models are tiny and random. They run in fp32, eager, on the CPU. Only this tool needs
 transformers; the tests need only the files. A case is a folder:
 
-    config.json             as DeepSeek's repositories spell it, or (cases *-hf5) as
+    config.json             as published repositories spell it, or (cases *-hf5) as
                             transformers 5 writes it
     model.safetensors       fp32 weights under the published names, one tensor per expert
     reference.safetensors   tokens (B, S), logits (B, S, W), final_norm (B, S, D), and for
@@ -37,6 +39,9 @@ transformers 5.23 departs from DeepSeek's own code. The cases keep to where both
   values that it implements.
 - DeepSeek's VL2 file masks the excluded groups with 0, transformers with -inf. They differ where
   biased scores are negative. Case v3-negative takes -inf as right.
+
+Qwen3 with YaRN: R1-0528-Qwen3-8B's config.json has an `attn_factor`, which transformers does not
+read. Case qwen3-yarn has one too, and takes transformers' reading as right.
 
 Both agree on a surprising point: the norms of the latents (q_a, kv_a) have eps 1e-6, whatever
 rms_norm_eps is (see v3-odd).
@@ -66,7 +71,7 @@ from torch import Tensor, nn
 from r1 import InputError
 
 OUTPUT = shared.ROOT / "tests" / "reference"
-SIZE_LIMIT = 1_500_000
+SIZE_LIMIT = 2_500_000
 """Bytes of all cases together, because they are committed."""
 MARGIN = 1e-4
 """The least distance between the last chosen score and the first rejected one."""
@@ -81,9 +86,9 @@ YARN_V2 = dict(YARN, mscale=0.707, mscale_all_dim=0.707)
 @dataclass(frozen=True)
 class Case:
     name: str
-    family: str  # "v3" or "v2"
+    family: str  # a key of FAMILY
     seed: int
-    config: dict[str, Any] = field(default_factory=dict)  # changes to BASE and FAMILY
+    config: dict[str, Any] = field(default_factory=dict)  # changes to a base and FAMILY
     batch: int = 2
     length: int = 20
     bias: tuple[float, float] = (0.0, 0.3)  # mean and deviation of e_score_correction_bias
@@ -103,6 +108,14 @@ BASE: dict[str, Any] = dict(
     routed_scaling_factor=2.5, seq_aux=True, tie_word_embeddings=False, topk_group=1,
     torch_dtype="float32", use_cache=True, v_head_dim=10, vocab_size=40,
 )  # fmt: skip
+GROUPED_BASE: dict[str, Any] = dict(
+    attention_dropout=0.0, bos_token_id=0, eos_token_id=1, hidden_act="silu", hidden_size=24,
+    initializer_range=0.02, intermediate_size=28, max_position_embeddings=128,
+    num_attention_heads=6, num_hidden_layers=2, num_key_value_heads=2, rms_norm_eps=1e-6,
+    rope_scaling=None, rope_theta=10000, tie_word_embeddings=False, torch_dtype="float32",
+    use_cache=True, vocab_size=40, head_dim=10,
+)  # fmt: skip
+"""For models with grouped-query attention."""
 FAMILY: dict[str, dict[str, Any]] = {
     "v3": dict(
         architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3",
@@ -112,7 +125,23 @@ FAMILY: dict[str, dict[str, Any]] = {
         architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2", norm_topk_prob=False,
         routed_scaling_factor=1.0, scoring_func="softmax", topk_method="greedy",
     ),
+    "qwen2": dict(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False,
+        sliding_window=4, max_window_layers=1,
+    ),
+    "llama": dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=False,
+        mlp_bias=False, pretraining_tp=1,
+    ),
+    "qwen3": dict(
+        architectures=["Qwen3ForCausalLM"], model_type="qwen3", attention_bias=False,
+        use_sliding_window=False, sliding_window=None, max_window_layers=2, head_dim=12,
+    ),
 }  # fmt: skip
+CLASSES = {"v3": "DeepseekV3", "v2": "DeepseekV2", "qwen2": "Qwen2", "llama": "Llama",
+           "qwen3": "Qwen3"}  # fmt: skip
+GROUPED = ("qwen2", "llama", "qwen3")
+"""The families with grouped-query attention. All their layers are dense."""
 
 
 def yarn(original: int, base: dict[str, Any] = YARN, **changes: Any) -> dict[str, Any]:
@@ -170,23 +199,44 @@ CASES = (
     Case("v2-hf5", "v2", 1, dict(
         **yarn(16, YARN_V2), topk_method="group_limited_greedy", n_group=4, topk_group=2,
         routed_scaling_factor=16.0), batch=1, length=32, hf5=True),
+    # Biases on q, k and v; a sliding window that is turned off, and shorter than the text.
+    Case("qwen2-biases", "qwen2", 1),
+    # One head of keys and values for all; the embedding is the output head. As transformers 5
+    # spells it.
+    Case("qwen2-hf5", "qwen2", 2, dict(num_key_value_heads=1, tie_word_embeddings=True), hf5=True),
+    # As many heads of keys and values as of queries, whose size no field states.
+    Case("llama-plain", "llama", 1, dict(
+        num_key_value_heads=6, head_dim=None, hidden_size=36), batch=1),
+    # Llama 3's scaling: 44 tokens run past the original 32, and a frequency is on the ramp.
+    Case("llama-scaled", "llama", 1, dict(
+        rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
+            high_freq_factor=4.0, original_max_position_embeddings=32), rope_theta=100,
+        tie_word_embeddings=True, head_dim=16), batch=1, length=44),
+    # Norms of each head's query and key.
+    Case("qwen3-norms", "qwen3", 1, dict(rope_theta=1000)),
+    # R1-0528-Qwen3-8B's YaRN, with the field that transformers does not read.
+    Case("qwen3-yarn", "qwen3", 1, dict(
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16,
+            attn_factor=0.8782488562869419), rope_theta=100, max_position_embeddings=64,
+        head_dim=16), batch=1, length=44),
 )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
 def write_checkpoint(case: Case, folder: Path) -> None:
     """Write config.json and model.safetensors: random weights under save_pretrained's names."""
-    published = dict(BASE, **FAMILY[case.family])
-    published.update(case.config)
+    published = dict(GROUPED_BASE if case.family in GROUPED else BASE)
+    published.update(FAMILY[case.family] | case.config)
     if case.hf5:  # a model saved by transformers 5 has no field that its config class doesn't know
         unknown = {"aux_loss_alpha", "moe_layer_freq", "scoring_func", "seq_aux"}
         unknown |= {"topk_method"} if case.family == "v3" else set()
         published = {key: value for key, value in published.items() if key not in unknown}
     (folder / "config.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
     weights = random_weights(case, published_shapes(case, folder))
-    moe_layers = published["num_hidden_layers"] - published["first_k_dense_replace"]
-    experts = sum(".mlp.experts." in name for name in weights)
-    assert experts == 3 * moe_layers * published["n_routed_experts"]
+    if case.family not in GROUPED:
+        moe_layers = published["num_hidden_layers"] - published["first_k_dense_replace"]
+        experts = sum(".mlp.experts." in name for name in weights)
+        assert experts == 3 * moe_layers * published["n_routed_experts"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -215,6 +265,8 @@ def random_weights(case: Case, shapes: dict[str, torch.Size]) -> dict[str, Tenso
         if name.endswith("e_score_correction_bias"):
             mean, deviation = case.bias
             weights[name] = mean + deviation * noise
+        elif name.endswith("q_norm.weight"):
+            weights[name] = 2 + 0.6 * noise  # sharper attention
         elif name.endswith("norm.weight"):
             weights[name] = 1 + 0.3 * noise  # 1 would hide a forgotten weight of a norm
         elif ".q_proj." in name or ".q_b_proj." in name:
@@ -227,7 +279,7 @@ def random_weights(case: Case, shapes: dict[str, torch.Size]) -> dict[str, Tenso
 def classes(family: str) -> tuple[Any, Any]:
     import transformers
 
-    prefix = {"v3": "DeepseekV3", "v2": "DeepseekV2"}[family]
+    prefix = CLASSES[family]
     return getattr(transformers, prefix + "Config"), getattr(transformers, prefix + "ForCausalLM")
 
 
@@ -319,7 +371,7 @@ def run(case: Case, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     for i in trace.logits:
         check_routing(case, model, trace, i, numbers)
     check_attention(trace, numbers)
-    check_rope(case, model, numbers)
+    (check_grouped_rope if case.family in GROUPED else check_rope)(case, model, numbers)
     return trace.tensors, numbers
 
 
@@ -418,6 +470,25 @@ def check_rope(case: Case, model: Any, numbers: dict[str, float]) -> None:
     assert math.isclose(float(kept[0]), 1, rel_tol=1e-5)
     assert math.isclose(float(kept[-1]) * r["factor"], 1, rel_tol=1e-5)
     numbers["on ramp"] = int(((kept < 0.999) & (kept * r["factor"] > 1.001)).sum())
+
+
+def check_grouped_rope(case: Case, model: Any, numbers: dict[str, float]) -> None:
+    """Check a scaled rope: positions beyond the original length, the factor, new frequencies."""
+    c, rope = model.config, model.model.rotary_emb
+    size, r = 2 * len(rope.inv_freq), c.rope_parameters
+    assert math.isclose(model.model.layers[0].self_attn.scaling, size**-0.5)
+    if r["rope_type"] == "default":
+        assert rope.attention_scaling == 1
+        return
+    assert case.length > r["original_max_position_embeddings"]
+    yarn = r["rope_type"] == "yarn"
+    factor = 0.1 * math.log(r["factor"]) + 1 if yarn else 1
+    assert math.isclose(rope.attention_scaling, factor)
+    kept = rope.inv_freq * r["rope_theta"] ** (torch.arange(0, size, 2) / size)
+    assert math.isclose(float(kept[0]), 1, rel_tol=1e-5), "the fastest pair is not kept"
+    assert math.isclose(float(kept[-1]) * r["factor"], 1, rel_tol=1e-5)
+    numbers["on ramp"] = int(((kept < 0.999) & (kept * r["factor"] > 1.001)).sum())
+    assert numbers["on ramp"] > 0, f"{case.name}: no frequency is on the ramp"
 
 
 # -------------------------------------------------------------------------------------- the command
