@@ -30,6 +30,7 @@ docstring begins with the mistake's number in this table:
 | 29 padding seen | test_padding_is_hidden; test_properties.py: ragged, poisoned |
 | 30 host syncs, shapes that grow | test_properties.py: no sync, compiled once |
 | 31 pairs of switches | test_pairs.py, test_parity.py, test_properties.py |
+| extra: heads, biases, norms, scaling of grouped queries | test_grouped_queries and below |
 | extra: latent norms' eps, Kimi's step | test_latent_norm_eps, test_a_step_for_a_ramp |
 
 Mistakes 26 to 28 are in test_tokenizer.py. The missing numbers belong to parts that have tests of
@@ -40,6 +41,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -54,13 +56,14 @@ from torch.nn import functional as F
 import r1
 from r1 import InputError
 from r1.files.config_json import parse_config
-from r1.model import attend, mla, rope, transformer
-from r1.model.config import AttentionShape, Yarn
+from r1.files.names import places
+from r1.model import attend, gqa, gqa_attend, mla, rope, transformer
+from r1.model.config import AttentionShape, Llama3, Yarn
 from r1.model.layers import Linear, RMSNorm
 from r1.model.rope import rotate
 from r1.model.router import Router
 from r1.model.shapes import shape
-from r1.model.step import visible
+from r1.model.step import Step, visible
 from r1.run.runner import Runner
 from r1.run.trace import first_divergence
 from r1.storage import fp8
@@ -230,6 +233,82 @@ def test_odd_rope_dim_is_refused() -> None:
     raw = json.loads((REFERENCE / "v3-plain" / "config.json").read_text()) | {"qk_rope_head_dim": 7}
     with pytest.raises(InputError, match="qk_rope_head_dim is 7, but rotation takes pairs"):
         parse_config(raw)
+
+
+# ---------------------------- grouped-query attention
+def interleaved(x: Tensor, step: Step) -> Tensor:
+    """R1's layout: each even element against the next one."""
+    half = x.shape[-1] // 2
+    a, b = x[..., ::2], x[..., 1::2]
+    cos, sin = step.cos[..., half:], step.sin[..., half:]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+def tiled(x: Tensor, q: Tensor) -> Tensor:
+    """All heads of keys one after the other, again and again."""
+    return x.repeat(1, 1, q.shape[2] // x.shape[2], 1)
+
+
+def without_factor(yarn: Yarn) -> float:
+    """What R1-0528-Qwen3-8B's attn_factor asks for, and transformers does not read."""
+    return 1.0
+
+
+def one_step(llama3: Llama3, plain: Tensor) -> Tensor:
+    """Without the blend between the kept and the stretched pairs."""
+    turns = llama3.original_max_position_embeddings * plain / (2 * math.pi)
+    return (turns < llama3.low_freq_factor).float()
+
+
+@pytest.mark.parametrize(
+    ("case", "owner", "name", "wrong"),
+    [
+        ("qwen2-biases", gqa, "rotate", interleaved),
+        ("qwen3-norms", gqa, "rotate", interleaved),
+        ("qwen2-biases", gqa_attend, "for_all_heads", tiled),
+        ("qwen3-yarn", Yarn, "table_factor", property(without_factor)),
+        ("llama-scaled", rope, "stretched_by_llama3", one_step),
+        ("llama-scaled", rope, "stretched_by_llama3", lambda llama3, plain: plain * 0),
+        ("llama-scaled", rope, "stretched_by_llama3", lambda llama3, plain: plain * 0 + 1),
+    ],
+)
+def test_grouped_queries(monkeypatch: Patch, case: str, owner: Any, name: str, wrong: Any) -> None:
+    monkeypatch.setattr(owner, name, wrong)
+    assert found_at(case, fresh(case, attention="naive", prefill_attention="naive")) == "attn.0"
+
+
+@pytest.mark.parametrize(
+    ("case", "ending", "fill"),
+    [
+        ("qwen2-biases", "q_proj.bias", 0.0),
+        ("qwen2-biases", "k_proj.bias", 0.0),
+        ("qwen2-biases", "v_proj.bias", 0.0),
+        ("qwen3-norms", "q_norm.weight", 1.0),
+        ("qwen3-norms", "k_norm.weight", 1.0),
+    ],
+)
+def test_forgotten_vectors(case: str, ending: str, fill: float) -> None:
+    run = fresh(case)
+    for name, tensor in places(run.model).items():
+        if name.endswith(ending):
+            tensor.fill_(fill)
+    assert found_at(case, run) == "attn.0"
+
+
+def test_grouped_scale_is_given(monkeypatch: Patch) -> None:
+    right = gqa_attend.probabilities
+    monkeypatch.setattr(gqa_attend, "probabilities", lambda s, scale, bias: right(s, 1.0, bias))
+    for attention in ("naive", "grouped"):
+        run = fresh("qwen2-biases", attention=attention, prefill_attention=attention)
+        assert found_at("qwen2-biases", run) == "attn.0"
+
+
+def test_frequencies_of_llama() -> None:
+    """By hand: pairs turn 4 times and once in 8192 positions at 28.3 and 35.0 of 64."""
+    a = shape("r1-distill-llama-8b").grouped
+    kept = rope.frequencies(a) / rope.frequencies(dataclasses.replace(a, llama3=None))
+    assert int((kept > 1 - 1e-6).sum()) == 29 and int((kept < 1 / 8 + 1e-6).sum()) == 29
+    assert bool((kept.diff() <= 1e-7).all())
 
 
 def test_latent_norm_eps(monkeypatch: Patch) -> None:
