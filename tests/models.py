@@ -23,7 +23,7 @@ from torch import Tensor
 
 from r1 import Backend, Config, build
 from r1.files.names import places
-from r1.model.config import Yarn
+from r1.model.config import GroupedShape, Llama3, Yarn
 from r1.model.router import Router
 from r1.model.shapes import R1, SHAPES, shape
 from r1.model.transformer import Transformer
@@ -134,6 +134,43 @@ def configs(draw: st.DrawFn) -> Config:
         yarn=draw(st.sampled_from(YARNS)),
         num_nextn_predict_layers=0,
         fp8_block=None,
+        tie_word_embeddings=draw(st.booleans()),
+    )
+
+
+TINY_GROUPED = Config(
+    model_type="qwen3",
+    vocab_size=320,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    max_position_embeddings=400,
+    rms_norm_eps=1e-6,
+    attention=GroupedShape(6, 2, 16, 1000.0, yarn=Yarn(4.0, 16), qk_norm=True),
+)
+"""Grouped-query attention with norms and YaRN, as R1-0528-Qwen3-8B's."""
+
+TINY_QWEN2 = TINY_GROUPED.change(
+    model_type="qwen2", yarn=None, qk_norm=False, attention_bias=True, tie_word_embeddings=True
+)
+TINY_LLAMA = TINY_GROUPED.change(
+    model_type="llama", yarn=None, qk_norm=False, llama3=Llama3(8.0, 32)
+)
+
+
+@st.composite
+def grouped_configs(draw: st.DrawFn) -> Config:
+    """The same with grouped-query attention: every family, group and scaling."""
+    heads = draw(st.integers(1, 3))
+    base = draw(st.sampled_from([TINY_GROUPED, TINY_QWEN2, TINY_LLAMA]))
+    return base.change(
+        vocab_size=31,
+        hidden_size=draw(st.sampled_from([20, 24])),
+        num_hidden_layers=2,
+        intermediate_size=17,
+        num_attention_heads=heads * draw(st.integers(1, 3)),
+        num_key_value_heads=heads,
+        head_dim=2 * draw(st.integers(1, 6)),
         tie_word_embeddings=draw(st.booleans()),
     )
 

@@ -17,7 +17,16 @@ import torch
 from conftest import CountingBackend
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from models import TINY, configs, gate_of, random_tokens, runner, unit_gain
+from models import (
+    TINY,
+    TINY_GROUPED,
+    configs,
+    gate_of,
+    grouped_configs,
+    random_tokens,
+    runner,
+    unit_gain,
+)
 from tolerances import atol
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
@@ -28,7 +37,7 @@ from torch._subclasses.fake_tensor import (
 
 import r1
 from r1 import Backend, Config
-from r1.model import dispatch, rope
+from r1.model import dispatch, gqa_attend, rope
 from r1.model.cache import Cache
 from r1.model.dispatch import Gather, Loop
 from r1.model.layers import swiglu
@@ -41,6 +50,10 @@ from r1.storage.joined import join
 from r1.switches.resolve import resolve
 
 ATTENTION = ("naive", "expand", "absorbed")
+GQA = "gqa-"
+"""Before the names of the strategies for grouped-query attention."""
+GROUPED = tuple(f"{GQA}{strategy.name}" for strategy in gqa_attend.STRATEGIES)
+ALL = (*ATTENTION, *GROUPED)
 DISPATCH = {strategy.name: strategy for strategy in dispatch.STRATEGIES}
 MOE = ("loop", "gather", "grouped")
 assert set(MOE) == set(DISPATCH)
@@ -54,7 +67,18 @@ few = settings(
 
 
 def both(attention: str) -> dict[str, Any]:
-    return {"attention": attention, "prefill_attention": attention}
+    name = attention.removeprefix(GQA)
+    return {"attention": name, "prefill_attention": name}
+
+
+Drawn = tuple[Config, Config]
+drawn_configs = st.tuples(configs(), grouped_configs())
+"""A config with latent attention, and one with grouped-query attention."""
+
+
+def config_of(attention: str, drawn: Drawn = (TINY, TINY_GROUPED)) -> Config:
+    """The one that has this attention."""
+    return drawn[attention.startswith(GQA)]
 
 
 def tied(model: Transformer, tokens: Tensor, margin: float = 1e-4) -> bool:
@@ -111,29 +135,32 @@ def drive(
 
 
 # ---------------------------- attention and cache
+@pytest.mark.parametrize("names", [ATTENTION, GROUPED], ids=["latent", "grouped"])
 @few
-@given(configs(), st.integers(0, 99), st.integers(1, 14))
-def test_naive_expand_and_absorbed_agree(config: Config, seed: int, length: int) -> None:
+@given(drawn_configs, st.integers(0, 99), st.integers(1, 14))
+def test_all_strategies_agree(names: tuple[str, ...], drawn: Drawn, seed: int, length: int) -> None:
     """Logits of a whole sequence, and those of decoding it from its middle."""
+    config = config_of(names[0], drawn)
     model, tokens = unit_gain(config, seed), random_tokens(seed, 2, length + 4)
     assume(not tied(model, tokens))
     full, stepped = {}, {}
-    for attention in ATTENTION:
+    for attention in names:
         run = runner(model, **both(attention))
         full[attention] = run.logits(tokens)
         stepped[attention] = drive(run, tokens[:, :length].tolist(), tokens[:, length:])
-    for attention in ("expand", "absorbed"):
-        assert off(full["naive"], full[attention]) < atol("algebra fp32")
-        assert off(stepped["naive"], stepped[attention]) < atol("algebra fp32")
-    assert float(full["naive"].std()) > 0.2, "values too small for the tolerance to mean something"
+    for attention in names[1:]:
+        assert off(full[names[0]], full[attention]) < atol("algebra fp32")
+        assert off(stepped[names[0]], stepped[attention]) < atol("algebra fp32")
+    assert float(full[names[0]].std()) > 0.2, "values too small for the tolerance to mean something"
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 @few
-@given(configs(), st.integers(0, 99), st.integers(1, 12), st.integers(1, 6))
+@given(drawn_configs, st.integers(0, 99), st.integers(1, 12), st.integers(1, 6))
 def test_decoding_is_one_full_forward(
-    attention: str, config: Config, seed: int, read: int, steps: int
+    attention: str, drawn: Drawn, seed: int, read: int, steps: int
 ) -> None:
+    config = config_of(attention, drawn)
     model, tokens = unit_gain(config, seed), random_tokens(seed, 2, read + steps)
     assume(not tied(model, tokens))
     run = runner(model, **both(attention))
@@ -141,13 +168,14 @@ def test_decoding_is_one_full_forward(
     assert off(stepped, run.logits(tokens)[:, read - 1 :]) < atol("algebra fp32")
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 @few
-@given(configs(), st.integers(0, 99), st.integers(2, 12), st.data())
+@given(drawn_configs, st.integers(0, 99), st.integers(2, 12), st.data())
 def test_several_tokens_a_step(
-    attention: str, config: Config, seed: int, steps: int, data: st.DataObject
+    attention: str, drawn: Drawn, seed: int, steps: int, data: st.DataObject
 ) -> None:
     """A decode step of S tokens (a draft, say) is S steps of one."""
+    config = config_of(attention, drawn)
     model, tokens = unit_gain(config, seed), random_tokens(seed, 2, 3 + steps)
     assume(not tied(model, tokens))
     run = runner(model, **both(attention))
@@ -159,18 +187,19 @@ def test_several_tokens_a_step(
     assert cache.lengths.tolist() == [3 + steps] * 2
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 @few
 @given(
-    configs(),
+    drawn_configs,
     st.integers(0, 99),
     st.lists(st.integers(1, 17), min_size=1, max_size=3),
     st.integers(1, 7),
 )
 def test_chunked_prefill_is_full_prefill(
-    attention: str, config: Config, seed: int, lengths: list[int], chunk: int
+    attention: str, drawn: Drawn, seed: int, lengths: list[int], chunk: int
 ) -> None:
     """Also where rows end in different chunks, and what stands in the cache is the same."""
+    config = config_of(attention, drawn)
     model = unit_gain(config, seed)
     tokens, more = (
         random_tokens(seed, len(lengths), max(lengths)),
@@ -205,15 +234,20 @@ def test_chunked_prefill_is_full_prefill(
         )
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 @few
 @given(
-    configs(), st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.sampled_from([2048, 3])
+    drawn_configs,
+    st.integers(0, 99),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([2048, 3]),
 )
 def test_prefill_at_a_depth(
-    attention: str, config: Config, seed: int, depth: int, length: int, chunk: int
+    attention: str, drawn: Drawn, seed: int, depth: int, length: int, chunk: int
 ) -> None:
     """A prompt after `depth` tokens that every row holds already: the same as both at once."""
+    config = config_of(attention, drawn)
     model, tokens = unit_gain(config, seed), random_tokens(seed, 2, depth + length + 1)
     assume(not tied(model, tokens))
     run = runner(model, chunk=chunk, **both(attention))
@@ -225,13 +259,14 @@ def test_prefill_at_a_depth(
     assert off(got, run.logits(tokens)[:, -2:]) < atol("algebra fp32")
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 @few
-@given(configs(), st.integers(0, 99), st.lists(st.integers(1, 12), min_size=2, max_size=4))
+@given(drawn_configs, st.integers(0, 99), st.lists(st.integers(1, 12), min_size=2, max_size=4))
 def test_a_ragged_batch_is_each_row_alone(
-    attention: str, config: Config, seed: int, lengths: list[int]
+    attention: str, drawn: Drawn, seed: int, lengths: list[int]
 ) -> None:
     """Logits of the prompt and of three steps after it; then Engine.generate's greedy tokens."""
+    config = config_of(attention, drawn)
     model, more = unit_gain(config, seed), random_tokens(seed + 1, len(lengths), 3)
     prompts = [
         random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)
@@ -255,16 +290,16 @@ def test_a_ragged_batch_is_each_row_alone(
 
 
 @pytest.mark.parametrize("chunk", [2048, 3])
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 @few
 @given(
-    configs(),
+    drawn_configs,
     st.integers(0, 99),
     st.lists(st.integers(1, 9), min_size=1, max_size=3),
     st.sampled_from([1e30, -1e30, 7.0]),
 )
 def test_a_poisoned_cache_changes_nothing(
-    attention: str, chunk: int, config: Config, seed: int, lengths: list[int], poison: float
+    attention: str, chunk: int, drawn: Drawn, seed: int, lengths: list[int], poison: float
 ) -> None:
     """Bit for bit, whatever finite numbers stand after the rows' lengths.
 
@@ -274,6 +309,7 @@ def test_a_poisoned_cache_changes_nothing(
     times NaN is NaN (seen with all three strategies; the test below). Real garbage is finite:
     padding, rejected drafts, a longer row that was here before.
     """
+    config = config_of(attention, drawn)
     model, more = unit_gain(config, seed), random_tokens(seed + 1, len(lengths), 3)
     prompts = [
         random_tokens(seed + row, 1, length)[0].tolist() for row, length in enumerate(lengths)
@@ -300,12 +336,12 @@ def test_a_poisoned_cache_changes_nothing(
     assert bool(torch.isfinite(clean).all()) and torch.equal(clean, results(poison))
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 def test_nan_in_the_cache_is_the_limit(attention: str) -> None:
     """What `Cache` says of itself: zeros at first and after reset, because hidden NaN would be
     seen.
     """
-    model = unit_gain(TINY, 0)
+    model = unit_gain(config_of(attention), 0)
     run = runner(model, **both(attention))
     cache = run.cache(1, 8)
     assert all(not bool(t.any()) for layer in cache.layers for t in layer)
@@ -552,15 +588,15 @@ def test_all_switches_together_agree() -> None:
 
 
 @pytest.mark.parametrize("experts", MOE)
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
     """bf16 autocast: logits near fp32's, hardly any expert flipped (one choice of all for every
     token, so none can be).
     """
-    config = TINY.change(
+    config = config_of(attention).change(
         num_hidden_layers=2,
         vocab_size=31,
-        n_routed_experts=4,
+        n_routed_experts=4 if attention in ATTENTION else 0,
         num_experts_per_tok=4,
         n_group=1,
         topk_group=1,
@@ -575,12 +611,12 @@ def test_autocast_with_every_strategy(attention: str, experts: str) -> None:
 
 # ---------------------------- no host sync, one compilation
 @pytest.mark.parametrize("experts", ["gather", "grouped"])
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 def test_a_decode_step_asks_for_no_value(attention: str, experts: str) -> None:
     """On tensors that have shapes but no values, every `.item()`, `.tolist()`, boolean index or
     `nonzero` raises.
     """
-    run = runner(unit_gain(TINY, 0), **both(attention), moe=experts)
+    run = runner(unit_gain(config_of(attention), 0), **both(attention), moe=experts)
     assert valueless_step(run).shape == (2, 1, 320)
 
 
@@ -607,13 +643,13 @@ def valueless_step(run: Runner) -> Tensor:
 
 
 @pytest.mark.parametrize("experts", ["gather", "grouped"])
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", ALL)
 def test_decode_compiles_once(attention: str, experts: str, compiler: CountingBackend) -> None:
-    """One graph for dense blocks and one for sparse ones, however many layers, positions and
-    lengths; and whole (fullgraph).
+    """One graph for dense blocks and one for sparse ones, if there are any, however many layers,
+    positions and lengths; and whole (fullgraph).
     """
     run = runner(
-        unit_gain(TINY, 0),
+        unit_gain(config_of(attention), 0),
         **both(attention),
         moe=experts,
         prefill_moe="grouped",
@@ -625,7 +661,7 @@ def test_decode_compiles_once(attention: str, experts: str, compiler: CountingBa
     before = compiler.graphs
     for step in range(20):
         run.decode(random_tokens(step, 3, 1), cache)
-    assert compiler.graphs - before == 2
+    assert compiler.graphs - before == (2 if attention in ATTENTION else 1)
     cache.reset()
     run.prefill([prompt[:2] for prompt in prompts], cache)
     before = compiler.graphs
