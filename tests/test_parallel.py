@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import writers
 from decoding import PROMPTS, STEPS, read
-from models import TINY, V3, drafting_engine, model
+from models import TINY, TINY_GROUPED, TINY_QWEN2, V3, drafting_engine, model
 from ranks import Ranks, Refused
 from safetensors.torch import load_file
 from tolerances import atol
@@ -161,14 +161,17 @@ VARIANTS = {
     "no shared experts": SPREAD.change(n_shared_experts=0),
     "tied": SPREAD.change(tie_word_embeddings=True),
     "no experts": SPREAD.change(n_routed_experts=0, n_shared_experts=0),
+    "grouped queries, biases": TINY_QWEN2.change(vocab_size=256, num_attention_heads=4),
+    "grouped queries, norms": TINY_GROUPED.change(vocab_size=256),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(ranks: Ranks, tmp_path: Path, variant: str) -> None:
-    """What differs between the published models; and a model of dense layers."""
+    """What differs between the published models; and models of dense layers."""
     folder = saved(VARIANTS[variant], tmp_path / "model")
-    grid = {"tp": 2} if variant == "no experts" else {"tp": 2, "ep": 2}
+    sparse = VARIANTS[variant].experts.n_routed_experts > 0
+    grid = {"tp": 2, "ep": 2} if sparse else {"tp": 2}
     check_logits(ranks, folder, {**grid, "prefill_moe": "gather"}, "algebra fp32")
 
 

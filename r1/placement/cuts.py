@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from r1.errors import InputError, setting
-from r1.model.config import Config
+from r1.model.config import Config, GroupedShape
 from r1.storage.spec import Spec
 
 ROWS, COLUMNS = 0, 1
@@ -34,6 +34,8 @@ class Cut:
 CUTS: dict[str, Cut] = {
     "q_proj": Cut(ROWS, "heads"),
     "q_b_proj": Cut(ROWS, "heads"),
+    "k_proj": Cut(ROWS, "heads"),  # of keys and values: grouped-query attention
+    "v_proj": Cut(ROWS, "heads"),
     "kv_b_proj": Cut(ROWS, "heads"),  # a head's W_UK and W_UV lie together
     "o_proj": Cut(COLUMNS, "heads"),
     "gate_proj": Cut(ROWS, "inner values"),
@@ -43,7 +45,8 @@ CUTS: dict[str, Cut] = {
     "lm_head": Cut(ROWS, "words"),
     "eh_proj": Cut(ROWS, "outputs"),  # the MTP layer's own
 }
-"""By the last part of a matrix's name. Stacks of experts have the names of their matrices."""
+"""By the last part of a matrix's name. Stacks of experts have the names of their matrices. The bias
+of a matrix that is cut by rows is cut like it."""
 
 
 def span(size: int, rank: int, ranks: int, block: int = 1, what: str = "values") -> slice:
@@ -103,6 +106,8 @@ def why_not(config: Config, tp: int, ep: int) -> str | None:
     Blocks of a storage are not looked at here: making the model does (parallel.py).
     """
     heads, experts = config.attention.num_attention_heads, config.experts.n_routed_experts
+    if isinstance(config.attention, GroupedShape):
+        heads = config.attention.num_key_value_heads  # their queries' heads are shared with them
     if heads % tp:
         has = f"this model has {heads} heads, which {tp} devices can't share evenly"
         return f"{setting('tp', tp)}: {has}: use {_divisors('tp', heads)}"

@@ -7,7 +7,8 @@
 | dense and shared feed-forward | all ranks | each has some inner values | one sum after the layer |
 | embedding, output head, MTP's eh_proj | all ranks | each has some rows | a sum; the outputs |
 
-Every rank holds the norms, the router and the latent cache, and sees every token. So all ranks
+Every rank holds the norms, the router and the latent cache (of grouped-query attention the cache of
+its own heads), and sees every token. So all ranks
 choose the same experts, and each adds what it can to the one sum after the layer. With `ep` alone
 attention is whole on every rank, and there is one sum a layer and not two. The output head's parts
 are put together on every rank, so that all ranks draw the same token from all logits: of R1 it is
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from r1.errors import InputError, setting
 from r1.model.config import Config
+from r1.model.gqa import GQA
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Block
 from r1.placement.collectives import Gather, SpreadRows, Sum
-from r1.placement.cuts import CUTS, block_of, share
+from r1.placement.cuts import CUTS, ROWS, block_of, share
 from r1.placement.mesh import Mesh
 from r1.placement.placement import Part, Placement
 from r1.storage.dense import Dense
@@ -73,10 +75,24 @@ class Parallel(Placement):
                 heads = self.config.attention.num_attention_heads // mesh.tp
                 module.shape = dataclasses.replace(module.shape, num_attention_heads=heads)
                 module.kv_b_proj.heads = heads
+            elif isinstance(module, GQA):
+                self._share_heads(module)
             elif isinstance(module, MoE) and mesh.ep > 1:
                 each = self.config.experts.n_routed_experts // mesh.ep
                 ids = range(mesh.ep_rank * each, (mesh.ep_rank + 1) * each)
                 module.experts = RankExperts(self.config, ids)
+
+    def _share_heads(self, module: GQA) -> None:
+        """Leave a rank's heads of grouped-query attention, and the biases that belong to them."""
+        shape, tp = self.config.grouped, self.mesh.tp
+        module.shape = dataclasses.replace(
+            shape,
+            num_attention_heads=shape.num_attention_heads // tp,
+            num_key_value_heads=shape.num_key_value_heads // tp,
+        )
+        for layer in (module.q_proj, module.k_proj, module.v_proj):
+            if layer.bias is not None:
+                layer.bias = torch.nn.Parameter(layer.bias.data[: len(layer.bias) // tp].clone())
 
     def matrix(self, path: str, matrix: Matrix) -> Matrix:
         """This rank's part of a matrix, without numbers. Raises InputError if it splits a block."""
@@ -95,8 +111,11 @@ class Parallel(Placement):
         return self.cut[id(matrix)]
 
     def part(self, key: str, shape: tuple[int, ...]) -> Part:
-        path = key.removesuffix(".weight")
-        return share(path.rpartition(".")[2], shape, *self._among(path), self.block)
+        path, _, ending = key.rpartition(".")
+        name, among = path.rpartition(".")[2], self._among(path)
+        if ending == "bias" and name in CUTS and CUTS[name].dim == ROWS:
+            return share(name, (*shape, 1), *among, self.block)[:1]  # as a matrix of one column
+        return share(name, shape, *among, self.block)
 
     def _among(self, path: str) -> tuple[int, int]:
         """This process's number among the ranks that share a matrix, and how many they are."""
