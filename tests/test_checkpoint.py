@@ -21,7 +21,7 @@ import torch
 from folders import load, rewrite, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FP8, V2, V3, model
+from models import FP8, TINY_GROUPED, TINY_QWEN2, V2, V3, model
 from safetensors import safe_open
 from torch import Tensor
 
@@ -64,6 +64,8 @@ CONFIGS = {
     "dense": V3.change(
         n_routed_experts=0, num_nextn_predict_layers=0, q_lora_rank=None, first_k_dense_replace=0
     ),
+    "qwen2, tied": TINY_QWEN2,
+    "qwen3": TINY_GROUPED,
 }
 
 

@@ -121,14 +121,16 @@ def test_rotations_that_are_refused(own: Any, said: str) -> None:
         read(rope_scaling=None, rope_parameters=own)
 
 
-@pytest.mark.parametrize("shape", ["r1", "v2-lite", "moonlight-16b", "tiny"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_config_is_written_as_it_is_read(shape: str) -> None:
     config = SHAPES[shape].change(eos_token_ids=(1, 2))
     written = dump_config(config)
     assert parse_config(written) == config
-    version = "V3" if config.model_type == "deepseek_v3" else "V2"
-    assert written["architectures"] == [f"Deepseek{version}ForCausalLM"]
-    assert written["num_key_value_heads"] == config.attention.num_attention_heads
+    names = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2"}
+    name = names.get(config.model_type, config.model_type.capitalize())
+    assert written["architectures"] == [f"{name}ForCausalLM"]
+    heads = getattr(config.attention, "num_key_value_heads", config.attention.num_attention_heads)
+    assert written["num_key_value_heads"] == heads
     assert written["eos_token_id"] == [1, 2]
     assert dump_config(config.change(eos_token_ids=(3,)))["eos_token_id"] == 3
     assert dump_config(config.change(eos_token_ids=()))["eos_token_id"] is None

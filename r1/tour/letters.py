@@ -14,7 +14,7 @@ import tokenize
 from dataclasses import dataclass
 from functools import cache
 
-from r1.model.config import Config
+from r1.model.config import Config, GroupedShape
 
 Letters = tuple[str, ...]
 """A shape as a comment writes it, by dimensions: ("B", "S", "H (P + R)")."""
@@ -28,13 +28,17 @@ def sizes_of(config: Config, rows: int, new: int, slots: int) -> Sizes:
     I is the dense feed-forward's; see `inner_sizes`. Letters that a config lacks, such as Q of a
     model without compressed queries, are left out.
     """
-    a, e = config.attention, config.experts
+    e = config.experts
     sizes = {"B": rows, "S": new, "N": rows * new, "T": slots}
     sizes |= {"W": config.vocab_size, "D": config.hidden_size, "I": config.intermediate_size}
-    sizes |= {"H": a.num_attention_heads, "P": a.qk_nope_head_dim, "R": a.qk_rope_head_dim}
-    sizes |= {"V": a.v_head_dim, "C": a.kv_lora_rank}
-    if a.q_lora_rank is not None:
-        sizes["Q"] = a.q_lora_rank
+    sizes |= {"H": config.attention.num_attention_heads, "R": config.attention.qk_rope_head_dim}
+    if isinstance(config.attention, GroupedShape):
+        sizes |= {"U": config.grouped.num_key_value_heads, "A": config.grouped.head_dim}
+    else:
+        a = config.latent
+        sizes |= {"P": a.qk_nope_head_dim, "V": a.v_head_dim, "C": a.kv_lora_rank}
+        if a.q_lora_rank is not None:
+            sizes["Q"] = a.q_lora_rank
     if e.n_routed_experts:
         sizes |= {"E": e.n_routed_experts, "K": e.num_experts_per_tok, "G": e.n_group}
         sizes["topk_group"] = e.topk_group

@@ -8,6 +8,7 @@ from typing import cast
 import r1
 from r1.model.attend import Attend, UpProjection
 from r1.model.dispatch import Dispatch
+from r1.model.gqa_attend import GroupedAttend
 from r1.model.layers import MLP
 from r1.model.moe import MoE
 from r1.model.shapes import R1
@@ -98,7 +99,8 @@ class Pages:
     def step(self) -> list[str]:
         slots = self.tour.slots
         sees = f"It sees the cache, which has T = {slots} slots; a bias hides the unwritten ones."
-        made = [m for m in self.tour.step if isinstance(m.owner, Attend | UpProjection | Dispatch)]
+        shown = Attend | UpProjection | GroupedAttend | Dispatch
+        made = [m for m in self.tour.step if isinstance(m.owner, shown)]
         return [
             "4. One token more",
             *paragraph(
@@ -140,17 +142,15 @@ class Pages:
         both = ((self.config, self.backend.dtype), (R1, R1_DTYPE))
         rows = [f"{INDENT}{'':40}{f'{self.name}, {both[0][1]}':>22}{f'R1, {R1_DTYPE}':>20}"]
 
-        def row(label: str, numbers: Iterable[float]) -> str:
-            own, other = numbers
-            return f"{INDENT}{label:40}{own:>22,.0f}{other:>20,.0f}"
+        def row(label: str, numbers: Iterable[float | None]) -> str:
+            own, other = ("-" if each is None else f"{each:,.0f}" for each in numbers)
+            return f"{INDENT}{label:40}{own:>22}{other:>20}"
 
         for label, kind in (("latent and k_pe", weigh.LATENT), ("full keys, values", weigh.FULL)):
-            entries = [weigh.entry_numbers(config, kind) for config, _ in both]
-            each = [weigh.cache_bytes(config, kind, dtype) for config, dtype in both]
-            contexts = [config.max_position_embeddings for config, _ in both]
-            rows.append(row(f"{label}, of a layer: numbers", entries))
+            held = [weigh.held(config, kind, dtype) for config, dtype in both]
+            numbers, each, megabytes = zip(*held, strict=True)
+            rows.append(row(f"{label}, of a layer: numbers", numbers))
             rows.append(row("  of all layers: bytes", each))
-            megabytes = [a * b / 1e6 for a, b in zip(each, contexts, strict=True)]
             rows.append(row("  of a full context: MB", megabytes))
         rows.append(row("layers", (c.num_hidden_layers for c, _ in both)))
         rows.append(row("context: tokens", (c.max_position_embeddings for c, _ in both)))

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from r1.model.attend import Attend, UpProjection
 from r1.model.dispatch import Dispatch
+from r1.model.gqa import GQA
+from r1.model.gqa_attend import GroupedAttend
 from r1.model.layers import MLP
 from r1.model.mla import MLA
 from r1.model.moe import MoE
@@ -30,7 +32,7 @@ from r1.tour.letters import Letters, Statement, assignments
 
 WHOLE = (Transformer, MTPLayer)
 """Watched wherever they run."""
-PARTS = (MLA, Attend, UpProjection, Router, MoE, Dispatch, MLP)
+PARTS = (MLA, Attend, UpProjection, GQA, GroupedAttend, Router, MoE, Dispatch, MLP)
 """Watched inside the chosen block."""
 METHODS = ("forward", "__call__", "keys_values", "by_head", "choose")
 

@@ -18,21 +18,39 @@ from r1.model.moe import MoE
 from r1.model.transformer import Block
 from r1.roofline import weights_of
 from r1.switches.backend import Backend
-from r1.switches.strategies import ATTENTION
+from r1.switches.strategies import attention_of
 
 LATENT, FULL = "absorbed", "naive"
-"""The strategies that keep the latent, and full keys and values."""
+"""The strategies that keep the latent, and full keys and values.
+
+Grouped-query attention has no latent. Its strategies keep the keys and values of its U heads."""
+
+
+def kinds(config: Config) -> list[str]:
+    """Those of LATENT and FULL that a model has, the one that keeps less first."""
+    return [name for name in (LATENT, FULL) if name in attention_of(config.attention)]
 
 
 def entry_numbers(config: Config, attention: str) -> int:
     """Numbers that one token leaves in the cache of one layer."""
-    return sum(math.prod(shape) for shape in ATTENTION[attention].entry(config.attention))
+    entry = attention_of(config.attention)[attention].entry(config.attention)
+    return sum(math.prod(shape) for shape in entry)
 
 
 def cache_bytes(config: Config, attention: str, dtype: str) -> int:
     """Bytes that one token occupies in the cache of all layers."""
-    entry = ATTENTION[attention].entry(config.attention)
+    entry = attention_of(config.attention)[attention].entry(config.attention)
     return bytes_per_token(entry, DTYPES[dtype], config.num_hidden_layers)
+
+
+def held(config: Config, attention: str, dtype: str) -> tuple[float | None, ...]:
+    """What a cache holds under a strategy: numbers of a token and layer, bytes of a token, and
+    megabytes of a full context. None where the model has no such strategy.
+    """
+    if attention not in kinds(config):
+        return (None, None, None)
+    token = cache_bytes(config, attention, dtype)
+    return entry_numbers(config, attention), token, token * config.max_position_embeddings / 1e6
 
 
 def step_bytes(config: Config, dtype: str, context: int, rows: int = 1) -> dict[str, int]:
@@ -55,5 +73,5 @@ def step_bytes(config: Config, dtype: str, context: int, rows: int = 1) -> dict[
             parts["dense feed-forwards"] += weights_of(block.mlp).always
     parts["output head"] = model.lm_head.matrix.nbytes
     parts["embedding"] = rows * int(roofline.embedding_row_bytes(model))
-    parts["cache"] = rows * context * cache_bytes(config, LATENT, dtype)
+    parts["cache"] = rows * context * cache_bytes(config, kinds(config)[0], dtype)
     return dict(parts)

@@ -22,6 +22,7 @@ from r1.files.names import key_of, slots
 from r1.files.quantized import methods
 from r1.files.shards import DTYPES as FILE_DTYPES
 from r1.files.shards import entries_of, one
+from r1.model.config import GroupedShape
 from r1.model.mtp import MTPLayer
 from r1.model.rope import frequencies
 from r1.model.step import Step
@@ -37,6 +38,12 @@ class Source:
         """`dtype` is that of the layer in memory. Raises InputError for unusable files."""
         self.directory, self.config = directory, load_config(directory)
         check_folder(directory)
+        if isinstance(self.config.attention, GroupedShape):
+            raise InputError(
+                f"{directory} has grouped-query attention, and this tool quantizes only models with "
+                "latent attention: use llm-compressor, whose files r1 reads, or --quant while "
+                "loading"
+            )
         if self.config.files.kind == "int4":
             raise InputError(
                 f"{directory} is quantized to 4 bits already: start from the model's own "
