@@ -225,8 +225,8 @@ FOLDERS: dict[str, tuple[Folder, tuple[str, ...]]] = {
     "config a list": (write("config.json", b"[1, 2]"), ("holds no JSON object",)),
     "config without end": (write("config.json", NESTED), ("can't be read as JSON",)),
     "another architecture": (
-        set_config(model_type="llama"),
-        (r"config\.json: model_type is 'llama'", "deepseek_v3", "deepseek_v2", "kimi_k2"),
+        set_config(model_type="gemma3"),
+        (r"config\.json: model_type is 'gemma3'", "deepseek_v3", "deepseek_v2", "kimi_k2", "llama"),
     ),
     # the files
     "no safetensors": (

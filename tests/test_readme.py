@@ -161,7 +161,7 @@ def test_what_one_adds_runs(monkeypatch: pytest.MonkeyPatch, own_tables: None) -
 def test_the_tours_letters_have_one_meaning() -> None:
     """Each line "Shapes: ..." of r1/ uses letters of the legend only, or words."""
     legend = set(re.findall(r"^\| (\w) \|", TOUR.read_text(encoding="utf-8"), re.MULTILINE))
-    assert len(legend) == 20
+    assert len(legend) == 22
     for path in (ROOT / "r1").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for shapes in re.findall(r"^Shapes: (.*?)(?:\n\n|\"\"\")", text, re.DOTALL | re.MULTILINE):

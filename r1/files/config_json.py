@@ -74,7 +74,7 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
     """
     f = Fields(raw, where)
     model_type = f.get("model_type")
-    if model_type in grouped_json.FAMILIES:
+    if isinstance(model_type, str) and model_type in grouped_json.FAMILIES:
         config = grouped_json.read(f, FileFormat(read_fp8_block(f)))
         check_tokens(f, config)
         f.unknown()

@@ -40,9 +40,9 @@ class Source:
         check_folder(directory)
         if isinstance(self.config.attention, GroupedShape):
             raise InputError(
-                f"{directory} has grouped-query attention, and this tool quantizes only models with "
-                "latent attention: use llm-compressor, whose files r1 reads, or --quant while "
-                "loading"
+                f"{directory} has grouped-query attention, and this tool takes only models with "
+                "latent attention: use llm-compressor, whose files r1 reads, or quantize while "
+                "loading (--quant)"
             )
         if self.config.files.kind == "int4":
             raise InputError(
