@@ -1,13 +1,15 @@
 """A decoder layer's decode step, fused: the function of transformer.py's Block, in a few kernels.
 
 Same weights as Block; one line per kernel. Each norm is fused into the projection after it, each
-residual into the one before. Read it beside `Block.forward`, `MLA.forward` and `MoE.forward`.
+residual into the one before. Read it beside `Block.forward`, `MLA.forward`, `GQA.forward` and
+`MoE.forward`.
 One token of a sparse layer takes 8 kernels (R1: 9), if the matrices that read the same input are
 joined (r1/storage/joined.py).
 
 Shapes: B rows, S new tokens of a row, N = B S tokens, D hidden_size, I intermediate_size,
 W vocab_size, H heads, R rope dim, V value dim, C latent (kv_lora_rank), Q q_lora_rank, T slots of
-the cache. A layer's cache is one tensor here, the latents (B, T, C + R).
+the cache, U heads of keys and values, A head_dim. A layer's cache is one tensor here, the latents
+(B, T, C + R), or two, the keys and the values (B, T, U, A).
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from torch import Tensor, nn
 from r1.kernels.attention import ATTENTION
 from r1.kernels.chip import Chip
 from r1.kernels.experts import EXPERTS
+from r1.kernels.grouped import GROUPED, HEADS
 from r1.kernels.latent import LATENT
 from r1.kernels.linear import LINEAR, linear
 from r1.kernels.router import ROUTE
 from r1.kernels.tiles import block_of, why_not
+from r1.model.attend import UpProjection
 from r1.model.cache import LayerCache
+from r1.model.gqa import GQA
 from r1.model.layers import MLP, Linear
+from r1.model.mla import MLA
 from r1.model.moe import MoE
 from r1.model.step import Step
 from r1.model.transformer import Block
@@ -46,6 +52,8 @@ class DecodeBlock:
             return partial(table["triton"], chip) if chip else table["torch"]
 
         self.linear, self.latent, self.attention = pick(LINEAR), pick(LATENT), pick(ATTENTION)
+        self.heads, self.grouped = pick(HEADS), pick(GROUPED)
+        self.attend = {MLA: self.to_latents, GQA: self.to_heads}[type(block.self_attn)]
         self.route, self.experts = pick(ROUTE), pick(EXPERTS)
 
     @staticmethod
@@ -55,14 +63,24 @@ class DecodeBlock:
         return why_not(*_matrices(block)) or _split_blocks(block.mlp)
 
     def __call__(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """(B, S, D) -> (B, S, D). Writes the tokens' latents to `cache`."""
+        """(B, S, D) -> (B, S, D). Writes the tokens' entries to `cache`."""
         flat = self.attend(x.flatten(0, 1).contiguous(), step, cache)  # (N, D)
         mlp = self.block.mlp
         y = self.mixture(flat, mlp) if isinstance(mlp, MoE) else self.dense(flat, mlp)
         return y.view_as(x)
 
-    def attend(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """x + attention(norm(x)), (N, D)."""
+    def to_heads(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """x + grouped-query attention(norm(x)), (N, D)."""
+        gqa, norm = self.block.self_attn, self.block.input_layernorm
+        normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
+        layers = (gqa.q_proj, gqa.k_proj, gqa.v_proj)
+        projected = products(normed, *(layer.matrix for layer in layers))  # (N, H A), (N, U A), ...
+        q = self.heads(*projected, gqa, step, cache)  # (N, H, A)
+        o = self.grouped(q, cache, step.positions, gqa.scale)  # (N, H, A)
+        return self.linear(o.flatten(1), gqa.o_proj.matrix, residual=x)
+
+    def to_latents(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """x + latent attention(norm(x)), (N, D)."""
         mla, norm = self.block.self_attn, self.block.input_layernorm
         low_rank = mla.shape.q_lora_rank is not None
         q_proj = mla.q_a_proj if low_rank else mla.q_proj
@@ -102,9 +120,12 @@ class DecodeBlock:
 
 def _matrices(block: Block) -> Iterator[Matrix]:
     """The matrix objects that the kernels read. (kv_b_proj gives dense views: `by_head`.)"""
-    mla, mlp = block.self_attn, block.mlp
-    layers = [mla.kv_a_proj_with_mqa, mla.o_proj]
-    layers += [mla.q_proj] if mla.shape.q_lora_rank is None else [mla.q_a_proj, mla.q_b_proj]
+    attention, mlp = block.self_attn, block.mlp
+    layers = [
+        layer
+        for layer in attention.children()
+        if isinstance(layer, Linear) and not isinstance(layer, UpProjection)
+    ]
     feed_forward = mlp.shared_experts if isinstance(mlp, MoE) else mlp
     if feed_forward is not None:
         layers += [feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj]

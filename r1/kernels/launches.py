@@ -11,6 +11,7 @@ from r1.errors import InputError
 from r1.kernels.attention import AttentionLaunch
 from r1.kernels.chip import Launch
 from r1.kernels.experts import ExpertsLaunch
+from r1.kernels.grouped import GroupedLaunch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch
 from r1.kernels.router import RouterLaunch
@@ -19,7 +20,14 @@ from r1.writing import locked, new_file
 
 KINDS: dict[str, type[Launch]] = {
     kind.__name__: kind
-    for kind in (AttentionLaunch, ExpertsLaunch, LatentLaunch, LinearLaunch, RouterLaunch)
+    for kind in (
+        AttentionLaunch,
+        ExpertsLaunch,
+        GroupedLaunch,
+        LatentLaunch,
+        LinearLaunch,
+        RouterLaunch,
+    )
 }
 FILE = "launches.json"
 LARGEST = 2**20

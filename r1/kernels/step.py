@@ -18,8 +18,9 @@ from r1.model.rope import angles
 
 
 def begin_step(
-    chip: Chip, lengths: Tensor, new: int, frequency: Tensor, factor: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    chip: Chip, lengths: Tensor, new: int, frequency: Tensor, factor: float,
+    interleave: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """int64 lengths (B,), fp32 frequency (R/2,) -> positions of `new` tokens after each row, int64
     (B, S), and cos and sin, fp32 (B, S, 1, R), as r1/model/rope.py's `angles` makes them.
     """
@@ -28,23 +29,23 @@ def begin_step(
     cos, sin = frequency.new_empty(rows, new, 1, rope), frequency.new_empty(rows, new, 1, rope)
     chip.run(
         step_kernel, (rows * new,), lengths, new, frequency, factor, positions, cos, sin,
-        ROPE=rope, PAD=power_of_two(rope), warps=1,
+        ROPE=rope, PAD=power_of_two(rope), INTERLEAVE=interleave, warps=1,
     )  # fmt: skip
     return positions, cos, sin
 
 
 def begin_step_torch(
-    lengths: Tensor, new: int, frequency: Tensor, factor: float
+    lengths: Tensor, new: int, frequency: Tensor, factor: float, interleave: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The twin."""
     positions = lengths[:, None] + torch.arange(new, device=lengths.device)
-    return positions, *angles(positions, frequency, factor)
+    return positions, *angles(positions, frequency, factor, interleave)
 
 
 @triton.jit
 def step_kernel(
     lengths, new, frequency, factor, positions, cos, sin, ROPE: tl.constexpr, PAD: tl.constexpr,
-    PDL: tl.constexpr
+    INTERLEAVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token.
 
@@ -55,8 +56,11 @@ def step_kernel(
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(lengths + token // new) + token % new
     r = tl.arange(0, PAD)
-    theta = position.to(tl.float32) * tl.load(frequency + r // 2, mask=r < ROPE, other=0.0)
+    half: tl.constexpr = ROPE // 2
+    pair = r // 2 if INTERLEAVE else r % half
+    theta = position.to(tl.float32) * tl.load(frequency + pair, mask=r < ROPE, other=0.0)
     tl.store(positions + token, position)
     tl.store(cos + token * ROPE + r, tl.cos(theta) * factor, mask=r < ROPE)
-    signed = tl.where(r % 2 == 0, -1.0, 1.0) * tl.sin(theta) * factor
+    first = r % 2 == 0 if INTERLEAVE else r < half
+    signed = tl.where(first, -1.0, 1.0) * tl.sin(theta) * factor
     tl.store(sin + token * ROPE + r, signed, mask=r < ROPE)

@@ -14,6 +14,7 @@ from r1.model.attend import Attend, UpProjection
 from r1.model.cache import LayerCache
 from r1.model.config import AttentionShape
 from r1.model.dispatch import Dispatch
+from r1.model.gqa_attend import GroupedAttend
 from r1.model.moe import Experts
 from r1.model.step import Step
 from r1.model.strategy import Use
@@ -51,6 +52,26 @@ class TritonAttend(Attend):
         scale: float, step: Step, cache: LayerCache | None,
     ) -> Tensor:  # fmt: skip
         return self.attend(q_nope, q_pe, c_kv, k_pe, up, scale, step, cache)
+
+
+class TritonGrouped(GroupedAttend):
+    """`Grouped` as kernels, for decode steps: grouped.py."""
+
+    name, needs, phases = "triton", None, ("decode",)
+    attend: Callable[..., Tensor]
+
+    def why_not(self, use: Use) -> str | None:
+        return _why_not(use)
+
+    def prepare(self) -> None:
+        from r1.kernels.grouped import attend
+
+        self.attend = attend
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, step: Step, cache: LayerCache | None
+    ) -> Tensor:
+        return self.attend(q, k, v, scale, step, cache)
 
 
 class TritonDispatch(Dispatch):

@@ -97,7 +97,10 @@ class Fused(Eager):
 
     def next_step(self, cache: Cache, tokens: int) -> Step:
         frequency, factor = self.model.frequency, self.model.table_factor
-        positions, cos, sin = self.begin(self.chip, cache.lengths, tokens, frequency, factor)
+        interleave = self.model.config.attention.rope_interleave
+        positions, cos, sin = self.begin(
+            self.chip, cache.lengths, tokens, frequency, factor, interleave
+        )
         # This torch kernel also separates begin_step from the fused blocks, which read `positions`
         # before their wait.
         rows = torch.arange(cache.rows, device=cache.lengths.device)[:, None]

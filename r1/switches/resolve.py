@@ -39,7 +39,7 @@ def resolve(
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
     _check_devices(backend, config)
-    backend = _kernels(backend, config, machine)
+    backend = _kernels(backend, machine)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
     if backend.quant_head != "none" and config.tie_word_embeddings:
         head = setting("quant_head", backend.quant_head)
@@ -133,7 +133,7 @@ def _check_speculation(backend: Backend, config: Config) -> None:
         raise InputError(f"{drafts} {use}")
 
 
-def _kernels(backend: Backend, config: Config, machine: Machine) -> Backend:
+def _kernels(backend: Backend, machine: Machine) -> Backend:
     """kernels=triton brings its own attention and experts of a decode step."""
     triton = setting("kernels", "triton")
     if backend.kernels != "triton":
@@ -142,9 +142,6 @@ def _kernels(backend: Backend, config: Config, machine: Machine) -> Backend:
             search = f"{tune} searches the launch parameters of {triton}"
             raise InputError(f"{search}: add {triton}, or leave {tune} out")
         return backend
-    if "triton" not in attention_of(config.attention):
-        fuses = "fuses blocks with latent attention, and this model's is grouped-query attention"
-        raise InputError(f"{triton} {fuses}: use {setting('compile')}, no {setting('kernels')}")
     if why := machine.why_not("triton"):
         raise InputError(f"{triton}: {why}")
     if backend.amp != "off":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from r1.errors import InputError
-from r1.kernels.strategies import TritonAttend, TritonDispatch
+from r1.kernels.strategies import TritonAttend, TritonDispatch, TritonGrouped
 from r1.model import attend, dispatch, gqa_attend
 from r1.model.attend import Attend
 from r1.model.config import AttentionShape, GroupedShape
@@ -18,7 +18,7 @@ from r1.model.strategy import Attention, Strategy
 
 ATTENTION: dict[str, Attend] = {s.name: s for s in (*attend.STRATEGIES, TritonAttend())}
 """For `attention` and `prefill_attention` of models with latent attention."""
-GROUPED: dict[str, GroupedAttend] = {s.name: s for s in gqa_attend.STRATEGIES}
+GROUPED: dict[str, GroupedAttend] = {s.name: s for s in (*gqa_attend.STRATEGIES, TritonGrouped())}
 """The same for models with grouped-query attention."""
 EXPERTS: dict[str, Dispatch] = {s.name: s for s in (*dispatch.STRATEGIES, TritonDispatch())}
 """For `moe` and `prefill_moe`."""
