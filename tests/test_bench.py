@@ -157,9 +157,12 @@ def test_a_flag_says_what_it_takes(
 @pytest.mark.parametrize(
     ("machine", "batch"), [(CPU, 1), (H100, 1), (H100, 32), (MI300, 1), (MI300, 32), (T4, 1)]
 )
-def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch: int) -> None:
-    found = ablation.ablation({}, machine, batch)
-    steps = ablation.ladder_steps({}, machine, batch)
+@pytest.mark.parametrize("name", ["moonlight-16b", "r1-distill-llama-8b"])
+def test_ablation_has_every_rung_and_every_step_left_out(
+    name: str, machine: Machine, batch: int
+) -> None:
+    found = ablation.ablation({}, machine, batch, config=shape(name))
+    steps = ablation.ladder_steps({}, machine, batch, shape(name))
     assert (
         found[0].kind == "baseline"
         and found[0].backend.moe == "loop"
@@ -180,10 +183,10 @@ def test_ablation_has_every_rung_and_every_step_left_out(machine: Machine, batch
     # what can't be had is refused by resolve, in a sentence; all that a GPU's ladder is made of can
     for arm in found:
         if arm.kind == "ladder" or (machine.cuda and arm.kind != "all-but-one"):
-            resolve(arm.backend, shape("moonlight-16b"), machine, batch=batch)
+            resolve(arm.backend, shape(name), machine, batch=batch)
     names = [a.name for a in found]
     assert len(set(names)) == len(names)
-    alone = ablation.ablation({}, machine, batch, ("all-but-one",))
+    alone = ablation.ablation({}, machine, batch, ("all-but-one",), config=shape(name))
     assert all(
         arm.backend != full for arm in alone
     )  # what a later step sets anew can't be left out

@@ -296,7 +296,13 @@ def test_a_chat_with_random_weights(tmp_path: Path) -> None:
     folder = saved(TINY_QWEN2, tmp_path / "model")
     prompts = [[1, 2, 3], [4]]
     texts = []
-    for switches in ({}, {"amp": "bf16"}, {"quant": "int4"}, {"attention": "naive"}):
+    ways: list[dict[str, Any]] = [
+        {},
+        {"amp": "bf16"},
+        {"quant": "int4"},
+        {"attention": "naive"},
+    ]
+    for switches in ways:
         engine = r1.load(folder, Backend(device="cpu", dtype="fp32", **switches), quiet=True)
         done = engine.generate(prompts, 4, temperature=0.0, ignore_stop=True)
         texts.append([each.tokens for each in done])

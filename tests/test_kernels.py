@@ -224,15 +224,17 @@ def test_an_operand_is_a_view() -> None:
     assert operand(Dense(torch.randn(4, 5))).EXPERT.value == 0
 
 
+@pytest.mark.parametrize("interleave", [True, False], ids=["pairs", "halves"])
 @pytest.mark.parametrize("new", [1, 3])
-def test_begin_step(new: int) -> None:
+def test_begin_step(new: int, interleave: bool) -> None:
     """Also far out, where an angle is many turns: position times frequency is one rounded number in
     both.
     """
     lengths = torch.tensor([0, 7, 4095, 163_000], device=DEVICE)
     frequency = 10_000.0 ** -(torch.arange(0, 6, 2, device=DEVICE) / 6)
     made, twin = (
-        f(lengths, new, frequency, 1.3) for f in (partial(begin_step, CHIP), begin_step_torch)
+        f(lengths, new, frequency, 1.3, interleave)
+        for f in (partial(begin_step, CHIP), begin_step_torch)
     )
     assert torch.equal(made[0], twin[0]) and made[0].dtype == torch.int64
     for ours, theirs in zip(made[1:], twin[1:], strict=True):
@@ -258,6 +260,7 @@ def test_begin_step_writes_what_is_its_own() -> None:
         sin,
         ROPE=6,
         PAD=8,
+        INTERLEAVE=True,
         warps=1,
     )
     assert intact(cos) and intact(sin) and cos[0] > 0.5 and int(position) == 1
@@ -979,8 +982,12 @@ def test_bench_kernels_bad_input(
 # ---------------------------- for GPUs that aren't here
 @pytest.mark.parametrize(
     ("name", "batch", "dense", "sparse"),
-    [("moonlight-16b", 1, 7, 8), ("moonlight-16b", 8, 10, 11), ("r1", 1, 8, 9), ("r1", 8, 12, 13)],
-)
+    [
+        ("moonlight-16b", 1, 7, 8), ("moonlight-16b", 8, 10, 11),
+        ("r1", 1, 8, 9), ("r1", 8, 12, 13),
+        ("r1-distill-qwen-7b", 1, 7, 7), ("r1-distill-qwen-7b", 8, 10, 10),
+    ],
+)  # fmt: skip
 def test_kernels_of_a_layer(name: str, batch: int, dense: int, sparse: int) -> None:
     """As r1/kernels says; each costs a launch."""
     once = 2  # what begins the step, and its output head

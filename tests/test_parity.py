@@ -38,8 +38,8 @@ from r1.run.trace import Difference, compare, first_divergence, trace
 
 WITH_ATTENTION = [(case, attention) for case in CASES for attention in attention_names(case)]
 LATENT = [case for case in CASES if isinstance(config(case).attention, AttentionShape)]
-DECODED = ("v3-yarn", "v3-odd", "v3-groups", "v2-groups")
-DECODED += ("qwen2-biases", "llama-scaled", "qwen3-yarn")
+DECODED = ["v3-yarn", "v3-odd", "v3-groups", "v2-groups"]
+DECODED += ["qwen2-biases", "llama-scaled", "qwen3-yarn"]
 
 
 # ---------------------------- prefill

@@ -40,7 +40,7 @@ def ladder_steps(
     kernels = gpu and not amp and not machine.why_not("triton") and "triton" in table
     if kernels:
         attention = {"attention": "triton", "prefill_attention": prefill}
-        experts = {"moe": "triton", "prefill_moe": "grouped"} if sparse else {}
+        experts = {"moe": "triton", "prefill_moe": "grouped"}
         steps += [attention, *([experts] if sparse else [])]
         steps += [{"kernels": "triton", **attention, **experts}]
         steps += [{"prefill_moe": "triton"}] if sparse else []
@@ -99,7 +99,7 @@ class _Ladder:
         steps = ladder_steps(given, machine, batch, config)
         self.steps = [step for step in steps if not step.keys() & shared.keys()]
         self.base = Backend(**{**TEXTBOOK, **common_settings(given), **shared})
-        self.experts: Settings = next((step for step in self.steps if "moe" in step), {})
+        self.experts: Settings = next((s for s in self.steps if next(iter(s)) == "moe"), {})
         """The step that computes the experts; empty for a model without any."""
         self.kernels: Settings = next((step for step in self.steps if "kernels" in step), {})
         self.prompts: Settings = (

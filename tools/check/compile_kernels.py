@@ -36,6 +36,8 @@ import shared
 import torch
 
 from r1 import Backend, Config, InputError, build
+from r1.model.cache import Cache
+from r1.switches.strategies import attention_of
 
 CONTEXT = 4096
 """Tokens in the cache of a decode step, and tokens of a prompt."""
@@ -184,7 +186,9 @@ def is_aligned(value: Any) -> bool:
 
 
 def launches(config: Config, batch: int, target: Target, quant: str = "none") -> list[Launch]:
-    """The launches of one decode step of `batch` tokens, in bf16: a dense layer, a sparse layer."""
+    """The launches of one decode step of `batch` tokens, in bf16: the first layer, which is dense,
+    and the last one, which is sparse where the model has experts.
+    """
     from r1.kernels.block import DecodeBlock, output_head
     from r1.kernels.step import begin_step
     from r1.model.step import Step
@@ -192,15 +196,15 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
     recorder = target.recorder()
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     frequency = torch.empty(config.attention.qk_rope_head_dim // 2, device="meta")
-    positions, cos, sin = begin_step(recorder, lengths, 1, frequency, 1.0)  # type: ignore[arg-type]
+    interleave = config.attention.rope_interleave
+    positions, cos, sin = begin_step(recorder, lengths, 1, frequency, 1.0, interleave)  # type: ignore[arg-type]
     step = Step("decode", positions, cos, sin, positions)
-    cache = torch.empty(
-        batch, CONTEXT, config.attention.latent_dim, dtype=torch.bfloat16, device="meta"
-    )
+    entry = attention_of(config.attention)["triton"].entry(config.attention)
+    cache = Cache(entry, batch, CONTEXT, 1, device=lengths.device, dtype=torch.bfloat16)
     x = torch.empty(batch, 1, config.hidden_size, dtype=torch.bfloat16, device="meta")
     model = build.sketch(config, Backend(dtype="bf16", join="on", quant=quant))
     for block in (model.layers[0], model.layers[-1]):
-        DecodeBlock(block, recorder)(x, step, (cache,))  # type: ignore[arg-type]
+        DecodeBlock(block, recorder)(x, step, cache.layers[0])  # type: ignore[arg-type]
     output_head(model.lm_head, recorder, x)  # type: ignore[arg-type]
     return recorder.launches
 
@@ -208,8 +212,10 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
 def launches_of_experts(config: Config, batch: int, target: Target) -> list[Launch]:
     """The launches of `moe=triton` or `prefill_moe=triton`: the routed experts alone, in bf16.
 
-    (`attention=triton` launches kernels that the block launches too.)
+    (`attention=triton` launches kernels that the block launches too.) None for a dense model.
     """
+    if not config.experts.n_routed_experts:
+        return []
     from r1.kernels.experts import experts
     from r1.model.moe import Experts
 

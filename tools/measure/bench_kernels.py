@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from r1 import Config, InputError, build
 from r1.bench import rates
 from r1.bench.report.aligned import aligned
+from r1.model.config import GroupedShape
 from r1.storage.dense import Dense
 
 REPETITIONS = 21
@@ -480,6 +481,10 @@ def work(arguments: argparse.Namespace) -> int:
     shapes = shared.shapes(arguments.shape)
     only = shared.names("--only", arguments.only, KERNELS)
     shared.check_output(arguments.output)
+    for name, config in shapes.items():
+        if isinstance(config.attention, GroupedShape):
+            has = "has grouped-query attention, and this tool times those of latent attention"
+            raise InputError(f"--shape {name} {has}: use bench.py --kernels triton")
     if not torch.cuda.is_available():
         raise InputError(
             "the kernels are timed on a GPU, and torch sees none: "
