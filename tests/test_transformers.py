@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from folders import load
-from models import V2, V3, model, random_tokens
+from models import TINY_GROUPED, TINY_LLAMA, TINY_QWEN2, V2, V3, model, random_tokens
 from torch import Tensor
 
 import r1
@@ -28,6 +28,7 @@ from r1 import Backend, Config
 from r1.files.config_json import dump_config, load_config
 from r1.files.names import places
 from r1.files.save import save
+from r1.model.config import Llama3
 from r1.model.mtp import MTPLayer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -42,7 +43,13 @@ BF16 = 1.5
 dozen in a row), each at places of its own. So ours is as far from theirs as theirs is from fp32:
 0.7 to 1.2 times as far was seen, over 15 models."""
 
-PREFIX = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2"}
+PREFIX = {
+    "deepseek_v3": "DeepseekV3",
+    "deepseek_v2": "DeepseekV2",
+    "qwen2": "Qwen2",
+    "llama": "Llama",
+    "qwen3": "Qwen3",
+}
 CASES = {
     "v3": V3,
     "v3-plain": V3.change(
@@ -56,6 +63,9 @@ CASES = {
     "v3-tied": replace(V3, tie_word_embeddings=True, num_nextn_predict_layers=0),
     "v2": V2,
     "v2-greedy": V2.change(topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1),
+    "qwen2-tied": TINY_QWEN2.change(num_hidden_layers=2),
+    "llama": TINY_LLAMA.change(num_hidden_layers=2, llama3=Llama3(8.0, 16)),
+    "qwen3": TINY_GROUPED.change(num_hidden_layers=2),
 }
 
 

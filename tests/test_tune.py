@@ -289,6 +289,7 @@ def test_every_kind_survives_the_file() -> None:
     sizes = {
         "AttentionLaunch": (8, 128, 512, 64, 4096, 2),
         "ExpertsLaunch": (8, 6, 64, 2048, 1408, 2),
+        "GroupedLaunch": (8, 32, 8, 128, 4096, 2),
         "LatentLaunch": (8, 16, 128, 512, 2),
         "LinearLaunch": (8, 2048, 2048, 2),
         "RouterLaunch": (8, 64, 2048),

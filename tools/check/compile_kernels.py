@@ -197,7 +197,8 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     frequency = torch.empty(config.attention.qk_rope_head_dim // 2, device="meta")
     interleave = config.attention.rope_interleave
-    positions, cos, sin = begin_step(recorder, lengths, 1, frequency, 1.0, interleave)  # type: ignore[arg-type]
+    given = (lengths, 1, frequency, 1.0, interleave)
+    positions, cos, sin = begin_step(recorder, *given)  # type: ignore[arg-type]
     step = Step("decode", positions, cos, sin, positions)
     entry = attention_of(config.attention)["triton"].entry(config.attention)
     cache = Cache(entry, batch, CONTEXT, 1, device=lengths.device, dtype=torch.bfloat16)
