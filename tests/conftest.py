@@ -70,12 +70,12 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingBackend]:
 
 @pytest.fixture
 def own_tables() -> Iterator[None]:
-    """For tests that register strategies: both tables are afterwards as they were."""
-    from r1.switches.strategies import ATTENTION, EXPERTS
+    """For tests that register strategies: all tables are afterwards as they were."""
+    from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED
 
-    attention, experts = dict(ATTENTION), dict(EXPERTS)
+    tables: tuple[dict[str, Any], ...] = (ATTENTION, EXPERTS, GROUPED)
+    before = [dict(table) for table in tables]
     yield
-    ATTENTION.clear()
-    ATTENTION.update(attention)
-    EXPERTS.clear()
-    EXPERTS.update(experts)
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from decoding import PROMPTS, read
+from models import TINY, TINY_GROUPED, TINY_QWEN2
 from models import sharp_logits as runner
 
+from r1 import Config
 from r1.bench import parity
 from r1.run.engine import Engine
 from r1.run.sampler import Sampler
@@ -67,11 +69,28 @@ def test_decode_never_waits(attention: str, moe: str, how: dict[str, Any]) -> No
     assert cache.lengths[:3].tolist() == [len(prompt) + 4 for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"compile": True}, {"cuda_graphs": True}, {"compile": True, "cuda_graphs": True}]
+)
+@pytest.mark.parametrize("attention", ["naive", "sdpa", "grouped", "triton"])
+def test_grouped_queries_never_wait(attention: str, how: dict[str, Any]) -> None:
+    run = runner(config=TINY_GROUPED, dtype="bf16", attention=attention, **how)
+    cache = run.cache(len(PROMPTS), 64)
+    token = run.prefill(PROMPTS, cache).argmax(dim=-1)[:, None]
+    for step in range(4):
+        if step < 2:
+            token = run.decode(token, cache)[:, -1].argmax(dim=-1)[:, None]
+            continue
+        with no_waiting(), torch._dynamo.config.patch(error_on_recompile=True):
+            token = run.decode(token, cache)[:, -1].argmax(dim=-1)[:, None]
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GROUPED, TINY_QWEN2], ids=lambda c: c.model_type)
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_graph_repeats_what_eager_does(kernels: str) -> None:
+def test_a_graph_repeats_what_eager_does(kernels: str, config: Config) -> None:
     eager, captured = (
-        runner(dtype="bf16", kernels=kernels),
-        runner(dtype="bf16", kernels=kernels, cuda_graphs=True),
+        runner(config=config, dtype="bf16", kernels=kernels),
+        runner(config=config, dtype="bf16", kernels=kernels, cuda_graphs=True),
     )
     text, logits = read(eager)
     _, again = read(captured, text)

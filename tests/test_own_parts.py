@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from decoding import PROMPTS
-from models import TINY, sharp_logits
+from models import TINY, TINY_GROUPED, sharp_logits
 from refusals import refused
 from torch import Tensor
 
 from r1 import Backend
+from r1.model import gqa_attend
 from r1.model.attend import Absorbed, Attend, Naive, UpProjection, probabilities
 from r1.model.cache import Entry, LayerCache
 from r1.model.config import AttentionShape
@@ -28,7 +29,7 @@ from r1.model.strategy import Use
 from r1.run.runner import Runner
 from r1.storage.matrix import Matrix
 from r1.switches.resolve import resolve
-from r1.switches.strategies import ATTENTION, EXPERTS
+from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED
 
 pytestmark = pytest.mark.usefixtures("own_tables")
 
@@ -143,6 +144,23 @@ def test_auto_takes_a_strategy_with_its_own_cache_for_both_phases() -> None:
     own.able = False
     with refused("^prefill_attention=auto has no strategy to choose, own: it reads no prompts$"):
         resolve(Backend(device="cpu", attention="own"), TINY)
+
+
+def test_grouped_queries_have_a_table_of_their_own() -> None:
+    """A strategy for one kind of attention is none for the other."""
+
+    class Mine(gqa_attend.Grouped):
+        name = "mine"
+
+    GROUPED["mine"] = Mine()
+    both = Backend(device="cpu", attention="mine", prefill_attention="mine")
+    backend = resolve(both, TINY_GROUPED)
+    assert (backend.attention, backend.prefill_attention) == ("mine", "mine")
+    with refused("^attention=mine: this model has latent attention, for which there is no mine"):
+        resolve(Backend(device="cpu", attention="mine"), TINY)
+    GROUPED["mine"] = Naive()  # type: ignore[assignment]
+    with refused("^GROUPED\\['mine'\\] is a Naive, not .*gqa_attend.GroupedAttend"):
+        resolve(Backend(device="cpu"), TINY)
 
 
 def test_two_caches_of_the_same_words_are_told_apart_by_their_shapes() -> None:

@@ -8,13 +8,14 @@ compile: bench.py --ablate runs those.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
 from decoding import PROMPTS, read
-from models import TINY, sharp_logits
+from models import TINY, TINY_GROUPED, sharp_logits
 from torch import Tensor
 
 from r1.bench import parity
@@ -48,39 +49,56 @@ SWITCHES: list[dict[str, Any]] = [
     {"kernels": "triton"},
     *([{"compile": True}] if GPU else []),
 ]
-PAIRS = [{**a, **b} for a, b in itertools.combinations(SWITCHES, 2) if not (a.keys() & b.keys())]
+GROUPED: list[dict[str, Any]] = [
+    *(s for s in SWITCHES if not s.keys() & {"attention", "prefill_attention", "speculate"}),
+    {"attention": "naive", "prefill_attention": "naive"},
+    {"attention": "sdpa"},
+    {"attention": "grouped"},
+    {"prefill_attention": "grouped"},
+    {"attention": "triton"},
+]
+"""For a model with grouped-query attention."""
+GROUPED = [s for s in GROUPED if not any("moe" in name for name in s)]  # and without experts
+CONFIGS = {"latent": TINY, "grouped": TINY_GROUPED}
+PAIRS = [
+    (kind, {**a, **b})
+    for kind, switches in (("latent", SWITCHES), ("grouped", GROUPED))
+    for a, b in itertools.combinations(switches, 2)
+    if not (a.keys() & b.keys())
+]
 
 
-def refusal(switches: dict[str, Any]) -> str | None:
+def refusal(kind: str, switches: dict[str, Any]) -> str | None:
     """Why this machine can't run these switches together; None where it can."""
     try:
-        resolve(Backend(**{"dtype": "fp32", **switches}), TINY, batch=len(PROMPTS))
+        resolve(Backend(**{"dtype": "fp32", **switches}), CONFIGS[kind], batch=len(PROMPTS))
     except InputError as refused:
         return str(refused)
     return None
 
 
-RUN = [pair for pair in PAIRS if not refusal(pair)]
+RUN = [(kind, pair) for kind, pair in PAIRS if not refusal(kind, pair)]
 """On a CPU about a third of all pairs: the others ask for a GPU."""
 
 
-@pytest.fixture(scope="module")
-def reference() -> tuple[Tensor, Tensor, parity.Bound]:
+@functools.cache
+def reference(kind: str) -> tuple[Tensor, Tensor, parity.Bound]:
     """Text and logits of the plainest fp32 run, and four times what rounding to bf16 does to it."""
-    text, logits = read(sharp_logits(**TEXTBOOK))
-    _, rounded = read(sharp_logits(**TEXTBOOK, amp="bf16"), text)
+    config = CONFIGS[kind]
+    text, logits = read(sharp_logits(config=config, **TEXTBOOK))
+    _, rounded = read(sharp_logits(config=config, **TEXTBOOK, amp="bf16"), text)
     made = parity.compare(list(rounded), logits, parity.Bound())
     return text, logits, parity.Bound(4 * made.median_kl, 4 * made.mean_kl)
 
 
 @pytest.mark.parametrize(
-    "pair", RUN, ids=[" & ".join(f"{k}={v}" for k, v in pair.items()) for pair in RUN]
+    ("kind", "pair"),
+    RUN,
+    ids=[f"{kind} {' & '.join(f'{k}={v}' for k, v in pair.items())}" for kind, pair in RUN],
 )
-def test_two_switches_agree(
-    pair: dict[str, Any], reference: tuple[Tensor, Tensor, parity.Bound]
-) -> None:
-    text, logits, rounded = reference
-    run = sharp_logits(**pair)
+def test_two_switches_agree(kind: str, pair: dict[str, Any]) -> None:
+    text, logits, rounded = reference(kind)
+    run = sharp_logits(config=CONFIGS[kind], **pair)
     _, ours = read(run, text)
     allowed = rounded if run.backend.compute == "bf16" else parity.bound(run.backend, {})
     found = parity.compare(list(ours), logits, allowed)
@@ -91,8 +109,8 @@ def test_other_pairs_are_refused_with_a_reason() -> None:
     """In one line, which says what to do instead. A pair is refused for a reason of its own, or for
     one of a switch in it.
     """
-    for pair in PAIRS:
-        why = refusal(pair)
+    for kind, pair in PAIRS:
+        why = refusal(kind, pair)
         if why is not None:
             assert "\n" not in why and ("use " in why or "leave " in why), (pair, why)
             assert any(name in why for name in (*pair, "bf16", "compile")), (pair, why)

@@ -85,13 +85,10 @@ def heads_torch(
     q: Tensor, k: Tensor, v: Tensor, layer: GQA, step: Step, cache: LayerCache
 ) -> Tensor:
     """The twin: the same lines as `GQA.forward`."""
-    layers = (layer.q_proj, layer.k_proj, layer.v_proj)
-    q, k, v = (
-        (y if each.bias is None else y + each.bias).view(
-            *step.positions.shape, -1, layer.shape.head_dim
-        )
-        for y, each in zip((q, k, v), layers, strict=True)
-    )  # (B, S, H, A), (B, S, U, A), (B, S, U, A)
+    projections = zip((q, k, v), (layer.q_proj, layer.k_proj, layer.v_proj), strict=True)
+    by_head = (*step.positions.shape, -1, layer.shape.head_dim)
+    # (B, S, H, A), (B, S, U, A), (B, S, U, A)
+    q, k, v = (each.with_bias(y).view(by_head) for y, each in projections)
     if layer.shape.qk_norm:
         q, k = layer.q_norm(q), layer.k_norm(k)
     q, k = gqa.rotate_each(q, k, step)

@@ -23,11 +23,15 @@ from r1.model.step import Step
 
 
 class Projection(Linear):
-    """A Linear that may have a bias, (out,). Its owner adds it: see `GQA.forward`."""
+    """A Linear that may have a bias, (out,). `project` multiplies; `with_bias` comes after it."""
 
     def __init__(self, inputs: int, outputs: int, has_bias: bool) -> None:
         super().__init__(inputs, outputs)
         self.bias = nn.Parameter(torch.zeros(outputs)) if has_bias else None
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """(..., out) -> (..., out)."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class GQA(nn.Module):
@@ -52,13 +56,10 @@ class GQA(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D). Writes the tokens' cache entries where there is a cache."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (
-            (y if layer.bias is None else y + layer.bias.to(y.dtype)).unflatten(
-                -1, (-1, self.shape.head_dim)
-            )
-            for y, layer in zip(project(x, *layers), layers, strict=True)
-        )  # (B, S, H, A), (B, S, U, A), (B, S, U, A)
+        size, layers = self.shape.head_dim, (self.q_proj, self.k_proj, self.v_proj)
+        outputs = zip(project(x, *layers), layers, strict=True)
+        # (B, S, H, A), (B, S, U, A), (B, S, U, A)
+        q, k, v = (layer.with_bias(y).unflatten(-1, (-1, size)) for y, layer in outputs)
         if self.shape.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)  # (B, S, H, A), (B, S, U, A)
         q, k = self.rotate(q, k, step)  # (B, S, H, A), (B, S, U, A)
