@@ -7,6 +7,7 @@ From the command they give exit status 2.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import V3
+from models import TINY_GROUPED, V3
 from refusals import CPU, check_sentence, refused
 
 import r1
@@ -504,7 +505,9 @@ def test_values_that_no_switch_has() -> None:
 
 
 def test_no_flag_always_refuses() -> None:
-    """Each value of each switch can be had by some machine, with the switches that it needs."""
+    """Each value of each switch can be had by some machine and some model, with the switches that it
+    needs.
+    """
     rocm = Machine(cuda=True, hip="7.0", arch="gfx942", name="MI300X")
     needs: dict[str, dict[str, Any]] = {
         "attention=naive": {"prefill_attention": "naive"},
@@ -514,9 +517,11 @@ def test_no_flag_always_refuses() -> None:
         for value in values:
             asked = Backend(**{name: value, **needs.get(f"{name}={value}", {})})
             reasons = []
-            for machine in (Machine(), H100, rocm):
+            for machine, config in itertools.product(
+                (Machine(), H100, rocm), (ALIGNED, TINY_GROUPED)
+            ):
                 try:
-                    resolve(asked, ALIGNED, machine)
+                    resolve(asked, config, machine)
                     break
                 except InputError as error:
                     reasons.append(str(error))

@@ -63,7 +63,8 @@ class GQA(nn.Module):
         if self.shape.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)  # (B, S, H, A), (B, S, U, A)
         q, k = self.rotate(q, k, step)  # (B, S, H, A), (B, S, U, A)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm is fp32
+        # Under autocast a norm is fp32.
+        q, k = q.to(v.dtype), k.to(v.dtype)  # (B, S, H, A), (B, S, U, A)
         o = self.attend[step.phase](q, k, v, self.scale, step, cache)  # (B, S, H, A)
         return self.o_proj(o.flatten(2))  # (B, S, H A) -> (B, S, D)
 
