@@ -22,6 +22,7 @@ from r1.model.moe import Experts, MoE
 from r1.model.mtp import MTPLayer
 from r1.model.rope import rotate_each, rotate_jointly
 from r1.model.router import Router
+from r1.model.temper import tempered
 from r1.model.transformer import Transformer
 from r1.placement.mesh import Mesh
 from r1.placement.parallel import Parallel
@@ -247,7 +248,8 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
     """Fill the slots with the strategies that `backend` names."""
     attention = {"prefill": backend.prefill_attention, "decode": backend.attention}
     experts = {"prefill": backend.prefill_moe, "decode": backend.moe}
-    attend = {phase: ATTENTION[name] for phase, name in attention.items()}
+    shape = model.config.attention
+    attend = {phase: tempered(ATTENTION[name], shape) for phase, name in attention.items()}
     dispatch = {phase: EXPERTS[name] for phase, name in experts.items()}
     for strategy in (*attend.values(), *dispatch.values()):
         strategy.prepare()

@@ -6,7 +6,6 @@ A path that is no folder, a file of another program, weights in another format.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from r1.errors import InputError
@@ -19,9 +18,6 @@ REPOSITORY = re.compile(r"(?:https?:/+huggingface\.co/)?([\w-][\w.-]*/([\w-][\w.
 of the address's slashes."""
 GGUF = "GGUF, the format of llama.cpp, which r1 does not read"
 ORIGINAL = "get the model's own repository, with its safetensors"
-
-FUSED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-"""Endings of the tensors in which transformers 5 keeps all experts of a layer."""
 
 
 def check_gguf(directory: Path) -> None:
@@ -54,14 +50,3 @@ def no_folder(path: Path) -> InputError:
     if (path.parent / "config.json").is_file():
         return InputError(f"{path} is {what}: give the folder that it is in, {path.parent}")
     return InputError(f"{path} is {what}: give {CHECKPOINT}")
-
-
-def check_fused(directory: Path, keys: Iterable[str]) -> None:
-    """Raise InputError for experts that are saved as one tensor for a layer."""
-    fused = next((key for key in keys if key.endswith(FUSED)), None)
-    if fused:
-        raise InputError(
-            f"{directory} has {fused}: the experts of a layer are fused, as transformers 5 keeps "
-            "them in memory, and r1 reads one matrix for each expert: save the model again with "
-            "save_pretrained(..., save_original_format=True)"
-        )
