@@ -135,7 +135,7 @@ def dump_config(config: Config) -> dict[str, Any]:
     if yarn and not yarn["llama_4_scaling_beta"]:
         del yarn["llama_4_scaling_beta"]  # mistral4's alone
     out["rope_scaling"] = {"type": "yarn", **yarn} if yarn else None
-    if config.model_type == "mistral4":  # the one spelling that transformers reads of it
+    if config.model_type == "mistral4" and yarn:  # the one spelling that transformers reads of it
         rope = {"rope_theta": out.pop("rope_theta"), **out.pop("rope_scaling")}
         out["rope_parameters"] = {"rope_type": rope.pop("type"), **rope}
     out["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
