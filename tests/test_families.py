@@ -23,7 +23,7 @@ from refusals import CPU, refused
 from tolerances import atol
 
 import r1
-from r1 import Backend, Config
+from r1 import Backend, Config, build
 from r1.files.config_json import dump_config, load_config, parse_config
 from r1.files.families import FAMILIES, NEAREST, WRAPPERS
 from r1.files.layouts import tensors_of
@@ -32,6 +32,8 @@ from r1.files.save import save
 from r1.model.config import FileFormat
 from r1.model.shapes import SHAPES
 from r1.model.temper import query_factor
+from r1.placement.mesh import Mesh
+from r1.roofline import step_work
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
@@ -283,6 +285,22 @@ def test_two_tensors_of_one_name(tmp_path: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("quant", ["none", "int4"])
+def test_packed_numbers_in_the_text_of_a_model_of_images(quant: str, tmp_path: Path) -> None:
+    """Kimi-K2.5's experts: int4, told in text_config, and the prefix before all names."""
+    folder = tmp_path / "model"
+    save(model(V3.change(num_nextn_predict_layers=0)), folder)
+    writers.write(folder, "compressed-tensors int4", only=".experts.")
+    before = {name: t.clone() for name, t in places(load(folder, quant=quant)[0]).items()}
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "kimi_k25", "text_config": text, "vision_config": {}})
+    )
+    rewrite(folder, lambda t: t.update({f"language_model.{k}": t.pop(k) for k in list(t)}))
+    assert load_config(folder).files.kind == "int4"
+    same(folder, before, mtp=False, quant=quant)
+
+
 # ---------------------------- stacks of experts
 def stack(found: dict[str, torch.Tensor], one_scale: bool = False) -> None:
     """The experts of each layer in stacks, as transformers 5 writes them."""
@@ -300,8 +318,9 @@ def stack(found: dict[str, torch.Tensor], one_scale: bool = False) -> None:
             found[f"{prefix}.down_proj{added}"] = down
 
 
-def same(folder: Path, before: dict[str, torch.Tensor], **switches: Any) -> None:
-    after = places(load(folder, mtp=True, **switches)[0])
+def same(folder: Path, before: dict[str, torch.Tensor], mtp: bool = True, **switches: Any) -> None:
+    """Fail unless the folder's model has these tensors."""
+    after = places(load(folder, mtp=mtp, **switches)[0])
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor.float(), after[name].float()), name
@@ -350,6 +369,25 @@ def test_stacks_with_one_scale_for_each_expert(quant: str, tmp_path: Path) -> No
     assert len(report.skipped["r1 does not quantize activations or the cache"]) == 2
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("grid", [{"tp": 2}, {"ep": 2}])
+def test_a_rank_reads_its_part_of_a_stack(grid: dict[str, int], rank: int, tmp_path: Path) -> None:
+    """The same part as of single matrices: some of the experts, or of each one's inner values."""
+    folder = tmp_path / "model"
+    config = V3.change(moe_intermediate_size=128, intermediate_size=128)
+    save(model(config), folder)
+    backend = resolve(Backend(device="cpu", dtype="fp32", **grid), config)  # type: ignore[arg-type]
+    parts = []
+    for _ in range(2):
+        placement = build.placement_of(config, backend, Mesh(backend.tp, backend.ep, rank))
+        part, _ = build.from_checkpoint(folder, config, backend, quiet=True, placement=placement)
+        parts.append({name: tensor.clone() for name, tensor in places(part).items()})
+        rewrite(folder, stack)
+    single, stacked = parts
+    assert single.keys() == stacked.keys()
+    assert all(torch.equal(single[name], stacked[name]) for name in single)
+
+
 @pytest.mark.parametrize("shape", [(8, 31, 32), (16, 32)])
 def test_a_stack_of_another_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
     save(model(V2), tmp_path / "model")
@@ -384,9 +422,55 @@ def test_v3_2_within_its_indexer_s_keys() -> None:
         engine.generate([[1] * 40], 1)
 
 
+def test_an_indexer_in_fp8(tmp_path: Path) -> None:
+    """V3.2's own files: its projections are FP8 blocks too, and k_norm has a bias."""
+    save(model(FP8), tmp_path / "model")
+    writers.set_config(tmp_path / "model", model_type="deepseek_v32", index_topk=32)
+
+    def add(found: dict[str, torch.Tensor]) -> None:
+        for layer in range(2):
+            stem = f"model.layers.{layer}.self_attn.indexer"
+            found[f"{stem}.wq_b.weight"] = torch.ones(32, 20).to(torch.float8_e4m3fn)
+            found[f"{stem}.wq_b.weight_scale_inv"] = torch.ones(2, 2)
+            found |= {f"{stem}.k_norm.{name}": torch.ones(16) for name in ("weight", "bias")}
+
+    rewrite(tmp_path / "model", add)
+    loaded, report = load(tmp_path / "model")
+    assert loaded.config.max_position_embeddings == 32
+    assert len(report.skipped[loaded.config.files.left_out[0][1]]) == 6
+
+
 def test_a_shorter_context_needs_no_reason() -> None:
     short = parse_config(V32 | {"max_position_embeddings": 1024})
     assert (short.max_position_embeddings, short.shortened, short.context) == (1024, "", "1024")
+
+
+# ---------------------------- the bytes of a step
+@pytest.mark.parametrize(
+    ("name", "layer", "sparse", "dense", "routers"),
+    [
+        ("glm-4.7-flash", 2048 * (768 + 576) + 768 * 20 * 256 + 512 * 20 * 448 + 20 * 256 * 2048,
+         (46, 5 * 3 * 2048 * 1536), 3 * 2048 * 10240 + 154880 * 2048, 46 * 64 * 2048),
+        ("youtu-2b", 2048 * (1536 + 576) + 1536 * 16 * 192 + 512 * 16 * 256 + 16 * 128 * 2048,
+         (0, 0), 32 * 3 * 2048 * 6144 + 128256 * 2048, 0),
+        ("mistral-small-4", 4096 * (1024 + 320) + 1024 * 32 * 128 + 256 * 32 * 192
+         + 32 * 128 * 4096, (36, 5 * 3 * 4096 * 2048), 131072 * 4096, 36 * 128 * 4096),
+    ],
+)  # fmt: skip
+def test_a_step_s_bytes_by_hand(
+    name: str, layer: int, sparse: tuple[int, int], dense: int, routers: int
+) -> None:
+    """One row in bf16: every matrix once, the chosen and shared experts, routers in fp32."""
+    config = SHAPES[name]
+    backend = resolve(Backend(device="cpu", dtype="bf16"), config)
+    hit = config.experts.num_experts_per_tok if sparse[0] else 0
+    work = step_work(config, backend, 1, 1, 100, hit)
+    numbers = config.num_hidden_layers * layer + sparse[0] * sparse[1] + dense
+    row = 2 * config.hidden_size
+    assert work.weight_bytes == 2 * numbers + 4 * routers + row
+    assert work.cache_bytes == 101 * 2 * config.attention.latent_dim * config.num_hidden_layers
+    one, none = config.change(num_hidden_layers=1), config.change(num_hidden_layers=0)
+    assert step_work(one, backend, 1, 1, 9, 1).nbytes > step_work(none, backend, 1, 1, 9, 1).nbytes
 
 
 # ---------------------------- Mistral 4's factor
