@@ -146,6 +146,7 @@ def test_the_words_of_transformers_5() -> None:
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 1.0}
     listed |= {"mlp_layer_types": ["dense"] + ["sparse"] * 46, "rope_parameters": rope}
     listed |= {"rope_theta": None, "rope_scaling": None, "head_dim": 64, "num_local_experts": 64}
+    listed |= {"bos_token_id": 0}
     assert parse_config(listed) == SHAPES["glm-4.7-flash"]
     own = {k: v for k, v in SARVAM.items() if k not in ("num_experts", "num_shared_experts")}
     own |= {"n_routed_experts": 128, "n_shared_experts": 1, "head_dim": 64}

@@ -68,7 +68,9 @@ def first_dense(f: Fields) -> dict[str, Any]:
 
 
 def _glm4_moe_lite(f: Fields) -> Read:
-    return Read(first_dense(f))
+    """No token begins its texts: where the publisher has none, transformers writes token 0, "!"."""
+    begins = f.get("bos_token_id")
+    return Read(first_dense(f) | {"bos_token_id": None if begins == 0 else begins})
 
 
 def _youtu(f: Fields) -> Read:
