@@ -19,6 +19,7 @@ import writers
 from cases import REFERENCE, reference
 from folders import load, rewrite, tensors
 from models import FP8, V2, V3, model
+from quantizing.source import Source
 from refusals import CPU, refused
 from tolerances import atol
 
@@ -439,6 +440,21 @@ def test_an_indexer_in_fp8(tmp_path: Path) -> None:
     loaded, report = load(tmp_path / "model")
     assert loaded.config.max_position_embeddings == 32
     assert len(report.skipped[loaded.config.files.left_out[0][1]]) == 6
+
+
+def test_quantizing_would_lose_an_indexer() -> None:
+    with refused("v32 holds parts that r1 does not read, and a copy would lack them"):
+        Source(REFERENCE / "v32")
+
+
+def test_glm_s_mtp_layer_is_v3_s(tmp_path: Path) -> None:
+    """Not loaded means said so, and asked for it is loaded."""
+    save(model(V3, mtp=True), tmp_path / "model")
+    writers.set_config(tmp_path / "model", model_type="glm4_moe_lite")
+    _, report = load(tmp_path / "model")
+    (said,) = report.sentences()
+    assert "MTP layers are loaded only when asked for" in said
+    assert len(load(tmp_path / "model", mtp=True)[0].mtp) == 1
 
 
 def test_a_shorter_context_needs_no_reason() -> None:

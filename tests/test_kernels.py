@@ -449,6 +449,14 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "norm_topk_prob": False,
     },
+    "mistral4": {
+        "model_type": "mistral4",
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "n_routed_experts": 12,
+        "n_group": 1,
+        "num_experts_per_tok": 4,
+    },
 }
 
 

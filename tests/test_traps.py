@@ -173,6 +173,9 @@ def test_frequencies(
     assert found_at("v3-yarn", first=first) == "attn.0"
 
 
+right_factor = temper.query_factor
+
+
 @pytest.mark.parametrize(
     ("wrong", "first"),
     [
@@ -187,9 +190,6 @@ def test_query_factor(
     """Mistral 4's queries grow by whole lengths of the first training, counted from 0."""
     monkeypatch.setattr(temper, "query_factor", wrong)
     assert found_at("mistral4", first=first) == "attn.0"
-
-
-right_factor = temper.query_factor
 
 
 def test_frequencies_of_r1() -> None:
