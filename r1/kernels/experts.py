@@ -52,7 +52,7 @@ class ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
         if tokens == 1 and packed:
             down_inputs = min(256, power_of_two(inner, 16))
-            return ExpertsLaunch(1, 2, min(2048, power_of_two(dim, 16)), 2, down_inputs)
+            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs)
         if tokens == 1:
             down_inputs = min(512, power_of_two(inner))
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, down_inputs)
@@ -108,7 +108,7 @@ class Swiglu(NamedTuple):
 
     @staticmethod
     def of(chip: Chip, *matrices: Matrix | Tensor) -> Swiglu:
-        return Swiglu(*(operand(each, chip.e4m3) for each in matrices))
+        return Swiglu(*(operand(each, chip.ptx) for each in matrices))
 
 
 def experts(
