@@ -248,14 +248,14 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
     """Fill the slots with the strategies that `backend` names."""
     attention = {"prefill": backend.prefill_attention, "decode": backend.attention}
     experts = {"prefill": backend.prefill_moe, "decode": backend.moe}
-    shape = model.config.attention
-    attend = {phase: tempered(ATTENTION[name], shape) for phase, name in attention.items()}
+    attend = {phase: ATTENTION[name] for phase, name in attention.items()}
     dispatch = {phase: EXPERTS[name] for phase, name in experts.items()}
     for strategy in (*attend.values(), *dispatch.values()):
         strategy.prepare()
     for module in model.modules():
         if isinstance(module, MLA):
-            module.attend = dict(attend)
+            shape = module.shape
+            module.attend = {phase: tempered(each, shape) for phase, each in attend.items()}
             module.rotate = rotate_jointly if backend.join == "on" else rotate_each
         elif isinstance(module, MoE):
             module.dispatch = dict(dispatch)

@@ -9,7 +9,7 @@ import torch
 
 from r1.device import DTYPES
 from r1.errors import InputError, setting
-from r1.model.config import Config
+from r1.model.config import Config, Yarn
 from r1.model.strategy import Strategy, Use
 from r1.placement import cuts
 from r1.storage import int4_cpu
@@ -154,7 +154,8 @@ def _kernels(backend: Backend, machine: Machine) -> Backend:
 def _check_fused(backend: Backend, config: Config) -> None:
     """Whether the fused blocks compute this model."""
     yarn = config.attention.yarn
-    if backend.kernels == "triton" and yarn and yarn.llama_4_scaling_beta:
+    tempered = isinstance(yarn, Yarn) and yarn.llama_4_scaling_beta > 0
+    if backend.kernels == "triton" and tempered:
         use = f"use {setting('attention', 'triton')} and {setting('moe', 'triton')} instead"
         raise InputError(
             f"{setting('kernels', 'triton')} lacks the factor of this model's queries, which "
