@@ -69,7 +69,7 @@ class Operand(NamedTuple):
     WIDE: tl.constexpr = tl.constexpr(1)
     """Rows and columns of a block."""
     TOGETHER: tl.constexpr = tl.constexpr(1)
-    """Columns, at most SHARE bytes, that have one scale wherever a multiple of it begins."""
+    """Columns, of at most SHARE bytes, that have one scale wherever a multiple of it begins."""
 
 
 def operand(matrix: Matrix | Tensor, ptx: bool = False) -> Operand:
