@@ -122,11 +122,11 @@ def _packed(matrix: Quantized, tensors: dict[str, Tensor], ptx: bool) -> Operand
     per = 8 * weight.itemsize // BITS[spec.kind]
     wide, share = spec.columns or 2**30, 8 * SHARE // BITS[spec.kind]
     together = next(n for n in (share, 16, 8, 4, 2, 1) if wide % n == 0)
-    how = (per, ptx and weight.itemsize == 4, zero is not None)
     return Operand(
         weight, scale, scale if zero is None else zero, *_strides(weight.stride()),
-        _constant(spec.kind), *map(_constant, how), *_strides(scale.stride()),
-        *map(_constant, (spec.rows or 2**30, wide, together)),
+        _constant(spec.kind), _constant(per), _constant(ptx and weight.itemsize == 4),
+        _constant(zero is not None), *_strides(scale.stride()), _constant(spec.rows or 2**30),
+        _constant(wide), _constant(together),
     )  # fmt: skip
 
 
