@@ -26,6 +26,7 @@ from r1.model.moe import Experts, MoE
 from r1.model.mtp import MTPLayer
 from r1.model.rope import rotate_each, rotate_jointly
 from r1.model.router import Router
+from r1.model.temper import tempered
 from r1.model.transformer import Transformer
 from r1.placement.mesh import Mesh
 from r1.placement.parallel import Parallel
@@ -260,7 +261,8 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
         strategy.prepare()
     for module in model.modules():
         if isinstance(module, MLA):
-            module.attend = dict(attend)
+            shape = module.shape
+            module.attend = {phase: tempered(each, shape) for phase, each in attend.items()}
             module.rotate = rotate_jointly if backend.join == "on" else rotate_each
         elif isinstance(module, GQA):
             module.attend = dict(attend)

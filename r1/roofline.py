@@ -104,7 +104,9 @@ def step_work(
     """
     model = model_of(config, backend, False)  # where devices share it, one device's part
     layers, head = weights_of(model.layers), model.lm_head.matrix
-    shape = cast(Block, model.layers[0]).self_attn.shape
+    # A model without layers stands for what is left when its only one is taken away.
+    first = cast(Block, model.layers[0]) if len(model.layers) else None
+    shape = first.self_attn.shape if first else config.attention
     experts_hit /= backend.ep
     decode = tokens == 1 or verify
     table = attention_of(config.attention)

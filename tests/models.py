@@ -23,7 +23,7 @@ from torch import Tensor
 
 from r1 import Backend, Config, build
 from r1.files.names import places
-from r1.model.config import GroupedShape, Llama3, Yarn
+from r1.model.config import ExpertShape, GroupedShape, Llama3, Yarn
 from r1.model.router import Router
 from r1.model.shapes import R1, SHAPES, shape
 from r1.model.transformer import Transformer
@@ -82,6 +82,10 @@ VARIANTS = {
     "v2": V2,
     "moonlight": V3.change(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2),
     "unshared": V3.change(n_shared_experts=0),
+    "glm": V3.change(num_attention_heads=3, v_head_dim=20, n_group=1, topk_group=1, yarn=None),
+    "youtu": V3.change(
+        experts=ExpertShape(), tie_word_embeddings=True, yarn=None, num_nextn_predict_layers=0
+    ),
 }
 """What differs between the published models, small."""
 

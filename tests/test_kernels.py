@@ -452,6 +452,14 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "norm_topk_prob": False,
     },
+    "mistral4": {
+        "model_type": "mistral4",
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "n_routed_experts": 12,
+        "n_group": 1,
+        "num_experts_per_tok": 4,
+    },
 }
 
 
@@ -641,7 +649,7 @@ def test_a_grid_holds_the_longest_prompt() -> None:
         ) -> None:
             grids.append(grid)
 
-    config, chip = shape("r1"), Grids(132, 227 * 1024, dependent_launch=True, e4m3=True)
+    config, chip = shape("r1"), Grids(132, 227 * 1024, dependent_launch=True, ptx=True)
     with torch.device("meta"):
         x = torch.empty(MOST_TOKENS, config.hidden_size, dtype=torch.bfloat16)
         chosen = torch.empty(MOST_TOKENS, config.experts.num_experts_per_tok)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from r1.bench import parity
 from r1.bench.arms import TEXTBOOK
+from r1.bench.worker import rounding, steps
 from r1.errors import InputError
 from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
@@ -82,13 +84,20 @@ RUN = [(kind, pair) for kind, pair in PAIRS if not refusal(kind, pair)]
 
 
 @functools.cache
-def reference(kind: str) -> tuple[Tensor, Tensor, parity.Bound]:
-    """Text and logits of the plainest fp32 run, and four times what rounding to bf16 does to it."""
+def reference(kind: str) -> tuple[Tensor, Tensor, dict[str, parity.Rounding]]:
+    """Text and logits of the plainest fp32 run, and what rounding to bf16 does to it."""
     config = CONFIGS[kind]
     text, logits = read(sharp_logits(config=config, **TEXTBOOK))
-    _, rounded = read(sharp_logits(config=config, **TEXTBOOK, amp="bf16"), text)
-    made = parity.compare(list(rounded), logits, parity.Bound())
-    return text, logits, parity.Bound(4 * made.median_kl, 4 * made.mean_kl)
+    rounded = sharp_logits(config=config, **TEXTBOOK, amp="bf16")
+    subject: Any = SimpleNamespace(device=rounded.device, engine=rounded)
+    made = {}
+    for switch, noise in rounding.NOISE.items():
+        kl = []
+        for seed in range(parity.RUNS):
+            with steps.noise(subject, noise * torch.finfo(torch.bfloat16).eps / 2, seed):
+                kl.append(parity.divergence(logits, read(rounded, text)[1]).cpu())
+        made[f"{switch}=bf16"] = parity.Rounding(torch.stack(kl), tie=0.0)
+    return text, logits, made
 
 
 @pytest.mark.parametrize(
@@ -97,11 +106,10 @@ def reference(kind: str) -> tuple[Tensor, Tensor, parity.Bound]:
     ids=[f"{kind} {' & '.join(f'{k}={v}' for k, v in pair.items())}" for kind, pair in RUN],
 )
 def test_two_switches_agree(kind: str, pair: dict[str, Any]) -> None:
-    text, logits, rounded = reference(kind)
+    text, logits, made = reference(kind)
     run = sharp_logits(config=CONFIGS[kind], **pair)
     _, ours = read(run, text)
-    allowed = rounded if run.backend.compute == "bf16" else parity.bound(run.backend, {})
-    found = parity.compare(list(ours), logits, allowed)
+    found = parity.compare(list(ours), logits, parity.bound(run.backend, made))
     assert found.passes, found
 
 

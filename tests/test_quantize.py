@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -495,6 +496,20 @@ def test_a_layer_reads_what_the_quantized_ones_make(
             assert torch.allclose(x[last.real], last.hidden[last.real], atol=1e-3)
 
 
+def killed_in_layer_1(words: list[str], threads: int) -> None:
+    """Run quantize.py in a process of its own: one that is killed can clean up nothing."""
+    torch.set_num_threads(threads)
+    count = itertools.count()
+
+    def killed(*arguments: Any) -> layer.Done:
+        if next(count) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return layer.quantize(*arguments)
+
+    job.quantize = killed  # type: ignore[assignment]
+    command.main(words)
+
+
 def test_a_killed_run_goes_on(
     made: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -504,18 +519,12 @@ def test_a_killed_run_goes_on(
     """
     whole_, out = tmp_path / "whole", tmp_path / "out"
     assert command.main(flags(made, whole_, "gptq", text)) == 0
-    if (child := os.fork()) == 0:  # a process that is killed can clean up nothing
-        count = itertools.count()
-
-        def killed(*arguments: Any) -> layer.Done:
-            if next(count) == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return layer.quantize(*arguments)
-
-        job.quantize = killed  # type: ignore[assignment]
-        command.main(flags(made, out, "gptq", text))
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    words = flags(made, out, "gptq", text)
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process that uses a GPU can't use it
+    child = spawn.Process(target=killed_in_layer_1, args=(words, torch.get_num_threads()))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     unfinished = tmp_path / "out.quantizing"
     assert not out.exists() and (unfinished / "layer-0.json").exists()
     with refused("no config.json"):

@@ -69,23 +69,32 @@ def test_linear(tokens: int, spec: Spec) -> None:
     close(linear(CHIP, x, weight), right)
 
 
-@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("ptx", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16])
-def test_every_fp8_number(tokens: int, e4m3: bool) -> None:
-    """With the chip's own instruction, or by bits: x picks one column after the other."""
-    if e4m3 and not (CHIP.e4m3 or DEVICE.type == "cpu"):
-        pytest.skip("this GPU has no such instruction: it needs an NVIDIA GPU from sm_89 on")
-    codes = torch.arange(256, dtype=torch.uint8)
-    codes[codes & 0x7F == 0x7F] = 0  # NaN
-    spec = Spec("fp8", 0, 0)
-    packed = {"weight": codes.view(torch.float8_e4m3fn).view(16, 16)}
-    packed["weight_scale_inv"] = torch.ones(1, 1)
-    weight = KINDS["fp8"](spec, (16, 16), torch.float32, packed).to(DEVICE)
-    chip = dataclasses.replace(CHIP, e4m3=e4m3)
+@pytest.mark.parametrize("columns", [16, 18, 17])
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4", "int4 zeros"])
+def test_every_number(kind: str, columns: int, tokens: int, ptx: bool) -> None:
+    """By the chip's own instructions, or by plain operations; in words of 4, 2 and 1 bytes: x picks
+    one column after the other.
+    """
+    if ptx and not CHIP.ptx:
+        pytest.skip("no such instructions here: they need an NVIDIA GPU from sm_89 on")
+    name, zeros = kind.split()[0], kind.endswith("zeros")
+    columns *= 2 if name == "int4" else 1  # so many bytes are a row
+    weight = KINDS[name].empty(Spec(name, 1, 0, zeros=zeros), (16, columns), torch.float32)
+    codes = torch.randperm(16 * columns) % 256
+    if name == "fp8":
+        codes[codes & 0x7F == 0x7F] = 0  # NaN
+    weight.q.view(torch.uint8).flatten().copy_(codes[: weight.q.numel()])
+    weight.scale.fill_(1)
+    if weight.zero is not None:
+        weight.zero.fill_(7)
+    weight.to(DEVICE)
+    chip = dataclasses.replace(CHIP, ptx=ptx)
     launch = LinearLaunch(1 if tokens == 1 else 16, 2 if tokens == 1 else 16, 16, 4)
-    right = packed["weight"].float()
-    for start in range(0, 16, tokens):
-        x = torch.eye(16, device=DEVICE)[start : start + tokens]
+    right = weight.dense().cpu()
+    for start in range(0, columns - tokens + 1, tokens):
+        x = torch.eye(columns, device=DEVICE)[start : start + tokens]
         ours = linear(chip, x, weight, launch=launch)
         assert torch.equal(ours.cpu(), right.T[start : start + tokens])
 

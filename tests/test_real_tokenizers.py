@@ -12,13 +12,13 @@ from real_files import (
     ALL,
     DISTILLED,
     FAMILIES,
+    chat_template,
     codec,
     first_r1_template,
     folder,
     library,
     template_name,
     tokenizer,
-    tokenizer_config,
 )
 from test_tokenizer import HARD, kimi
 
@@ -58,17 +58,21 @@ CONFIGS = {
     "R1-Distill-Qwen": TINY_QWEN2.change(
         vocab_size=152064, bos_token_id=151643, eos_token_ids=(151643,), num_hidden_layers=1
     ),
+    "GLM-4.7": V3.change(vocab_size=154880, bos_token_id=None, eos_token_ids=(154820,)),
 }
 """Small models that have the published vocabulary's size and ids."""
 
-CONTROL_IDS = {
+CONTROL_IDS: dict[str, tuple[int | None, int]] = {
     "V2": (100000, 100001),
     "V2.5": (100000, 100001),
     "R1-0528": (151643, 151645),
     "R1-Distill": (128000, 128001),
     "R1-Distill-Qwen": (151646, 151643),
+    "GLM-4.7": (None, 154820),
 }
 """(BOS, EOS), where they are not 0 and 1."""
+STARTS = {"GLM-4.7": [154822, 154824, 154827]}
+"""What a prompt starts with, where that is not BOS: [gMASK], <sop>, <|user|>."""
 
 
 def checkpoint(family: str, config: Config, directory: Path) -> Path:
@@ -89,7 +93,8 @@ def test_a_checkpoint_with_the_real_tokenizer_loads_and_chats(family: str, tmp_p
     assert engine.stop_ids == {eos}
     assert engine.cautions == []
     messages = [{"role": "user", "content": "17 * 23 = ? 汉字 👍🏽"}]
-    assert engine.tokenizer.chat_prompt(messages)[0] == bos
+    start = STARTS.get(family, [bos])
+    assert engine.tokenizer.chat_prompt(messages)[: len(start)] == start
     assert engine.chat(messages, max_new_tokens=4, temperature=0.0).tokens
 
 
@@ -157,6 +162,7 @@ def published(text: str, messages: list[dict[str, str]], think: bool) -> str:
         eos_token=EOS,
         add_generation_prompt=True,
         thinking=think,
+        enable_thinking=think,
     )
     return prompt
 
@@ -173,7 +179,7 @@ def without_thinking(family: str, prompt: str) -> str:
 @pytest.mark.parametrize("family", ALL)
 def test_chat_prompts_are_the_published_ones(family: str, conversation: str, think: bool) -> None:
     messages = CONVERSATIONS[conversation]
-    prompt = published(tokenizer_config(family)["chat_template"], messages, think)
+    prompt = published(chat_template(family), messages, think)
     if not think:
         prompt = without_thinking(family, prompt)
     ours = tokenizer(family)
@@ -181,6 +187,25 @@ def test_chat_prompts_are_the_published_ones(family: str, conversation: str, thi
     assert ours.decode(ids) == prompt
     if family != "V3.1" or "think>" not in str(messages):  # it writes a text's second </think>
         assert ids == library(family).encode(prompt, add_special_tokens=False).ids
+
+
+def test_the_ids_around_a_turn_of_glm() -> None:
+    """[gMASK] <sop> <|system|> ... <|user|> ... <|assistant|>, and <think> or </think>."""
+    ours = tokenizer("GLM-4.7")
+    turn = CONVERSATIONS["system"]
+    around = [i for i in ours.chat_prompt(turn) if i in ours.control_ids]
+    assert around == [154822, 154824, 154826, 154827, 154828, 154841]
+    assert ours.chat_prompt(turn, think=False)[-2:] == [154828, 154842]
+    assert ours.split([*ours.encode("hm"), 154842, *ours.encode("yes")]) == ("hm", "yes")
+
+
+def test_v3_2_has_no_template_to_compare() -> None:
+    """Its publisher gives a program instead, so r1 does not guess."""
+    ours = tokenizer("V3.2")
+    assert ours.encode("17*23") == library("V3.2").encode("17*23", add_special_tokens=False).ids
+    with pytest.raises(InputError, match="V3.2's, which comes with a program"):
+        ours.chat_prompt(CONVERSATIONS["one turn"])
+    assert with_text("V3.2", text_of("V3.1")).template is not None, "a text settles it"
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
@@ -227,8 +252,7 @@ def test_an_answer_begins_where_the_template_ends(family: str) -> None:
 
 
 def text_of(family: str) -> str:
-    text: str = tokenizer_config(family)["chat_template"]
-    return text
+    return chat_template(family)
 
 
 def with_text(family: str, text: str | None) -> Tokenizer:
@@ -285,8 +309,8 @@ def test_spaces_that_reach_no_prompt_do_not_count(family: str) -> None:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "R1-Distill"])
 def test_a_revision_that_resembles_a_template_is_a_caution(family: str) -> None:
-    revised = text_of(family).replace("{% for message", "{{ strftime_now() }}{% for message", 1)
-    revised = revised.replace("{%- for message", "{{ strftime_now() }}{%- for message", 1)
+    revised = text_of(family).replace("{% for m", "{{ strftime_now() }}{% for m", 1)
+    revised = revised.replace("{%- for m", "{{ strftime_now() }}{%- for m", 1)
     assert revised != text_of(family)
     ours = with_text(family, revised)
     assert ours.template is not None and ours.template.name == family
@@ -309,6 +333,8 @@ def test_a_revision_that_resembles_a_template_is_a_caution(family: str) -> None:
         ("V3", ("'<｜User｜>' + message['content']", "'<｜User｜>' + message['content'] + '\n\n'")),
         ("V2.5", ("{{'<｜Assistant｜>'}}", "{{'<｜Assistant｜>\n'}}")),
         ("V2", ("'User: '", "'Human: '")),
+        ("GLM-4.7", ("<|user|>{{", "<|user|>\n{{")),
+        ("GLM-4.7", ("else '<think>' -}}", "else '<think>\\n' -}}")),
         ("V2", ("{{ 'Assistant:' }}", "{{ 'Assistant: ' }}")),
     ],
 )
@@ -340,7 +366,8 @@ def test_a_template_without_its_control_tokens_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "says"), [("V2", "V2's"), ("V2.5", "V2.5's"), ("V3.1", "V3.1's")]
+    ("family", "says"),
+    [("V2", "V2's"), ("V2.5", "V2.5's"), ("V3.1", "V3.1's"), ("GLM-4.7", "GLM-4.7's")],
 )
 def test_without_a_text_a_shared_vocabulary_is_a_caution(family: str, says: str) -> None:
     ours = with_text(family, None)

@@ -83,7 +83,9 @@ def test_a_table(tmp_path: Path) -> None:
     """One table: the baseline on one process, and the shared arm, which passes parity."""
     kept = tmp_path / "result.json"
     sizes = ("--prompt", "8", "--new", "6", "-r", "1", "--problems", "0")
-    with torchrun("bench.py", "--tp", "2", *sizes, "--output-file", str(kept)) as process:
+    with torchrun(
+        "bench.py", "--tp", "2", "--device", "cpu", *sizes, "--output-file", str(kept)
+    ) as process:
         stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
     assert len(re.findall(r"^\| arm", stdout, re.MULTILINE)) == 1

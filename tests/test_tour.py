@@ -98,8 +98,8 @@ def test_any_model_has_a_tour(view: str) -> None:
     text = " ".join(" ".join(lines).split())
     assert max(map(columns, lines)) <= WIDTH
     assert all(f"{n}. " in text for n in range(1, 8)) and "the first 16 are left out" in text
-    assert ("is dense" in text) == (view == "dense")
-    sparse, v3 = view != "dense", config.experts.topk_method == "noaux_tc"
+    sparse, v3 = config.is_moe(layer), config.experts.topk_method == "noaux_tc"
+    assert ("is dense" in text) == (not sparse)
     assert ("without b" in text) == (sparse and v3) and ("softmax" in text) == (sparse and not v3)
     assert ("nothing is drafted" in text) and ("q_c" in text) == (view != "textbook")
 

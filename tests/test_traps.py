@@ -32,6 +32,7 @@ docstring begins with the mistake's number in this table:
 | 31 pairs of switches | test_pairs.py, test_parity.py, test_properties.py |
 | extra: heads, biases, norms, scaling of grouped queries | test_grouped_queries and below |
 | extra: latent norms' eps, Kimi's step | test_latent_norm_eps, test_a_step_for_a_ramp |
+| extra: Mistral 4's factor | test_query_factor |
 
 Mistakes 26 to 28 are in test_tokenizer.py. The missing numbers belong to parts that have tests of
 their own, or that are not built yet.
@@ -57,7 +58,7 @@ import r1
 from r1 import InputError
 from r1.files.config_json import parse_config
 from r1.files.names import places
-from r1.model import attend, gqa, gqa_attend, mla, rope, transformer
+from r1.model import attend, gqa, gqa_attend, mla, rope, temper, transformer
 from r1.model.config import AttentionShape, Llama3, Yarn
 from r1.model.layers import Linear, RMSNorm
 from r1.model.rope import rotate
@@ -173,6 +174,25 @@ def test_frequencies(
     """
     monkeypatch.setattr(transformer, "frequencies", wrong)
     assert found_at("v3-yarn", first=first) == "attn.0"
+
+
+right_factor = temper.query_factor
+
+
+@pytest.mark.parametrize(
+    ("wrong", "first"),
+    [
+        (lambda p, yarn: torch.ones(*p.shape, 1, 1), None),  # left out
+        (lambda p, yarn: right_factor(p + 1, yarn), None),  # counted from 1
+        (lambda p, yarn: 1 + 0.3 * (1 + p / 16).log()[..., None, None], 16),  # no whole lengths
+    ],
+)
+def test_query_factor(
+    monkeypatch: Patch, wrong: Callable[[Tensor, Yarn], Tensor], first: int | None
+) -> None:
+    """Mistral 4's queries grow by whole lengths of the first training, counted from 0."""
+    monkeypatch.setattr(temper, "query_factor", wrong)
+    assert found_at("mistral4", first=first) == "attn.0"
 
 
 def test_frequencies_of_r1() -> None:

@@ -26,7 +26,7 @@ def check_sizes(w: Workload, config: Config, backend: Backend, *, loaded: bool =
     context = config.max_position_embeddings
     if w.tokens > context:
         sizes = f"--depth, --prompt and --new are {w.tokens} tokens together"
-        raise InputError(f"{sizes}, more than the context of {context}: take fewer")
+        raise InputError(f"{sizes}, more than the context of {config.context}: take fewer")
     mtp = backend.speculate == "mtp"
     weights = 0
     if not loaded:

@@ -1,7 +1,7 @@
 """Hugging Face's config.json <-> Config.
 
-Two families share this code: `deepseek_v3` (R1, V3, V3.1, Moonlight, Kimi-K2) and `deepseek_v2`
-(V2, V2-Lite). Those of R1's distilled models are in grouped_json.py.
+All families with latent attention share this code: families.py says how each spells the fields.
+Those of R1's distilled models are in grouped_json.py.
 """
 
 from __future__ import annotations
@@ -12,21 +12,29 @@ from typing import Any
 
 from r1.errors import InputError
 from r1.files import grouped_json
-from r1.files.foreign import check_gguf, nearest, no_folder
+from r1.files.families import spelled, text_part
+from r1.files.foreign import check_gguf, no_folder
 from r1.files.json_fields import Fields
+from r1.files.layouts import tensors_of
 from r1.files.quantized import methods
 from r1.files.quantized.recognize import recognize, stored
 from r1.files.rope_fields import read_rope
-from r1.files.shards import entries_of, has_shards
+from r1.files.shards import has_shards
 from r1.model.config import AttentionShape, Config, ExpertShape, FileFormat, Llama3
 from r1.reading import read_object
 
-FAMILIES = {"deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3", "deepseek_v2": "deepseek_v2"}
-
+ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
+}
+"""Config's `model_type`, which tells the router -> what a saved copy is called."""
 # The values that transformers and the published modeling files assume for missing fields.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
     "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    # transformers' groups of it work otherwise than V2's; its models have one group.
+    "mistral4": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": True},
 }
 # Fields and their supported values. Other values would need arithmetic that no published checkpoint
 # of these families uses.
@@ -63,7 +71,7 @@ def load_config(directory: str | Path) -> Config:
     declared = methods.declared_in(directory)
     if declared is None or not has_shards(directory):
         return config
-    entries = entries_of(directory, unlisted=declared.unlisted)
+    entries = tensors_of(directory, unlisted=declared.unlisted)
     return config.change(stored=stored(recognize(entries, declared).found.values()))
 
 
@@ -72,18 +80,17 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
 
     `where` names the file in error messages. Raises InputError that names the wrong field.
     """
-    f = Fields(raw, where)
-    model_type = f.get("model_type")
-    if isinstance(model_type, str) and model_type in grouped_json.FAMILIES:
+    text, where, left_out = text_part(raw, where)
+    kind = text.get("model_type")
+    if isinstance(kind, str) and kind in grouped_json.FAMILIES:
+        f = Fields(text, where)
         config = grouped_json.read(f, FileFormat(read_fp8_block(f)))
         check_tokens(f, config)
         f.unknown()
         return config
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        runs = ", ".join((*FAMILIES, *grouped_json.FAMILIES))
-        raise f.fail("model_type", f"is {model_type!r}, but r1 runs only {runs}{nearest(f.raw)}")
-    family = FAMILIES[model_type]
-    for name, allowed in ONLY.items():
+    f, family, read = spelled(text, where)
+    raw = f.raw
+    for name, allowed in {**ONLY, **family.only}.items():
         if f.get(name, allowed[0]) not in allowed:
             raise f.fail(name, f"is {raw[name]!r}, but r1 implements only {allowed[0]!r}")
     for name in ("swa", "sliding_window"):
@@ -95,21 +102,24 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
     for name in ("q_lora_rank", "n_routed_experts"):  # required; null means none
         if name not in raw:
             raise f.fail(name, "is missing: it is part of the model's shape (null for none)")
+    context = f.integer("max_position_embeddings", most=10**9)
+    shorter = read.context is not None and read.context < context
     config = Config(
-        model_type=family,
+        model_type=family.arithmetic,
         vocab_size=f.integer("vocab_size"),
         hidden_size=f.integer("hidden_size"),
         intermediate_size=f.integer("intermediate_size"),
         num_hidden_layers=f.integer("num_hidden_layers", most=1000),
-        max_position_embeddings=f.integer("max_position_embeddings", most=10**9),
+        max_position_embeddings=min(context, read.context or context),
         rms_norm_eps=f.number("rms_norm_eps", 1e-6),
         attention=read_attention(f),
-        experts=read_experts(f, family),
-        files=FileFormat(read_fp8_block(f)),
+        experts=read_experts(f, family.arithmetic),
+        files=FileFormat(read_fp8_block(f), left_out=(*left_out, *read.left_out)),
         tie_word_embeddings=f.boolean("tie_word_embeddings", False),
         num_nextn_predict_layers=f.integer(mtp, 0, least=0, most=1000),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=f.token_ids("eos_token_id"),
+        shortened=read.why if shorter else "",
     )
     check(f, config)
     f.unknown()
@@ -117,22 +127,30 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """A Config as the fields of a published config.json: `parse_config(dump_config(c)) == c`."""
+    """A Config as the fields of a published config.json: `parse_config(dump_config(c)) == c`.
+
+    Not kept: what `files` tells of the tensors, and why a context is shorter than the model's own.
+    """
     out = dataclasses.asdict(config)
     grouped = config.model_type in grouped_json.FAMILIES
     for part in ("attention", "experts", "files"):
         out |= out.pop(part)
     yarn, block, eos = out.pop("yarn"), out.pop("fp8_block"), config.eos_token_ids
-    del out["eos_token_ids"], out["stored"]
+    for name in ("eos_token_ids", "stored", "left_out", "shortened"):
+        del out[name]
     out |= {"hidden_act": "silu", "attention_dropout": 0.0}
+    if yarn and not yarn["llama_4_scaling_beta"]:
+        del yarn["llama_4_scaling_beta"]  # mistral4's alone
     out["rope_scaling"] = {"type": "yarn", **yarn} if yarn else None
     if grouped:
         out = grouped_json.dump(config, out)
     else:
-        version = "V3" if config.model_type == "deepseek_v3" else "V2"
-        out["architectures"] = [f"Deepseek{version}ForCausalLM"]
+        out["architectures"] = [ARCHITECTURES[config.model_type]]
         out["num_key_value_heads"] = config.attention.num_attention_heads
         out |= {"attention_bias": False, "moe_layer_freq": 1}
+    if config.model_type == "mistral4" and yarn:  # the one spelling that transformers reads of it
+        rope = {"rope_theta": out.pop("rope_theta"), **out.pop("rope_scaling")}
+        out["rope_parameters"] = {"rope_type": rope.pop("type"), **rope}
     out["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
     if block:
         out["quantization_config"] = {
@@ -195,6 +213,8 @@ def read_fp8_block(f: Fields) -> tuple[int, int] | None:
 def check(f: Fields, c: Config) -> None:
     """Raise InputError if fields contradict each other."""
     a = c.latent
+    if a.yarn and a.yarn.llama_4_scaling_beta and c.model_type != "mistral4":
+        raise f.fail("rope_scaling", "has llama_4_scaling_beta, which r1 reads of mistral4 only")
     heads = f.get("num_key_value_heads", a.num_attention_heads)
     if heads != a.num_attention_heads:
         problem = f"is {heads}, but latent attention has as many as num_attention_heads, "

@@ -6,9 +6,7 @@ A path that is no folder, a file of another program, weights in another format.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from r1.errors import InputError
 from r1.files.folder import LFS, POINTER, files_in
@@ -20,29 +18,6 @@ REPOSITORY = re.compile(r"(?:https?:/+huggingface\.co/)?([\w-][\w.-]*/([\w-][\w.
 of the address's slashes."""
 GGUF = "GGUF, the format of llama.cpp, which r1 does not read"
 ORIGINAL = "get the model's own repository, with its safetensors"
-
-FUSED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-"""Endings of the tensors in which transformers 5 keeps all experts of a layer."""
-
-
-NEAREST = {
-    r"qwen": "its dense relatives, R1's distilled models of qwen2 and qwen3, run",
-    r"llama|mistral|mixtral|gemma|phi|smollm|olmo|granite|exaone|internlm": "the nearest that runs "
-    "is a llama, such as DeepSeek-R1-Distill-Llama-8B",
-    r"deepseek": "the nearest that run are deepseek_v2 and deepseek_v3",
-    r"glm|kimi|moonlight|longcat|minicpm|hunyuan|ernie|dots|minimax|gpt_oss": "the nearest that "
-    "runs is a deepseek_v3, such as Moonlight-16B-A3B",
-}
-"""Patterns of a model_type, and what to run in its place."""
-
-
-def nearest(raw: Mapping[str, Any]) -> str:
-    """The end of a refusal: what runs in the place of a model of another family."""
-    name = str(raw.get("model_type", "")).lower()
-    inner = raw.get("text_config")
-    if isinstance(inner, dict) and inner.get("model_type"):
-        name = str(inner["model_type"]).lower()
-    return next((f": {what}" for pattern, what in NEAREST.items() if re.match(pattern, name)), "")
 
 
 def check_gguf(directory: Path) -> None:
@@ -75,14 +50,3 @@ def no_folder(path: Path) -> InputError:
     if (path.parent / "config.json").is_file():
         return InputError(f"{path} is {what}: give the folder that it is in, {path.parent}")
     return InputError(f"{path} is {what}: give {CHECKPOINT}")
-
-
-def check_fused(directory: Path, keys: Iterable[str]) -> None:
-    """Raise InputError for experts that are saved as one tensor for a layer."""
-    fused = next((key for key in keys if key.endswith(FUSED)), None)
-    if fused:
-        raise InputError(
-            f"{directory} has {fused}: the experts of a layer are fused, as transformers 5 keeps "
-            "them in memory, and r1 reads one matrix for each expert: save the model again with "
-            "save_pretrained(..., save_original_format=True)"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from r1.errors import InputError
@@ -36,13 +37,16 @@ class Fields:
     counts as missing. Every method but `fail` raises InputError for an unsuitable value.
     """
 
-    def __init__(self, raw: dict[str, Any], where: str) -> None:
-        """`where` names the file in error messages."""
+    def __init__(
+        self, raw: dict[str, Any], where: str, names: Mapping[str, str] | None = None
+    ) -> None:
+        """`where` names the file in error messages; `names`: ours of a field -> the file's."""
         self.raw, self.where, self.used = raw, where, set[str]()
+        self.names = names or {}
 
     def fail(self, field: str, problem: str) -> InputError:
         """The error for a field, ready to be raised."""
-        return InputError(f"{self.where}: {field} {problem}")
+        return InputError(f"{self.where}: {self.names.get(field, field)} {problem}")
 
     def get(self, field: str, default: Any = None) -> Any:
         """The value of a field, of any type."""

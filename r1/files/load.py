@@ -7,6 +7,7 @@ yet. Every key of the files is used, skipped knowingly (`Report` says why), or a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,13 @@ import torch
 
 from r1.errors import InputError
 from r1.files.fill import check_finite, fill_found, fill_plain
-from r1.files.foreign import check_fused
+from r1.files.layouts import tensors_of
 from r1.files.names import Slot, elsewhere, slots
 from r1.files.parts import Reading, nbytes, plan
 from r1.files.progress import Progress
 from r1.files.quantized import methods
 from r1.files.quantized.recognize import Recognized, recognize, stack_name
-from r1.files.shards import DTYPES, entries_of, one, some, stream
+from r1.files.shards import DTYPES, one, some, stream
 from r1.model.transformer import Transformer
 from r1.placement.placement import Part, Placement
 
@@ -75,8 +76,7 @@ def survey(model: Transformer, directory: str | Path, placement: Placement | Non
     """
     directory = Path(directory)
     declared = methods.declared_in(directory)
-    entries = entries_of(directory, unlisted=declared is not None and declared.unlisted)
-    check_fused(directory, entries)
+    entries = tensors_of(directory, unlisted=declared is not None and declared.unlisted)
     wanted, report, placement = slots(model), Report(), placement or Placement()
     files = recognize(entries, declared)
     files.keep_biases(wanted)
@@ -137,6 +137,9 @@ def _why_skipped(key: str, model: Transformer, others: set[str]) -> str | None:
         return "rotation frequencies are computed from config.json"
     if key in others:
         return "their experts lie elsewhere"
+    for names, why in config.files.left_out:
+        if re.fullmatch(names, key):
+            return why
     layer, _, rest = key.removeprefix("model.layers.").partition(".")
     first = config.num_hidden_layers
     mtp = map(str, range(first, first + config.num_nextn_predict_layers))

@@ -100,6 +100,7 @@ def read_yarn(f: Fields, both: dict[str, Any]) -> Yarn:
         beta_slow=f.number("beta_slow", 1.0, both),
         mscale=f.number("mscale", 1.0, both),
         mscale_all_dim=f.number("mscale_all_dim", 0.0, both),
+        llama_4_scaling_beta=f.number("llama_4_scaling_beta", 0.0, both),
     )
     if yarn.factor < 1:
         problem = f"has factor = {yarn.factor}, but YaRN stretches: at least 1"

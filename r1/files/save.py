@@ -39,11 +39,12 @@ def save(
 
     That is config.json, shards of at most `shard_bytes`, and an index. Where the config has
     `fp8_block`, the projections are stored as FP8 blocks, as R1's are. Other quantized matrices are
-    written as the numbers that they stand for. `dtype` is that of all other tensors (default: as in
-    memory); the gate's bias stays fp32. `extra` adds fields to config.json. The folder must not
-    exist; it appears whole or not at all. `add_files` is called with the folder before it appears,
-    to put more files into it. Raises InputError if the folder exists, or can't be written, and for
-    a model of which other processes hold a part.
+    written as the numbers that they stand for. Each expert is a matrix of its own, also where a
+    family's publisher stacks them (Mistral 4: transformers reads only stacks). `dtype` is that of
+    all other tensors (default: as in memory); the gate's bias stays fp32. `extra` adds fields to
+    config.json. The folder must not exist; it appears whole or not at all. `add_files` is called
+    with the folder before it appears, to put more files into it. Raises InputError if the folder
+    exists, or can't be written, and for a model of which other processes hold a part.
     """
     if model.embed_tokens.matrix.shape[0] != model.config.vocab_size:
         raise InputError("this process holds a part of the model: load it whole to save it")

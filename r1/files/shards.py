@@ -53,6 +53,8 @@ class Entry:
     dtype: str
     version: Version = (0, 0, 0)
     """The file's version when its header was read."""
+    place: tuple[int, int] | None = None
+    """Of a matrix in a stack (layouts.py): its number, and the first of its rows."""
 
 
 def has_shards(directory: Path) -> bool:
@@ -256,6 +258,10 @@ def one(entry: Entry, part: Part = ()) -> Tensor:
 
 def _part(shard: Any, entry: Entry, part: Part) -> Tensor:
     """A part of a tensor of an opened shard. Without dimensions it is the whole tensor."""
+    if entry.place is not None:
+        number, first = entry.place
+        rows, columns = part or [slice(0, size) for size in entry.shape]
+        part = (number, slice(first + rows.start, first + rows.stop), columns)  # type: ignore
     tensor: Tensor = shard.get_slice(entry.key)[part] if part else shard.get_tensor(entry.key)
     return tensor
 

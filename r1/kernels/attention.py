@@ -147,7 +147,7 @@ def attention(
     values = min(use.values, power_of_two(value, 16))
     chip.run(
         sum_kernel, (ceil_div(value, values), heads, ceil_div(tokens, group)), part, weight,
-        positions, cache.shape[1], operand(w_uv, chip.e4m3), o, tokens, HEADS=heads, LATENT=latent,
+        positions, cache.shape[1], operand(w_uv, chip.ptx), o, tokens, HEADS=heads, LATENT=latent,
         VALUE=value, SPLITS=use.splits, BLOCK_T=use.keys, GROUP=group, BLOCK_V=values,
         BLOCK_C=use.latents, warps=use.sum_warps, stages=use.sum_stages,
     )  # fmt: skip

@@ -116,8 +116,7 @@ def sum_kernel(
     length, each = lengths_of(positions + tl.minimum(token, tokens - 1), capacity, SPLITS, BLOCK_T)
     filled = (token < tokens) & (row % SPLITS * each < length)
     if BLOCK_C >= LATENT:  # all of the weights at once, before the wait: (BLOCK_C, BLOCK_V)
-        w_mask = (c < LATENT)[:, None] & real
-        w = load_tile(matrix, v[None, :], c[:, None], 0, w_mask, w_uv)
+        w = load_tile(matrix, v[None, :], real, c[:, None], 0, LATENT, w_uv)
     wait_for_previous(PDL)
     let_next_start(PDL)
     # -1e30 and not -inf: rows without a token have no other.
@@ -132,7 +131,7 @@ def sum_kernel(
         if BLOCK_C < LATENT:
             inside = start + c < LATENT
             mean = tl.load(part + start, mask=filled[:, None] & inside[None, :], other=0.0)
-            w = load_tile(matrix, v[None, :], c[:, None], start, inside[:, None] & real, w_uv)
+            w = load_tile(matrix, v[None, :], real, c[:, None], start, LATENT, w_uv)
         sums = product((mean.to(tl.float32) * share[:, None]).to(w.dtype), w, sums)
     y = tl.sum(tl.reshape(sums, (GROUP, SPLITS, BLOCK_V)), axis=1)  # (GROUP, BLOCK_V)
     n = tl.program_id(2) * GROUP + tl.arange(0, GROUP)

@@ -49,8 +49,8 @@ class Chip:
     dependent_launch: bool
     """True for Hopper and later NVIDIA chips. A kernel may start before the previous one has ended
     (programmatic dependent launch), and may prefetch into the second-level cache (prefetch.py)."""
-    e4m3: bool = False
-    """True for NVIDIA chips from sm_89 on: an instruction converts two FP8 numbers."""
+    ptx: bool = False
+    """True for NVIDIA chips from sm_89 on: their own instructions unpack numbers (packed.py)."""
     tuned: dict[str, Launch] = field(default_factory=dict, compare=False)
     """By `key`: parameters that a search found here. Kernels without an entry use their default."""
     asked: dict[str, tuple[type[Launch], Sizes]] = field(default_factory=dict, compare=False)
@@ -68,9 +68,9 @@ class Chip:
         if torch.version.hip:
             return Chip(facts.multi_processor_count, 2**16, dependent_launch=False)
         hopper = (facts.major, facts.minor) >= (9, 0)
-        e4m3 = (facts.major, facts.minor) >= (8, 9)
+        ptx = (facts.major, facts.minor) >= (8, 9)
         shared = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in stubs
-        return Chip(facts.multi_processor_count, shared, hopper, e4m3)
+        return Chip(facts.multi_processor_count, shared, hopper, ptx)
 
     def launch(self, kind: type[AnyLaunch], *sizes: int) -> AnyLaunch:
         """A kernel's launch parameters, for its sizes."""

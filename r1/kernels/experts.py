@@ -51,8 +51,9 @@ class ExpertsLaunch:
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
         if tokens == 1 and packed:
-            down_inputs = min(256, power_of_two(inner, 16))
-            return ExpertsLaunch(1, 2, min(2048, power_of_two(dim, 16)), 2, down_inputs)
+            down_inputs, warps = (512, 2) if packed == [8] else (256, 4)
+            down_inputs = min(down_inputs, power_of_two(inner, 16))
+            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs, warps)
         if tokens == 1:
             down_inputs = min(512, power_of_two(inner))
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, down_inputs)
@@ -67,6 +68,8 @@ class ExpertsLaunch:
         # Few experts get twice their share of tokens.
         rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))
         columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
+        if packed == [8] and tokens * chosen <= experts:
+            return ExpertsLaunch(rows, 32, columns, 32, columns, 4, 3, apart=True)
         up = 64 if chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize else 32
         stages = max(1, min(4, chip.shared // ((2 * up + rows) * columns * itemsize)))
         return ExpertsLaunch(rows, up, columns, 64, columns, 4, stages)
@@ -108,7 +111,7 @@ class Swiglu(NamedTuple):
 
     @staticmethod
     def of(chip: Chip, *matrices: Matrix | Tensor) -> Swiglu:
-        return Swiglu(*(operand(each, chip.e4m3) for each in matrices))
+        return Swiglu(*(operand(each, chip.ptx) for each in matrices))
 
 
 def experts(

@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r1.kernels.chip import let_next_start, product, wait_for_previous
-from r1.kernels.tiles import expert_of, load_tile
+from r1.kernels.chip import let_next_start, wait_for_previous
+from r1.kernels.tiles import add_product, expert_of
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def up_tile_kernel(
     let_next_start(PDL)
     expert, start, end = work_of(work, ends, tokens, count, APART)
     w_row = (expert - count) * INNER  # where a shared expert begins
+    wanted = (out < INNER)[:, None]
     gates = expert_of(gate, shared_gate, expert, count, w_row, 0, SHARED)
     ups = expert_of(up, shared_up, expert, count, w_row, 0, SHARED)
     for first in range(start, end, ROWS):
@@ -81,16 +82,15 @@ def up_tile_kernel(
         up_sum = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
         for column in range(0, DIM, BLOCK_IN):
             inside = column + d < DIM
-            mask = (out < INNER)[:, None] & inside[None, :]
             v_mask = inside[:, None] & real[None, :]
             v = tl.load(x + token[None, :] * DIM + column + d[:, None], mask=v_mask, other=0.0)
-            w = load_tile(gates, out[:, None], d[None, :], column, mask, gate)
-            gate_sum = product(w.to(v.dtype), v, gate_sum)
-            w = load_tile(ups, out[:, None], d[None, :], column, mask, up)
-            up_sum = product(w.to(v.dtype), v, up_sum)
+            gate_sum = add_product(
+                gate_sum, gates, out[:, None], wanted, d[None, :], column, DIM, gate, v
+            )
+            up_sum = add_product(up_sum, ups, out[:, None], wanted, d[None, :], column, DIM, up, v)
         inner = gate_sum * tl.sigmoid(gate_sum) * up_sum
         place = h + row[None, :] * INNER + out[:, None]
-        tl.store(place, inner.to(h.dtype.element_ty), mask=(out < INNER)[:, None] & real[None, :])
+        tl.store(place, inner.to(h.dtype.element_ty), mask=wanted & real[None, :])
 
 
 @triton.jit
@@ -112,6 +112,7 @@ def down_tile_kernel(
     let_next_start(PDL)
     expert, start, end = work_of(work, ends, tokens, count, APART)
     matrix = expert_of(down, shared_down, expert, count, 0, (expert - count) * INNER, SHARED)
+    wanted = (out < DIM)[:, None]
     for first in range(start, end, ROWS):
         _token, choice, row, slot, real = tile_of(
             expert, first, end, order, tokens, count, CHOSEN, SHARED, ROWS
@@ -121,14 +122,14 @@ def down_tile_kernel(
             inside = column + i < INNER
             v_mask = inside[:, None] & real[None, :]
             v = tl.load(h + row[None, :] * INNER + column + i[:, None], mask=v_mask, other=0.0)
-            w_mask = (out < DIM)[:, None] & inside[None, :]
-            w = load_tile(matrix, out[:, None], i[None, :], column, w_mask, down).to(v.dtype)
-            sums = product(tl.trans(v), tl.trans(w), sums) if APART else product(w, v, sums)
+            sums = add_product(
+                sums, matrix, out[:, None], wanted, i[None, :], column, INNER, down, v, APART
+            )
         sums = tl.trans(sums) if APART else sums
         weight = tl.where(expert < count, tl.load(weights + choice, mask=real, other=0.0), 1.0)
         weighted = (sums * weight[None, :]).to(y.dtype.element_ty)
         place = y + slot[None, :] * DIM + out[:, None]
-        tl.store(place, weighted, mask=(out < DIM)[:, None] & real[None, :])
+        tl.store(place, weighted, mask=wanted & real[None, :])
 
 
 @triton.jit

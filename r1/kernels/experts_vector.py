@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from r1.kernels.chip import let_next_start, wait_for_previous
-from r1.kernels.tiles import load_tile, matrix_of
+from r1.kernels.tiles import load, matrix_of, times
 
 
 @triton.jit
@@ -64,20 +64,20 @@ def gated(
     """
     d = tl.arange(0, BLOCK_IN)
     gate_matrix, up_matrix = matrix_of(gates, expert, row), matrix_of(ups, expert, row)
-    gate = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    up = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    gate = tl.zeros((BLOCK_OUT, BLOCK_IN // min(gates.TOGETHER, BLOCK_IN)), tl.float32)
+    up = tl.zeros((BLOCK_OUT, BLOCK_IN // min(ups.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
+    real, d_row = (out < INNER)[:, None], d[None, :]
     for start in range(0, DIM, BLOCK_IN):
         at = start + d
-        mask = (out < INNER)[:, None] & (at < DIM)[None, :]
         v = tl.load(x + at, mask=at < DIM, other=0.0).to(tl.float32)
         if norm is not None:
             squares += v * v
             v *= tl.load(norm + at, mask=at < DIM, other=0.0).to(tl.float32)
-        w = load_tile(gate_matrix, out[:, None], d[None, :], start, mask, gates)
-        gate += w.to(tl.float32) * v[None, :]
-        w = load_tile(up_matrix, out[:, None], d[None, :], start, mask, ups)
-        up += w.to(tl.float32) * v[None, :]
+        w = load(gate_matrix, out[:, None], real, d_row, start, DIM, gates)
+        gate += times(w, v[None, :], gates)
+        w = load(up_matrix, out[:, None], real, d_row, start, DIM, ups)
+        up += times(w, v[None, :], ups)
     gate_sum, up_sum = tl.sum(gate, axis=1), tl.sum(up, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
@@ -104,32 +104,31 @@ def down_vector_kernel(
     real = ((out < DIM)[:, None] & (slot < CHOSEN)[None, :])[:, :, None]
     matrices = matrix_of(down, expert[None, :, None])
     row, column = out[:, None, None], i[None, None, :]
-    first = real & (i < INNER)[None, None, :]
-    w = load_tile(matrices, row, column, 0, first, down)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
+    w = load(matrices, row, real, column, 0, INNER, down)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
     wait_for_previous(PDL)
     let_next_start(PDL)
     h += token * (CHOSEN + SHARED) * INNER
-    sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, BLOCK_IN), tl.float32)
+    wide: tl.constexpr = BLOCK_IN // min(down.TOGETHER, BLOCK_IN)
+    sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, wide), tl.float32)
     for start in range(0, INNER, BLOCK_IN):
         mask = (slot < CHOSEN)[:, None] & (start + i < INNER)[None, :]
         v = tl.load(h + slot[:, None] * INNER + start + i[None, :], mask=mask, other=0.0)
         v = v.to(tl.float32) * weight[:, None]
-        sums += w.to(tl.float32) * v[None, :, :]
-        inside = real & (start + BLOCK_IN + i < INNER)[None, None, :]
-        w = load_tile(matrices, row, column, start + BLOCK_IN, inside, down)
-    total = tl.sum(tl.reshape(sums, (BLOCK_OUT, CHOSEN_PAD * BLOCK_IN)), axis=1)  # (BLOCK_OUT,)
+        sums += times(w, v[None, :, :], down)
+        w = load(matrices, row, real, column, start + BLOCK_IN, INNER, down)
+    total = tl.sum(tl.reshape(sums, (BLOCK_OUT, CHOSEN_PAD * wide)), axis=1)  # (BLOCK_OUT,)
     if SHARED > 0:
         # The shared slots' h stand side by side, as their matrix has its columns.
-        wide: tl.constexpr = SHARED * INNER
-        matrix = matrix_of(shared_down, 0)
-        rest = tl.zeros((BLOCK_OUT, CHOSEN_PAD * BLOCK_IN), tl.float32)
-        more = tl.arange(0, CHOSEN_PAD * BLOCK_IN)
-        for start in range(0, wide, CHOSEN_PAD * BLOCK_IN):
-            at = start + more
-            v = tl.load(h + CHOSEN * INNER + at, mask=at < wide, other=0.0).to(tl.float32)
-            w_mask = (out < DIM)[:, None] & (at < wide)[None, :]
-            u = load_tile(matrix, out[:, None], more[None, :], start, w_mask, shared_down)
-            rest += u.to(tl.float32) * v[None, :]
+        columns: tl.constexpr = SHARED * INNER
+        matrix, block = matrix_of(shared_down, 0), tl.arange(0, CHOSEN_PAD * BLOCK_IN)
+        few: tl.constexpr = min(shared_down.TOGETHER, CHOSEN_PAD * BLOCK_IN)
+        rest = tl.zeros((BLOCK_OUT, CHOSEN_PAD * BLOCK_IN // few), tl.float32)
+        inside = (out < DIM)[:, None]
+        for start in range(0, columns, CHOSEN_PAD * BLOCK_IN):
+            at = start + block
+            v = tl.load(h + CHOSEN * INNER + at, mask=at < columns, other=0.0).to(tl.float32)
+            u = load(matrix, out[:, None], inside, block[None, :], start, columns, shared_down)
+            rest += times(u, v[None, :], shared_down)
         total += tl.sum(rest, axis=1)
     if residual is not None:
         total += tl.load(residual + token * DIM + out, mask=out < DIM, other=0.0).to(tl.float32)

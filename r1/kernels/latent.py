@@ -64,7 +64,7 @@ def latent(
     absorbing = heads * ceil_div(c, use.columns) * ceil_div(tokens, use.rows)
     chip.run(
         latent_kernel, (absorbing + tokens, ), q, q.stride(0), kv, kv.stride(0),
-        operand(w_uk, chip.e4m3),
+        operand(w_uk, chip.ptx),
         gain, eps, cos, sin, positions, positions.shape[1], cache, cache.stride(0),
         cache.stride(1), cache.shape[1], q_c, q_pe, tokens, absorbing, HEADS=heads, NOPE=nope,
         ROPE=rope, LATENT=c, NOPE_PAD=power_of_two(nope, 16), ROPE_PAD=power_of_two(rope),
@@ -137,9 +137,8 @@ def absorb(
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     p, r = tl.arange(0, NOPE_PAD), tl.arange(0, ROPE_PAD)
     matrix = matrix_of(w_uk, head.to(tl.int64))
-    w_mask = (p < NOPE)[:, None] & (c < LATENT)[None, :]
     # A weight, so it is loaded before the wait.
-    w = load_tile(matrix, p[:, None], c[None, :], 0, w_mask, w_uk)
+    w = load_tile(matrix, p[:, None], (p < NOPE)[:, None], c[None, :], 0, LATENT, w_uk)
     wait_for_previous(PDL)
     real = (row < tokens)[:, None]
     q += row[:, None] * q_stride + head * (NOPE + ROPE)  # (ROWS, 1)

@@ -26,10 +26,9 @@ from r1.kernels.chip import (
     ceil_div,
     let_next_start,
     power_of_two,
-    product,
     wait_for_previous,
 )
-from r1.kernels.tiles import load_tile, matrix_of, operand, packed_bits
+from r1.kernels.tiles import add_product, load, matrix_of, operand, packed_bits, times
 from r1.model.layers import swiglu
 from r1.storage.matrix import Matrix
 
@@ -51,7 +50,7 @@ class LinearLaunch:
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
         if tokens == 1 and packed:
-            return LinearLaunch(1, 2, min(2048, power_of_two(inputs, 16)), 4)
+            return LinearLaunch(1, 4, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
@@ -97,7 +96,7 @@ def linear(
     up_stride = 0 if up is None else up.stride(0)
     if use.rows == 1:
         chip.run(
-            vector_kernel, grid, x, x.stride(0), up, up_stride, operand(weight, chip.e4m3), norm,
+            vector_kernel, grid, x, x.stride(0), up, up_stride, operand(weight, chip.ptx), norm,
             eps, residual, y, outputs, INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
@@ -109,7 +108,7 @@ def linear(
         )  # fmt: skip
         x = h
     chip.run(
-        tile_kernel, grid, x, x.stride(0), operand(weight, chip.e4m3), residual, y, tokens, outputs,
+        tile_kernel, grid, x, x.stride(0), operand(weight, chip.ptx), residual, y, tokens, outputs,
         INPUTS=inputs, ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y
@@ -153,13 +152,12 @@ def vector_kernel(
     columns = tl.arange(0, BLOCK_IN)
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     real = (out < outputs)[:, None]
-    mask = real & (columns < INPUTS)[None, :]
-    w = load_tile(matrix, w_row, columns[None, :], 0, mask, weight)  # (BLOCK_OUT, BLOCK_IN)
+    w = load(matrix, w_row, real, columns[None, :], 0, INPUTS, weight)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
     x += row * x_stride
     if up is not None:
         up += row * up_stride
-    sums = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(weight.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
@@ -167,9 +165,8 @@ def vector_kernel(
         if norm is not None:
             squares += v * v
             v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        sums += w.to(tl.float32) * v[None, :]
-        inside = real & (at + BLOCK_IN < INPUTS)[None, :]
-        w = load_tile(matrix, w_row, columns[None, :], start + BLOCK_IN, inside, weight)
+        sums += times(w, v[None, :], weight)
+        w = load(matrix, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, weight)
     total = tl.sum(sums, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
         total *= tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
@@ -224,17 +221,16 @@ def tile_kernel(
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
+    real = (out < outputs)[:, None]
     wait_for_previous(PDL)
     let_next_start(PDL)
     sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
-        w_mask = (out < outputs)[:, None] & (at < INPUTS)[None, :]
-        w = load_tile(matrix, w_row, columns[None, :], start, w_mask, weight)
         mask = (at < INPUTS)[:, None] & (row < tokens)[None, :]
         # (BLOCK_IN, ROWS)
         v = tl.load(x + row[None, :] * x_stride + at[:, None], mask=mask, other=0.0)
-        sums = product(w.to(v.dtype), v, sums)
+        sums = add_product(sums, matrix, w_row, real, columns[None, :], start, INPUTS, weight, v)
     mask = (out < outputs)[:, None] & (row < tokens)[None, :]
     place = row[None, :] * outputs + out[:, None]
     if residual is not None:

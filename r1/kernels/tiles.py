@@ -1,8 +1,9 @@
 """How kernels read weights: "load this tile of W, however it is stored".
 
 A launch is given an `Operand` of each matrix. In the kernel, `matrix_of` finds one matrix of a
-stack, and `load_tile` loads a tile of it. A storage has a format: a branch in `operand` and in
-`load_tile`. The kernels' bodies are the same for all.
+stack, and `load_tile` loads a tile of it. A product with one token takes two steps instead: `load`
+only loads, so a loop may do it far ahead, and `times` multiplies. A storage has a format: a branch
+in `operand` and in packed.py. The kernels' bodies are the same for all.
 
 | format | a number is stored as | `load_tile` gives |
 |---|---|---|
@@ -10,10 +11,6 @@ stack, and `load_tile` loads a tile of it. A storage has a format: a branch in `
 | int8 | a byte, -128 to 127 | fp32: (number - zero point) * scale |
 | int4 | half a byte, 0 to 15, the even column low | fp32, likewise; without zero points: - 8 |
 | fp8 | e4m3 | fp32: number * scale |
-| e4m3 | the same | the same, converted by the chip's own instruction (Chip.e4m3) |
-
-Packed numbers become fp32 in registers. A thread loads some columns of a row side by side, and one
-scale for them (see SIDE).
 
 Shapes: (out, in) is one matrix, (E, out, in) a stack of them; (down, across) the grid of blocks
 that share a scale (r1/storage/spec.py).
@@ -30,14 +27,16 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.errors import InputError
+from r1.kernels.chip import product
+from r1.kernels.packed import by_columns, unpack
 from r1.model.strategy import without_kernels
 from r1.storage.dense import Dense
 from r1.storage.joined import Part
 from r1.storage.matrix import Matrix
 from r1.storage.quantized import Quantized
 
-SIDE = 16
-"""The most columns for which a scale is loaded once: a thread's share of a row, 16 bytes of it."""
+SHARE = 16
+"""Bytes of a row that a thread has side by side. A scale is loaded once for their columns."""
 
 BITS = {"fp8": 8, "int8": 8, "int4": 4}
 
@@ -46,7 +45,7 @@ class Operand(NamedTuple):
     """A matrix, or a stack of them, as a kernel's argument. The constants are compiled in."""
 
     weight: Tensor
-    """The numbers, or the packed bytes."""
+    """The numbers, or words of packed ones."""
     scale: Tensor
     """(..., down, across), of a packed format. Dense: not read."""
     zero: Tensor
@@ -57,6 +56,10 @@ class Operand(NamedTuple):
     """Elements of `weight` from one matrix of the stack to the next."""
     FORMAT: tl.constexpr
     """A row of the table above."""
+    PER: tl.constexpr = tl.constexpr(1)
+    """Numbers in an element of `weight`."""
+    PTX: tl.constexpr = tl.constexpr(False)
+    """Whether the chip's own instructions unpack them (packed.py)."""
     ZEROS: tl.constexpr = tl.constexpr(False)
     """Whether there are zero points."""
     SCALE_ROW: tl.constexpr = tl.constexpr(0)
@@ -66,14 +69,13 @@ class Operand(NamedTuple):
     WIDE: tl.constexpr = tl.constexpr(1)
     """Rows and columns of a block."""
     TOGETHER: tl.constexpr = tl.constexpr(1)
-    """Columns that have one scale for sure, wherever a multiple of it begins; at most SIDE."""
+    """Columns, of at most SHARE bytes, that have one scale wherever a multiple of it begins."""
 
 
-def operand(matrix: Matrix | Tensor, e4m3: bool = False) -> Operand:
+def operand(matrix: Matrix | Tensor, ptx: bool = False) -> Operand:
     """The operand of a matrix object, or of a dense tensor with contiguous rows.
 
-    `e4m3` says whether the chip converts FP8 by itself. Raises InputError for a storage without a
-    format.
+    `ptx` is Chip.ptx. Raises InputError for a storage without a format.
     """
     if isinstance(matrix, Tensor):
         return _dense(matrix)
@@ -82,7 +84,7 @@ def operand(matrix: Matrix | Tensor, e4m3: bool = False) -> Operand:
         return _dense(tensor_of(matrix))
     if why := why_not(matrix):
         raise InputError(why)
-    return _packed(stored, matrix.stored(), e4m3)
+    return _packed(stored, matrix.stored(), ptx)
 
 
 def tensor_of(matrix: Matrix) -> Tensor:
@@ -112,20 +114,29 @@ def _dense(weight: Tensor) -> Operand:
     return Operand(weight, weight, weight, row, expert, _constant("dense"))
 
 
-def _packed(matrix: Quantized, tensors: dict[str, Tensor], e4m3: bool) -> Operand:
+def _packed(matrix: Quantized, tensors: dict[str, Tensor], ptx: bool) -> Operand:
     """The operand of a quantized matrix, or of rows of it, from its stored tensors."""
-    weight, scale, zero, _ = (tensors.get(name) for name in matrix.NAMES)
-    assert weight is not None and scale is not None
-    weight = weight.view(torch.uint8)
-    spec, columns = matrix.spec, matrix.shape[-1]
-    kind = "e4m3" if spec.kind == "fp8" and e4m3 else spec.kind
-    wide = spec.columns or 2**30
-    together = next(n for n in (SIDE, 8, 4, 2, 1) if wide % n == 0 and columns % n == 0)
-    blocks = (_constant(size) for size in (spec.rows or 2**30, wide, together))
+    packed, scale, zero, _ = (tensors.get(name) for name in matrix.NAMES)
+    assert packed is not None and scale is not None
+    spec, weight = matrix.spec, _words(packed.view(torch.uint8))
+    per = 8 * weight.itemsize // BITS[spec.kind]
+    wide, share = spec.columns or 2**30, 8 * SHARE // BITS[spec.kind]
+    together = next(n for n in (share, 16, 8, 4, 2, 1) if wide % n == 0)
     return Operand(
         weight, scale, scale if zero is None else zero, *_strides(weight.stride()),
-        _constant(kind), _constant(zero is not None), *_strides(scale.stride()), *blocks,
+        _constant(spec.kind), _constant(per), _constant(ptx and weight.itemsize == 4),
+        _constant(zero is not None), *_strides(scale.stride()), _constant(spec.rows or 2**30),
+        _constant(wide), _constant(together),
     )  # fmt: skip
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Bytes (..., n) as words, the widest that every row is a whole number of."""
+    for word in (torch.int32, torch.int16):
+        sizes = (packed.shape[-1], packed.storage_offset(), *packed.stride()[:-1])
+        if all(size % word.itemsize == 0 for size in sizes):
+            return packed.view(word)
+    return packed
 
 
 def _strides(strides: tuple[int, ...]) -> tuple[tl.constexpr, tl.constexpr]:
@@ -164,10 +175,10 @@ def matrix_of(w, expert, row=0, column=0):
     """Matrix `expert` of a stack (0 of a single one), from `row` and `column` on, where a block
     must begin: the places of its numbers, scales and zero points, and the steps from row to row.
     """
-    if w.FORMAT == "int4":
-        place = w.weight + expert * w.EXPERT + row * w.ROW + column // 2
-    else:
+    if w.FORMAT == "dense":
         place = w.weight + expert * w.EXPERT + row * w.ROW + column
+    else:
+        place = w.weight + expert * w.EXPERT + row * w.ROW + column // w.PER
     block = expert * w.SCALE_EXPERT + row // w.TALL * w.SCALE_ROW + column // w.WIDE
     return place, w.scale + block, w.zero + block, w.ROW, w.SCALE_ROW
 
@@ -187,6 +198,7 @@ def expert_of(routed, shared, expert, count, row, column, SHARED: tl.constexpr):
         place, scale, zero = other[0], other[1], other[2]
     if SHARED > 0:
         tl.static_assert(routed.FORMAT == shared.FORMAT)
+        tl.static_assert(routed.PER == shared.PER)
         tl.static_assert(routed.ZEROS == shared.ZEROS)
         stride = tl.where(expert < count, routed.ROW, shared.ROW)
         scale_stride = tl.where(expert < count, routed.SCALE_ROW, shared.SCALE_ROW)
@@ -194,79 +206,95 @@ def expert_of(routed, shared, expert, count, row, column, SHARED: tl.constexpr):
 
 
 @triton.jit
-def load_tile(matrix, row, column, first, mask, w):
+def load_tile(matrix, row, real, column, first, limit, w):
     """The numbers in rows `row` and columns `first` + `column` of `matrix_of`'s or `expert_of`'s
-    result; 0 where `mask` is False. `w` is their Operand.
+    result; 0 where `real` is False, and from column `limit` on. `w` is their Operand.
 
     `column` counts up along the last dimension. `first` is one number: where a loop's tile begins.
     """
-    place, scale, zero, stride, scale_stride = matrix
+    words, factor, off = load(matrix, row, real, column, first, limit, w)
     if w.FORMAT == "dense":
-        tile = tl.load(place + row * stride + column + first, mask=mask, other=0.0)
+        tile = words
     else:
-        tile = unpacked(place, scale, zero, stride, scale_stride, row, column, first, mask, w)
+        numbers = unpack(words, w)
+        values = by_columns(numbers, numbers.numel // factor.numel)
+        if w.ZEROS:
+            values -= tl.expand_dims(off, len(off.shape))
+        tile = tl.reshape(values * tl.expand_dims(factor, len(factor.shape)), numbers.shape)
     return tile
 
 
 @triton.jit
-def unpacked(place, scale, zero, stride, scale_stride, row, column, first, mask, w):
-    """`load_tile` of a packed format, in fp32. Here `column` lies along the last dimension."""
-    COLUMNS: tl.constexpr = column.shape[len(column.shape) - 1]
-    if w.FORMAT == "int4":
-        byte = along(tl.arange(0, COLUMNS // 2), column)
-        pair = tl.load(place + row * stride + (first // 2 + byte), mask=some_of(mask, 2), other=0)
-        numbers = tl.reshape(tl.join(pair & 15, pair >> 4), mask.shape)
+def load(matrix, row, real, column, first, limit, w):
+    """What the memory holds of such a tile: its words, and their scales and zero points, fp32."""
+    place, scale, zero, stride, scale_stride = matrix
+    if w.FORMAT == "dense":
+        inside = real & (first + column < limit)
+        words, factor, off = tl.load(place + row * stride + column + first, inside, 0.0), 1.0, 0.0
     else:
-        numbers = tl.load(place + row * stride + (column + first), mask=mask, other=0)
-    TOGETHER: tl.constexpr = min(w.TOGETHER, COLUMNS)
-    start = along(tl.arange(0, COLUMNS // TOGETHER) * TOGETHER, column)
-    at = row // w.TALL * scale_stride + (first + start) // w.WIDE
-    some = some_of(mask, TOGETHER)
-    factor = tl.load(scale + at, mask=some, other=0.0).to(tl.float32)
-    if w.FORMAT == "e4m3":
-        numbers = numbers.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
-    elif w.FORMAT == "fp8":
-        # e4m3 is SEEEEMMM and fp16 SEEEEEMMMMMMMMMM, with exponents biased by 7 and 15. So the same
-        # bits are a 256th of the number. (Not every GPU converts e4m3 by itself.)
-        bits = ((numbers & 0x80).to(tl.uint16) << 8) | ((numbers & 0x7F).to(tl.uint16) << 7)
-        numbers = bits.to(tl.float16, bitcast=True).to(tl.float32)
-        factor *= 256.0
+        COLUMNS: tl.constexpr = column.shape[len(column.shape) - 1]
+        N: tl.constexpr = min(w.TOGETHER, COLUMNS)
+        word = along(tl.arange(0, COLUMNS // w.PER), column)
+        inside = real & (first + word * w.PER < limit)
+        words = tl.load(place + row * stride + (first // w.PER + word), inside, 0)
+        block = first + along(tl.arange(0, COLUMNS // N), column) * N
+        at, some = row // w.TALL * scale_stride + block // w.WIDE, real & (block < limit)
+        factor = tl.load(scale + at, some, 0.0).to(tl.float32)
+        if w.FORMAT == "fp8" and not w.PTX:
+            factor *= 256.0  # see packed.py
+        off = tl.load(zero + at, some, 0).to(tl.float32) if w.ZEROS else 0.0
+    return words, factor, off
+
+
+@triton.jit
+def add_product(sums, matrix, row, real, column, first, limit, w, v, FLIP: tl.constexpr = False):
+    """fp32 sums (rows, tokens) + such a tile times `v` (columns, tokens). With FLIP sums are
+    (tokens, rows).
+
+    Where a row has one scale for the whole tile, packed numbers are multiplied first: v's dtype
+    holds them exactly, and scales then cost a token's few sums and no weight.
+    """
+    COLUMNS: tl.constexpr = column.shape[1]
+    if w.FORMAT == "dense" or w.ZEROS or w.WIDE % COLUMNS != 0:
+        tile = load_tile(matrix, row, real, column, first, limit, w).to(v.dtype)
+        sums = product(tl.trans(v), tl.trans(tile), sums) if FLIP else product(tile, v, sums)
     else:
-        # A number below 256 in the lowest bits of 2^23, less 2^23: two operations at full speed,
-        # where a chip converts integers at a quarter of it.
-        if w.FORMAT == "int8":
-            numbers ^= 0x80  # -128 to 127 become 0 to 255
-        numbers = (numbers.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
-        if w.FORMAT == "int8":
-            numbers -= 8388608.0 + 128.0
-        elif w.ZEROS:
-            numbers -= 8388608.0
+        place, scale, _zero, stride, scale_stride = matrix
+        word = tl.arange(0, COLUMNS // w.PER)[None, :]
+        inside = real & (first + word * w.PER < limit)
+        words = tl.load(place + row * stride + (first // w.PER + word), inside, 0)
+        tile = unpack(words, w).to(v.dtype)
+        factor = tl.load(scale + row // w.TALL * scale_stride + first // w.WIDE, real, 0.0)
+        factor = factor.to(tl.float32)  # (rows, 1)
+        if w.FORMAT == "fp8" and not w.PTX:
+            factor *= 256.0  # see packed.py
+        none = tl.zeros(sums.shape, tl.float32)
+        if FLIP:
+            sums += product(tl.trans(v), tl.trans(tile), none) * tl.trans(factor)
         else:
-            numbers -= 8388608.0 + 8.0
-    values = by_columns(numbers, TOGETHER)
-    if w.ZEROS:
-        off = tl.load(zero + at, mask=some, other=0).to(tl.float32)
-        values -= tl.expand_dims(off, len(mask.shape))
-    return tl.reshape(values * tl.expand_dims(factor, len(mask.shape)), mask.shape)
+            sums += product(tile, v, none) * factor
+    return sums
+
+
+@triton.jit
+def times(loaded, v, w):
+    """A loaded tile times `v`, fp32 (..., C), which lies as the tile does: fp32 (..., C / N), where
+    N columns share a scale and are added up. N is 1 for a dense tile.
+    """
+    words, factor, off = loaded
+    if w.FORMAT == "dense":
+        sums = words.to(tl.float32) * v
+    else:
+        numbers = unpack(words, w)
+        N: tl.constexpr = numbers.numel // factor.numel
+        if w.ZEROS:
+            less = by_columns(numbers, N) - tl.expand_dims(off, len(off.shape))
+            numbers = tl.reshape(less, numbers.shape)
+        sums = tl.sum(by_columns(numbers * v, N), axis=len(numbers.shape)) * factor
+    return sums
 
 
 @triton.jit
 def along(numbers, column):
     """One dimension of numbers, made to lie as `column` lies: along the last dimension."""
     return numbers[None, None, :] if len(column.shape) == 3 else numbers[None, :]
-
-
-@triton.jit
-def by_columns(tile, N: tl.constexpr):
-    """(..., columns) -> (..., columns / N, N)."""
-    if len(tile.shape) == 3:
-        split = tl.reshape(tile, (tile.shape[0], tile.shape[1], tile.shape[2] // N, N))
-    else:
-        split = tl.reshape(tile, (tile.shape[0], tile.shape[1] // N, N))
-    return split
-
-
-@triton.jit
-def some_of(mask, N: tl.constexpr):
-    """Whether one of N columns side by side is wanted: (..., columns) -> (..., columns / N)."""
-    return tl.max(by_columns(mask.to(tl.int32), N), axis=len(mask.shape)) > 0

@@ -24,6 +24,7 @@ class Yarn:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    llama_4_scaling_beta: float = 0.0  # Mistral 4's: temper.py
 
     def temperature(self, weight: float) -> float:
         """`0.1 weight ln(factor) + 1`: section 3.4's sqrt(1/t), where t divides the scores."""
@@ -129,6 +130,8 @@ class FileFormat:
 
     A stack of experts has one name, its modules' without their numbers. config.json does not tell
     this: the shards' headers do (files/quantized)."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Regular expressions of tensors' names that the model goes without, each with the reason."""
 
     @property
     def kind(self) -> str | None:
@@ -158,6 +161,13 @@ class Config:
     num_nextn_predict_layers: int = 0  # MTP layers, which the checkpoint numbers after the others
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    shortened: str = ""  # why max_position_embeddings is less than the file says, if it is
+
+    @property
+    def context(self) -> str:
+        """The most tokens of a row, in words for messages: "2048", and why, if they are few."""
+        why = f" ({self.shortened})" if self.shortened else ""
+        return f"{self.max_position_embeddings}{why}"
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer number `layer` has experts. (MTP layers: `num_hidden_layers` and on.)"""

@@ -37,7 +37,7 @@ def check_rows(rows: Sequence[Sequence[int]], config: Config) -> None:
             raise InputError(f"prompt {number} holds token {token}, {outside}")
         context = config.max_position_embeddings
         if len(row) > context:
-            more = f"more than the context of {context}: shorten it"
+            more = f"more than the context of {config.context}: shorten it"
             raise InputError(f"prompt {number} has {len(row)} tokens, {more}")
 
 
@@ -48,7 +48,8 @@ def check_conversation(tokens: int, messages: int, config: Config) -> None:
         what, advice = "your question", "shorten it"
         if messages > 1:
             what, advice = "the conversation", "start a new one, or shorten it"
-        fit = f"it must fit the context of {context:,} together with the answer"
+        why = f" ({config.shortened})" if config.shortened else ""
+        fit = f"it must fit the context of {context:,}{why} together with the answer"
         raise InputError(f"{what} has {tokens:,} tokens, and {fit}: {advice}")
 
 
@@ -57,6 +58,6 @@ def room_for_answers(rows: Sequence[Sequence[int]], config: Config) -> int:
     context = config.max_position_embeddings
     room = context - max(map(len, rows))
     if room < 1:
-        leaves = f"leaves no room for an answer in a context of {context}: shorten it"
+        leaves = f"leaves no room for an answer in a context of {config.context}: shorten it"
         raise InputError(f"a prompt of {context} tokens {leaves}")
     return room

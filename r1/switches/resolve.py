@@ -9,7 +9,7 @@ import torch
 
 from r1.device import DTYPES
 from r1.errors import InputError, setting
-from r1.model.config import Config
+from r1.model.config import Config, Yarn
 from r1.model.strategy import Strategy, Use
 from r1.placement import cuts
 from r1.storage import int4_cpu
@@ -40,6 +40,7 @@ def resolve(
     _check_machine(backend, machine)
     _check_devices(backend, config)
     backend = _kernels(backend, machine)
+    _check_fused(backend, config)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
     if backend.quant_head != "none" and config.tie_word_embeddings:
         head = setting("quant_head", backend.quant_head)
@@ -126,7 +127,7 @@ def _check_speculation(backend: Backend, config: Config) -> None:
         has = f"this model has none: use {setting('speculate', 'off')}"
         raise InputError(f"{setting('speculate', 'mtp')} drafts with the MTP layer, and {has}")
     if backend.step_tokens > config.max_position_embeddings:
-        context = f"more than the context of {config.max_position_embeddings}: draft fewer"
+        context = f"more than the context of {config.context}: draft fewer"
         raise InputError(f"{drafts} makes a step {context}")
     if backend.speculate == "off" and backend.draft_tokens != 1:
         use = f"is of no use without drafts: add {setting('speculate', 'mtp')}, or leave it out"
@@ -154,6 +155,18 @@ def _kernels(backend: Backend, machine: Machine) -> Backend:
             fuses = f"fuses its own {name} into a step, not {setting(name, value)}"
             raise InputError(f"{triton} {fuses}: leave {setting(name)} at auto")
     return dataclasses.replace(backend, attention="triton", moe="triton")
+
+
+def _check_fused(backend: Backend, config: Config) -> None:
+    """Whether the fused blocks compute this model."""
+    yarn = config.attention.yarn
+    tempered = isinstance(yarn, Yarn) and yarn.llama_4_scaling_beta > 0
+    if backend.kernels == "triton" and tempered:
+        use = f"use {setting('attention', 'triton')} and {setting('moe', 'triton')} instead"
+        raise InputError(
+            f"{setting('kernels', 'triton')} lacks the factor of this model's queries, which "
+            f"depends on their positions (llama_4_scaling_beta): {use}"
+        )
 
 
 def _quant(backend: Backend, config: Config) -> str:

@@ -17,6 +17,10 @@ from r1.text.control_tokens import (
     BOS,
     END_THINK,
     EOS,
+    GLM_ASSISTANT,
+    GLM_SYSTEM,
+    GLM_USER,
+    GMASK,
     IM_ASSISTANT,
     IM_END,
     IM_MIDDLE,
@@ -24,6 +28,7 @@ from r1.text.control_tokens import (
     IM_USER,
     PAD,
     SEARCH_BEGIN,
+    SOP,
     THINK,
     TOOL_SEP,
     USER,
@@ -180,12 +185,31 @@ def _render_kimi(system: str, messages: Messages, think: bool) -> Rendered:
     return [*parts, Control(IM_ASSISTANT), "assistant", Control(IM_MIDDLE)]
 
 
+def _render_glm(messages: Messages, think: bool) -> Rendered:
+    """GLM-4.7: nothing but a role's marker stands between the texts.
+
+    Earlier answers have no reasoning, so `</think>` precedes them, and no spaces at their ends. A
+    turn has no end of its own: the next marker ends it.
+    """
+    marker = {"system": GLM_SYSTEM, "user": GLM_USER}
+    parts: Rendered = [Control(GMASK), Control(SOP)]
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "assistant":
+            answer = content.split(END_THINK)[-1].strip()
+            parts += [Control(GLM_ASSISTANT), Control(END_THINK), answer]
+        else:
+            parts += [Control(marker[role]), content]
+    return [*parts, Control(GLM_ASSISTANT), Control(THINK if think else END_THINK)]
+
+
 MOONLIGHT_SYSTEM = "You are a helpful assistant"
 KIMI_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 
 R1_MARKERS = frozenset({BOS, EOS, USER, ASSISTANT, THINK, END_THINK})
 V3_MARKERS = frozenset({BOS, EOS, PAD, USER, ASSISTANT})
 V2_MARKERS = frozenset({BOS, EOS})
+GLM_MARKERS = frozenset({GMASK, SOP, GLM_SYSTEM, GLM_USER, GLM_ASSISTANT, THINK, END_THINK})
 KIMI_MARKERS = frozenset({IM_SYSTEM, IM_USER, IM_ASSISTANT, IM_MIDDLE, IM_END})
 
 R1 = Template("R1", R1_MARKERS, _render_r1, thinks=True)
@@ -196,5 +220,6 @@ V3 = Template("V3", V3_MARKERS, _render_v3)
 V3_0324 = Template("V3-0324", V3_MARKERS, _render_v3_0324)
 V2_5 = Template("V2.5", V2_MARKERS | {USER, ASSISTANT, TOOL_SEP}, _render_v2_5)
 V2 = Template("V2", V2_MARKERS, _render_v2)
+GLM = Template("GLM-4.7", GLM_MARKERS, _render_glm, thinks=True)
 MOONLIGHT = Template("Moonlight", KIMI_MARKERS, partial(_render_kimi, MOONLIGHT_SYSTEM))
 KIMI = Template("Kimi-K2", KIMI_MARKERS, partial(_render_kimi, KIMI_SYSTEM))

@@ -12,6 +12,12 @@ TOOL_SEP = "<｜tool▁sep｜>"
 """V2.5 has it, Coder-V2 does not."""
 SEARCH_BEGIN = "<｜search▁begin｜>"
 """V3.1 has it. R1 and V3 have a place holder with the same id."""
+DSML = "｜DSML｜"
+"""V3.2 has it."""
+
+# GLM-4.7. It has THINK and END_THINK too.
+GMASK, SOP = "[gMASK]", "<sop>"
+GLM_SYSTEM, GLM_USER, GLM_ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 
 # Moonlight and Kimi.
 IM_SYSTEM, IM_USER, IM_ASSISTANT = "<|im_system|>", "<|im_user|>", "<|im_assistant|>"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from r1.text import chat
 from r1.text.chat import Template
-from r1.text.control_tokens import END_THINK, THINK
+from r1.text.control_tokens import DSML, END_THINK, THINK
 
 PUBLISHED = {
     "ab1e9d71a87a4bc4": chat.R1,
@@ -25,6 +25,7 @@ PUBLISHED = {
     "dc013b0c0f0f4f6a": chat.V3,
     "a70ad8be7b0493d5": chat.V2_5,
     "b727360483e0cf9a": chat.V2,
+    "5f697a45e80df853": chat.GLM,
     "f7165c58752869e2": chat.MOONLIGHT,
 }
 """The fingerprint of a published text -> the template here."""
@@ -57,12 +58,20 @@ TELLS = {
         "{{'Assistant: ' + message['content'] + eos_token}}",
         "{{'Assistant:'}}",
     ),
+    chat.GLM: (
+        "[gMASK]<sop>",
+        "<|user|>{{visible_text(m.content)}}",
+        "set content = content.split('</think>')[-1]",
+        "{{content.strip()}}",
+        "<|assistant|>{{'</think>' if (enable_thinking is defined and not enable_thinking) "
+        "else '<think>'}}",
+    ),
     chat.MOONLIGHT: (_KIMI_SYSTEM.format(chat.MOONLIGHT_SYSTEM), _KIMI_TURN),
     chat.KIMI: (_KIMI_SYSTEM.format(chat.KIMI_SYSTEM), _KIMI_TURN),
 }
 """What each template's texts have in common, in their normal form."""
 
-BY_VOCABULARY = (chat.V3_1, chat.R1, chat.V3, chat.V2_5, chat.V2, chat.MOONLIGHT)
+BY_VOCABULARY = (chat.V3_1, chat.R1, chat.V3, chat.V2_5, chat.V2, chat.MOONLIGHT, chat.GLM)
 """Without a text, the first template whose markers are all in the vocabulary is used."""
 
 UNSHARED = (chat.R1, chat.V3)
@@ -91,6 +100,8 @@ def choose(control: Set[str], text: str | None) -> Choice:
             refusal=f"this tokenizer can't chat: of R1's control tokens it lacks {missing}, and it "
             f"hasn't those of {others} either; use plain completion instead",
         )
+    if text is None and DSML in control:
+        return Choice(None, refusal=_program())
     if text is None:
         return Choice(guess, "" if guess in UNSHARED else _guessed(guess))
     template = PUBLISHED.get(fingerprint(text))
@@ -155,6 +166,14 @@ def _guessed(template: Template) -> str:
         "the folder has no chat_template (in tokenizer_config.json or chat_template.jinja), and "
         f"models with this vocabulary differ in theirs: chats use {template.name}'s; copy the "
         "tokenizer_config.json that came with the checkpoint there"
+    )
+
+
+def _program() -> str:
+    return (
+        "this tokenizer can't chat: it is DeepSeek-V3.2's, which comes with a program that writes "
+        "prompts (encoding_dsv32.py) and no chat_template, and r1 runs no program of a checkpoint; "
+        "render the prompt with it, and pass its ids to generate"
     )
 
 

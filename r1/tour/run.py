@@ -14,7 +14,7 @@ from torch import Tensor
 import r1
 from r1.files.config_json import load_config
 from r1.files.folder import check_folder
-from r1.files.shards import entries_of
+from r1.files.layouts import tensors_of
 from r1.model.cache import Cache
 from r1.model.mtp import MTPLayer
 from r1.model.transformer import Block
@@ -87,7 +87,7 @@ def load(directory: Path, switches: dict[str, Any], drafts: int) -> r1.Engine:
     check_folder(directory)
     mtp = f"model.layers.{config.num_hidden_layers}."
     if config.num_nextn_predict_layers and any(
-        key.startswith(mtp) for key in entries_of(directory)
+        key.startswith(mtp) for key in tensors_of(directory)
     ):
         switches = {**switches, "speculate": "mtp", "draft_tokens": drafts}
     return r1.load(directory, r1.Backend(**switches))

@@ -59,8 +59,8 @@ class Target:
 
     def recorder(self) -> Recorder:
         """What stands in for its chip."""
-        e4m3 = self.backend == "cuda" and int(self.arch) >= 89
-        return Recorder(self.processors, self.shared, self.dependent_launch, e4m3)
+        ptx = self.backend == "cuda" and int(self.arch) >= 89
+        return Recorder(self.processors, self.shared, self.dependent_launch, ptx)
 
 
 TARGETS = {
@@ -108,7 +108,7 @@ class Recorder:
     processors: int
     shared: int
     dependent_launch: bool
-    e4m3: bool
+    ptx: bool
     launches: list[Launch] = field(default_factory=list)
 
     def launch(self, kind: Any, *sizes: int) -> Any:

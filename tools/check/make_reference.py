@@ -1,6 +1,7 @@
 """Make tests/reference: outputs of transformers' models, to compare r1's with.
 
-These are DeepseekV3 and DeepseekV2, and Qwen2, Llama and Qwen3 for R1's distilled models.
+These are DeepseekV3, DeepseekV2 and their sisters, and Qwen2, Llama and Qwen3 for R1's distilled
+models.
 
     # write every case, or one
     python tools/check/make_reference.py
@@ -21,12 +22,14 @@ transformers; the tests need only the files. A case is a folder:
                             router_indices.{i}  (B, S, K) ascending, MoE layers only
                             router_weights.{i}  (B, S, K) in the same order
 
+(A sister's config.json is spelled as its publisher's, and Mistral4's experts lie in stacks.)
+
 A reference proves nothing if a wrong formula gives it too. So each case asserts that no routing
 decision is a near tie, that attention is far from uniform, and that each known mistake would change
 the result: `check_routing`, `check_attention`, `check_rope`. If one fails, change the case's seed
 or sizes, not the assertion.
 
-transformers 5.23 departs from DeepSeek's own code. The cases keep to where both agree:
+transformers 5.24 departs from DeepSeek's own code. The cases keep to where both agree:
 
 - DeepseekV2's gate ignores norm_topk_prob. Case v2-norm normalizes by a hook: `normalize_v2_gate`.
   DeepSeek's V2 file then skips routed_scaling_factor, and its VL2 file applies it. With factor 1
@@ -39,6 +42,10 @@ transformers 5.23 departs from DeepSeek's own code. The cases keep to where both
   values that it implements.
 - DeepSeek's VL2 file masks the excluded groups with 0, transformers with -inf. They differ where
   biased scores are negative. Case v3-negative takes -inf as right.
+
+- Mistral4 scores a group of experts by its two best, though it has no bias. Its models have one
+  group; so have the cases.
+- DeepseekV32 has an indexer, which chooses all keys of so few tokens as the case has.
 
 Qwen3 with YaRN: R1-0528-Qwen3-8B's config.json has an `attn_factor`, which transformers does not
 read. Case qwen3-yarn has one too, and takes transformers' reading as right.
@@ -71,7 +78,7 @@ from torch import Tensor, nn
 from r1 import InputError
 
 OUTPUT = shared.ROOT / "tests" / "reference"
-SIZE_LIMIT = 2_500_000
+SIZE_LIMIT = 3_400_000
 """Bytes of all cases together, because they are committed."""
 MARGIN = 1e-4
 """The least distance between the last chosen score and the first rejected one."""
@@ -93,6 +100,11 @@ class Case:
     length: int = 20
     bias: tuple[float, float] = (0.0, 0.3)  # mean and deviation of e_score_correction_bias
     hf5: bool = False  # config.json spelled by transformers 5's save_pretrained
+
+    @property
+    def biased(self) -> bool:
+        """Whether the router's scores are sigmoids, with a bias for the choice."""
+        return self.family not in ("v2", "mistral4")
 
 
 # As in DeepSeek's config.json, but tiny. num_nextn_predict_layers is 0: these checkpoints hold no
@@ -125,6 +137,28 @@ FAMILY: dict[str, dict[str, Any]] = {
         architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2", norm_topk_prob=False,
         routed_scaling_factor=1.0, scoring_func="softmax", topk_method="greedy",
     ),
+    "glm": dict(
+        architectures=["Glm4MoeLiteForCausalLM"], model_type="glm4_moe_lite", rms_norm_eps=1e-5,
+        num_nextn_predict_layers=0, topk_method="noaux_tc", partial_rotary_factor=1.0,
+        rope_theta=1e6, routed_scaling_factor=1.8, eos_token_id=[1, 2, 3],
+    ),
+    "youtu": dict(
+        architectures=["YoutuForCausalLM"], model_type="youtu", tie_word_embeddings=True,
+        rope_theta=1.6e6, rope_interleave=True, mlp_bias=False, embedding_initializer_range=0.02,
+    ),
+    "sarvam": dict(
+        architectures=["SarvamMLAForCausalLM"], model_type="sarvam_mla", num_experts=8,
+        num_shared_experts=1, q_head_dim=20, head_dim=24, q_lora_rank=None,
+    ),
+    "mistral4": dict(
+        architectures=["Mistral4ForCausalLM"], model_type="mistral4", routed_scaling_factor=1.0,
+        first_k_dense_replace=0, rope_interleave=True,
+    ),
+    "v32": dict(
+        architectures=["DeepseekV32ForCausalLM"], model_type="deepseek_v32", index_head_dim=12,
+        index_n_heads=3, index_topk=40, num_nextn_predict_layers=0, scoring_func="sigmoid",
+        topk_method="noaux_tc",
+    ),
     "qwen2": dict(
         architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False,
         sliding_window=4, max_window_layers=1,
@@ -138,8 +172,24 @@ FAMILY: dict[str, dict[str, Any]] = {
         use_sliding_window=False, sliding_window=None, max_window_layers=2, head_dim=12,
     ),
 }  # fmt: skip
-CLASSES = {"v3": "DeepseekV3", "v2": "DeepseekV2", "qwen2": "Qwen2", "llama": "Llama",
-           "qwen3": "Qwen3"}  # fmt: skip
+CLASSES = {
+    "v3": "DeepseekV3", "v2": "DeepseekV2", "glm": "Glm4MoeLite", "youtu": "Youtu",
+    "sarvam": "SarvamMLA", "mistral4": "Mistral4", "v32": "DeepseekV32", "qwen2": "Qwen2",
+    "llama": "Llama", "qwen3": "Qwen3",
+}  # fmt: skip
+"""How transformers' classes of a family are called."""
+TRAINING = {"aux_loss_alpha", "moe_layer_freq", "scoring_func", "seq_aux"}
+EXPERTS = {
+    "moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
+    "num_experts_per_tok", "routed_scaling_factor", "topk_group", "first_k_dense_replace",
+}  # fmt: skip
+LACKS: dict[str, set[str]] = {
+    "glm": TRAINING,
+    "youtu": TRAINING | EXPERTS,
+    "sarvam": TRAINING | {"n_routed_experts", "n_shared_experts", "n_group", "topk_group"},
+    "mistral4": TRAINING | {"rope_theta", "rope_scaling"},
+}
+"""Fields of BASE that a family's files do not have."""
 GROUPED = ("qwen2", "llama", "qwen3")
 """The families with grouped-query attention. All their layers are dense."""
 
@@ -219,24 +269,52 @@ CASES = (
         rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16,
             attn_factor=0.8782488562869419), rope_theta=100, max_position_embeddings=64,
         head_dim=16), batch=1, length=44),
+    # GLM-4.7-Flash: no YaRN, one group, V larger than P.
+    Case("glm", "glm", 1, dict(v_head_dim=14), bias=(0.0, 0.2)),
+    # As transformers 5 spells it: a list says which layers are dense.
+    Case("glm-hf5", "glm", 3, dict(
+        num_hidden_layers=3, mlp_layer_types=["dense", "dense", "sparse"]), bias=(0.0, 0.2),
+        hf5=True),
+    # Youtu-LLM: dense, and the output head is the embedding.
+    Case("youtu", "youtu", 1),
+    # sarvam-105b, in its own words: deepseek_yarn, num_experts, the latent's size as head_dim.
+    Case("sarvam", "sarvam", 1, yarn(16, type="deepseek_yarn"), batch=1, length=40,
+         bias=(0.0, 0.2)),
+    # Mistral-Small-4: queries grow with their positions, to four times the original 16 and past.
+    Case("mistral4", "mistral4", 2, dict(
+        n_routed_experts=12, num_experts_per_tok=4, max_position_embeddings=640,
+        rope_parameters=dict(
+            {key: value for key, value in YARN.items() if key != "type"}, rope_type="yarn",
+            rope_theta=10000.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.3,
+            max_position_embeddings=640, partial_rotary_factor=0.4)), batch=1, length=72),
+    # DeepSeek-V3.2 within its indexer's 40 keys.
+    Case("v32", "v32", 1, dict(**yarn(16), n_group=4, topk_group=2), batch=1, length=40,
+         bias=(0.0, 0.2)),
 )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
 def write_checkpoint(case: Case, folder: Path) -> None:
     """Write config.json and model.safetensors: random weights under save_pretrained's names."""
-    published = dict(GROUPED_BASE if case.family in GROUPED else BASE)
-    published.update(FAMILY[case.family] | case.config)
+    lacks = LACKS.get(case.family, set())
+    base = GROUPED_BASE if case.family in GROUPED else BASE
+    published = {key: value for key, value in base.items() if key not in lacks}
+    published |= FAMILY[case.family] | case.config
     if case.hf5:  # a model saved by transformers 5 has no field that its config class doesn't know
-        unknown = {"aux_loss_alpha", "moe_layer_freq", "scoring_func", "seq_aux"}
-        unknown |= {"topk_method"} if case.family == "v3" else set()
+        unknown = TRAINING | ({"topk_method"} if case.family == "v3" else set())
+        unknown |= {"topk_method", "first_k_dense_replace"} if case.family == "glm" else set()
         published = {key: value for key, value in published.items() if key not in unknown}
     (folder / "config.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n")
     weights = random_weights(case, published_shapes(case, folder))
     if case.family not in GROUPED:
-        moe_layers = published["num_hidden_layers"] - published["first_k_dense_replace"]
-        experts = sum(".mlp.experts." in name for name in weights)
-        assert experts == 3 * moe_layers * published["n_routed_experts"]
+        layers = published["num_hidden_layers"]
+        gates = sum(name.endswith(".mlp.gate.weight") for name in weights)
+        experts = published.get("n_routed_experts", published.get("num_experts", 0))
+        kinds = published.get("mlp_layer_types")
+        dense = published.get("first_k_dense_replace", kinds.count("dense") if kinds else layers)
+        assert gates == layers - dense
+        matrices = sum(".mlp.experts." in name for name in weights)
+        assert matrices == gates * (2 if case.family == "mistral4" else 3 * experts)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -280,7 +358,9 @@ def classes(family: str) -> tuple[Any, Any]:
     import transformers
 
     prefix = CLASSES[family]
-    return getattr(transformers, prefix + "Config"), getattr(transformers, prefix + "ForCausalLM")
+    # transformers runs sarvam_mla by DeepseekV3's class.
+    model = "DeepseekV3" if family == "sarvam" else prefix
+    return getattr(transformers, prefix + "Config"), getattr(transformers, model + "ForCausalLM")
 
 
 # ------------------------------------------------------------------------------------ the reference
@@ -342,9 +422,10 @@ def attach(model: Any, trace: Trace, shape: tuple[int, int]) -> None:
 
 def run(case: Case, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Load the checkpoint with transformers and run it -> (tensors to store, numbers to print)."""
-    _, model_class = classes(case.family)
+    config_class, model_class = classes(case.family)
     model, report = model_class.from_pretrained(
         folder,
+        config=config_class.from_pretrained(folder),
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",
@@ -370,6 +451,8 @@ def run(case: Case, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     numbers = {"margin": math.inf}
     for i in trace.logits:
         check_routing(case, model, trace, i, numbers)
+    if case.family == "mistral4":
+        check_temper(case, model)
     check_attention(trace, numbers)
     (check_grouped_rope if case.family in GROUPED else check_rope)(case, model, numbers)
     return trace.tensors, numbers
@@ -401,13 +484,13 @@ def check_routing(case: Case, model: Any, trace: Trace, i: int, numbers: dict[st
     """Check for near ties, and that each known mistake chooses other experts for some token."""
     c, gate, logits = model.config, model.model.layers[i].mlp.gate, trace.logits[i]
     k, groups, kept = c.num_experts_per_tok, c.n_group, c.topk_group
-    if case.family == "v3":
+    if case.biased:
         unbiased, best = logits.sigmoid(), 2
         scores = unbiased + gate.e_score_correction_bias
     else:
         scores = unbiased = logits.softmax(-1)
         best = 1
-        if c.topk_method == "greedy":
+        if case.family == "mistral4" or c.topk_method == "greedy":
             groups = kept = 1
     chosen, margin = choose(scores, k, groups, kept, best)
     assert torch.equal(
@@ -417,7 +500,7 @@ def check_routing(case: Case, model: Any, trace: Trace, i: int, numbers: dict[st
     numbers["margin"] = min(numbers["margin"], margin)
 
     mistakes = {}
-    if case.family == "v3":
+    if case.biased:
         mistakes["no bias"] = choose(unbiased, k, groups, kept, best)
     if kept < groups:
         mistakes["no groups"] = choose(scores, k, 1, 1, best)
@@ -489,6 +572,13 @@ def check_grouped_rope(case: Case, model: Any, numbers: dict[str, float]) -> Non
     assert math.isclose(float(kept[-1]) * r["factor"], 1, rel_tol=1e-5)
     numbers["on ramp"] = int(((kept < 0.999) & (kept * r["factor"] > 1.001)).sum())
     assert numbers["on ramp"] > 0, f"{case.name}: no frequency is on the ramp"
+
+
+def check_temper(case: Case, model: Any) -> None:
+    """Check that the last queries' factor is far from 1."""
+    r = model.config.rope_parameters
+    lengths = (case.length - 1) // r["original_max_position_embeddings"]
+    assert r["llama_4_scaling_beta"] * math.log(1 + lengths) > 0.3
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -16,6 +16,7 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -112,7 +113,7 @@ def conditions(found: Found) -> str:
 
 def without_output(command: str) -> str:
     """The command without its output file, which says nothing about the measurement."""
-    return re.sub(r" (-o|--output)[ =]\S+", "", command)
+    return re.sub(r" (-o|--output|--output-file)[ =]\S+", "", command)
 
 
 def peers_command(how: dict[str, Any]) -> str:
@@ -148,14 +149,30 @@ def tables() -> dict[str, list[str]]:
 
 
 def buys() -> list[str]:
-    """Each rung of the ladder with what it brings, then a line about 32 rows."""
-    lines = ["| adds | ms a token | of the memory's bandwidth |", "|---|---:|---:|"]
-    for row in read(RESULTS / "ladder.json")["rows"]:
-        lines.append(f"| {rung_link(row['arm'])} | {row['tpot_ms']:.2f} | {row['mbu']:.0%} |")
+    """What each rung of the ladder brings to one row, and to 32 rows as far as it was measured."""
+    lines = [
+        "| adds | ms a token | of the memory's bandwidth | 32 rows: ms a step | of the bandwidth |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    one, many = (read(RESULTS / f"{name}.json")["rows"] for name in ("ladder", "ladder-32"))
+    for row, other in itertools.zip_longest(one, many):
+        cells = [rung_link(row["arm"]), f"{row['tpot_ms']:.2f}", f"{row['mbu']:.0%}", "", ""]
+        if other is not None:
+            cells[3:] = [f"{other['tpot_ms']:.1f}", f"{other['mbu']:.0%}"]
+            if other["arm"] != row["arm"]:  # the same switch with another value
+                assert switch_of(other) == switch_of(row)
+                cells[0] += f" (32 rows: {rung_link(other['arm'])})"
+        lines.append(f"| {' | '.join(cells)} |")
     off, fused = read(RESULTS / "kernels" / "batch-32.json")["rows"]
     both = " and ".join(f"`{name}`" for name in fused["arm"].split(" + "))
     steps = f"{off['tpot_ms']:.1f} ms a step with all switches off, {fused['tpot_ms']:.1f} ms"
-    return [*lines, "", f"32 rows: {steps} with {both} ({fused['mbu']:.0%})."]
+    ended = "(The call for 32 rows ended before `kernels=triton`.)"
+    return [*lines, "", f"{ended} Alone, 32 rows: {steps} with {both} ({fused['mbu']:.0%})."]
+
+
+def switch_of(row: dict[str, Any]) -> str:
+    """The switch that a rung adds, without its value."""
+    return str(row["arm"]).partition("=")[0]
 
 
 def rung_link(rung: str) -> str:

@@ -17,11 +17,12 @@ from r1 import Backend, InputError, build
 from r1.device import DTYPES, torch_device
 from r1.files.config_json import load_config
 from r1.files.folder import check_folder
+from r1.files.layouts import tensors_of
 from r1.files.load import read, survey
 from r1.files.names import key_of, slots
 from r1.files.quantized import methods
 from r1.files.shards import DTYPES as FILE_DTYPES
-from r1.files.shards import entries_of, one
+from r1.files.shards import one
 from r1.model.config import GroupedShape
 from r1.model.mtp import MTPLayer
 from r1.model.rope import frequencies
@@ -49,8 +50,13 @@ class Source:
                 f"{directory} is quantized to 4 bits already: start from the model's own "
                 "repository, in bf16 or FP8 blocks"
             )
+        if self.config.files.left_out:
+            raise InputError(
+                f"{directory} holds parts that r1 does not read, and a copy would lack them: "
+                "start from a model of text without an indexer"
+            )
         declared = methods.declared_in(directory)
-        entries = entries_of(directory, unlisted=declared is not None and declared.unlisted)
+        entries = tensors_of(directory, unlisted=declared is not None and declared.unlisted)
         self.versions = {e.path.name: e.version for e in entries.values()}
         last = f"model.layers.{self.config.num_hidden_layers}."
         mtp = self.config.num_nextn_predict_layers > 0 and any(k.startswith(last) for k in entries)

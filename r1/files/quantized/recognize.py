@@ -26,7 +26,10 @@ ENDINGS = frozenset(
     """.split()  # noqa: SIM905
 )
 """What quantizers put beside or instead of a module's `weight`."""
-UNUSED = ("input_scale", "input_global_scale", "input_zero_point", "k_scale", "v_scale")
+UNUSED = (
+    "input_scale", "input_global_scale", "input_zero_point", "k_scale", "v_scale",
+    "activation_scale",
+)  # fmt: skip
 """Scales of activations and of the cache. r1 does not quantize those."""
 BITSANDBYTES = (".weight.absmax", ".weight.quant_map")
 
@@ -123,7 +126,7 @@ def recognize(entries: Mapping[str, Entry], declared: Declared | None) -> Recogn
     for module, t in modules.items():
         found = _found(module, t, d)
         if found is None:
-            out.plain |= {entry.key: entry for entry in t.values()}
+            out.plain |= {f"{module}.{ending}": entry for ending, entry in t.items()}
             continue
         if "qweight" in t and "bias" in t:
             out.biases.append(t.pop("bias"))
