@@ -505,7 +505,7 @@ def test_values_that_no_switch_has() -> None:
 
 
 def test_no_flag_always_refuses() -> None:
-    """Each value of each switch can be had by some machine and model, with what it needs."""
+    """Each value of each switch can be had by some machine and model, with what else it needs."""
     rocm = Machine(cuda=True, hip="7.0", arch="gfx942", name="MI300X")
     needs: dict[str, dict[str, Any]] = {
         "attention=naive": {"prefill_attention": "naive"},
