@@ -16,30 +16,31 @@ from r1 import starting
 if starting.is_command():
     starting.begin()  # before torch is imported, which takes seconds
 
-from r1 import build
+from r1 import build, drafting
 from r1.errors import InputError
 from r1.files.config_json import load_config
 from r1.files.folder import check_folder
 from r1.files.generation_config import read_stop_ids
 from r1.files.load import Report
+from r1.files.tokenizer import tokenizer_of
 from r1.model.config import Config
 from r1.model.transformer import Transformer
 from r1.run.completion import Completion
 from r1.run.engine import Engine
 from r1.switches.backend import Backend
+from r1.switches.draft import check_given
 from r1.switches.resolve import resolve
 from r1.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = ["Backend", "Completion", "Config", "Engine", "InputError", "Tokenizer", "load"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
-
 
 def load(
     directory: str | Path,
     backend: Backend | None = None,
     *,
+    draft_model: str | Path | None = None,
     batch: int = 1,
     mtp: bool = False,
     quiet: bool = False,
@@ -48,26 +49,29 @@ def load(
 
     `batch` is how many prompts at a time the "auto" switches are chosen for; any number may be
     given later. `mtp` loads the multi-token-prediction layers too, which `speculate="mtp"` does by
-    itself. Where devices share the model (`tp`, `ep`), each is a process that calls this, and calls
+    itself. `draft_model` is the folder of the model that drafts under `speculate="draft"`; the same
+    id must have the same text in its tokenizer, and ids that one of the two lacks are not drafted.
+    Where devices share the model (`tp`, `ep`), each is a process that calls this, and calls
     the engine alike; torch.distributed must connect them before. Raises InputError, with one
     sentence, for a folder or switch that can't be used: if one process does, all do.
     """
-    directory = Path(directory)
+    directory, asked = Path(directory), backend or Backend()
+    check_given(asked, draft_model is not None)
     config = load_config(directory)
     check_folder(directory)
-    backend = resolve(backend or Backend(), config, batch=batch)
+    backend = resolve(asked, config, batch=batch)
     mesh = build.connected(backend)
     placement = build.placement_of(config, backend, mesh)
     same = "give every rank the same command"
     mesh.check_alike("the switches", vars(backend), same)
     mesh.check_alike("config.json", config, "give every rank the same checkpoint")
     stop_ids = frozenset(config.eos_token_ids) | read_stop_ids(directory)
-    tokenizer = None
-    if any((directory / name).is_file() for name in TOKENIZER_FILES):
-        eos_id = next(iter(config.eos_token_ids), None)
-        tokenizer = Tokenizer.load(directory, bos_id=config.bos_token_id, eos_id=eos_id)
-        tokenizer.check(config.vocab_size)
-        stop_ids |= tokenizer.stop_ids
+    tokenizer = tokenizer_of(directory, config)
+    stop_ids |= tokenizer.stop_ids if tokenizer else frozenset()
+    found = None
+    if draft_model is not None:
+        found = drafting.find(draft_model, asked, tokenizer, batch=batch)
+        drafting.check_memory(config, backend, found)
 
     def fill() -> tuple[Transformer, Report]:
         return build.from_checkpoint(
@@ -76,10 +80,21 @@ def load(
 
     model, report = mesh.together(fill)
     if mesh.ranks > 1:
-        found = build.fingerprint(model)
-        mesh.check_alike("its weights", found, "give every rank the same checkpoint")
+        print_of = build.fingerprint(model)
+        mesh.check_alike("its weights", print_of, "give every rank the same checkpoint")
+    notes, draft = report.sentences(), None
+    if found:
+        draft, more = found.load(quiet=quiet)
+        notes += more
+    return Engine(
+        model, backend, tokenizer, stop_ids, notes, _cautions(tokenizer, backend), mesh, draft
+    )
+
+
+def _cautions(tokenizer: Tokenizer | None, backend: Backend) -> list[str]:
+    """Risks that the user of an engine should know."""
     cautions = list(tokenizer.cautions) if tokenizer else []
     if "fp16" in (backend.dtype, backend.amp):
         ends = "fp16 ends at 65504, which this family's activations can pass"
         cautions.append(f"{ends}: prefer bf16 where the machine has it")
-    return Engine(model, backend, tokenizer, stop_ids, report.sentences(), cautions, mesh)
+    return cautions

@@ -72,6 +72,7 @@ def parser() -> flags.Parser:
     p.add_argument("--seed", type=flags.seed, metavar="N", help=text)
     text = "answer without reasoning first"
     p.add_argument("--no-think", dest="think", action="store_false", help=text)
+    flags.add_draft_model(p)
     threads.add_flag(p)
     own_files.add_flag(p)
     flags.add_flags(p)
@@ -104,7 +105,7 @@ def talk(arguments: argparse.Namespace, crew: ranks.Crew) -> int:
     crew.check(asked.tp, asked.ep)
     kind = Machine.here().device if asked.device == "auto" else asked.device
     with crew.connected(torch_device(kind).type):
-        engine = r1.load(arguments.model, asked)
+        engine = r1.load(arguments.model, asked, draft_model=arguments.draft_model)
         backend = engine.backend
         count = threads.choose(arguments.threads, backend.device, engine.config, backend.dtype)
         if count is not None:

@@ -30,6 +30,7 @@ ROOMS = (
     "r1/__init__.py",
     "r1/roofline.py",
     "r1/threads.py",
+    "r1/drafting.py",
     "r1/build.py",
     "r1/run/",
     "r1/files/",

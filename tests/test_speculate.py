@@ -7,6 +7,7 @@ Each test is shown to fail on a wrong turn.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -32,7 +33,7 @@ from r1.model.cache import Cache
 from r1.model.shapes import shape
 from r1.run import speculate
 from r1.run.completion import Completion
-from r1.run.drafter import Drafter
+from r1.run.drafter import Judged, MTPDrafter
 from r1.run.engine import Engine
 from r1.run.sampler import Sampler
 from r1.run.speculate import Turn, judge
@@ -55,8 +56,8 @@ def texts(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
-def drafter_of(engine: Engine) -> Drafter:
-    assert engine.drafter is not None
+def drafter_of(engine: Engine) -> MTPDrafter:
+    assert isinstance(engine.drafter, MTPDrafter)
     return engine.drafter
 
 
@@ -266,10 +267,10 @@ def cache_errors(k: int, turns: int = 9, chunk: int = 2048) -> tuple[float, Coun
     cache = drafter.cache(len(PROMPTS), 96)
     turn = Turn(drafter, Sampler(0.0))
     with run.context():
-        hidden = run.read(PROMPTS, cache, along=drafter.run)
+        hidden = run.read(PROMPTS, cache, along=drafter.along)
         token = network.lm_head(hidden).argmax(-1)
     rows = [[*prompt, int(t)] for prompt, t in zip(PROMPTS, token, strict=True)]
-    tokens, q = turn.begin(hidden, token, cache)
+    tokens, q = turn.begin(PROMPTS, hidden, token, cache)
     error, counts = 0.0, Counter[int]()
     for _ in range(turns):
         inputs = (tokens, q, *turn.random(cache))
@@ -304,51 +305,44 @@ def test_a_drafter_that_reads_wrongly_is_found() -> None:
     """Not the text but the cache, and so the acceptance, would suffer: each way to be one off
     shows.
     """
-    read, draft = Drafter.run, Turn.draft
+    read, draft = MTPDrafter.run, Turn.draft
 
-    def unshifted(self: Drafter, following: Tensor, *rest: Any) -> Tensor:
+    def unshifted(self: MTPDrafter, following: Tensor, *rest: Any) -> Tensor:
         return read(self, following.roll(1, 1), *rest)
 
-    def one_state_late(self: Drafter, following: Tensor, hidden: Tensor, *rest: Any) -> Tensor:
+    def one_state_late(self: MTPDrafter, following: Tensor, hidden: Tensor, *rest: Any) -> Tensor:
         return read(self, following, hidden.roll(1, 1), *rest)
 
-    def one_too_far(
-        self: Turn, hidden: Tensor, following: Tensor, last: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        return draft(self, hidden, following, (last + 1).clamp(max=2), *rest)
+    def one_too_far(self: Turn, judged: Judged, *rest: Any) -> tuple[Tensor, Tensor]:
+        later = (judged.last + 1).clamp(max=2)
+        return draft(self, dataclasses.replace(judged, last=later), *rest)
 
     def drafts_kept(
-        self: Turn, hidden: Tensor, following: Tensor, last: Tensor, *rest: Any
+        self: Turn, judged: Judged, cache: Cache, exponential: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Entries of the drafter's own output, or of rejected tokens, are not made again."""
-        before = [tensor.clone() for tensor in rest[1].layers[-1]]
-        found = draft(self, hidden, following, last, *rest)
-        first = (rest[0].positions[:, :1] + last[:, None])[
+        before = [tensor.clone() for tensor in cache.layers[-1]]
+        found = draft(self, judged, cache, exponential)
+        first = (judged.step.positions[:, :1] + judged.last[:, None])[
             ..., None
         ]  # only the newest entry is written
         slots = torch.arange(before[0].shape[1])[None, :, None]
-        for tensor, old in zip(rest[1].layers[-1], before, strict=True):
+        for tensor, old in zip(cache.layers[-1], before, strict=True):
             tensor.copy_(torch.where(slots < first, old, tensor))
         return found
 
     def guesses_one_late(
-        self: Turn,
-        hidden: Tensor,
-        following: Tensor,
-        last: Tensor,
-        step: Any,
-        cache: Cache,
-        exponential: Tensor,
+        self: Turn, judged: Judged, cache: Cache, exponential: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The drafter's second entry leaves a hole before it."""
         cache.lengths += 1
-        drafts = draft(self, hidden, following, last, step, cache, exponential)
+        drafts = draft(self, judged, cache, exponential)
         cache.lengths -= 1
         return drafts
 
     mistakes: tuple[tuple[type, str, Callable[..., Any]], ...] = (
-        (Drafter, "run", unshifted),
-        (Drafter, "run", one_state_late),
+        (MTPDrafter, "run", unshifted),
+        (MTPDrafter, "run", one_state_late),
         (Turn, "draft", one_too_far),
         (Turn, "draft", drafts_kept),
         (Turn, "draft", guesses_one_late),
@@ -492,7 +486,7 @@ def test_a_turn_repeated_at_its_addresses(
     captured = with_switches(plain, cuda_graphs=True)
     found = []
     for run in (plain, captured):
-        drafter = Drafter(run)
+        drafter = MTPDrafter(run)
         cache = drafter.cache(3, 60)
         assert cache.rows == (4 if run is captured else 3)
         sampler = Sampler(temperature, 0.95, seed=3)
@@ -530,9 +524,9 @@ def test_rows_beyond_the_prompts() -> None:
         torch.ones(4, 32),
         torch.ones(4, dtype=torch.int64),
     )
-    _, q = turn.begin(hidden, token, cache)
+    _, q = turn.begin(PROMPTS, hidden, token, cache)
     cache.reset()
-    _, empty = turn.begin(hidden, token, cache)
+    _, empty = turn.begin(PROMPTS, hidden, token, cache)
     everything = [q, empty, *(tensor for layer in cache.layers for tensor in layer)]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in everything)
 

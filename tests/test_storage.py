@@ -23,7 +23,7 @@ from r1.model.mla import MLA
 from r1.model.moe import Experts
 from r1.model.rope import rotate_each, rotate_jointly
 from r1.model.transformer import Transformer
-from r1.run.drafter import Drafter
+from r1.run.drafter import MTPDrafter
 from r1.run.generate import speculated_steps, steps
 from r1.run.runner import Runner
 from r1.run.sampler import Sampler
@@ -121,7 +121,7 @@ def test_with_amp() -> None:
 def test_with_speculation() -> None:
     """Greedy text with drafts is the text without, and drafts are made by the same storage."""
     run = swapped(Int8Rows, speculate="mtp", draft_tokens=2)
-    drafter, sampler = Drafter(run), Sampler(0.0)
+    drafter, sampler = MTPDrafter(run), Sampler(0.0)
     cache = drafter.cache(len(PROMPTS), 64)
     told = list(speculated_steps(drafter, PROMPTS, 8, sampler, cache))
     plain = list(steps(run, PROMPTS, 8, sampler, run.cache(len(PROMPTS), 64)))

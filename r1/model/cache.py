@@ -34,13 +34,19 @@ class Cache:
         device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.rows, self.capacity = rows, capacity
-        self.layers: list[LayerCache] = [
-            tuple(_empty(rows, capacity, each, dtype, device) for each in entry)
-            for _ in range(layers)
-        ]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.layers: list[LayerCache] = []
+        self.extend(entry, layers, dtype)
         self.graphs: dict[tuple[Any, ...], Any] = {}
         """CUDA graphs that use this cache's addresses, by their kind and shapes. Freed with it."""
+
+    def extend(self, entry: Entry, layers: int, dtype: torch.dtype) -> None:
+        """Add layers after the others: those of a model that shares the rows and their lengths."""
+        device = self.lengths.device
+        self.layers += [
+            tuple(_empty(self.rows, self.capacity, each, dtype, device) for each in entry)
+            for _ in range(layers)
+        ]
 
     def reset(self) -> None:
         """Set all lengths and entries to 0."""

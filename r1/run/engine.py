@@ -17,13 +17,15 @@ from r1.model.cache import Cache
 from r1.model.transformer import Transformer
 from r1.placement.mesh import Mesh
 from r1.run.completion import Collector, Completion
-from r1.run.drafter import Drafter
+from r1.run.draft_model import Draft, ModelDrafter
+from r1.run.drafter import Drafter, MTPDrafter
 from r1.run.generate import speculated_steps, steps
 from r1.run.prompts import check_conversation, check_rows, check_tokens, room_for_answers
 from r1.run.runner import Runner
 from r1.run.sampler import TEMPERATURE, TOP_P, Sampler
 from r1.run.start_up import StartUp
 from r1.switches.backend import Backend
+from r1.switches.draft import check_given
 from r1.text.tokenizer import Tokenizer
 
 
@@ -39,15 +41,22 @@ class Engine:
         notes: Sequence[str] = (),
         cautions: Sequence[str] = (),
         mesh: Mesh | None = None,
+        draft: Draft | None = None,
     ) -> None:
         """`notes`: what loading left out knowingly. `cautions`: risks that its user should know.
 
-        `mesh`: the processes that share the model; all must call the engine alike.
+        `mesh`: the processes that share the model; all must call the engine alike. `draft`: the
+        model that drafts under `speculate="draft"`, on the same device.
         """
         self.mesh = mesh or Mesh()
         self.model, self.backend, self.config = model, backend, model.config
         self.runner = Runner(model, backend)
-        self.drafter = Drafter(self.runner) if backend.speculate == "mtp" else None
+        self.drafter: Drafter | None = None
+        if backend.speculate == "mtp":
+            self.drafter = MTPDrafter(self.runner)
+        check_given(backend, draft is not None)
+        if draft is not None:
+            self.drafter = ModelDrafter(self.runner, draft)
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
         self.notes, self.cautions = list(notes), list(cautions)
         self.start_up = StartUp(backend)

@@ -32,8 +32,9 @@ memory."""
 FUSED_CHUNK = 8192
 """The same for fused attention; grouped experts want prompts whole, too."""
 
-Along = Callable[[Tensor, Tensor, Step, list[LayerCache]], object]
-"""Runs along with a prompt: `along(following tokens, hidden states, step, cache layers)`."""
+Along = Callable[[Tensor, Tensor, Tensor, Step, list[LayerCache]], object]
+"""Runs along with a prompt: `along(tokens, following tokens, hidden states, step, cache layers)`.
+"""
 
 
 def round_rows(rows: int) -> int:
@@ -80,21 +81,36 @@ class Runner:
         """The rows and the capacity of `cache`."""
         return round_rows(rows) if self.backend.cuda_graphs else rows, round_capacity(tokens)
 
-    def cache(self, rows: int, tokens: int, extra_layers: int = 0) -> Cache:
+    def token_bytes(self, extra_layers: int = 0) -> int:
+        """Bytes of one token in the cache, in the model's layers and some more of their kind."""
+        layers = self.config.num_hidden_layers + extra_layers
+        return bytes_per_token(self.entry, self.cache_dtype, layers)
+
+    def cache(
+        self, rows: int, tokens: int, extra_layers: int = 0, beside: Runner | None = None
+    ) -> Cache:
         """A cache for `rows` rows of at least `tokens` tokens, in the model's layers and some more.
 
-        Raises InputError where it would not fit the memory.
+        After these come the layers of the model `beside`. Raises InputError where it would not fit
+        the memory.
         """
         rows, capacity = self.cache_size(rows, tokens)
         layers = self.config.num_hidden_layers + extra_layers
-        needed = rows * capacity * bytes_per_token(self.entry, self.cache_dtype, layers)
+        needed = self.token_bytes(extra_layers) + (beside.token_bytes() if beside else 0)
+        needed *= rows * capacity
         available = available_bytes(self.device)
         if needed > available:
             fewer = f"fewer or shorter prompts, or a smaller {setting('max_new_tokens')}"
             free = f"{available / 1e9:.1f} GB are free: use {fewer}"
-            size = f"the cache of {rows} x {capacity} tokens needs {needed / 1e9:.1f} GB"
+            whose = " (the draft's included)" if beside else ""
+            size = f"the cache of {rows} x {capacity} tokens{whose} needs {needed / 1e9:.1f} GB"
             raise InputError(f"{size} and {free}")
-        return Cache(self.entry, rows, capacity, layers, device=self.device, dtype=self.cache_dtype)
+        dtype = self.cache_dtype
+        cache = Cache(self.entry, rows, capacity, layers, device=self.device, dtype=dtype)
+        if beside:
+            layers = beside.config.num_hidden_layers
+            cache.extend(beside.entry, layers, beside.cache_dtype)
+        return cache
 
     def logits(self, tokens: Tensor) -> Tensor:
         """int64 (B, S) -> fp32 (B, S, W): one causal forward, without a cache."""
@@ -172,7 +188,7 @@ class Runner:
         layers = cache.first(rows, stop)
         hidden = self.model(tokens, step, layers, self.blocks["prefill"])
         if along:
-            along(following, hidden, step, layers)
+            along(tokens, following, hidden, step, layers)
         return (hidden[torch.arange(rows, device=self.device), last],)
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:

@@ -1,8 +1,9 @@
-"""MTP self-speculation: the MTP layer drafts k tokens, one step of the model judges all of them.
+"""Speculation: a drafter drafts k tokens, one step of the model judges all of them.
 
-(V3 paper, sections 2.2 and 5.4.3.) A decode step reads about the same weights for k + 1 tokens as
-for one, so tokens that are guessed right are nearly free. One turn, for a row whose cache holds L
-tokens; t is the last chosen token, k = 2, and d_2 will be rejected:
+The drafter is the MTP layer (V3 paper, sections 2.2 and 5.4.3), which the diagram shows, or a small
+model (draft_model.py). A decode step reads about the same weights for k + 1 tokens as for one, so
+tokens that are guessed right are nearly free. One turn, for a row whose cache holds L tokens; t is
+the last chosen token, k = 2, and d_2 will be rejected:
 
     position       ...  L-1    L      L+1    L+2
     model reads                t      d_1    d_2   one decode step of S = k + 1 tokens, in any case
@@ -51,8 +52,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.model.cache import Cache
-from r1.model.step import Step
-from r1.run.drafter import Drafter
+from r1.run.drafter import Drafter, Judged
 from r1.run.runner import Runner
 from r1.run.sampler import Sampler, draw
 
@@ -74,11 +74,11 @@ def speculate(
     """
     runner = drafter.runner
     turn = Turn(drafter, sampler, assumed)
-    hidden = runner.read(prompts, cache, depth, drafter.run)  # (prompts, D)
+    hidden = runner.read(prompts, cache, depth, drafter.along)  # (prompts, D)
     with runner.context():
         token, score = sampler(runner.model.lm_head(hidden).float())  # (prompts,)
     yield F.pad(token[:, None], (0, drafter.count + 1)), F.pad(score[:, None], (0, drafter.count))
-    tokens, q = turn.begin(hidden, token, cache)
+    tokens, q = turn.begin(prompts, hidden, token, cache)
     for other in [key for key in cache.graphs if key[0] == "turn" and key != turn.key]:
         del cache.graphs[other]  # of another distribution: there may be as many as questions
     while True:
@@ -129,33 +129,29 @@ class Turn:
         # A row that has all its tokens goes on with the others: it must not leave the cache.
         most = cache.capacity - tokens.shape[1]
         cache.lengths.copy_((cache.lengths + accepted + 1).clamp(max=most))
-        drafts, q = self.draft(hidden, following, accepted, step, cache, exponential)
+        judged = Judged(tokens, hidden, following, accepted, step)
+        drafts, q = self.draft(judged, cache, exponential)
         return following, accepted, scores, torch.cat((token, drafts), dim=1), q
 
-    def draft(
-        self, hidden: Tensor, following: Tensor, last: Tensor, step: Step, cache: Cache,
-        exponential: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The drafter reads hidden states (B, k + 1, D), each with its following token.
+    def draft(self, judged: Judged, cache: Cache, exponential: Tensor) -> tuple[Tensor, Tensor]:
+        """The drafter reads what was judged. `cache` has its new lengths.
 
-        `last` (B,) is the last true one of each row. `cache` has its new lengths. Returns drafts
-        (B, k) and the distributions that they were drawn from (B, k, W).
+        Returns drafts (B, k) and the distributions that they were drawn from (B, k, W).
         """
-        x = self.drafter.run(following, hidden, step, cache.layers)  # (B, k + 1, D)
-        x = x.gather(1, last[:, None, None].expand(-1, 1, x.shape[2]))  # (B, 1, D)
+        state = self.drafter.first(judged, cache)  # (B, 1, ...)
         drafts: list[Tensor] = []
         distributions: list[Tensor] = []
         for number in range(self.drafter.count):
             if number:
-                positions = cache.lengths[:, None] + number - 1  # (B, 1)
-                again = self.runner.model.step("decode", positions, cache.capacity)
-                x = self.drafter.run(drafts[-1], x, again, cache.layers)
-            logits = self.runner.lm_head(x).float()
+                state = self.drafter.again(drafts[-1], state, number, cache)
+            logits = self.drafter.logits(state)
             distributions.append(self.sampler.probabilities(logits))  # (B, 1, W)
             drafts.append(draw(distributions[-1], exponential[:, number, None]))  # (B, 1)
         return torch.cat(drafts, dim=1), torch.cat(distributions, dim=1)
 
-    def begin(self, hidden: Tensor, token: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    def begin(
+        self, prompts: list[list[int]], hidden: Tensor, token: Tensor, cache: Cache
+    ) -> tuple[Tensor, Tensor]:
         """The first drafts, from each prompt's last hidden state (B, D) and its next token (B,).
 
         Rows that the cache has beyond the prompts (for a CUDA graph) run along.
@@ -167,11 +163,16 @@ class Turn:
             offsets = torch.arange(count + 1, device=token.device)
             positions = (cache.lengths - 1).clamp(min=0)[:, None] + offsets  # (B, k + 1)
             step = self.runner.model.step("decode", positions, cache.capacity)
-            states = F.pad(hidden[:, None], (0, 0, *unknown, *more))  # (B, k + 1, D)
-            following = F.pad(token, unknown)  # (B, k + 1)
+            read = torch.tensor([prompt[-1:] for prompt in prompts], device=token.device)  # (B, 1)
+            judged = Judged(
+                F.pad(read, (*unknown, *more)),  # (B, k + 1)
+                F.pad(hidden[:, None], (0, 0, *unknown, *more)),  # (B, k + 1, D)
+                F.pad(token, unknown),  # (B, k + 1)
+                torch.zeros_like(cache.lengths),
+                step,
+            )
             _, exponential = self.random(cache)
-            last = torch.zeros_like(cache.lengths)
-            drafts, q = self.draft(states, following, last, step, cache, exponential)
+            drafts, q = self.draft(judged, cache, exponential)
         return torch.cat((token, drafts), dim=1), q
 
     def random(self, cache: Cache) -> tuple[Tensor, Tensor]:

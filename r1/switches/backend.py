@@ -27,7 +27,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "kernels": ("torch", "triton"),
         "quant": ("auto", "none", *KINDS),
         "quant_head": ("none", "fp8", "int8"),
-        "speculate": ("off", "mtp"),
+        "speculate": ("off", "mtp", "draft"),
         "memory": ("default", "expandable", "empty-cache"),
     }
 
@@ -89,10 +89,12 @@ class Backend:
     tune: bool = False
     """search the best launch parameters of `kernels=triton` on this GPU, and keep them in a file"""
     speculate: str = "off"
-    """mtp: the multi-token-prediction layer drafts tokens, and one step of the model checks them"""
+    """mtp: the multi-token-prediction layer drafts tokens, and one step of the model checks them;
+    draft: a small model of the same vocabulary drafts them, with the switches of the large one, but
+    its own choice of attention and experts, and its output head as it is"""
     draft_tokens: int = 1
-    """tokens that are drafted for a step with `speculate=mtp`; from the second on the MTP layer
-    reads its own output"""
+    """tokens that are drafted for a step with `speculate=mtp` or `speculate=draft`; from the second
+    on the MTP layer reads its own output"""
     tp: int = 1
     """tensor parallel: devices that share each layer's heads and inner values; start the command
     with torchrun, a process for each device"""
@@ -118,7 +120,7 @@ class Backend:
     @property
     def step_tokens(self) -> int:
         """Tokens that a decode step reads of each row: the last one, and the drafts after it."""
-        return 1 + (self.draft_tokens if self.speculate == "mtp" else 0)
+        return 1 + (self.draft_tokens if self.speculate != "off" else 0)
 
     @property
     def ranks(self) -> int:

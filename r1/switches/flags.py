@@ -9,6 +9,7 @@ import inspect
 import platform
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -61,6 +62,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, choices=values[field.name], default=absent, help=text)
         else:
             group.add_argument(flag, type=int, metavar="N", default=absent, help=text)
+
+
+def add_draft_model(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the folder that `speculate=draft` needs."""
+    text = "the folder of the small model of --speculate draft: it has the model's vocabulary"
+    parser.add_argument("--draft-model", type=Path, metavar="DIR", help=text)
 
 
 def explanations() -> dict[str, str]:

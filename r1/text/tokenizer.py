@@ -77,6 +77,18 @@ class Tokenizer:
                 "with this one"
             )
 
+    def shared_ids(self, other: Tokenizer) -> frozenset[int]:
+        """The ids that both have. Raises InputError if one of them has another text in `other`."""
+        ours, theirs = self._codec.pieces, other._codec.pieces
+        shared = frozenset(ours.keys() & theirs.keys())
+        if (each := min((i for i in shared if ours[i] != theirs[i]), default=None)) is not None:
+            texts = (pieces[each].decode(errors="replace") for pieces in (ours, theirs))
+            raise InputError(
+                "the tokenizers differ: id {} is {!r} in the model's and {!r} in the draft's; use "
+                "a draft of the same vocabulary".format(each, *texts)
+            )
+        return shared
+
     def encode(self, text: str, control: bool = False) -> list[int]:
         """Token ids of `text`. No BOS is added.
 

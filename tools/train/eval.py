@@ -270,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         help="problems answered together (default 250)",
     )
     shared.add_output(parser, "write the figures as JSON")
+    flags.add_draft_model(parser)
     flags.add_flags(parser)
     return shared.run(__file__, work, parser.parse_args(argv))
 
@@ -281,7 +282,8 @@ def work(arguments: argparse.Namespace) -> int:
     shared.check_output(arguments.output)
     mtp = r1.load_config(directory).num_nextn_predict_layers > 0
     backend = Backend(**flags.given(arguments))
-    engine = r1.load(directory, backend, batch=min(count, batch), mtp=mtp)
+    rows, draft = min(count, batch), arguments.draft_model
+    engine = r1.load(directory, backend, draft_model=draft, batch=rows, mtp=mtp)
     figures = examine(engine, count, seed=arguments.seed, kinds=arguments.kinds, batch=batch)
     print(report(figures))
     if arguments.output:

@@ -108,6 +108,6 @@ class Subject:
         """
         self.cache.lengths.zero_()
         if self.workload.depth:
-            along = self.engine.drafter.run if self.engine.drafter else None
+            along = self.engine.drafter.along if self.engine.drafter else None
             self.engine.runner.read(self.before, self.cache, along=along)
         synchronize(self.device)
