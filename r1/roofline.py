@@ -176,19 +176,27 @@ def expected_tokens(acceptance: float, drafts: int) -> float:
     return sum(acceptance**number for number in range(drafts + 1))
 
 
-def speculation(config: Config, backend: Backend, rows: int, context: float) -> Speculation:
+def speculation(
+    config: Config, backend: Backend, rows: int, context: float,
+    draft: tuple[Config, Backend] | None = None,
+) -> Speculation:  # fmt: skip
     """The byte model of a backend that speculates, with `context` tokens cached in each row.
 
     It assumes that each token chooses its experts uniformly and by itself. In truth neighbours
-    share some, and the verification reads less.
+    share some, and the verification reads less. `draft`: the model that drafts, and its switches;
+    None for the MTP layer.
     """
     drafts = backend.draft_tokens
     tokens = drafts + 1
+    if draft:
+        drafted = draft_model_work(*draft, drafts, rows, context)
+    else:
+        drafted = draft_work(config, backend, rows, context)
     one, all_hit = expected_experts(config, rows), expected_experts(config, rows * tokens)
     return Speculation(
         step_work(config, backend, rows, 1, context, one),
         step_work(config, backend, rows, tokens, context, all_hit, verify=True),
-        draft_work(config, backend, rows, context),
+        drafted,
         drafts,
     )
 
@@ -215,3 +223,16 @@ def draft_work(config: Config, backend: Backend, rows: int, context: float) -> W
         flops += 2.0 * n * (layer.elements + chosen) + 2.0 * rows * head.shape.numel()
         flops += n * (context + (tokens + 1) / 2) * attention.flops(shape)
     return Work(weight_bytes, cache_bytes, flops)
+
+
+def draft_model_work(
+    config: Config, backend: Backend, drafts: int, rows: int, context: float
+) -> Work:
+    """A turn's `drafts`, by a model of its own: a pass over two tokens a row, then over one."""
+    hit, one = (expected_experts(config, n * rows) for n in (2, 1))
+    work = step_work(config, backend, rows, 2, context, hit, verify=True)
+    head = model_of(config, backend, False).lm_head.matrix.shape.numel()
+    work -= Work(0.0, 0.0, 2.0 * rows * head)  # only the second token needs logits
+    for _ in range(drafts - 1):
+        work += step_work(config, backend, rows, 1, context, one)
+    return work

@@ -8,6 +8,7 @@ Each maker of weights serves another purpose:
 | `unit_gain` | every layer matters, values are of order 1 | properties, kernels |
 | `sharp_logits` | random weights times 3, no near ties of experts | pairs of switches, graphs |
 | `drafting_engine` | an MTP layer that is often right | speculation |
+| `drafted_engine` | a small model that is the large one with noise | speculation |
 
 tests/cases.py loads the reference cases, whose weights are files.
 """
@@ -27,8 +28,10 @@ from r1.model.config import ExpertShape, GroupedShape, Llama3, Yarn
 from r1.model.router import Router
 from r1.model.shapes import R1, SHAPES, shape
 from r1.model.transformer import Transformer
+from r1.run.draft_model import Draft
 from r1.run.engine import Engine
 from r1.run.runner import Runner
+from r1.switches.draft import resolve_draft
 from r1.switches.resolve import resolve
 
 # ---------------------------- configs
@@ -302,6 +305,42 @@ def drafting_engine(
     drafter.enorm.weight.fill_(1.0)
     drafter.shared_head.norm.weight.copy_(made.norm.weight)
     return Engine(made, resolve(Backend(device="cpu", **asked), config), None, frozenset(stops))
+
+
+def drafted_engine(
+    config: Config,
+    seed: int,
+    k: int = 0,
+    stops: tuple[int, ...] = (),
+    draft: Config | None = None,
+    noise: float = 0.0,
+    ids: frozenset[int] | None = None,
+    **switches: Any,
+) -> Engine:
+    """Random weights on the CPU, and a model of the config `draft` that drafts for them.
+
+    The draft has the model's own weights with some `noise`, relative to them, wherever its names
+    and shapes are the same; of embedding and head, the rows that both have. The rest is random.
+    None: `config`. `k`: as in drafting_engine. `ids`: see Draft.
+    """
+    switches = {"dtype": "fp32", **switches}
+    asked = Backend(
+        device="cpu", **switches, **({"speculate": "draft", "draft_tokens": k} if k else {})
+    )
+    made = model(config, seed=seed, **switches)
+    engine = (made, resolve(asked, config), None, frozenset(stops))
+    if not k:
+        return Engine(*engine)
+    own = resolve_draft(asked, draft or config)
+    small = model(draft or config, seed=seed + 100, **switches)
+    generator, theirs = torch.Generator().manual_seed(seed), places(made)
+    for name, weight in places(small).items():
+        other = theirs.get(name)
+        if other is not None and other.shape[1:] == weight.shape[1:]:
+            rows = min(len(weight), len(other))
+            random = torch.randn(weight[:rows].shape, generator=generator)
+            weight[:rows] = other[:rows] * (1 + noise * random)
+    return Engine(*engine, draft=Draft(build.finish(small, own), own, ids))
 
 
 def random_tokens(seed: int, rows: int, length: int, vocab: int = 31) -> Tensor:

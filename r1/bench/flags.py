@@ -43,6 +43,7 @@ def _add_workload(p: argparse.ArgumentParser, embedded: Path) -> None:
     model = p.add_mutually_exclusive_group()
     text = "a checkpoint's folder (default: the embedded tiny-r1)"
     model.add_argument("--model", type=Path, default=embedded, metavar="DIR", help=text)
+    flags.add_draft_model(p)
     text = "random weights of a published shape, made on the device"
     model.add_argument("--shape", choices=SHAPES, help=text)
     p.add_argument("--layers", type=int, metavar="N", help="only the first N layers of --shape")
@@ -80,7 +81,7 @@ def _add_measurement(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--routing", choices=("model", "uniform"), default="model", help=text)
     text = (
-        "with --speculate mtp: accept each draft with this probability whatever the model says "
+        "with --speculate: accept each draft with this probability whatever the model says "
         "(random weights draft badly; a shape without an MTP layer gets one): "
         "tells a speed, and writes no meaningful text"
     )

@@ -29,7 +29,9 @@ from r1.bench.workload import Workload
 from r1.build import HEADROOM, weight_bytes
 from r1.device import available_bytes, torch_device
 from r1.errors import InputError
+from r1.files.config_json import load_config
 from r1.model.config import Config
+from r1.switches.draft import resolve_draft
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
@@ -64,7 +66,7 @@ def run(
     except KeyboardInterrupt:  # of any signal (process.py): finished rows are kept
         result["notes"].append("Interrupted: only what was finished is shown.")
         interrupted = True
-    return without_paths(result, model), interrupted
+    return without_paths(result, model, work[0].draft), interrupted
 
 
 def measure(
@@ -239,4 +241,8 @@ def how_many_fit(compared: list[Arm], workload: Workload, config: Config) -> int
     resolved = resolve(compared[0].backend, config, batch=workload.batch)
     mtp = any(arm.backend.speculate == "mtp" for arm in compared)
     need = weight_bytes(config, resolved, mtp=mtp) + 4 * HEADROOM
+    drafting = next((arm.backend for arm in compared if arm.backend.speculate == "draft"), None)
+    if drafting and workload.draft:
+        small = load_config(workload.draft)
+        need += weight_bytes(small, resolve_draft(drafting, small, batch=workload.batch))
     return max(1, int(available_bytes(torch_device(resolved.device)) // need))

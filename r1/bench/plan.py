@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 
+from r1 import drafting
 from r1.bench import ablation, arms, exam
 from r1.bench.arms import Arm, Settings
 from r1.bench.exam import Question
@@ -12,9 +13,12 @@ from r1.bench.workload import Workload
 from r1.build import HEADROOM, weight_bytes
 from r1.device import available_bytes, torch_device
 from r1.errors import InputError
+from r1.files.config_json import load_config
+from r1.files.tokenizer import tokenizer_of
 from r1.model.config import Config
 from r1.switches import flags
 from r1.switches.backend import Backend
+from r1.switches.draft import check_given
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
@@ -30,9 +34,17 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"-r {arguments.repetitions}: give a whole number above 0")
     if arguments.layers is not None and arguments.shape is None:
         raise InputError("--layers cuts a --shape, and none is given: a checkpoint is run whole")
+    asked, draft = Backend(**flags.given(arguments)), arguments.draft_model
+    if draft is not None and arguments.shape is not None:
+        raise InputError(
+            "--draft-model drafts for a checkpoint, not for a --shape: give --model DIR"
+        )
+    check_given(asked, draft is not None)
+    if draft is not None:
+        check_draft(arguments)
     acceptance = arguments.assume_acceptance
     if acceptance is not None:
-        if flags.given(arguments).get("speculate") != "mtp":
+        if flags.given(arguments).get("speculate", "off") == "off":
             raise InputError(
                 "--assume-acceptance is about drafts, and nothing drafts: add --speculate mtp"
             )
@@ -40,11 +52,20 @@ def check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--assume-acceptance {acceptance}: give a probability, 0 to 1")
 
 
+def check_draft(arguments: argparse.Namespace) -> None:
+    """Raise InputError for a --draft-model that can't draft for the --model."""
+    config, common = load_config(arguments.model), arms.common_settings(flags.given(arguments))
+    asked = Backend(**common, speculate="draft")
+    drafting.find(arguments.draft_model, asked, tokenizer_of(arguments.model, config))
+
+
 def workloads(arguments: argparse.Namespace) -> list[Workload]:
     """Every combination of the sizes in the comma lists."""
     source = (checkpoint(arguments), arguments.shape, arguments.layers)
+    draft = None if arguments.draft_model is None else str(arguments.draft_model)
+    how = (arguments.seed, arguments.routing, arguments.assume_acceptance)
     return [
-        Workload(*source, *sizes, arguments.seed, arguments.routing, arguments.assume_acceptance)
+        Workload(*source, *sizes, *how, draft=draft)
         for sizes in itertools.product(
             arguments.batch, arguments.prompt, arguments.new, arguments.depth
         )

@@ -78,23 +78,24 @@ def command_line(arguments: argparse.Namespace, argv: Sequence[str]) -> str:
     return "python bench.py " + " ".join(map(shown, argv))
 
 
-def without_paths(result: Answer, model: str | None) -> Answer:
+def without_paths(result: Answer, *folders: str | None) -> Answer:
     """The result with file names in place of paths in its sentences: refusals and notes.
 
-    Errors name the file that they are about. `model` is the checkpoint's folder, if there is one:
-    its path is replaced also if it is relative.
+    Errors name the file that they are about. `folders` are the checkpoints', where there are any:
+    their paths are replaced also if they are relative.
     """
     for row in result["rows"] + result["pairs"]:
         if row.get("refused"):
-            row["refused"] = _shorten(row["refused"], model)
-    result["notes"] = [_shorten(note, model) for note in result["notes"]]
+            row["refused"] = _shorten(row["refused"], folders)
+    result["notes"] = [_shorten(note, folders) for note in result["notes"]]
     return result
 
 
-def _shorten(sentence: str, model: str | None) -> str:
+def _shorten(sentence: str, folders: Sequence[str | None]) -> str:
     """The sentence with file names in place of paths."""
-    if model is not None and os.sep in model:
-        sentence = sentence.replace(model, _name(model))
+    for folder in folders:
+        if folder is not None and os.sep in folder:
+            sentence = sentence.replace(folder, _name(folder))
     return PATH.sub(r"\1", sentence)
 
 

@@ -17,11 +17,14 @@ TOKEN = 64
 """Bytes of a prompt's or an answer's token: a Python number, its places in lists, and tensors."""
 
 
-def check_sizes(w: Workload, config: Config, backend: Backend, *, loaded: bool = False) -> None:
+def check_sizes(
+    w: Workload, config: Config, backend: Backend, *, loaded: bool = False, draft: int = 0
+) -> None:
     """Raise InputError if the workload is longer than the context, or can't fit the memory.
 
     `backend` is resolved. `loaded`: the weights are in the memory already. The estimate leaves out
-    activations, so a workload that passes may still be refused later.
+    activations, so a workload that passes may still be refused later. `draft`: bytes of one token
+    in a draft model's cache.
     """
     context = config.max_position_embeddings
     if w.tokens > context:
@@ -31,7 +34,7 @@ def check_sizes(w: Workload, config: Config, backend: Backend, *, loaded: bool =
     weights = 0
     if not loaded:
         weights = weight_bytes(config, backend, mtp=mtp) + HEADROOM
-    needed = work_bytes(w, config, backend)
+    needed = work_bytes(w, config, backend, draft)
     available = available_bytes(torch_device(backend.device))
     if weights > available:
         raise _too_large(w, config, backend, weights, available)
@@ -67,10 +70,11 @@ def _too_large(
     )
 
 
-def work_bytes(w: Workload, config: Config, backend: Backend) -> int:
-    """The bytes of the cache, the tokens, and the logits of a step."""
+def work_bytes(w: Workload, config: Config, backend: Backend, draft: int = 0) -> int:
+    """The bytes of the cache, the tokens, and the logits of a step. `draft`: see check_sizes."""
     layers = config.num_hidden_layers + (backend.speculate == "mtp")
     entry = attention_of(config.attention)[backend.attention].entry(config.attention)
-    cache = w.batch * w.tokens * bytes_per_token(entry, DTYPES[backend.dtype], layers)
+    per_token = bytes_per_token(entry, DTYPES[backend.dtype], layers) + draft
+    cache = w.batch * w.tokens * per_token
     logits = w.batch * backend.step_tokens * config.vocab_size * 4
     return cache + w.batch * w.tokens * TOKEN + logits

@@ -33,6 +33,8 @@ class Workload:
     """With speculation: accept each draft with this probability, whatever the model says.
 
     Random weights draft badly, so their own acceptance says little."""
+    draft: str | None = None
+    """The path of the folder of the model that drafts, in arms that speculate with one."""
 
     @property
     def name(self) -> str:
@@ -61,9 +63,9 @@ class Workload:
             if self.assumed is None
             else f", drafts accepted by a coin that says yes with {self.assumed:g}"
         )
-        return (
-            f"{self.name}: batch {self.batch}, prompt {self.prompt}, new {self.new}{deep}{assumed}"
-        )
+        by = f", drafts by {os.path.basename(os.path.abspath(self.draft))}" if self.draft else ""
+        sizes = f"batch {self.batch}, prompt {self.prompt}, new {self.new}"
+        return f"{self.name}: {sizes}{deep}{by}{assumed}"
 
     def config(self) -> Config:
         """The model's config.

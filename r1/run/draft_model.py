@@ -66,6 +66,11 @@ class ModelDrafter:
         """The draft's own switches, resolved."""
         return self.draft.backend
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in the draft's layers of the cache."""
+        return self.draft.token_bytes()
+
     def cache(self, rows: int, tokens: int) -> Cache:
         return self.runner.cache(rows, tokens + self.count, beside=self.draft)
 

@@ -10,12 +10,22 @@ from r1 import roofline
 from r1.bench.process import Answer
 from r1.bench.rates import Rates, bottleneck
 from r1.bench.workload import Workload
+from r1.files.config_json import load_config
 from r1.model.config import Config
+from r1.roofline import Speculation
 from r1.switches.backend import Backend
 
 
+def byte_model(w: Workload, backend: Backend, config: Config, built: Answer) -> Speculation:
+    """The work of a turn. `built`: the answer to "build", which tells the draft's own switches."""
+    draft = None
+    if backend.speculate == "draft" and w.draft:
+        draft = (load_config(w.draft), Backend(**built["draft"]))
+    return roofline.speculation(config, backend, w.batch, _context(w), draft)
+
+
 def speculation(
-    w: Workload, backend: Backend, config: Config, repetitions: list[Answer]
+    w: Workload, backend: Backend, config: Config, built: Answer, repetitions: list[Answer]
 ) -> dict[str, Any]:
     """Accepted drafts, and what they are worth by the bytes that they move."""
     if backend.speculate == "off":
@@ -23,7 +33,7 @@ def speculation(
     turns, accepted = (sum(r[name] for r in repetitions) for name in ("turns", "accepted"))
     if not turns:
         return {}
-    model = roofline.speculation(config, backend, w.batch, _context(w))
+    model = byte_model(w, backend, config, built)
     return {
         "acceptance": accepted / turns / backend.draft_tokens,
         "assumed": w.assumed,
@@ -38,6 +48,7 @@ def against_limits(
     backend: Backend,
     config: Config,
     reference: Answer,
+    built: Answer,
     kernels: int | None,
     repetitions: list[Answer],
 ) -> dict[str, Any]:
@@ -55,7 +66,7 @@ def against_limits(
         layer = work - roofline.step_work(fewer, backend, w.batch, 1, _context(w), hit)
         floor = 1e6 * rates.seconds(layer)
     if backend.speculate != "off":
-        work = roofline.speculation(config, backend, w.batch, _context(w)).turn
+        work = byte_model(w, backend, config, built).turn
     ttft = statistics.median(r["ttft"] for r in repetitions)
     seconds = statistics.median(  # per step
         (r["total"] - r["ttft"]) / max(1, len(r["gaps"])) for r in repetitions

@@ -26,7 +26,8 @@ def row(
     if "refused" in answers:
         crashed = answers.get("crashed", False)
         return identity | {"refused": answers["refused"], "crashed": crashed}
-    backend = Backend(**answers["build"]["backend"])
+    built = answers["build"]
+    backend = Backend(**built["backend"])
     repetitions = answers["measure"]
     if workload.assumed is not None and backend.speculate != "off":
         identity["arm"] = f"{arm.name} (acceptance of {workload.assumed:g} assumed)"
@@ -36,17 +37,19 @@ def row(
         "refused": None,
         "crashed": False,
         **_times(workload, repetitions),
-        **speculation(workload, backend, config, repetitions),
-        **against_limits(workload, backend, config, reference, kernels["count"], repetitions),
+        **speculation(workload, backend, config, built, repetitions),
+        **against_limits(
+            workload, backend, config, reference, built, kernels["count"], repetitions
+        ),
         "kernel_times": kernels["parts"],
         "moe_layer_us": moe_layer and 1e6 * moe_layer,
         **_memory(repetitions[-1]["memory"]),
         **_start_up(answers, backend),
         **_numerics(answers),
-        "load_s": answers["build"]["load_seconds"],
+        "load_s": built["load_seconds"],
         "sm_mhz": repetitions[-1].get("sm_mhz"),
         "power_w": repetitions[-1].get("power_w"),
-        "backend": answers["build"]["backend"],
+        "backend": built["backend"],
         "repetitions": [{"ttft": r["ttft"], "total": r["total"]} for r in repetitions],
         **_beside(answers),
     }

@@ -16,6 +16,7 @@ from r1.bench.workload import Workload
 from r1.device import synchronize, torch_device
 from r1.errors import InputError
 from r1.placement.ranks import Crew
+from r1.run.draft_model import ModelDrafter
 from r1.run.engine import Engine
 from r1.run.runner import round_capacity
 from r1.switches.backend import Backend
@@ -58,7 +59,10 @@ class Subject:
         self.place.connect(torch_device(Machine.here().device if asked == "auto" else asked).type)
         start = time.perf_counter()
         if w.model is not None:
-            self.engine = r1.load(w.model, self.backend, batch=w.batch, quiet=True)
+            draft = w.draft if self.backend.speculate == "draft" else None
+            self.engine = r1.load(
+                w.model, self.backend, draft_model=draft, batch=w.batch, quiet=True
+            )
         else:
             config = w.config()
             backend = resolve(self.backend, config, batch=w.batch)
@@ -70,12 +74,16 @@ class Subject:
         if w.routing == "uniform":
             make_uniform(self.engine.model, w.seed)
         seconds = time.perf_counter() - start
-        return {"load_seconds": seconds, "backend": vars(self.engine.backend)}
+        drafter = self.engine.drafter
+        own = vars(drafter.backend) if isinstance(drafter, ModelDrafter) else None
+        return {"load_seconds": seconds, "backend": vars(self.engine.backend), "draft": own}
 
     def prepare(self) -> None:
         """Make the prompts, the same ones in every arm, and a cache for them."""
         w, config = self.workload, self.engine.config
-        check_sizes(w, config, self.engine.backend, loaded=True)
+        drafter = self.engine.drafter
+        draft = drafter.token_bytes if isinstance(drafter, ModelDrafter) else 0
+        check_sizes(w, config, self.engine.backend, loaded=True, draft=draft)
         tokens = torch.randint(
             config.vocab_size,
             (w.batch, w.depth + w.prompt),
