@@ -1,6 +1,7 @@
 """Tests speculation: the text is the model's own, whatever the drafter is worth.
 
-Holds to account: r1/run/speculate.py, r1/model/mtp.py and their switches.
+Holds to account: r1/run/speculate.py, r1/run/drafter.py, r1/model/mtp.py and their switches.
+test_draft_model.py has what only a small model as drafter does.
 
 Each test is shown to fail on a wrong turn.
 """
@@ -12,6 +13,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ import torch
 from cases import ROOT
 from command import TIMING, command
 from conftest import CountingBackend
-from models import FIVE_WORDS, ROOMY, V3, with_switches
+from models import FIVE_WORDS, ROOMY, V3, drafted_engine, with_switches
 from models import drafting_engine as engine
 from recorded import recorded
 from tolerances import atol
@@ -33,7 +35,7 @@ from r1.model.cache import Cache
 from r1.model.shapes import shape
 from r1.run import speculate
 from r1.run.completion import Completion
-from r1.run.drafter import Judged, MTPDrafter
+from r1.run.drafter import Drafter, Judged, MTPDrafter
 from r1.run.engine import Engine
 from r1.run.sampler import Sampler
 from r1.run.speculate import Turn, judge
@@ -56,18 +58,26 @@ def texts(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
-def drafter_of(engine: Engine) -> MTPDrafter:
-    assert isinstance(engine.drafter, MTPDrafter)
+def drafter_of(engine: Engine) -> Drafter:
+    assert engine.drafter is not None
     return engine.drafter
 
 
+drafted = partial(drafted_engine, noise=0.1)
+BOTH = pytest.mark.parametrize("make", [engine, drafted], ids=["mtp", "draft"])
+"""The makers of engines, by what drafts. Each has weights of its own, the same for every k."""
+Make = Callable[..., Engine]
+
+
 # ---------------------------- greedy
-def differing(k: int, seeds: range, new: int = 24, **switches: Any) -> tuple[int, Counter[int]]:
+def differing(
+    k: int, seeds: range, new: int = 24, make: Make = engine, **switches: Any
+) -> tuple[int, Counter[int]]:
     """How many rows differ from plain ones, and how many turns accepted 0, 1, ... drafts."""
     different, accepted = 0, Counter[int]()
     for seed in seeds:
-        wanted = texts(greedy(engine(ROOMY, seed, **switches), new))
-        speculating = engine(ROOMY, seed, k, **switches)
+        wanted = texts(greedy(make(ROOMY, seed, **switches), new))
+        speculating = make(ROOMY, seed, k, **switches)
         different += sum(
             a != b for a, b in zip(texts(greedy(speculating, new)), wanted, strict=True)
         )
@@ -79,15 +89,15 @@ def differing(k: int, seeds: range, new: int = 24, **switches: Any) -> tuple[int
     return different, accepted
 
 
+@BOTH
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_greedy_text_is_the_same(k: int) -> None:
+def test_greedy_text_is_the_same(k: int, make: Make) -> None:
     """Ragged batches over random models, and every number of accepted drafts comes up."""
-    different, accepted = differing(k, range(8))
+    different, accepted = differing(k, range(8), make=make)
     assert different == 0
     assert set(accepted) == set(range(k + 1)), accepted
-    assert (
-        differing(k, range(4), blocks=1.0)[0] == 0
-    )  # a model that looks farther back than its drafter is right
+    if make is engine:  # a model that looks farther back than its drafter is right
+        assert differing(k, range(4), blocks=1.0)[0] == 0
 
 
 @pytest.mark.parametrize("attention", ["naive", "expand", "absorbed"])
@@ -158,14 +168,15 @@ def test_a_prompt_of_several_chunks() -> None:
 
 
 # ---------------------------- stops and limits
-def test_a_stop_within_an_accepted_run() -> None:
+@BOTH
+def test_a_stop_within_an_accepted_run(make: Make) -> None:
     """The stop token is the last, wherever in a turn it came; the rows beside it go on as they
     would have.
     """
-    free = texts(greedy(engine(ROOMY, SEED), 24))
+    free = texts(greedy(make(ROOMY, SEED), 24))
     seen = 0
     for stop in sorted({token for row in free for token in row[1:6]}):
-        plain, speculating = engine(ROOMY, SEED, 0, (stop,)), engine(ROOMY, SEED, 3, (stop,))
+        plain, speculating = make(ROOMY, SEED, 0, (stop,)), make(ROOMY, SEED, 3, (stop,))
         steps: list[list[int | None]] = []
         wanted, found = greedy(plain, 24), greedy(speculating, 24, on_tokens=steps.append)
         assert [(c.tokens, c.finish) for c in found] == [(c.tokens, c.finish) for c in wanted]
@@ -181,19 +192,21 @@ def test_a_stop_within_an_accepted_run() -> None:
     assert seen > 0
 
 
+@BOTH
 @pytest.mark.parametrize("new", [1, 2, 3, 4, 5, 9])
-def test_the_limit_cuts_an_accepted_run(new: int) -> None:
-    found = greedy(engine(ROOMY, SEED, 3), new)
-    assert texts(found) == texts(greedy(engine(ROOMY, SEED), new))
+def test_the_limit_cuts_an_accepted_run(new: int, make: Make) -> None:
+    found = greedy(make(ROOMY, SEED, 3), new)
+    assert texts(found) == texts(greedy(make(ROOMY, SEED), new))
     assert all(len(c.tokens) == new and c.finish == "length" for c in found)
 
 
-def test_a_row_that_is_done_stays_in_the_cache() -> None:
+@BOTH
+def test_a_row_that_is_done_stays_in_the_cache(make: Make) -> None:
     """Capacity is what the slowest row needs: one that accepts all its drafts would pass the end
     several times over.
     """
     for k in (1, 3):
-        speculating = engine(ROOMY, SEED, k)
+        speculating = make(ROOMY, SEED, k)
         new = 128 - k - len(PROMPTS[2])
         drafter = drafter_of(speculating)
         cache = drafter.cache(4, new + len(PROMPTS[2]))
@@ -213,16 +226,18 @@ def test_the_last_drafts_have_room() -> None:
     assert found == wanted
 
 
-def test_the_context_is_the_limit() -> None:
+@BOTH
+def test_the_context_is_the_limit(make: Make) -> None:
     short = V3.change(max_position_embeddings=20)
-    found = greedy(engine(short, SEED, 2), 100)
-    assert texts(found) == texts(greedy(engine(short, SEED), 100)) and {
+    found = greedy(make(short, SEED, 2), 100)
+    assert texts(found) == texts(greedy(make(short, SEED), 100)) and {
         len(c.tokens) for c in found
     } == {9}
 
 
-def test_what_is_reported() -> None:
-    done = greedy(engine(ROOMY, SEED, 2), 24)
+@BOTH
+def test_what_is_reported(make: Make) -> None:
+    done = greedy(make(ROOMY, SEED, 2), 24)
     for c in done:
         assert c.drafted == 2 * c.steps and 0 <= c.acceptance <= 1
         assert 0 <= c.steps + c.accepted + 1 - len(c.tokens) <= 2  # the last turn may have been cut
@@ -355,6 +370,8 @@ def test_a_drafter_that_reads_wrongly_is_found() -> None:
 
 # ---------------------------- sampling
 DRAWS, NEW = 4000, 4
+FOUR_WORDS = FIVE_WORDS.change(vocab_size=4)
+"""A draft that lacks the last word."""
 
 
 def exact(plain: Engine, prompt: list[int], sampler: Sampler) -> dict[tuple[int, ...], float]:
@@ -388,23 +405,27 @@ def surprise(found: list[Completion], wanted: dict[tuple[int, ...], float]) -> f
     return float(((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free)))
 
 
-def sampled(k: int, temperature: float, top_p: float) -> tuple[float, float]:
+def sampled(k: int, temperature: float, top_p: float, make: Make = engine) -> tuple[float, float]:
     """How surprising what was sampled is, and the share of drafts that were accepted."""
     prompt = [3, 1, 4]
-    speculating = engine(FIVE_WORDS, 5, k)
+    speculating = make(FIVE_WORDS, 5, k)
     found = speculating.generate([prompt] * DRAWS, NEW, temperature, top_p, seed=11)
     acceptance = sum(c.accepted for c in found) / sum(c.drafted for c in found)
-    return surprise(
-        found, exact(engine(FIVE_WORDS, 5), prompt, Sampler(temperature, top_p))
-    ), acceptance
+    wanted = exact(make(FIVE_WORDS, 5), prompt, Sampler(temperature, top_p))
+    return surprise(found, wanted), acceptance
 
 
 @pytest.mark.parametrize(
+    "make", [engine, drafted, partial(drafted, draft=FOUR_WORDS)], ids=["mtp", "draft", "fewer"]
+)
+@pytest.mark.parametrize(
     ("k", "temperature", "top_p"), [(1, 1.0, 1.0), (1, 0.7, 0.9), (2, 1.3, 1.0), (3, 1.0, 0.85)]
 )
-def test_sampling_keeps_the_distribution(k: int, temperature: float, top_p: float) -> None:
+def test_sampling_keeps_the_distribution(
+    k: int, temperature: float, top_p: float, make: Make
+) -> None:
     """Of whole continuations, so what follows on what is right too."""
-    surprising, acceptance = sampled(k, temperature, top_p)
+    surprising, acceptance = sampled(k, temperature, top_p, make)
     assert abs(surprising) < 3.7  # one seed in 5000 would be farther off
     assert 0.2 < acceptance < 0.9, "both outcomes matter"
 
@@ -434,19 +455,21 @@ def test_wrong_rules_change_the_distribution(
     assert sampled(2, 1.0, 0.9)[0] > 6
 
 
-def test_a_seed_makes_it_again() -> None:
-    speculating = engine(ROOMY, SEED, 2)
+@BOTH
+def test_a_seed_makes_it_again(make: Make) -> None:
+    speculating = make(ROOMY, SEED, 2)
     one, two, other = (texts(speculating.generate(PROMPTS, 16, seed=seed)) for seed in (1, 1, 2))
     assert one == two != other
 
 
 # ---------------------------- how it is called
-def test_a_turn_asks_for_no_value() -> None:
+@BOTH
+def test_a_turn_asks_for_no_value(make: Make) -> None:
     """As test_properties.py shows for a step: tensors that have shapes but no values raise at every
     look at one.
     """
     for temperature in (0.0, 0.7):
-        drafter = drafter_of(engine(ROOMY, 0, 2, moe="gather"))
+        drafter = drafter_of(make(ROOMY, 0, 2, moe="gather"))
         with FakeTensorMode(allow_non_fake_inputs=True):
             cache = drafter.cache(2, 16)
             cache.lengths += torch.tensor([3, 5])
@@ -457,11 +480,12 @@ def test_a_turn_asks_for_no_value() -> None:
             assert following.shape == (2, 3) and accepted.shape == (2,)
 
 
-def test_a_turn_is_compiled_once(compiler: CountingBackend) -> None:
+@pytest.mark.parametrize(("make", "graphs"), [(engine, 4), (drafted, 6)], ids=["mtp", "draft"])
+def test_a_turn_is_compiled_once(compiler: CountingBackend, make: Make, graphs: int) -> None:
     """For k = 2 a dense block, a sparse one, and the drafter at S = 3 and S = 1: whole, once, and
-    never again.
+    never again. For a draft, the two at S = 2 and S = 1.
     """
-    wanted, speculating = engine(ROOMY, SEED), engine(ROOMY, SEED, 2, compile=True)
+    wanted, speculating = make(ROOMY, SEED), make(ROOMY, SEED, 2, compile=True)
     drafter = drafter_of(speculating)
     cache = drafter.cache(len(PROMPTS), 64)
     turns = speculate.speculate(drafter, PROMPTS, Sampler(0.0), cache)
@@ -469,24 +493,26 @@ def test_a_turn_is_compiled_once(compiler: CountingBackend) -> None:
     before = compiler.graphs
     for _ in range(12):
         next(turns)
-    assert compiler.graphs - before == 4
+    assert compiler.graphs - before == graphs
     assert texts(greedy(speculating, 24)) == texts(greedy(wanted, 24))
-    assert compiler.graphs - before == 4
+    assert compiler.graphs - before == graphs
 
 
+@BOTH
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_turn_repeated_at_its_addresses(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
+    temperature: float, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a CUDA graph does: what was yielded isn't overwritten by later turns, and chance isn't
     frozen into the capture.
     """
     made = recorded(monkeypatch)
-    plain = engine(ROOMY, SEED, 2).runner
+    made_engine = make(ROOMY, SEED, 2)
+    drafter, plain = drafter_of(made_engine), made_engine.runner
     captured = with_switches(plain, cuda_graphs=True)
     found = []
     for run in (plain, captured):
-        drafter = MTPDrafter(run)
+        drafter.runner = run
         cache = drafter.cache(3, 60)
         assert cache.rows == (4 if run is captured else 3)
         sampler = Sampler(temperature, 0.95, seed=3)
@@ -504,11 +530,12 @@ def test_a_turn_repeated_at_its_addresses(
         assert len({tuple(turn) for turn in rows[0]}) > 5
 
 
-def test_rows_beyond_the_prompts() -> None:
+@BOTH
+def test_rows_beyond_the_prompts(make: Make) -> None:
     """A cache for a CUDA graph has more rows than there are prompts: they run along, finite, and
     change nothing.
     """
-    drafter = drafter_of(engine(ROOMY, SEED, 2))
+    drafter = drafter_of(make(ROOMY, SEED, 2))
     cache = drafter.cache(8, 126)
     assert (cache.rows, cache.capacity) == (8, 128)
     rows: list[list[int]] = [[] for _ in PROMPTS]
@@ -517,7 +544,7 @@ def test_rows_beyond_the_prompts() -> None:
         assert step.shape == (4, 4) and scores.shape == (4, 3)
         for row, (*tokens, accepted) in zip(rows, step.tolist(), strict=True):
             row += tokens[: accepted + 1]
-    wanted = texts(greedy(engine(ROOMY, SEED), 12))
+    wanted = texts(greedy(make(ROOMY, SEED), 12))
     assert [row[:12] for row in rows] == wanted
     turn, hidden, token = (
         Turn(drafter, Sampler(1.0)),
