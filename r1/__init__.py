@@ -51,8 +51,8 @@ def load(
     given later. `mtp` loads the multi-token-prediction layers too, which `speculate="mtp"` does by
     itself. `draft_model` is the folder of the model that drafts under `speculate="draft"`; the same
     id must have the same text in its tokenizer, and ids that one of the two lacks are not drafted.
-    Where devices share the model (`tp`, `ep`), each is a process that calls this, and calls
-    the engine alike; torch.distributed must connect them before. Raises InputError, with one
+    Where devices share the model (`tp`, `ep`), each is a process that calls this, and calls the
+    engine alike; torch.distributed must connect them before. Raises InputError, with one
     sentence, for a folder or switch that can't be used: if one process does, all do.
     """
     directory, asked = Path(directory), backend or Backend()
@@ -62,16 +62,15 @@ def load(
     backend = resolve(asked, config, batch=batch)
     mesh = build.connected(backend)
     placement = build.placement_of(config, backend, mesh)
-    same = "give every rank the same command"
-    mesh.check_alike("the switches", vars(backend), same)
+    mesh.check_alike("the switches", vars(backend), "give every rank the same command")
     mesh.check_alike("config.json", config, "give every rank the same checkpoint")
-    stop_ids = frozenset(config.eos_token_ids) | read_stop_ids(directory)
     tokenizer = tokenizer_of(directory, config)
+    stop_ids = frozenset(config.eos_token_ids) | read_stop_ids(directory)
     stop_ids |= tokenizer.stop_ids if tokenizer else frozenset()
-    found = None
+    small = None
     if draft_model is not None:
-        found = drafting.find(draft_model, asked, tokenizer, batch=batch)
-        drafting.check_memory(config, backend, found)
+        small = drafting.find(draft_model, asked, tokenizer, batch=batch)
+        small.check_memory(config, backend)
 
     def fill() -> tuple[Transformer, Report]:
         return build.from_checkpoint(
@@ -80,15 +79,11 @@ def load(
 
     model, report = mesh.together(fill)
     if mesh.ranks > 1:
-        print_of = build.fingerprint(model)
-        mesh.check_alike("its weights", print_of, "give every rank the same checkpoint")
-    notes, draft = report.sentences(), None
-    if found:
-        draft, more = found.load(quiet=quiet)
-        notes += more
-    return Engine(
-        model, backend, tokenizer, stop_ids, notes, _cautions(tokenizer, backend), mesh, draft
-    )
+        found = build.fingerprint(model)
+        mesh.check_alike("its weights", found, "give every rank the same checkpoint")
+    draft, more = small.load(quiet=quiet) if small else (None, [])
+    notes, cautions = [*report.sentences(), *more], _cautions(tokenizer, backend)
+    return Engine(model, backend, tokenizer, stop_ids, notes, cautions, mesh, draft)
 
 
 def _cautions(tokenizer: Tokenizer | None, backend: Backend) -> list[str]:

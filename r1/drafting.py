@@ -29,6 +29,22 @@ class DraftFolder:
     ids: frozenset[int] | None
     """See Draft."""
 
+    def check_memory(self, config: Config, backend: Backend) -> None:
+        """Raise InputError if the weights of a model and of this draft do not fit the memory.
+
+        `config` and the resolved `backend` are the model's.
+        """
+        own, drafts = (
+            build.weight_bytes(*each) for each in ((config, backend), (self.config, self.backend))
+        )
+        available = available_bytes(torch_device(backend.device))
+        if own + drafts + build.HEADROOM > available:
+            raise InputError(
+                f"the model needs {own / 1e9:.1f} GB and its draft {drafts / 1e9:.1f} GB, and "
+                f"{backend.device} has {available / 1e9:.1f} GB free: use a smaller draft, or "
+                f"{setting('speculate', 'off')}"
+            )
+
     def load(self, *, quiet: bool = False) -> tuple[Draft, list[str]]:
         """The draft, and what loading left out knowingly. Raises InputError."""
         try:
@@ -70,22 +86,6 @@ def shared_ids(model: Tokenizer | None, draft: Tokenizer | None) -> frozenset[in
         which = "the model" if model is None else "the draft"
         raise InputError(f"{which} has no tokenizer, so whether ids mean the same can't be known")
     return model.shared_ids(draft)
-
-
-def check_memory(config: Config, backend: Backend, draft: DraftFolder) -> None:
-    """Raise InputError if the weights of the model and of its draft do not fit the memory.
-
-    `backend` is the model's, resolved.
-    """
-    own = build.weight_bytes(config, backend)
-    drafts = build.weight_bytes(draft.config, draft.backend)
-    available = available_bytes(torch_device(backend.device))
-    if own + drafts + build.HEADROOM > available:
-        raise InputError(
-            f"the model needs {own / 1e9:.1f} GB and its draft {drafts / 1e9:.1f} GB, and "
-            f"{backend.device} has {available / 1e9:.1f} GB free: use a smaller draft, or "
-            f"{setting('speculate', 'off')}"
-        )
 
 
 def about(directory: Path, error: InputError) -> InputError:

@@ -324,9 +324,8 @@ def drafted_engine(
     None: `config`. `k`: as in drafting_engine. `ids`: see Draft.
     """
     switches = {"dtype": "fp32", **switches}
-    asked = Backend(
-        device="cpu", **switches, **({"speculate": "draft", "draft_tokens": k} if k else {})
-    )
+    drafts: dict[str, Any] = {"speculate": "draft", "draft_tokens": k} if k else {}
+    asked = Backend(device="cpu", **switches, **drafts)
     made = model(config, seed=seed, **switches)
     engine = (made, resolve(asked, config), None, frozenset(stops))
     if not k:
