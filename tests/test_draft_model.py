@@ -23,9 +23,15 @@ from torch import Tensor
 import r1
 from r1 import Backend, Config, drafting, roofline
 from r1.__main__ import main
+from r1.bench import flags as bench_flags
+from r1.bench import plan
+from r1.bench.report.limits import byte_model
 from r1.bench.sizes import work_bytes
+from r1.bench.worker import steps
+from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
 from r1.build import weight_bytes
+from r1.errors import flags_spelling
 from r1.files.save import save
 from r1.model.cache import Cache
 from r1.run.draft_model import ModelDrafter
@@ -280,3 +286,37 @@ def test_the_work_of_a_turn() -> None:
     small = TINY_LLAMA.change(num_hidden_layers=1, vocab_size=32)
     cheap = roofline.speculation(config, backend, 1, 0.0, (small, resolve_draft(backend, small)))
     assert cheap.speedup(4) > 1 and cheap.pays_from() is not None
+
+
+# ---------------------------- the benchmark
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--speculate", "draft"], "add --draft-model DIR"),
+        (["--draft-model", "x"], "--draft-model is of no use without drafts"),
+        (["--shape", "r1", "--speculate", "draft", "--draft-model", "x"], "give --model DIR"),
+        (["--speculate", "draft", "--draft-model", "/nowhere"], "there is no folder /nowhere"),
+    ],
+)
+def test_the_benchmark_refuses_first(flags: list[str], said: str) -> None:
+    with flags_spelling(), refused(said):
+        plan.check(bench_flags.parser(TINY).parse_args(["--device", "cpu", *flags]))
+
+
+def test_a_benchmarks_arm(tmp_path: Path) -> None:
+    """It loads the draft, which reads the depth along, and its limits count the draft's bytes."""
+    work = Workload(str(TINY), None, None, 2, 6, 8, 5, 0, draft=str(TINY))
+    assert "drafts by tiny-r1" in work.describe() and str(TINY) not in work.describe()
+    subject = Subject(Backend(device="cpu", speculate="draft"), work, tmp_path)
+    built = subject.build()
+    turn = steps.next_turn(subject)
+    for _ in range(3):
+        turn()
+    layers = subject.engine.config.num_hidden_layers
+    assert len(subject.cache.layers) == 2 * layers
+    (entries,) = subject.cache.layers[layers]  # the draft's first, (B, T, C + R)
+    assert bool(entries[:, : work.depth + work.prompt].any(dim=-1).all())
+    model = byte_model(work, subject.engine.backend, subject.engine.config, built)
+    assert model.draft.weight_bytes > 0.9 * model.plain.weight_bytes
+    plain = Subject(Backend(device="cpu"), work, tmp_path)
+    assert plain.build()["draft"] is None

@@ -182,8 +182,8 @@ class Engine:
         """A cache for `rows` rows of at least `tokens` tokens, and for drafts where they are made.
 
         With `tune`, launch parameters are searched for its shape, and for the model's own steps: a
-        draft model runs with those that were found when it was tuned itself. Raises InputError where it would
-        not fit the memory.
+        draft model runs with those that were found when it was tuned itself. Raises InputError
+        where it would not fit the memory.
         """
         cache = (self.drafter or self.runner).cache(rows, tokens)
         if self.backend.tune:
