@@ -65,7 +65,9 @@ def read_attention(f: Fields, family: Family, hidden: int) -> GroupedShape:
     groups = f.integer("num_key_value_heads", heads)  # as Llama 1, which has no such field
     if heads % groups:
         raise f.fail("num_key_value_heads", f"is {groups}, which does not divide {heads} heads")
-    head_dim = f.integer("head_dim", family.head_dim or max(1, hidden // heads))
+    # q, k and v may be stored as one matrix, three times as large as one of them.
+    default = family.head_dim or max(1, hidden // heads)
+    head_dim = f.integer("head_dim", default, most=10**5)
     if f.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise f.fail("hidden_size", f"is {hidden}, which {heads} heads do not divide")
     if head_dim % 2:
