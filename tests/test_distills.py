@@ -15,9 +15,10 @@ import pytest
 import torch
 import writers
 from folders import rewrite
-from models import TINY_GROUPED, TINY_LLAMA, TINY_QWEN2, model, random_tokens
+from models import TINY_GROUPED, TINY_LLAMA, TINY_QWEN2, model, random_tokens, runner
 from refusals import refused
 from tolerances import atol
+from torch.nn import functional as F
 
 import r1
 from r1 import Backend, Config, InputError, roofline
@@ -128,6 +129,7 @@ def test_transformers_5_spells_it_otherwise() -> None:
         ("r1-distill-qwen-7b", {"layer_types": ["full_attention"]}, "for each of 28 layers"),
         ("r1-distill-qwen-7b", {"num_key_value_heads": 5}, "5, which does not divide 28 heads"),
         ("r1-distill-qwen-7b", {"hidden_size": 3585}, "hidden_size is 3585, which 28 heads"),
+        ("r1-distill-qwen-7b", {"head_dim": 10**6}, "head_dim is 1000000, which is larger than"),
         ("r1-distill-qwen-7b", {"head_dim": 127}, "head_dim is 127, but rotation takes pairs"),
         ("r1-distill-qwen-7b", {"attention_bias": False}, "attention_bias is False"),
         ("r1-distill-qwen-7b", {"eos_token_id": 152064}, "outside the vocabulary"),
@@ -264,6 +266,24 @@ def test_what_auto_chooses() -> None:
     for machine in (h100, Machine()):
         backend = resolve(Backend(), shape("r1-distill-llama-8b"), machine)
         assert (backend.attention, backend.prefill_attention) == ("grouped", "sdpa")
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [("fp32", 6), ("fp16", 6), ("bf16", 2)])
+def test_sdpa_has_a_fused_kernel_on_a_gpu(
+    dtype: str, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those only flash attention takes fewer heads of keys, without a mask, in bf16."""
+    calls: list[tuple[int, bool]] = []
+    right = F.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
+        calls.append((k.shape[1], options["enable_gqa"]))
+        return right(q, k, *more, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    run = runner(model(TINY_GROUPED, dtype=dtype), chunk=3, dtype=dtype, attention="sdpa")
+    run.prefill([[1, 2, 3, 4]], run.cache(1, 8))
+    assert calls == [(heads, heads == 2)] * 3 + [(6, False)] * 3
 
 
 def test_heads_lie_before_slots_in_the_cache() -> None:
