@@ -168,11 +168,12 @@ def test_llama3_scaling_that_is_refused(changes: dict[str, Any], said: str) -> N
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"model_type": "qwen3_moe"}, "R1's distilled models of qwen2 and qwen3, run"),
+        ({"model_type": "qwen3_moe"}, "nearest is qwen2 or qwen3, its dense"),
         ({"model_type": "mistral"}, "such as DeepSeek-R1-Distill-Llama-8B"),
-        ({"model_type": "deepseek_v4"}, "deepseek_v2 and deepseek_v3"),
+        ({"model_type": "deepseek_v4"}, "nearest it runs: deepseek_v32"),
+        ({"model_type": "deepseek_v9"}, "nearest is deepseek_v3"),
         ({"model_type": "gpt_oss"}, "such as Moonlight-16B-A3B"),
-        ({"model_type": "llava", "text_config": {"model_type": "qwen3_vl"}}, "qwen2 and qwen3"),
+        ({"model_type": "llava", "text_config": {"model_type": "qwen3_vl"}}, "qwen2 or qwen3"),
         ({"model_type": "bert"}, "runs only deepseek_v3, .*qwen3$"),
     ],
 )

@@ -185,24 +185,26 @@ NEAREST: dict[str, tuple[str, str]] = {
 
 
 NEAREST_OF_KIND = {
-    r"qwen": "its dense relatives qwen2 and qwen3, of which R1's distilled models are",
+    r"qwen": "qwen2 or qwen3, its dense relatives, such as R1's distilled models",
     r"llama|mistral|mixtral|gemma|phi|smollm|olmo|granite|exaone|internlm": "llama, such as "
     "DeepSeek-R1-Distill-Llama-8B",
-    r"deepseek": "deepseek_v2 and deepseek_v3",
+    r"deepseek": "deepseek_v3",
     r"glm|kimi|moonlight|longcat|minicpm|hunyuan|ernie|dots|minimax|gpt_oss": "deepseek_v3, such "
     "as Moonlight-16B-A3B",
 }
 """Patterns of other names, and the nearest models that r1 runs."""
 
 
-def refusal(model_type: Any) -> str:
-    """What is wrong with a `model_type` that is none of ours, after its name."""
-    name = model_type.lower() if isinstance(model_type, str) else ""
-    if name in NEAREST:
-        why, nearest = NEAREST[name]
+def refusal(raw: Mapping[str, Any]) -> str:
+    """What is wrong with the `model_type` of a config.json that is none of ours, after its name."""
+    model_type, inner = raw.get("model_type"), raw.get("text_config")
+    if isinstance(model_type, str) and model_type in NEAREST:
+        why, nearest = NEAREST[model_type]
         return f"is {model_type!r}, which r1 does not run: it {why}; the nearest it runs: {nearest}"
-    runs = f"r1 runs only {', '.join((*FAMILIES, *WRAPPERS, *grouped_json.FAMILIES))}"
+    told = inner.get("model_type") if isinstance(inner, dict) else model_type
+    name = told.lower() if isinstance(told, str) else ""
     near = next((near for kind, near in NEAREST_OF_KIND.items() if re.match(kind, name)), "")
+    runs = f"r1 runs only {', '.join((*FAMILIES, *WRAPPERS, *grouped_json.FAMILIES))}"
     return f"is {model_type!r}, but {runs}{near and f': the nearest is {near}'}"
 
 
@@ -239,7 +241,7 @@ def spelled(raw: dict[str, Any], where: str) -> tuple[Fields, Family, Read]:
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type {refusal(model_type)}")
+        raise InputError(f"{where}: model_type {refusal(raw)}")
     family = FAMILIES[model_type]
     given = {name for name, value in raw.items() if value is not None}  # null counts as missing
     names = {
