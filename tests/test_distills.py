@@ -138,6 +138,10 @@ def test_transformers_5_spells_it_otherwise() -> None:
         ("r1-distill-llama-8b", {"mlp_bias": True}, "mlp_bias is True"),
         ("r1-distill-llama-8b", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("r1-0528-qwen3-8b", {"rope_scaling": {"rope_type": "dynamic"}}, "only yarn and llama3"),
+        *(
+            ("r1-0528-qwen3-8b", {"rope_scaling": QWEN3["rope_scaling"] | own}, "rope_scaling has")
+            for own in ({"mscale": 0.7}, {"mscale_all_dim": 1.0}, {"llama_4_scaling_beta": 0.1})
+        ),
     ],
 )
 def test_what_would_need_other_arithmetic_is_refused(

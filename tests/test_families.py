@@ -410,7 +410,7 @@ def test_a_rank_reads_its_part_of_a_stack(grid: dict[str, int], rank: int, tmp_p
     assert all(torch.equal(single[name], stacked[name]) for name in single)
 
 
-@pytest.mark.parametrize("shape", [(8, 31, 32), (16, 32)])
+@pytest.mark.parametrize("shape", [(8, 31, 32), (16, 32), (2**40, 0, 32), (0, 32, 32)])
 def test_a_stack_of_another_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
     save(model(V2), tmp_path / "model")
     rewrite(tmp_path / "model", stack)

@@ -77,6 +77,12 @@ def read_attention(f: Fields, family: Family, hidden: int) -> GroupedShape:
         problem = f"is {f.raw['attention_bias']}, but r1's {family.architecture} {has} biases"
         raise f.fail("attention_bias", problem)
     theta, scaling = read_rope(f)
+    if isinstance(scaling, Yarn):
+        own = Yarn(scaling.factor, scaling.original_max_position_embeddings)
+        for name in ("mscale", "mscale_all_dim", "llama_4_scaling_beta"):
+            if getattr(scaling, name) != getattr(own, name):
+                problem = f"has {name} = {getattr(scaling, name)}, which is of latent attention"
+                raise f.fail("rope_scaling", f"{problem}: no {family.architecture} has it")
     return GroupedShape(
         num_attention_heads=heads,
         num_key_value_heads=groups,
