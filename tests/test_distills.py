@@ -15,9 +15,10 @@ import pytest
 import torch
 import writers
 from folders import rewrite
-from models import TINY_GROUPED, TINY_LLAMA, TINY_QWEN2, model, random_tokens
+from models import TINY_GROUPED, TINY_LLAMA, TINY_QWEN2, model, random_tokens, runner
 from refusals import refused
 from tolerances import atol
+from torch.nn import functional as F
 
 import r1
 from r1 import Backend, Config, InputError, roofline
@@ -128,6 +129,7 @@ def test_transformers_5_spells_it_otherwise() -> None:
         ("r1-distill-qwen-7b", {"layer_types": ["full_attention"]}, "for each of 28 layers"),
         ("r1-distill-qwen-7b", {"num_key_value_heads": 5}, "5, which does not divide 28 heads"),
         ("r1-distill-qwen-7b", {"hidden_size": 3585}, "hidden_size is 3585, which 28 heads"),
+        ("r1-distill-qwen-7b", {"head_dim": 10**6}, "head_dim is 1000000, which is larger than"),
         ("r1-distill-qwen-7b", {"head_dim": 127}, "head_dim is 127, but rotation takes pairs"),
         ("r1-distill-qwen-7b", {"attention_bias": False}, "attention_bias is False"),
         ("r1-distill-qwen-7b", {"eos_token_id": 152064}, "outside the vocabulary"),
@@ -136,6 +138,10 @@ def test_transformers_5_spells_it_otherwise() -> None:
         ("r1-distill-llama-8b", {"mlp_bias": True}, "mlp_bias is True"),
         ("r1-distill-llama-8b", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("r1-0528-qwen3-8b", {"rope_scaling": {"rope_type": "dynamic"}}, "only yarn and llama3"),
+        *(
+            ("r1-0528-qwen3-8b", {"rope_scaling": QWEN3["rope_scaling"] | own}, "rope_scaling has")
+            for own in ({"mscale": 0.7}, {"mscale_all_dim": 1.0}, {"llama_4_scaling_beta": 0.1})
+        ),
     ],
 )
 def test_what_would_need_other_arithmetic_is_refused(
@@ -166,11 +172,12 @@ def test_llama3_scaling_that_is_refused(changes: dict[str, Any], said: str) -> N
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"model_type": "qwen3_moe"}, "R1's distilled models of qwen2 and qwen3, run"),
+        ({"model_type": "qwen3_moe"}, "nearest is qwen2 or qwen3, its dense"),
         ({"model_type": "mistral"}, "such as DeepSeek-R1-Distill-Llama-8B"),
-        ({"model_type": "deepseek_v4"}, "deepseek_v2 and deepseek_v3"),
+        ({"model_type": "deepseek_v4"}, "nearest it runs: deepseek_v32"),
+        ({"model_type": "deepseek_v9"}, "nearest is deepseek_v3"),
         ({"model_type": "gpt_oss"}, "such as Moonlight-16B-A3B"),
-        ({"model_type": "llava", "text_config": {"model_type": "qwen3_vl"}}, "qwen2 and qwen3"),
+        ({"model_type": "llava", "text_config": {"model_type": "qwen3_vl"}}, "qwen2 or qwen3"),
         ({"model_type": "bert"}, "runs only deepseek_v3, .*qwen3$"),
     ],
 )
@@ -264,6 +271,24 @@ def test_what_auto_chooses() -> None:
     for machine in (h100, Machine()):
         backend = resolve(Backend(), shape("r1-distill-llama-8b"), machine)
         assert (backend.attention, backend.prefill_attention) == ("grouped", "sdpa")
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [("fp32", 6), ("fp16", 6), ("bf16", 2)])
+def test_sdpa_has_a_fused_kernel_on_a_gpu(
+    dtype: str, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those only flash attention takes fewer heads of keys, without a mask, in bf16."""
+    calls: list[tuple[int, bool]] = []
+    right = F.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
+        calls.append((k.shape[1], options["enable_gqa"]))
+        return right(q, k, *more, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    run = runner(model(TINY_GROUPED, dtype=dtype), chunk=3, dtype=dtype, attention="sdpa")
+    run.prefill([[1, 2, 3, 4]], run.cache(1, 8))
+    assert calls == [(heads, heads == 2)] * 3 + [(6, False)] * 3
 
 
 def test_heads_lie_before_slots_in_the_cache() -> None:

@@ -142,6 +142,16 @@ def test_a_sister_is_written_as_it_is_read(name: str) -> None:
     assert ("llama_4_scaling_beta" in str(written)) == (name == "mistral-small-4")
 
 
+def test_a_null_is_no_second_name() -> None:
+    own = {k: v for k, v in SARVAM.items() if k != "num_experts"} | {"n_routed_experts": 128}
+    assert parse_config(own | {"num_experts": None}) == parse_config(SARVAM)
+
+
+def test_a_factor_of_one_is_written_too() -> None:
+    flat = parse_config(MISTRAL_TEXT | {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0}})
+    assert parse_config(dump_config(flat)) == flat
+
+
 def test_the_words_of_transformers_5() -> None:
     listed = {k: v for k, v in GLM.items() if k not in ("first_k_dense_replace", "topk_method")}
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 1.0}
@@ -189,6 +199,16 @@ WRONG: dict[str, tuple[Raw, str]] = {
     "R1 with a factor": (
         V32 | {"rope_scaling": V32["rope_scaling"] | {"llama_4_scaling_beta": 0.1}},
         "rope_scaling has llama_4_scaling_beta, which r1 reads of mistral4 only",
+    ),
+    "no list of words": (V32 | {"layer_types": [["indexed_attention"]]}, "layer_types is .* only"),
+    "a word for a number": (
+        GLM | {"mlp_layer_types": ["dense"] + ["sparse"] * 46, "first_k_dense_replace": "1"},
+        "first_k_dense_replace is '1'",
+    ),
+    "experts of a dense model": (YOUTU | {"n_routed_experts": 8}, "n_routed_experts is 8, but you"),
+    "two rotations": (
+        MISTRAL_TEXT | {"rope_scaling": ROPE | {"factor": 2.0}},
+        "rope_scaling and rope_parameters differ",
     ),
     "other layers": (V32 | {"layer_types": ["full_attention"] * 61}, "layer_types is .* only"),
     "other text": (
@@ -390,7 +410,7 @@ def test_a_rank_reads_its_part_of_a_stack(grid: dict[str, int], rank: int, tmp_p
     assert all(torch.equal(single[name], stacked[name]) for name in single)
 
 
-@pytest.mark.parametrize("shape", [(8, 31, 32), (16, 32)])
+@pytest.mark.parametrize("shape", [(8, 31, 32), (16, 32), (2**40, 0, 32), (0, 32, 32)])
 def test_a_stack_of_another_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
     save(model(V2), tmp_path / "model")
     rewrite(tmp_path / "model", stack)
@@ -398,6 +418,20 @@ def test_a_stack_of_another_shape(shape: tuple[int, ...], tmp_path: Path) -> Non
     rewrite(tmp_path / "model", lambda t: t.update({key: torch.zeros(shape)}))
     with refused(r"gate_up_proj has shape \(.*a stack of experts has three dimensions"):
         load(tmp_path / "model")
+
+
+def test_a_stack_with_a_block_of_two_matrices(tmp_path: Path) -> None:
+    """Gate and up of 10 rows each, in blocks of 16: the second block has rows of up alone, the
+    first one rows of both.
+    """
+    save(model(FP8.change(moe_intermediate_size=10)), tmp_path / "model")
+    rewrite(tmp_path / "model", stack)
+    assert tensors(tmp_path / "model")["model.layers.1.mlp.experts.gate_up_proj_scale_inv"].shape[
+        :2
+    ] == (8, 2)
+    for quant in ("none", "fp8"):
+        with refused("row 10 begins another matrix within 16 rows that share a scale"):
+            load(tmp_path / "model", quant=quant)
 
 
 def test_a_stack_s_matrices_know_their_place(tmp_path: Path) -> None:

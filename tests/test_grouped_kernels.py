@@ -128,6 +128,20 @@ def test_attention(lengths: list[list[int]], dtype: str) -> None:
         close(grouped(CHIP, **given, launch=launch), twin, dtype)
 
 
+@both
+@pytest.mark.parametrize(("heads", "groups", "size"), [(20, 1, 12), (34, 2, 40), (3, 3, 2)])
+def test_any_heads(heads: int, groups: int, size: int, dtype: str) -> None:
+    """Groups beyond a tile of 16, one head of keys, a head for each query; and a row that has
+    outgrown its cache, as one that a graph decodes beyond its batch.
+    """
+    positions = torch.tensor([[0], [19], [25]], device=DEVICE)
+    keys, values = (draw(3, groups, 20, size, dtype=dtype).movedim(2, 1) for _ in range(2))
+    q = draw(3, heads, size, dtype=dtype, scale=0.6)
+    twin = grouped_torch(q, (keys, values), positions, 0.3)
+    for launch in (None, GroupedLaunch(16, 4, 4, 2)):
+        close(grouped(CHIP, q, (keys, values), positions, 0.3, launch), twin, dtype)
+
+
 def wrong_length(given: dict[str, Any]) -> Tensor:
     return grouped(CHIP, **{**given, "positions": given["positions"] - 1})
 

@@ -284,7 +284,7 @@ def test_random_weights_are_those_of_one_process(ranks: Ranks, quant: str) -> No
         else:
             cuts.add(name_of(key))
             assert torch.equal(torch.cat(both, dim=cut.dim), right), key
-    assert cuts == CUTS.keys() - {"q_proj"}
+    assert cuts == CUTS.keys() - {"q_proj", "k_proj", "v_proj"}  # of other kinds of attention
 
 
 def name_of(key: str) -> str:

@@ -139,8 +139,8 @@ def dump_config(config: Config) -> dict[str, Any]:
     for name in ("eos_token_ids", "stored", "left_out", "shortened"):
         del out[name]
     out |= {"hidden_act": "silu", "attention_dropout": 0.0}
-    if yarn and not yarn["llama_4_scaling_beta"]:
-        del yarn["llama_4_scaling_beta"]  # mistral4's alone
+    if yarn and config.model_type != "mistral4":
+        del yarn["llama_4_scaling_beta"]
     out["rope_scaling"] = {"type": "yarn", **yarn} if yarn else None
     if grouped:
         out = grouped_json.dump(config, out)

@@ -62,7 +62,7 @@ def first_dense(f: Fields) -> dict[str, Any]:
     if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
         problem = "is no list of num_hidden_layers words, first dense ones, then sparse ones"
         raise f.fail("mlp_layer_types", problem)
-    stated = f.get("first_k_dense_replace", dense)
+    stated = f.integer("first_k_dense_replace", dense, least=0)
     if min(stated, layers) != dense:
         problem = f"has {dense} dense layers, but first_k_dense_replace is {stated}"
         raise f.fail("mlp_layer_types", problem)
@@ -77,6 +77,8 @@ def _glm4_moe_lite(f: Fields) -> Read:
 
 def _youtu(f: Fields) -> Read:
     f.get("embedding_initializer_range")  # of training
+    if experts := f.get("n_routed_experts"):
+        raise f.fail("n_routed_experts", f"is {experts!r}, but youtu's layers are dense")
     return Read({"n_routed_experts": None})
 
 
@@ -96,7 +98,10 @@ def _sarvam(f: Fields) -> Read:
 
 def _mistral4(f: Fields) -> Read:
     """Its rope_parameters state what the file says elsewhere, and the queries' factor."""
-    rope = f.get("rope_parameters", f.get("rope_scaling"))
+    both = f.get("rope_parameters"), f.get("rope_scaling")
+    rope: Any = next((each for each in both if each is not None), None)
+    if None not in both and both[0] != both[1]:
+        raise f.fail("rope_scaling", "and rope_parameters differ: mistral4 has one of them")
     beta = rope.get("llama_4_scaling_beta") if isinstance(rope, dict) else None
     if beta is None:
         problem = "has no llama_4_scaling_beta, by which queries grow with their positions"
@@ -122,7 +127,8 @@ def _deepseek_v32(f: Fields) -> Read:
         f.integer(name, 1)
     keys = f.integer("index_topk", 2048)
     kinds = f.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or set(kinds) != {"indexed_attention"}):
+    alike = isinstance(kinds, list) and all(kind == "indexed_attention" for kind in kinds)
+    if kinds is not None and not alike:
         raise f.fail("layer_types", f"is {str(kinds)[:60]}, but r1 takes indexed_attention only")
     reason = f"its indexer chooses all keys of up to {keys:,} tokens, so r1 runs so many at most"
     left_out = ((r"model\.layers\.\d+\.self_attn\.indexer\..*", reason),)
@@ -179,24 +185,26 @@ NEAREST: dict[str, tuple[str, str]] = {
 
 
 NEAREST_OF_KIND = {
-    r"qwen": "its dense relatives qwen2 and qwen3, of which R1's distilled models are",
+    r"qwen": "qwen2 or qwen3, its dense relatives, such as R1's distilled models",
     r"llama|mistral|mixtral|gemma|phi|smollm|olmo|granite|exaone|internlm": "llama, such as "
     "DeepSeek-R1-Distill-Llama-8B",
-    r"deepseek": "deepseek_v2 and deepseek_v3",
+    r"deepseek": "deepseek_v3",
     r"glm|kimi|moonlight|longcat|minicpm|hunyuan|ernie|dots|minimax|gpt_oss": "deepseek_v3, such "
     "as Moonlight-16B-A3B",
 }
 """Patterns of other names, and the nearest models that r1 runs."""
 
 
-def refusal(model_type: Any) -> str:
-    """What is wrong with a `model_type` that is none of ours, after its name."""
-    name = model_type.lower() if isinstance(model_type, str) else ""
-    if name in NEAREST:
-        why, nearest = NEAREST[name]
+def refusal(raw: Mapping[str, Any]) -> str:
+    """What is wrong with the `model_type` of a config.json that is none of ours, after its name."""
+    model_type, inner = raw.get("model_type"), raw.get("text_config")
+    if isinstance(model_type, str) and model_type in NEAREST:
+        why, nearest = NEAREST[model_type]
         return f"is {model_type!r}, which r1 does not run: it {why}; the nearest it runs: {nearest}"
-    runs = f"r1 runs only {', '.join((*FAMILIES, *WRAPPERS, *grouped_json.FAMILIES))}"
+    told = inner.get("model_type") if isinstance(inner, dict) else model_type
+    name = told.lower() if isinstance(told, str) else ""
     near = next((near for kind, near in NEAREST_OF_KIND.items() if re.match(kind, name)), "")
+    runs = f"r1 runs only {', '.join((*FAMILIES, *WRAPPERS, *grouped_json.FAMILIES))}"
     return f"is {model_type!r}, but {runs}{near and f': the nearest is {near}'}"
 
 
@@ -233,9 +241,14 @@ def spelled(raw: dict[str, Any], where: str) -> tuple[Fields, Family, Read]:
     """
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise InputError(f"{where}: model_type {refusal(model_type)}")
+        raise InputError(f"{where}: model_type {refusal(raw)}")
     family = FAMILIES[model_type]
-    names = {ours: theirs for ours, theirs in family.names.items() if theirs in raw}
+    given = {name for name, value in raw.items() if value is not None}  # null counts as missing
+    names = {
+        ours: theirs
+        for ours, theirs in family.names.items()
+        if theirs in given or (theirs in raw and ours not in given)
+    }
     renamed = dict(raw)
     for ours, theirs in names.items():
         value = renamed.pop(theirs)

@@ -65,7 +65,9 @@ def read_attention(f: Fields, family: Family, hidden: int) -> GroupedShape:
     groups = f.integer("num_key_value_heads", heads)  # as Llama 1, which has no such field
     if heads % groups:
         raise f.fail("num_key_value_heads", f"is {groups}, which does not divide {heads} heads")
-    head_dim = f.integer("head_dim", family.head_dim or max(1, hidden // heads))
+    # q, k and v may be stored as one matrix, three times as large as one of them.
+    default = family.head_dim or max(1, hidden // heads)
+    head_dim = f.integer("head_dim", default, most=10**5)
     if f.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise f.fail("hidden_size", f"is {hidden}, which {heads} heads do not divide")
     if head_dim % 2:
@@ -75,6 +77,12 @@ def read_attention(f: Fields, family: Family, hidden: int) -> GroupedShape:
         problem = f"is {f.raw['attention_bias']}, but r1's {family.architecture} {has} biases"
         raise f.fail("attention_bias", problem)
     theta, scaling = read_rope(f)
+    if isinstance(scaling, Yarn):
+        own = Yarn(scaling.factor, scaling.original_max_position_embeddings)
+        for name in ("mscale", "mscale_all_dim", "llama_4_scaling_beta"):
+            if getattr(scaling, name) != getattr(own, name):
+                problem = f"has {name} = {getattr(scaling, name)}, which is of latent attention"
+                raise f.fail("rope_scaling", f"{problem}: no {family.architecture} has it")
     return GroupedShape(
         num_attention_heads=heads,
         num_key_value_heads=groups,

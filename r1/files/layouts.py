@@ -71,7 +71,8 @@ def _divided(key: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
     names = MATRICES[matrix]
     shared = bool(scale) and entry.shape[1:] == (1, 1)  # one scale for an expert's gate and up
     parts = 1 if shared else len(names)
-    if len(entry.shape) != 3 or entry.shape[1] % parts:
+    empty = 0 in entry.shape  # then the file may name more experts than fit in memory
+    if len(entry.shape) != 3 or entry.shape[1] % parts or empty:
         raise InputError(
             f"{entry.path}: {entry.key} has shape {entry.shape}, but a stack of experts has three "
             f"dimensions, and {' and '.join(names)} one below the other: compare the file with its "

@@ -65,7 +65,9 @@ class Naive(GroupedAttend):
 class Sdpa(GroupedAttend):
     """torch's fused attention.
 
-    Of its kernels for GPUs, those that take a mask want as many key heads as query heads.
+    On GPUs only its flash kernel takes fewer key heads than query heads. That kernel knows no mask
+    and no fp32 (and no fp16 before Ampere). Its other kernels get each head repeated: without that,
+    torch would keep all scores in memory.
     """
 
     name, needs = "sdpa", "mask"
@@ -76,12 +78,13 @@ class Sdpa(GroupedAttend):
         if cache is not None:
             k, v = step.write(cache, k, v)  # (B, T, U, A) each
         causal = step.starts_rows  # then there is no mask
-        if not causal:
+        shares_heads = causal and q.dtype == torch.bfloat16
+        if not shares_heads:
             k, v = for_all_heads(k, q), for_all_heads(v, q)  # (B, T, H, A) each
         # (B, H, S, A), (B, U, T, A), (B, U, T, A), or H heads of keys and values
         q, k, v = (each.transpose(1, 2) for each in (q, k.to(q.dtype), v.to(q.dtype)))
         o = F.scaled_dot_product_attention(
-            q, k, v, step.mask, is_causal=causal, scale=scale, enable_gqa=causal
+            q, k, v, step.mask, is_causal=causal, scale=scale, enable_gqa=shares_heads
         )  # (B, H, S, A)
         return o.transpose(1, 2)  # (B, S, H, A)
 

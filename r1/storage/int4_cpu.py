@@ -30,6 +30,8 @@ GROUPS = (32, 64, 128, 256)
 """Columns that may share a scale."""
 TALL = 64
 """Rows whose numbers the operator stores together, at most."""
+ZERO = 8
+"""The number that stands for 0."""
 MANY_ROWS = 256
 """From so many rows of x on a product with the dequantized matrix is faster."""
 
@@ -37,8 +39,9 @@ MANY_ROWS = 256
 class CpuInt4(Matrix):
     """A weight (out, in) or (E, out, in) of 4 bits, with a bf16 scale for each group of a row.
 
-    `q` is uint8 (..., out, in / 2), in the operator's order. `factors`, bf16 (..., in / columns,
-    out, 2), has each group's scale and what is added to the scaled numbers, which is 0.
+    `q` is uint8 (..., out, wide / 2), in the operator's order; `wide` is `in`, filled up with zeros
+    to whole groups. `factors`, bf16 (..., wide / columns, out, 2), has each group's scale and what
+    is added to the scaled numbers, which is 0.
     """
 
     spec: Spec
@@ -52,13 +55,15 @@ class CpuInt4(Matrix):
             raise ValueError(f"no layout for {matrix.shape} of {matrix.spec.describe()}")
         self.spec, self.shape, self.dtype = matrix.spec, matrix.shape, matrix.dtype
         q = matrix.q.view(-1, *matrix.q.shape[-2:])  # (E, out, in / 2)
-        packed = torch.stack([_pack(unpack_nibbles(each, self.shape[-1])) for each in q])
+        more = -self.shape[-1] % self.spec.columns
+        each = (F.pad(unpack_nibbles(one, self.shape[-1]), (0, more), value=ZERO) for one in q)
+        packed = torch.stack([_pack(numbers) for numbers in each])
         scale = matrix.scale.mT
-        self.register_buffer("q", packed.view(matrix.q.shape))
+        self.register_buffer("q", packed.view(*self.shape[:-1], -1))
         self.register_buffer("factors", torch.stack([scale, torch.zeros_like(scale)], dim=-1))
 
     def _dense(self, q: Tensor, factors: Tensor, dtype: torch.dtype | None) -> Tensor:
-        codes = Codes(_unpack(q), factors[..., 0].mT)
+        codes = Codes(_unpack(q)[..., : self.shape[-1]], factors[..., 0].mT)
         return dequantize(codes, self.spec).to(dtype or self.dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -89,7 +94,7 @@ class CpuInt4(Matrix):
 
     def stored(self, rows: slice = slice(None)) -> dict[str, Tensor]:
         """Copies, in the order of int4.py."""
-        packed = pack_nibbles(_unpack(self.q)[..., rows, :])
+        packed = pack_nibbles(_unpack(self.q)[..., rows, : self.shape[-1]])
         return {"weight_packed": packed, "weight_scale": self.factors[..., 0].mT[..., rows, :]}
 
     def extra_repr(self) -> str:
@@ -101,7 +106,7 @@ def takes(spec: Spec, shape: tuple[int, ...]) -> bool:
     in an order that we can undo.
     """
     usual = Spec("int4", 1, spec.columns, scale="bf16")
-    whole = shape[-2] % TALL == 0 and shape[-1] % max(1, spec.columns) == 0
+    whole = shape[-2] % TALL == 0 and shape[-1] % 2 == 0
     return spec == usual and spec.columns in GROUPS and whole and _layout() is not None
 
 
@@ -121,6 +126,8 @@ def repack(model: nn.Module) -> None:
 
 def _product(x: Tensor, q: Tensor, factors: Tensor, columns: int) -> Tensor:
     """bf16 x (M, in), times one matrix -> (M, out)."""
+    if more := 2 * q.shape[-1] - x.shape[-1]:
+        x = F.pad(x, (0, more))
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), q, columns, factors)
     return y
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from r1.errors import InputError
-from r1.files.quantized.declared import Declared
+from r1.files.quantized.declared import PLAIN, Declared
 from r1.files.shards import Entry
 from r1.storage.codes import Codes, dequantize
 from r1.storage.kinds import KINDS
@@ -113,6 +113,7 @@ class Found:
     def check(self, shape: tuple[int, int]) -> None:
         """Compare the headers with a matrix of this shape. Raises InputError."""
         self._check_scale()
+        self._check_stack()
         for ending, wanted in self.format.expected(self.tensors, self.spec, shape).items():
             entry = self.tensors.get(ending)
             if entry is None:
@@ -129,6 +130,17 @@ class Found:
         if self.format.scale not in self.tensors:
             lacks = f"there is no {self.name}.{self.format.scale} to scale it"
             raise InputError(f"{self.what}, but {lacks}: {AGAIN}")
+
+    def _check_stack(self) -> None:
+        """In a stack, gate and up may share no block, though both have as many as they need."""
+        scales, place = self.tensors[self.format.scale].place, self.main.place
+        if self.spec is None or scales is None or place is None or not scales[1]:
+            return  # it begins where its stack does, or all of the stack has one scale
+        if scales[1] * self.spec.rows != place[1]:
+            rows = f"its row {place[1]} begins another matrix within {self.spec.rows} rows"
+            raise InputError(
+                f"{self.what}, but {rows} that share a scale, which r1 does not divide: {PLAIN}"
+            )
 
     def check_values(self, values: Values, shape: tuple[int, int]) -> None:
         """Look at scales and tables. Raises InputError."""
