@@ -90,8 +90,8 @@ class Backend:
     """search the best launch parameters of `kernels=triton` on this GPU, and keep them in a file"""
     speculate: str = "off"
     """mtp: the multi-token-prediction layer drafts tokens, and one step of the model checks them;
-    draft: a small model of the same vocabulary drafts them, with the switches of the large one, but
-    its own choice of attention and experts, and its output head as it is"""
+    draft: a small model of the same vocabulary drafts them, with the same switches, but its own
+    attention, experts and output head"""
     draft_tokens: int = 1
     """tokens that are drafted for a step with `speculate=mtp` or `speculate=draft`; from the second
     on the MTP layer reads its own output"""
