@@ -79,6 +79,14 @@ FOUR, EIGHT = tl.constexpr("=r,=r,=r,=r,r"), tl.constexpr("=r,=r,=r,=r,=r,=r,=r,
 
 
 @triton.jit
+def load_words(place, stride, row, real, column, first, limit, w):
+    """The words of a tile of packed numbers: see load_tile in tiles.py for rows and columns."""
+    word = along(tl.arange(0, column.shape[len(column.shape) - 1] // w.PER), column)
+    inside = real & (first + word * w.PER < limit)
+    return tl.load(place + row * stride + (first // w.PER + word), inside, 0)
+
+
+@triton.jit
 def unpack(words, w):
     """int (..., W) -> fp32 (..., C): the numbers of W before scales and zero points. (Of fp8, where
     the chip does not do it, a 256th of them. Of int4 without zero points they are less 8.)
@@ -152,3 +160,9 @@ def by_columns(tile, N: tl.constexpr):
     else:
         split = tl.reshape(tile, (tile.shape[0], tile.shape[1] // N, N))
     return split
+
+
+@triton.jit
+def along(numbers, column):
+    """One dimension of numbers, made to lie as `column` lies: along the last dimension."""
+    return numbers[None, None, :] if len(column.shape) == 3 else numbers[None, :]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from r1.errors import InputError
 from r1.kernels.chip import product
-from r1.kernels.packed import by_columns, unpack
+from r1.kernels.packed import along, by_columns, load_words, unpack
 from r1.model.strategy import without_kernels
 from r1.storage.dense import Dense
 from r1.storage.joined import Part
@@ -234,9 +234,7 @@ def load(matrix, row, real, column, first, limit, w):
     else:
         COLUMNS: tl.constexpr = column.shape[len(column.shape) - 1]
         N: tl.constexpr = min(w.TOGETHER, COLUMNS)
-        word = along(tl.arange(0, COLUMNS // w.PER), column)
-        inside = real & (first + word * w.PER < limit)
-        words = tl.load(place + row * stride + (first // w.PER + word), inside, 0)
+        words = load_words(place, stride, row, real, column, first, limit, w)
         block = first + along(tl.arange(0, COLUMNS // N), column) * N
         at, some = row // w.TALL * scale_stride + block // w.WIDE, real & (block < limit)
         factor = tl.load(scale + at, some, 0.0).to(tl.float32)
@@ -260,9 +258,7 @@ def add_product(sums, matrix, row, real, column, first, limit, w, v, FLIP: tl.co
         sums = product(tl.trans(v), tl.trans(tile), sums) if FLIP else product(tile, v, sums)
     else:
         place, scale, _zero, stride, scale_stride = matrix
-        word = tl.arange(0, COLUMNS // w.PER)[None, :]
-        inside = real & (first + word * w.PER < limit)
-        words = tl.load(place + row * stride + (first // w.PER + word), inside, 0)
+        words = load_words(place, stride, row, real, column, first, limit, w)
         tile = unpack(words, w).to(v.dtype)
         factor = tl.load(scale + row // w.TALL * scale_stride + first // w.WIDE, real, 0.0)
         factor = factor.to(tl.float32)  # (rows, 1)
@@ -292,9 +288,3 @@ def times(loaded, v, w):
             numbers = tl.reshape(less, numbers.shape)
         sums = tl.sum(by_columns(numbers * v, N), axis=len(numbers.shape)) * factor
     return sums
-
-
-@triton.jit
-def along(numbers, column):
-    """One dimension of numbers, made to lie as `column` lies: along the last dimension."""
-    return numbers[None, None, :] if len(column.shape) == 3 else numbers[None, :]
