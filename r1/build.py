@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,10 @@ from r1.device import DTYPES, available_bytes, grow_segments, torch_device
 from r1.errors import InputError, setting
 from r1.files.draw import randomize
 from r1.files.load import Report, load
-from r1.files.names import EXPERT_MATRICES, key_of
 from r1.model import gqa
 from r1.model.config import Config
 from r1.model.gqa import GQA
-from r1.model.layers import MLP, Embedding, Linear, RMSNorm
+from r1.model.layers import RMSNorm
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
 from r1.model.mtp import MTPLayer
@@ -29,14 +27,13 @@ from r1.model.router import Router
 from r1.model.temper import tempered
 from r1.model.transformer import Transformer
 from r1.placement.mesh import Mesh
+from r1.placement.offload import Offloaded, Slotted
 from r1.placement.parallel import Parallel
 from r1.placement.placement import Placement
 from r1.storage import int4_cpu
-from r1.storage.joined import join
-from r1.storage.kinds import KINDS
-from r1.storage.matrix import Matrix
+from r1.storing import join_matrices, quantize_matrices, share_matrices
 from r1.switches.backend import Backend
-from r1.switches.precision import spec_of, specs_of
+from r1.switches.precision import specs_of
 from r1.switches.strategies import EXPERTS, attention_of
 
 HEADROOM = 256 * 2**20
@@ -82,8 +79,7 @@ def from_shape(
     mtp = mtp or backend.speculate == "mtp"
     placement = placement or placement_of(config, backend, connected(backend))
     model = allocate(config, backend, mtp=mtp, placement=placement, cut=setting("layers", "N"))
-    alone = type(placement) is Placement
-    whole = None if alone else sketch(config, backend, mtp=mtp, placement=Placement())
+    whole = None if placement.complete else sketch(config, backend, mtp=mtp, placement=Placement())
     randomize(model, seed, whole, placement)
     _repack(model, backend)
     return finish(model, backend)
@@ -109,10 +105,14 @@ def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> 
 
     Without a mesh it tells sizes only, those of the device with the largest share.
     """
-    if backend.ranks == 1:
-        return Placement()
-    mesh = mesh or Mesh(backend.tp, backend.ep)
-    return Parallel(config, mesh, specs_of(config.files, backend.quant))
+    placement = Placement()
+    if backend.ranks > 1:
+        mesh = mesh or Mesh(backend.tp, backend.ep)
+        placement = Parallel(config, mesh, specs_of(config.files, backend.quant))
+    if backend.experts == "device":
+        return placement
+    how = Slotted(backend.expert_slots, backend.expert_policy, backend.guess_experts)
+    return Offloaded(placement, how)
 
 
 def sketch(
@@ -159,24 +159,17 @@ def allocate(
     placement = placement or placement_of(config, backend)
     model = sketch(config, backend, mtp=mtp, placement=placement)
     device = torch_device(backend.device)
-    devices = {
-        name: placement.device(name, module, device) for name, module in model.named_modules()
-    }
-    needed = Counter[str]()
-    for name, module in model.named_modules():
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        needed[devices[name].type] += sum(tensor.nbytes for tensor in own)
-    for kind, nbytes in needed.items():
+    for kind, nbytes in placement.sizes(model, device).items():
         if nbytes + HEADROOM > (available := available_bytes(torch.device(kind))):
-            raise _too_large(nbytes + HEADROOM, available, model, backend, cut)
-    for name, module in model.named_modules():
-        module.to_empty(device=devices[name], recurse=False)
+            where = backend.device if kind == device.type else "the host"
+            raise _too_large(nbytes + HEADROOM, available, where, model, backend, cut)
+    placement.allocate(model, device)
     model.derive()
     return model
 
 
 def _too_large(
-    needed: int, available: int, model: Transformer, backend: Backend, cut: str | None
+    needed: int, available: int, where: str, model: Transformer, backend: Backend, cut: str | None
 ) -> InputError:
     """The error of a model that does not fit, with advice that helps."""
     halved = backend.dtype == "fp32" and backend.amp == "off" and needed / 2 <= available
@@ -185,69 +178,28 @@ def _too_large(
         smaller = replace(backend, quant="int4")
         if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
             could.append(setting("quant", "int4"))
+    if (
+        backend.device != "cpu"
+        and backend.experts == "device"
+        and model.config.experts.n_routed_experts
+    ):
+        less = replace(backend, experts="host")
+        if weight_bytes(model.config, less, mtp=len(model.mtp) > 0) + HEADROOM <= available:
+            could.append(setting("experts", "host"))
     advice = " or ".join(each for each in (*could, cut, "a larger machine") if each)
     kinds = dict.fromkeys((backend.dtype, backend.quant, backend.quant_head))  # each once
     stored = " and ".join(kind for kind in kinds if kind != "none")
     return InputError(
-        f"the model needs {needed / 1e9:.1f} GB in {stored} and {backend.device} has "
+        f"the model needs {needed / 1e9:.1f} GB in {stored} and {where} has "
         f"{available / 1e9:.1f} GB free: use {advice}"
     )
-
-
-def quantize_matrices(model: Transformer, backend: Backend) -> None:
-    """Give each matrix the storage that a resolved `quant` asks for, with no numbers yet."""
-    files = model.config.files
-
-    def storage(matrix: Matrix, name: str) -> Matrix:
-        spec = spec_of(name, files, backend.quant, backend.quant_head)
-        if spec is None:
-            return matrix
-        return KINDS[spec.kind].empty(spec, matrix.shape, DTYPES[backend.dtype])
-
-    for path, module in model.named_modules():
-        name = key_of(path, model)
-        if isinstance(module, Linear):
-            module.matrix = storage(module.matrix, name)
-        elif isinstance(module, Experts):
-            for each in EXPERT_MATRICES:
-                setattr(module, each, storage(getattr(module, each), f"{name}.{each}"))
-
-
-def share_matrices(model: Transformer, placement: Placement) -> None:
-    """Leave of each matrix the part that this process holds."""
-    for path, module in model.named_modules():
-        if isinstance(module, (Linear, Embedding)):
-            module.matrix = placement.matrix(path, module.matrix)
-        elif isinstance(module, Experts):
-            for each in EXPERT_MATRICES:
-                part = placement.matrix(f"{path}.{each}", getattr(module, each))
-                setattr(module, each, part)
-            module.inner_numbers = 2 * module.gate_proj.shape[1:].numel()
-
-
-def join_matrices(model: nn.Module) -> None:
-    """Store matrices of the same input as one, in every layer (storage/joined.py)."""
-    for module in model.modules():
-        if isinstance(module, MLA):
-            direct = module.shape.q_lora_rank is None
-            _join(module.q_proj if direct else module.q_a_proj, module.kv_a_proj_with_mqa)
-        elif isinstance(module, GQA):
-            _join(module.q_proj, module.k_proj, module.v_proj)
-        elif isinstance(module, MLP):
-            _join(module.gate_proj, module.up_proj)
-        elif isinstance(module, Experts):
-            module.gate_proj, module.up_proj = join(module.gate_proj, module.up_proj)
-
-
-def _join(*layers: Linear) -> None:
-    for layer, part in zip(layers, join(*(layer.matrix for layer in layers)), strict=True):
-        layer.matrix = part
 
 
 def _repack(model: Transformer, backend: Backend) -> None:
     """Bring packed numbers into the order that is read best here. No number changes."""
     if backend.device == "cpu" and backend.compute == "bf16":
-        int4_cpu.repack(model)
+        streamed = () if backend.experts == "device" else (Experts,)  # they stay rows of bytes
+        int4_cpu.repack(model, leave=streamed)
 
 
 def finish(model: Transformer, backend: Backend) -> Transformer:
@@ -284,6 +236,7 @@ def count_parameters(config: Config, *, mtp: bool = False) -> int:
 
 
 def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:
-    """Bytes of all tensors as a resolved `backend` stores them, in its dtype and quantized."""
-    model = sketch(config, backend, mtp=mtp)
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Bytes of the device for all tensors, as a resolved `backend` places and stores them."""
+    placement, device = placement_of(config, backend), torch_device(backend.device)
+    model = sketch(config, backend, mtp=mtp, placement=placement)
+    return placement.sizes(model, device)[device.type]

@@ -1,8 +1,8 @@
 """Placement (r1/placement): experts lie elsewhere, and strategies and kernels stay as they are.
 
-Two ways to spread experts, each a class of some 35 lines: over two processes, and in host memory
-with few slots on the device. Both give what a model with everything here gives. Holds r1/placement,
-`Experts.here` and `combine`, and the loader's parts to account.
+A way to spread experts over two processes is a class of some 35 lines, and gives what a model with
+everything here gives. Holds r1/placement, `Experts.here` and `combine`, and the loader's parts to
+account. (Experts in host memory: test_offload.py.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from r1.kernels.block import DecodeBlock
 from r1.model.config import Config
 from r1.model.layers import Embedding, Linear
 from r1.model.moe import Experts, MoE
-from r1.model.transformer import Block, Transformer
+from r1.model.transformer import Block
 from r1.placement.cuts import CUTS, share
 from r1.placement.placement import Part, Placement
 from r1.run.runner import Runner
@@ -68,48 +68,6 @@ class ExpertParallel(Placement):
         for module in model.modules():
             if isinstance(module, MoE):
                 module.experts = RankExperts(self.config, self.ids)
-
-
-# ---------------------------- experts in host memory
-class StreamedExperts(Experts):
-    """Experts in host memory; a pass copies the ones it needs into a few slots of the device."""
-
-    def __init__(self, config: Config, host: Experts, slots: int, device: torch.device) -> None:
-        with torch.device(device):
-            super().__init__(config, range(slots))
-        self.to(host.down_proj.dense().dtype).requires_grad_(False)
-        self.host = [host]  # in a list: not a part of this module
-
-    def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """A pass for each group of as many experts as there are slots."""
-        chosen = indices.unique().tolist()
-        groups = [chosen[i : i + self.count] for i in range(0, len(chosen), self.count)]
-        return (self.load(group, indices, weights) for group in groups)
-
-    def load(self, group: list[int], indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        slots, held = torch.zeros_like(indices), torch.zeros_like(indices, dtype=torch.bool)
-        for slot, expert in enumerate(group):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                source = getattr(self.host[0], name).one(expert)
-                getattr(self, name).stored()["weight"][slot].copy_(source)
-            mine = indices == expert
-            slots, held = slots.masked_fill(mine, slot), held | mine
-        return slots, weights * held
-
-
-class InHostMemory(Placement):
-    """Allocates the experts on the host, wherever the rest is."""
-
-    def device(self, name: str, module: nn.Module, device: torch.device) -> torch.device:
-        return torch.device("cpu") if ".experts" in name else device
-
-
-def stream(model: Transformer, slots: int) -> Transformer:
-    device = model.norm.weight.device
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.experts = StreamedExperts(model.config, module.experts, slots, device)
-    return model
 
 
 # ---------------------------- tests
@@ -189,18 +147,6 @@ def test_experts_over_two_processes(folder: Path, tmp_path: Path) -> None:
     experts = sum(t.nbytes for key, t in places(whole.model).items() if ".experts." in key)
     everything = sum(t.nbytes for t in places(whole.model).values())
     assert [int(each["bytes"]) for each in found] == [everything - experts // 2] * 2
-
-
-@pytest.mark.parametrize("slots", [1, 4, TINY.experts.n_routed_experts])
-@pytest.mark.parametrize("moe", STRATEGIES)
-def test_experts_in_host_memory(folder: Path, moe: str, slots: int) -> None:
-    """With few slots a call takes several passes; the sum is the same."""
-    right = load(folder, moe=moe, prefill_moe=moe)
-    run = load(folder, InHostMemory(), moe=moe, prefill_moe=moe)
-    stream(run.model, slots)
-    text, logits = read(right)
-    torch.testing.assert_close(read(run, text)[1], logits, atol=atol("algebra fp32"), rtol=0)
-    torch.testing.assert_close(fused(run), fused(right), atol=atol("algebra fp32"), rtol=0)
 
 
 class Half(Placement):

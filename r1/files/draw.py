@@ -61,5 +61,5 @@ def _keep(slot: Slot, drawn: Tensor, mine: Part) -> None:
 
 def _draw(place: Tensor, generator: torch.Generator) -> None:
     for some in place.view(-1).split(DRAW_ELEMENTS):
-        drawn = torch.empty(some.shape, dtype=torch.float32, device=some.device)
+        drawn = torch.empty(some.shape, dtype=torch.float32, device=generator.device)
         some.copy_(drawn.normal_(0.0, 0.02, generator=generator).bfloat16())

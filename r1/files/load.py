@@ -180,8 +180,9 @@ def _shape(files: Recognized, key: str, slot: Slot, placement: Placement) -> tup
     found = files.found.get(key)
     if found is None:
         return files.plain[key].shape
-    whole = type(placement) is Placement
-    return found.shape(slot.shape if whole else found.format.shape(found.tensors, found.declared))
+    return found.shape(
+        slot.shape if placement.complete else found.format.shape(found.tensors, found.declared)
+    )
 
 
 def _check(

@@ -71,7 +71,7 @@ def places(model: Transformer) -> dict[str, Tensor]:
 def _slots(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, Slot]]:
     """The checkpoint's weights that a module owns itself."""
     if isinstance(module, Experts):
-        stacks = [(name, getattr(module, name)) for name in EXPERT_MATRICES]
+        stacks = [(name, module.whole(name)) for name in EXPERT_MATRICES]
         stored = [(name, stack, stack.stored()) for name, stack in stacks]
         for place, expert in enumerate(module.ids):
             for name, stack, tensors in stored:

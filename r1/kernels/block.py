@@ -111,6 +111,7 @@ class DecodeBlock:
         # The residual and the shared experts are added once: in one place, in its first pass.
         once = {"residual": x, "norm": norm.weight, "eps": norm.eps, "shared": moe.shared_experts}
         passes: list[Tensor] = []
+        moe.experts.look_ahead(h)
         for choices in moe.experts.here(indices, weights):
             extra = once if moe.experts.leads and not passes else {}
             passes.append(self.experts(h, *choices, moe.experts, **extra))

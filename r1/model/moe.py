@@ -55,6 +55,13 @@ class Experts(nn.Module):
         """
         return [(indices, weights)]
 
+    def look_ahead(self, x: Tensor) -> None:
+        """Called with the input (N, D) before `here`. A place that fetches experts may use it."""
+
+    def whole(self, name: str) -> Matrix:
+        """The stack `name` of all `ids`, wherever it lies. Loading and saving ask for it."""
+        return cast(Matrix, getattr(self, name))
+
     def combine(self, y: Tensor) -> Tensor:
         """Add up the outputs (N, D) of several places. Here: one place."""
         return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -29,6 +30,26 @@ class Placement:
     def device(self, name: str, module: nn.Module, device: torch.device) -> torch.device:
         """The device of a module's own tensors; `name` is its path in the model."""
         return device
+
+    @property
+    def complete(self) -> bool:
+        """Whether this process holds all of every tensor."""
+        return type(self) is Placement
+
+    def sizes(self, model: nn.Module, device: torch.device) -> Counter[str]:
+        """Bytes that `allocate` takes, by the type of device ("cuda", "cpu")."""
+        needed = Counter[str]()
+        for name, module in model.named_modules():
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            where = self.device(name, module, device).type
+            needed[where] += sum(tensor.nbytes for tensor in own)
+        return needed
+
+    def allocate(self, model: Any, device: torch.device) -> None:
+        """Give a Transformer's tensors memory. Raises InputError where there is too little."""
+        places = {name: self.device(name, each, device) for name, each in model.named_modules()}
+        for name, module in model.named_modules():
+            module.to_empty(device=places[name], recurse=False)
 
     def part(self, key: str, shape: tuple[int, ...]) -> Part:
         """The part of the checkpoint's tensor `key` that this process holds."""

@@ -110,11 +110,14 @@ def takes(spec: Spec, shape: tuple[int, ...]) -> bool:
     return spec == usual and spec.columns in GROUPS and whole and _layout() is not None
 
 
-def repack(model: nn.Module) -> None:
-    """Replace every int4 matrix of a model, on a CPU, by one in the operator's order."""
+def repack(model: nn.Module, leave: tuple[type[nn.Module], ...] = ()) -> None:
+    """Replace every int4 matrix of a model, on a CPU, by one in the operator's order.
+
+    Those that modules of a type in `leave` own stay as they are.
+    """
     for module in list(model.modules()):
-        if isinstance(module, Part):
-            continue  # its joint is repacked once for all its parts
+        if isinstance(module, (Part, *leave)):
+            continue  # of a Part, its joint is repacked once for all its parts
         for name, matrix in list(module.named_children()):
             if isinstance(matrix, Int4) and takes(matrix.spec, matrix.shape):
                 setattr(module, name, CpuInt4(matrix))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from r1.errors import InputError, setting
 from r1.model.strategy import Strategy
+from r1.placement.slots import POLICIES
 from r1.storage.kinds import KINDS
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED
 
@@ -28,6 +29,8 @@ def choices() -> dict[str, tuple[str, ...]]:
         "quant": ("auto", "none", *KINDS),
         "quant_head": ("none", "fp8", "int8"),
         "speculate": ("off", "mtp", "draft"),
+        "experts": ("device", "host"),
+        "expert_policy": tuple(POLICIES),
         "memory": ("default", "expandable", "empty-cache"),
     }
 
@@ -102,12 +105,25 @@ class Backend:
     """expert parallel: devices that share each layer's experts, likewise; together with `tp` as
     many devices as both multiplied"""
 
+    experts: str = "device"
+    """where routed experts lie; host: in the CPU's memory, and those that are chosen are copied to
+    slots of the device"""
+    expert_slots: int = 0
+    """experts of each layer that the device holds with `experts=host`; 0: as many as fit into what
+    is free"""
+    expert_policy: str = "last"
+    """which expert gives its slot away; last: the one that was used longest ago; most: the one that
+    the fewest tokens chose, a prompt's tokens included"""
+    guess_experts: bool = False
+    """with `experts=host`: the next layer's router guesses one layer early which experts will be
+    chosen, and they are copied ahead; a wrong guess costs bandwidth"""
+
     def __post_init__(self) -> None:
         for name, values in choices().items():
             value = getattr(self, name)
             if value not in values:
                 raise InputError(f"{setting(name, repr(value))}: choose {', '.join(values)}")
-        for name in ("compile", "cuda_graphs", "prefill_graphs", "tune"):
+        for name in ("compile", "cuda_graphs", "prefill_graphs", "tune", "guess_experts"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InputError(f"{setting(name, repr(value))}: choose True or False")
@@ -116,6 +132,11 @@ class Backend:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 asked = setting(name, repr(value))
                 raise InputError(f"{asked}: give a whole number of at least 1")
+
+        slots = self.expert_slots
+        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 0:
+            asked = setting("expert_slots", repr(slots))
+            raise InputError(f"{asked}: give a whole number, or 0 for what is free")
 
     @property
     def step_tokens(self) -> int:

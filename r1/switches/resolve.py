@@ -13,6 +13,7 @@ from r1.model.config import Config, Yarn
 from r1.model.strategy import Strategy, Use
 from r1.placement import cuts
 from r1.storage import int4_cpu
+from r1.switches import offload
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 from r1.switches.precision import spec_of
@@ -46,6 +47,7 @@ def resolve(
         head = setting("quant_head", backend.quant_head)
         raise InputError(f"{head}: this model's output head is its embedding too: leave it out")
     _check_speculation(backend, config)
+    offload.check(backend, config)
     uses = {
         phase: _use(backend, config, machine, phase, batch * backend.step_tokens)
         for phase in ("decode", "prefill")

@@ -37,6 +37,7 @@ import torch
 
 from r1 import Backend, Config, InputError, build
 from r1.model.cache import Cache
+from r1.storing import join_matrices
 from r1.switches.strategies import attention_of
 
 CONTEXT = 4096
@@ -224,7 +225,7 @@ def launches_of_experts(config: Config, batch: int, target: Target) -> list[Laun
     chosen = (batch, config.experts.num_experts_per_tok)
     with torch.device("meta"):
         weights = Experts(config).bfloat16()
-        build.join_matrices(weights)
+        join_matrices(weights)
         x = torch.empty(batch, config.hidden_size, dtype=torch.bfloat16)
         indices, shares = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
         experts(recorder, x, indices, shares, weights)  # type: ignore[arg-type]

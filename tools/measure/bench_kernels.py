@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from r1 import Config, InputError, build
+from r1 import Config, InputError
 from r1.bench import rates
 from r1.bench.report.aligned import aligned
 from r1.model.config import GroupedShape
 from r1.storage.dense import Dense
+from r1.storing import join_matrices
 
 REPETITIONS = 21
 COLD = 3
@@ -265,7 +266,7 @@ def filled(make: Callable[[], nn.Module], scale: float) -> Any:
     device = torch.get_default_device()
     with torch.device("meta"):
         module = make().bfloat16().requires_grad_(False)
-        build.join_matrices(module)
+        join_matrices(module)
     module.to_empty(device=device)
     for parameter in module.parameters():
         parameter.normal_(0.0, scale)

@@ -1,0 +1,94 @@
+"""The way from host memory to the device: pinned memory, and copies on a stream of their own.
+
+On a CPU the same calls copy at once, so the code around them is the same.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from r1.errors import InputError
+
+Event = torch.cuda.Event
+"""A place in a stream's order, for which another stream can wait."""
+
+
+class Pinned(mmap.mmap):
+    """Anonymous memory that a GPU may copy from while the CPU goes on. Freed with its last tensor.
+
+    torch's own pinned allocations are rounded up to a power of two, which would waste up to half.
+    The system frees it too when the process is killed: there is no file.
+    """
+
+    address = 0
+
+    def pin(self, address: int) -> None:
+        """Raises InputError where the system does not lock so much memory."""
+        if int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0)):
+            raise InputError(
+                f"{len(self) / 1e9:.1f} GB of host memory can't be pinned for the GPU's copies: "
+                "raise the limit of locked memory (ulimit -l), or use a machine with more memory"
+            )
+        self.address = address
+
+    def __del__(self) -> None:
+        if self.address:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def host_rows(count: int, width: int, device: torch.device) -> Tensor:
+    """uint8 (count, width) of host memory, zero; pinned where `device` is a GPU.
+
+    Raises InputError.
+    """
+    try:
+        memory = Pinned(-1, max(1, count * width))
+    except OSError as error:
+        raise InputError(
+            f"{count * width / 1e9:.1f} GB of host memory can't be had ({error.strerror}): use a "
+            "machine with more memory"
+        ) from None
+    rows = torch.frombuffer(memory, dtype=torch.uint8).view(count, width)
+    if device.type == "cuda":
+        memory.pin(rows.data_ptr())
+    return rows
+
+
+class Link:
+    """Copies from host memory to one device, in order, beside the device's arithmetic."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = device
+
+    def copy(self, target: Tensor, source: Tensor, after: Event | None) -> None:
+        """Copy a row from pinned memory, once `after` has happened on the device."""
+        if self.stream is None:
+            target.copy_(source)
+            return
+        if after is not None:
+            self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+
+    def arrival(self) -> Event | None:
+        """Happens when all copies so far have arrived."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def now(self) -> Event | None:
+        """Happens when the device's arithmetic has come to this point."""
+        stream = self.stream and torch.cuda.current_stream(self.device)
+        return stream.record_event() if stream else None
+
+    def wait(self, event: Event | None) -> None:
+        """The device's arithmetic goes on when `event` has happened. The CPU does not wait."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def begin(self) -> None:
+        """Copies start after what the device has been asked to do so far."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))

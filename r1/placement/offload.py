@@ -1,0 +1,119 @@
+"""The placement of `experts=host`: routed experts in host memory, everything else as before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from r1.device import available_bytes
+from r1.model.moe import MoE
+from r1.placement.link import Link, host_rows
+from r1.placement.placement import Part, Placement
+from r1.placement.slots import POLICIES
+from r1.placement.streamed import StreamedExperts
+from r1.storage.matrix import Matrix
+from r1.storage.rows import Rows
+
+LEFT = 2**30
+"""Bytes of the device that are left to activations and the cache, where slots take what is free."""
+SHARE = 0.1
+"""The same as a share of what is free: the larger one counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slotted:
+    """How experts are fetched: the switches."""
+
+    slots: int = 0
+    """Of each layer; 0: as many as the device has memory for."""
+    policy: str = "last"
+    guess: bool = False
+
+
+class Offloaded(Placement):
+    """Experts in host memory, with some slots on the device; the rest as `base` has it."""
+
+    def __init__(self, base: Placement, how: Slotted) -> None:
+        self.base, self.how = base, how
+
+    @property
+    def complete(self) -> bool:
+        return self.base.complete
+
+    def arrange(self, model: Any) -> None:
+        self.base.arrange(model)
+
+    def matrix(self, path: str, matrix: Matrix) -> Matrix:
+        return self.base.matrix(path, matrix)
+
+    def part(self, key: str, shape: tuple[int, ...]) -> Part:
+        return self.base.part(key, shape)
+
+    def sizes(self, model: nn.Module, device: torch.device) -> Counter[str]:
+        """The device has the fewest slots that are asked for, one if their number is free."""
+        needed = Counter({device.type: rest_bytes(model)})
+        for layer in sparse(model):
+            width = Rows(layer.experts).width
+            needed[device.type] += (self.how.slots or 1) * width
+            needed["cpu"] += layer.experts.count * width
+        return needed
+
+    def slots(self, model: nn.Module, free: int) -> int:
+        """Slots of each layer, of a device with so many bytes free for everything."""
+        layers = sparse(model)
+        most = max(layer.experts.count for layer in layers)
+        if self.how.slots:
+            return min(self.how.slots, most)
+        free -= rest_bytes(model) + max(LEFT, int(SHARE * free))
+        return max(1, min(most, free // sum(Rows(layer.experts).width for layer in layers)))
+
+    def allocate(self, model: Any, device: torch.device) -> None:
+        """Memory for the tensors; each layer's experts become StreamedExperts."""
+        count = self.slots(model, self.free(model, device))
+        for module in _rest(model):
+            module.to_empty(device=device, recurse=False)
+        link, policy = Link(device), POLICIES[self.how.policy]
+        for layer in sparse(model):
+            whole = layer.experts
+            rows = host_rows(whole.count, Rows(whole).width, device)
+            slots = policy(count, whole.count)
+            layer.experts = StreamedExperts(whole, slots, rows, device, link)
+        link.begin()
+        if self.how.guess:
+            for layer, following in pairwise(sparse(model.layers)):
+                streamed, other = layer.experts, following.experts
+                assert isinstance(streamed, StreamedExperts) and isinstance(other, StreamedExperts)
+                streamed.next = (following.gate, other)
+
+    def free(self, model: nn.Module, device: torch.device) -> int:
+        """Bytes that the device has for all but the experts in host memory."""
+        free = available_bytes(device)
+        if device.type == "cpu":  # the host's memory is the device's
+            free -= sum(layer.experts.count * Rows(layer.experts).width for layer in sparse(model))
+        return free
+
+
+def sparse(model: nn.Module) -> list[MoE]:
+    """The layers that have experts, in order."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def _rest(model: nn.Module) -> list[nn.Module]:
+    """The modules that are no part of routed experts."""
+    inside = {id(part) for layer in sparse(model) for part in layer.experts.modules()}
+    return [module for module in model.modules() if id(module) not in inside]
+
+
+def rest_bytes(model: nn.Module) -> int:
+    """Bytes of everything but the routed experts."""
+    tensors = (
+        tensor
+        for module in _rest(model)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    )
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,69 @@
+"""Which expert of a layer lies in which slot of the device, and which slot is given away next.
+
+A policy is one class and one entry in POLICIES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+
+class Slots:
+    """The slots of one layer. Here: the expert that was used longest ago is given up first."""
+
+    def __init__(self, slots: int, experts: int) -> None:
+        self.expert: list[int | None] = [None] * slots
+        """By slot."""
+        self.slot: dict[int, int] = {}
+        """By expert, of those that lie in one."""
+        self.used, self.clock = [0] * slots, 0
+        self.counts = [0] * experts
+        """Tokens that chose each expert."""
+
+    def worth(self, slot: int) -> tuple[int, ...]:
+        """The slot with the least worth is given away first."""
+        return (self.used[slot],)
+
+    def order(self, missing: Iterable[int]) -> list[int]:
+        """The order in which experts are fetched. What comes last stays longest."""
+        return list(missing)
+
+    def count(self, chosen: Iterable[int], tokens: Iterable[int]) -> None:
+        """So many tokens chose each of these experts."""
+        for expert, number in zip(chosen, tokens, strict=True):
+            self.counts[expert] += number
+
+    def use(self, slots: Iterable[int]) -> None:
+        """These slots are used in one pass."""
+        self.clock += 1
+        for slot in slots:
+            self.used[slot] = self.clock
+
+    def take(self, expert: int, keep: Collection[int]) -> int:
+        """The slot that `expert` gets: an empty one, or the one of least worth; none of `keep`."""
+        free = (slot for slot in range(len(self.expert)) if slot not in keep)
+        slot = min(free, key=lambda s: (self.expert[s] is not None, *self.worth(s)))
+        before = self.expert[slot]
+        if before is not None:
+            del self.slot[before]
+        self.expert[slot], self.slot[expert] = expert, slot
+        self.use([slot])
+        return slot
+
+
+class MostUsed(Slots):
+    """The expert that the fewest tokens chose is given up first, of equals the older one.
+
+    A prompt's tokens count, so an answer begins with the experts that its prompt used most.
+    """
+
+    def worth(self, slot: int) -> tuple[int, ...]:
+        expert = self.expert[slot]
+        return (0 if expert is None else self.counts[expert], self.used[slot])
+
+    def order(self, missing: Iterable[int]) -> list[int]:
+        return sorted(missing, key=lambda expert: self.counts[expert])
+
+
+POLICIES: dict[str, type[Slots]] = {"last": Slots, "most": MostUsed}
+"""By the value of the switch expert_policy."""

@@ -1,0 +1,56 @@
+"""Experts as rows of bytes: each expert's tensors side by side, so that one copy moves it whole.
+
+The matrix objects of a stack become views of a buffer (E, width), whatever their storage: numbers,
+scales and zero points of one expert lie in one row.
+
+Shapes: E experts of a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from r1.storage.matrix import Matrix
+
+ALIGNMENT = 256
+"""Bytes: where a tensor may begin in a row. Kernels read 16 bytes at a time, and copies more."""
+
+
+class Rows:
+    """The layout of a row, for a module whose tensors are all stacks (E, ...) of matrix objects."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        self.experts = experts
+        self.starts: list[int] = []
+        self.width = 0
+        """Bytes of one expert, with what aligns its tensors."""
+        for module, name in _tensors(experts):
+            self.starts.append(self.width)
+            each = getattr(module, name)
+            nbytes = each[0].numel() * each.itemsize
+            self.width += -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+    def place(self, buffer: Tensor) -> None:
+        """Make the tensors views of `buffer`, uint8 (E, width); E may be another one than before.
+
+        The numbers are those of the buffer: what the tensors held is not copied.
+        """
+        for (module, name), start in zip(list(_tensors(self.experts)), self.starts, strict=True):
+            old = getattr(module, name)
+            shape, nbytes = old.shape[1:], old[0].numel() * old.itemsize
+            view = buffer[:, start : start + nbytes].view(old.dtype).unflatten(1, shape)
+            is_parameter = isinstance(old, nn.Parameter)
+            setattr(module, name, nn.Parameter(view, requires_grad=False) if is_parameter else view)
+        for module in self.experts.modules():
+            if isinstance(module, Matrix):
+                module.shape = torch.Size((len(buffer), *module.shape[1:]))
+
+
+def _tensors(experts: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Each tensor of the module's matrices once: its owner and its name there."""
+    for module in experts.modules():
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        yield from ((module, name) for name, _ in own)

@@ -1,0 +1,33 @@
+"""What `experts=host` goes with: it reads each layer's choices on the host."""
+
+from __future__ import annotations
+
+from r1.errors import InputError, setting
+from r1.model.config import Config
+from r1.switches.backend import Backend
+
+OWN = ("expert_slots", "expert_policy", "guess_experts")
+"""The switches that say how experts are fetched."""
+CAN_NOT_WAIT = ("compile", "cuda_graphs", "prefill_graphs", "tune")
+"""Switches under which nothing may wait for a number in the middle of a step."""
+
+
+def check(backend: Backend, config: Config) -> None:
+    """Raise InputError for experts elsewhere where there are none, or where nothing may wait."""
+    if backend.experts == "device":
+        for name in OWN:
+            value = getattr(backend, name)
+            if value != getattr(Backend, name):
+                asked = setting(name) if value is True else setting(name, value)
+                host = setting("experts", "host")
+                raise InputError(f"{asked} is of no use without {host}: add that, or leave it out")
+        return
+    asked = setting("experts", backend.experts)
+    if not config.experts.n_routed_experts:
+        raise InputError(f"{asked}: this model has no routed experts: leave it out")
+    for name in CAN_NOT_WAIT:
+        if getattr(backend, name):
+            raise InputError(
+                f"{asked} has to know each layer's choices on the CPU, for which {setting(name)} "
+                "has no place: leave one of them out"
+            )

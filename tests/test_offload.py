@@ -1,0 +1,368 @@
+"""Experts in host memory (r1/placement/offload.py and its parts) give what all on the device give.
+
+On a GPU where there is one. On a CPU the same code copies without streams: a stand-in for a device.
+Holds r1/placement's offload, streamed, slots and link, r1/storage/rows.py and
+r1/switches/offload.py to account.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoding import PROMPTS, read
+from models import TINY, drafting_engine, model, sharp_logits
+from refusals import refused
+from tolerances import atol
+from torch import Tensor
+
+import r1
+from r1 import Backend, build
+from r1.device import torch_device
+from r1.files.embedded import EMBEDDED
+from r1.files.names import places
+from r1.files.save import save
+from r1.kernels.block import DecodeBlock
+from r1.model.moe import MoE
+from r1.model.transformer import Transformer
+from r1.placement import link, streamed
+from r1.placement.offload import Offloaded, Slotted, rest_bytes, sparse
+from r1.placement.placement import Placement
+from r1.placement.slots import MostUsed, Slots
+from r1.placement.streamed import StreamedExperts, Traffic
+from r1.run.engine import Engine
+from r1.run.runner import Runner
+from r1.switches.resolve import resolve
+
+EXPERTS = TINY.experts.n_routed_experts
+GPU = torch.cuda.is_available()
+HOST: dict[str, Any] = {"experts": "host"}
+
+
+def loaded(**switches: Any) -> Engine:
+    """The embedded model, in fp32 unless `switches` say otherwise."""
+    asked = {"device": "cuda" if GPU else "cpu", "dtype": "fp32", **switches}
+    return r1.load(EMBEDDED, Backend(**asked), quiet=True)
+
+
+def streamed_layers(made: Transformer) -> list[StreamedExperts]:
+    found = [layer.experts for layer in sparse(made)]
+    assert found and all(isinstance(each, StreamedExperts) for each in found)
+    return [each for each in found if isinstance(each, StreamedExperts)]
+
+
+def traffic(made: Transformer) -> Traffic:
+    """That of all layers and calls, added up."""
+    total = Traffic()
+    for layer in streamed_layers(made):
+        for note in layer.traffic.values():
+            for name, value in vars(note).items():
+                setattr(total, name, getattr(total, name) + value)
+    return total
+
+
+def check(right: Runner, run: Runner) -> None:
+    """The same logits for ragged prompts and a text."""
+    text, logits = read(right)
+    ours = read(run, text)[1]
+    torch.testing.assert_close(ours, logits, atol=atol("algebra fp32"), rtol=0)
+
+
+# ---------------------------- the same numbers
+@pytest.mark.parametrize("slots", [1, 4, 5, EXPERTS])
+@pytest.mark.parametrize("moe", ["loop", "gather", "grouped"])
+def test_every_strategy(moe: str, slots: int) -> None:
+    """Ragged prompts, in one piece and in chunks of 3 tokens; decode steps of 3 rows."""
+    if GPU and moe == "grouped":
+        pytest.skip("torch's grouped_mm has no fp32 on a GPU")
+    ways: dict[str, Any] = {"moe": moe, "prefill_moe": moe}
+    right, run = sharp_logits(**ways), sharp_logits(**ways, **HOST, expert_slots=slots)
+    check(right, run)
+    run.prefill_chunk = right.prefill_chunk = 3
+    check(right, run)
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("join", ["on", "off"])
+def test_every_storage(quant: str, join: str) -> None:
+    """Packed numbers travel as they are stored, with their scales, in one row."""
+    switches = {"quant": quant, "join": join}
+    right, run = loaded(**switches), loaded(**switches, **HOST, expert_slots=5)
+    check(right.runner, run.runner)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_other_dtypes(dtype: str) -> None:
+    """Each choice is rounded by itself where there are passes: one step of 2^-8 or 2^-11 more."""
+    right, run = sharp_logits(dtype=dtype), sharp_logits(dtype=dtype, **HOST, expert_slots=5)
+    text, logits = read(right)
+    torch.testing.assert_close(read(run, text)[1], logits, atol=atol("ranks bf16"), rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["last", "most"])
+@pytest.mark.parametrize("guess", [False, True])
+def test_policies_and_guesses_change_no_number(policy: str, guess: bool) -> None:
+    switches: dict[str, Any] = {"expert_slots": 6, "expert_policy": policy, "guess_experts": guess}
+    check(sharp_logits(), sharp_logits(**HOST, **switches))
+
+
+def test_a_fused_step() -> None:
+    """The kernels read slots as they read stacks: the twins, and on a GPU the kernels."""
+    kernels: dict[str, Any] = {"kernels": "triton"} if GPU else {}
+    right, run = sharp_logits(**kernels), sharp_logits(**kernels, **HOST, expert_slots=5)
+    torch.testing.assert_close(fused(run), fused(right), atol=atol("algebra fp32"), rtol=0)
+
+
+def fused(run: Runner) -> Tensor:
+    """A decode step through fused blocks."""
+    cache = run.cache(len(PROMPTS), 64)
+    run.prefill(PROMPTS, cache)
+    step = run.next_step(cache, 1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(PROMPTS), 1, TINY.hidden_size, generator=generator).to(run.device)
+    with run.context():
+        for block, ready, layer in zip(
+            run.model.layers, run.blocks["decode"], cache.layers, strict=True
+        ):
+            x = (ready if GPU else DecodeBlock(block, None))(x, step, layer)
+    return x.clone()
+
+
+def test_evictions_at_every_step() -> None:
+    """With one slot every expert but a repeated one is copied anew, and nothing else is."""
+    run = sharp_logits(**HOST, expert_slots=1)
+    check(sharp_logits(), run)
+    note = traffic(run.model)
+    width = streamed_layers(run.model)[0].places.shape[1]
+    assert note.copied == (note.visits - note.hits) * width
+    assert note.hits < note.visits / 4
+
+
+@pytest.mark.parametrize("quant", ["none", "int4", "fp8"])
+def test_the_same_text(quant: str) -> None:
+    """The embedded model's greedy answers, word by word; loaded, not made."""
+    questions = ["17 * 23 = ?", "9 + 8", "1234 + 999 = ?"]
+    answers = []
+    ways: list[dict[str, Any]] = [{}, {**HOST, "expert_slots": 4}, {**HOST, "guess_experts": True}]
+    for switches in ways:
+        engine = loaded(quant=quant, **switches)
+        prompts = [engine.encode(each) for each in questions]
+        answers.append([done.tokens for done in engine.generate(prompts, 40, temperature=0.0)])
+    assert answers[1] == answers[0] and answers[2] == answers[0]
+
+
+def test_drafts() -> None:
+    """The MTP layer's experts stream too, and a step over drafts visits more of them."""
+    plain = drafting_engine(TINY, 3, k=2)
+    assert isinstance(plain.model, Transformer)
+    run = drafting_engine(TINY, 3, k=2, **HOST, expert_slots=4)
+    texts = [
+        [done.tokens for done in engine.generate(PROMPTS, 12, temperature=0.0)]
+        for engine in (plain, run)
+    ]
+    assert texts[0] == texts[1]
+    assert len(streamed_layers(run.model)) == len(sparse(plain.model))
+
+
+# ---------------------------- what is copied
+def test_a_prompt_copies_each_expert_once() -> None:
+    """Of 60 tokens all experts are chosen; the four slots hold four of them afterwards."""
+    run = sharp_logits(**HOST, expert_slots=4)
+    run.prefill([list(range(60))], run.cache(1, 64))
+    for layer in streamed_layers(run.model):
+        (note,) = layer.traffic.values()
+        assert note.copied == note.visits * layer.places.shape[1]
+        assert note.visits <= EXPERTS and note.hits == 0
+        assert len(layer.slots.slot) == 4
+
+
+def test_what_lies_in_a_slot_is_not_copied() -> None:
+    """With a slot for each expert, a second call copies only what the first one did not use."""
+    run = sharp_logits(**HOST, expert_slots=EXPERTS)
+    run.prefill([list(range(60))], run.cache(1, 64))
+    before = traffic(run.model).copied
+    run.prefill([list(range(60))], run.cache(1, 64))
+    assert traffic(run.model).copied == before
+
+
+def test_a_guess_helps() -> None:
+    """On the embedded model the next layer's router is often right about this layer's state."""
+    rates = []
+    for guess in (False, True):
+        engine = loaded(**HOST, expert_slots=8, guess_experts=guess)
+        engine.generate([engine.encode("17 * 23 = ?")], 40, temperature=0.0)
+        notes = [layer.traffic[1] for layer in streamed_layers(engine.model)]
+        hits, visits, right, guessed = (
+            sum(getattr(note, name) for note in notes)
+            for name in ("hits", "visits", "right", "guessed")
+        )
+        rates.append(hits / visits)
+        assert right <= guessed and bool(guessed) == guess
+    assert rates[1] > rates[0] + 0.05
+
+
+def test_an_expert_is_one_row() -> None:
+    """Its matrices and scales lie side by side: a slot's bytes are the host's row, whole."""
+    run = loaded(**HOST, expert_slots=4, quant="int4").runner
+    run.prefill([[1, 2, 3]], run.cache(1, 8))
+    for layer in streamed_layers(run.model):
+        for expert, slot in layer.slots.slot.items():
+            assert torch.equal(layer.places[slot].cpu(), layer.outside[1][expert])
+        stored = [layer.whole(name).stored() for name in streamed.MATRICES]
+        row = sum(tensor[0].nbytes for each in stored for tensor in each.values())
+        assert row <= layer.places.shape[1] < row + 256 * 6
+
+
+# ---------------------------- policies
+def test_the_oldest_goes_first() -> None:
+    slots = Slots(3, 8)
+    assert [slots.take(expert, ()) for expert in (5, 6, 7)] == [0, 1, 2]
+    slots.use([0])
+    assert slots.take(1, ()) == 1, "6 is the oldest now"
+    assert slots.take(2, keep=(2,)) == 0, "7 is older than 5, but it is kept"
+    assert slots.slot == {7: 2, 1: 1, 2: 0}
+
+
+def test_the_least_chosen_goes_first() -> None:
+    slots = MostUsed(2, 8)
+    slots.count([1, 2, 3], [5, 1, 4])
+    assert slots.order([1, 2, 3]) == [2, 3, 1], "the most chosen are fetched last, and stay"
+    slots.take(2, ()), slots.take(1, ())
+    assert slots.take(3, ()) == 0 and set(slots.slot) == {1, 3}
+
+
+# ---------------------------- memory
+def sketched(**switches: Any) -> tuple[Transformer, Placement, Backend]:
+    backend = resolve(Backend(device="cpu", dtype="fp32", **switches), TINY)
+    placement = build.placement_of(TINY, backend)
+    return build.sketch(TINY, backend, placement=placement), placement, backend
+
+
+def test_what_lies_where() -> None:
+    """The device has everything else and the slots; the host has every expert."""
+    made, placement, _ = sketched(**HOST, expert_slots=3)
+    width = streamed.Rows(sparse(made)[0].experts).width
+    layers = len(sparse(made))
+    found = placement.sizes(made, torch.device("cuda"))
+    assert found["cuda"] == rest_bytes(made) + 3 * layers * width
+    assert found["cpu"] == EXPERTS * layers * width
+    run = sharp_logits(**HOST, expert_slots=3)
+    assert sum(layer.places.nbytes for layer in streamed_layers(run.model)) == 3 * layers * width
+    for tensor in (*run.model.parameters(), *run.model.buffers()):
+        assert tensor.device.type == run.device.type
+    for layer in streamed_layers(run.model):
+        assert layer.outside[1].device.type == "cpu" and layer.outside[1].is_pinned() == GPU
+
+
+def test_slots_take_what_is_free() -> None:
+    made, placement, _ = sketched(**HOST)
+    assert isinstance(placement, Offloaded)
+    layers = len(sparse(made))
+    each = layers * streamed.Rows(sparse(made)[0].experts).width
+    rest, left = rest_bytes(made), 2**30
+    assert placement.slots(made, rest + left + 5 * each + each // 2) == 5
+    assert placement.slots(made, rest + left) == 1, "then a call with one slot is tried"
+    assert placement.slots(made, 2**40) == EXPERTS
+    assert Offloaded(Placement(), Slotted(99)).slots(made, 0) == EXPERTS
+
+
+def test_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device and the host are counted, before any memory is taken."""
+    made, placement, backend = sketched(**HOST, expert_slots=2)
+    needed = placement.sizes(made, torch.device("cpu"))["cpu"]
+    monkeypatch.setattr(build, "available_bytes", lambda _: needed + build.HEADROOM - 1)
+    with refused("needs .* in fp32 and cpu has"):
+        build.from_shape(TINY, backend)
+    monkeypatch.setattr(build, "available_bytes", lambda _: needed + build.HEADROOM)
+    build.from_shape(TINY, backend)
+
+
+def test_advice_to_keep_experts_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all experts do not fit the GPU, and one slot of each layer does."""
+    backend = Backend(device="cuda", dtype="fp32", quant="none", join="on")
+    needed = build.weight_bytes(TINY, backend)
+    monkeypatch.setattr(build, "HEADROOM", 1)
+    monkeypatch.setattr(build, "available_bytes", lambda _: needed)
+    with refused("use .*experts=host or a larger machine"):
+        build.allocate(TINY, backend, mtp=False)
+
+
+def test_host_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model; and it is no file that a killed process could leave."""
+    made: list[weakref.ref[link.Pinned]] = []
+
+    class Watched(link.Pinned):
+        def __init__(self, *_: Any) -> None:
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(link, "Pinned", Watched)
+    run = sharp_logits(**HOST, expert_slots=2)
+    read(run)
+    gc.collect()
+    assert len(made) == len(sparse(run.model)) and all(each() is not None for each in made)
+    del run
+    gc.collect()
+    assert all(each() is None for each in made)
+
+
+def test_saving(tmp_path: Path) -> None:
+    """The files have every expert, not those of the slots."""
+    plain = model(TINY.change(fp8_block=None), dtype="fp32")
+    made = model(TINY.change(fp8_block=None), dtype="fp32", **HOST, expert_slots=2)
+    theirs = places(plain)
+    for key, tensor in places(made).items():
+        assert torch.equal(tensor, theirs[key]), key
+    save(made, tmp_path / "model")
+    again = r1.load(tmp_path / "model", Backend(device="cpu", dtype="fp32"), quiet=True)
+    for key, tensor in places(again.model).items():
+        assert torch.equal(tensor, theirs[key]), key
+
+
+# ---------------------------- refusals
+@pytest.mark.parametrize("name", ["compile", "cuda_graphs", "prefill_graphs"])
+def test_switches_that_can_not_wait(name: str) -> None:
+    from r1.switches.machine import Machine
+
+    machine = Machine(cuda=True, name="H100", capability=(9, 0))
+    with refused("experts=host has to know", f"{name} has no place"):
+        asked: dict[str, Any] = {**HOST, name: True}
+        resolve(Backend(**asked), TINY, machine)
+
+
+@pytest.mark.parametrize(
+    "switches", [{"expert_slots": 4}, {"expert_policy": "most"}, {"guess_experts": True}]
+)
+def test_its_switches_need_it(switches: dict[str, Any]) -> None:
+    with refused("is of no use without experts=host"):
+        resolve(Backend(device="cpu", **switches), TINY)
+
+
+def test_a_model_without_experts() -> None:
+    with refused("experts=host: this model has no routed experts"):
+        resolve(Backend(device="cpu", **HOST), TINY.change(n_routed_experts=0))
+
+
+@pytest.mark.parametrize("slots", [-1, True, "4"])
+def test_slots_are_a_number(slots: Any) -> None:
+    with refused("expert_slots=.*give a whole number"):
+        Backend(expert_slots=slots)
+
+
+def test_no_memory_for_rows() -> None:
+    with refused("GB of host memory can't be had"):
+        link.host_rows(2**20, 2**40, torch_device("cpu"))
+
+
+def test_layers_are_chained() -> None:
+    """Each sparse layer but the last guesses for the next one."""
+    run = sharp_logits(**HOST, guess_experts=True)
+    layers = [each for each in run.model.modules() if isinstance(each, MoE)]
+    for layer, following in itertools.pairwise(layers):
+        experts = layer.experts
+        assert isinstance(experts, StreamedExperts) and experts.next is not None
+        assert experts.next[0] is following.gate and experts.next[1] is following.experts
