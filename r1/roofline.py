@@ -37,6 +37,8 @@ class Work:
     weight_bytes: float
     cache_bytes: float
     flops: float
+    link_bytes: float = 0.0
+    """Experts that are copied from host memory."""
 
     @property
     def nbytes(self) -> float:
@@ -47,6 +49,7 @@ class Work:
             self.weight_bytes + other.weight_bytes,
             self.cache_bytes + other.cache_bytes,
             self.flops + other.flops,
+            self.link_bytes + other.link_bytes,
         )
 
     def __sub__(self, other: Work) -> Work:
@@ -54,6 +57,7 @@ class Work:
             self.weight_bytes - other.weight_bytes,
             self.cache_bytes - other.cache_bytes,
             self.flops - other.flops,
+            self.link_bytes - other.link_bytes,
         )
 
 
@@ -134,6 +138,20 @@ def expected_experts(config: Config, rows: int) -> float:
     """How many experts `rows` tokens hit if each chooses uniformly: E (1 - (1 - K / E)^B)."""
     experts, chosen = config.experts.n_routed_experts, config.experts.num_experts_per_tok
     return experts * (1 - (1 - chosen / experts) ** rows) if experts else 0.0
+
+
+def fetched_bytes(
+    config: Config, backend: Backend, experts_hit: float, slots: int, found: float | None = None
+) -> float:
+    """Bytes of experts that a step copies to a device with so many slots a layer.
+
+    `found`: the share of visited experts that lie in a slot. None: as for choices that are even
+    and independent, of which slots hold their share whatever the policy, slots / E.
+    """
+    experts = config.experts.n_routed_experts
+    found = min(1.0, slots / experts) if found is None else found
+    each = weights_of(model_of(config, backend, False).layers).expert
+    return experts_hit / backend.ep * (1 - found) * each
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ from r1.run.engine import Engine
 from r1.run.runner import Runner
 from r1.switches.resolve import resolve
 
+torch.set_num_threads(1)  # the models are tiny
+
 EXPERTS = TINY.experts.n_routed_experts
 GPU = torch.cuda.is_available()
 HOST: dict[str, Any] = {"experts": "host"}
@@ -297,7 +299,7 @@ def test_host_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[link.Pinned]] = []
 
     class Watched(link.Pinned):
-        def __init__(self, *_: Any) -> None:
+        def __init__(self, *_: Any, **__: Any) -> None:
             made.append(weakref.ref(self))
 
     monkeypatch.setattr(link, "Pinned", Watched)

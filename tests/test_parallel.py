@@ -152,6 +152,14 @@ def test_ranks_compute_what_one_process_does(
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=named)
+def test_experts_in_host_memory(ranks: Ranks, plain: Path, grid: dict[str, int]) -> None:
+    """Each rank streams its own part of the experts."""
+    for slots in (1, 3):
+        switches = {**grid, "experts": "host", "expert_slots": slots, "guess_experts": True}
+        check_logits(ranks, plain, switches, "algebra fp32")
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=named)
 def test_in_bf16(ranks: Ranks, plain: Path, grid: dict[str, int]) -> None:
     check_logits(ranks, plain, {**grid, "dtype": "bf16"}, "ranks bf16")
 

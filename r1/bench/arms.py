@@ -14,6 +14,8 @@ KINDS = ("alone", "together", "ladder", "all-but-one", "pairs")
 """The kinds of arms besides the baseline."""
 USUAL = ("alone", "together")
 """Default kinds when switches are given without --only."""
+FETCHING = {"expert_policy", "guess_experts"}
+"""Switches that say how experts in host memory are fetched."""
 ALL_BUT = "all-but-"
 """With a switch's name after it: only the "all-but-one" arm that leaves out this switch."""
 
@@ -83,7 +85,7 @@ def from_switches(
     arms += [
         Arm(label(settings), "alone", dataclasses.replace(base, **settings)) for settings in alone
     ]
-    if len(alone) > 1:
+    if len(alone) > 1 and switches not in alone:
         arms.append(Arm(label(switches), "together", dataclasses.replace(base, **switches)))
         arms += _all_but_one(base, alone)
     return [each for each in arms if each.is_of(kinds)]
@@ -97,6 +99,10 @@ def _alone(switches: Settings) -> list[Settings]:
     if "speculate" in switches and "draft_tokens" in switches:  # one optimization, two switches
         alone = [s for s in alone if "speculate" not in s and "draft_tokens" not in s]
         alone.append({name: switches[name] for name in ("speculate", "draft_tokens")})
+    if "experts" in switches:  # its other switches do nothing without it
+        own: Settings = {n: switches[n] for n in ("experts", "expert_slots") if n in switches}
+        others = [s for s in alone if not s.keys() & own.keys()]
+        alone = [own, *({**own, **s} if s.keys() & FETCHING else s for s in others)]
     return alone
 
 
@@ -106,6 +112,8 @@ def _all_but_one(base: Backend, alone: list[Settings]) -> list[Arm]:
     for left in alone:
         # Without kernels there is nothing to tune, so tune is left out too.
         kept = [s for s in alone if s is not left and not ("kernels" in left and "tune" in s)]
+        if "experts" in left and not left.keys() & FETCHING:
+            kept = [s for s in kept if "experts" not in s]
         left = {"tune": True} if "tune" in left else left
         settings = {name: value for s in kept for name, value in s.items()}
         if settings:

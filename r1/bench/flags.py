@@ -11,6 +11,7 @@ from r1 import threads
 from r1.bench import arms, exam
 from r1.bench.plan import PROBLEMS
 from r1.bench.report.render import FORMS
+from r1.bench.routing import ROUTINGS
 from r1.model.shapes import SHAPES
 from r1.switches import flags, own_files
 from r1.switches.backend import Backend
@@ -77,9 +78,9 @@ def _add_measurement(p: argparse.ArgumentParser) -> None:
     p.add_argument("--only", type=kinds, metavar="KIND,..", help=text)
     text = (
         "uniform: experts drawn for each row, as trained weights would spread; "
-        "random weights crowd on a few"
+        "random weights crowd on a few; fresh: drawn anew for each token, as --experts host needs"
     )
-    p.add_argument("--routing", choices=("model", "uniform"), default="model", help=text)
+    p.add_argument("--routing", choices=("model", *ROUTINGS), default="model", help=text)
     text = (
         "with --speculate: accept each draft with this probability whatever the model says "
         "(random weights draft badly; a shape without an MTP layer gets one): "

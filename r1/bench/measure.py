@@ -101,6 +101,8 @@ def measure(
             "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,
             "matmul_tflop_s": {dtype: rate["matmul"] / 1e12 for dtype, rate in rates.items()},
         }
+        if link := next(iter(rates.values()))["link"]:
+            result["machine"]["link_gb_s"] = link / 1e9
         comparison = Comparison(
             workload, arguments, setup, asked, result, folder, reference, config, progress, lead
         )

@@ -39,6 +39,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(
             "--draft-model drafts for a checkpoint, not for a --shape: give --model DIR"
         )
+    if asked.experts != "device" and arguments.routing == "uniform":
+        raise InputError(
+            f"--routing uniform repeats a token's experts in every step, so --experts "
+            f"{asked.experts} would find them in its slots: use --routing fresh"
+        )
     check_given(asked, draft is not None)
     if draft is not None:
         check_draft(arguments)
@@ -108,11 +113,13 @@ def arms_of(
 
 
 def shared_by_all(given: Settings, machine: Machine, workload: Workload) -> Settings:
-    """tp and ep, where they are given and no single device could hold the baseline's model.
+    """tp, ep and experts, where they are given and a device could not hold the baseline's model.
 
-    Then devices share the model in all arms, and in the reference.
+    Then devices share the model, or experts lie elsewhere, in all arms, and in the reference.
     """
     spread = {name: given[name] for name in ("tp", "ep") if given.get(name, 1) > 1}
+    if given.get("experts", "device") != "device":
+        spread |= {name: given[name] for name in ("experts", "expert_slots") if name in given}
     if not spread:
         return {}
     config, base = workload.config(), Backend(**arms.common_settings(given))

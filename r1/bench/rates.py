@@ -1,4 +1,4 @@
-"""The machine's ceilings, measured: copy bandwidth, matrix products, launches."""
+"""The machine's ceilings, measured: copy bandwidth, matrix products, launches, the link."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from r1.device import DTYPES, synchronize
+from r1.placement.link import Link, host_rows
 from r1.roofline import Work
 
 
@@ -26,9 +27,13 @@ class Rates:
     replay: float
     """The same inside a CUDA graph."""
 
+    link: float = 0.0
+    """Bytes per second of copies from pinned host memory; 0: not measured."""
+
     def seconds(self, work: Work) -> float:
-        """The floor for one step: bytes or operations, whichever takes longer."""
-        return max(work.nbytes / self.copy, work.flops / self.matmul)
+        """The floor for one step: bytes or operations, whichever takes longest."""
+        fetched = work.link_bytes / self.link if self.link else 0.0
+        return max(work.nbytes / self.copy, work.flops / self.matmul, fetched)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -39,8 +44,26 @@ def copy_rate(device: torch.device) -> float:
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 
 
-def measure_rates(device: torch.device, dtypes: Iterable[str]) -> dict[str, Rates]:
-    """Measure the device, matrix products in each of `dtypes` ("bf16", ...); some seconds."""
+def link_rate(device: torch.device) -> float:
+    """Bytes a second from pinned host memory, in copies of 16 MiB, as large as experts are."""
+    count = 64 if device.type == "cuda" else 8
+    rows, link = host_rows(count, 2**24, device), Link(device)
+    places = torch.zeros(rows.shape, dtype=torch.uint8, device=device)
+
+    def copy() -> None:
+        for place, row in zip(places, rows, strict=True):
+            link.copy(place, row, None)
+
+    return rows.nbytes / _best(copy, device)
+
+
+def measure_rates(
+    device: torch.device, dtypes: Iterable[str], link: bool = False
+) -> dict[str, Rates]:
+    """Measure the device, matrix products in each of `dtypes` ("bf16", ...); some seconds.
+
+    With `link`, copies from host memory too.
+    """
     gpu, copy = device.type == "cuda", copy_rate(device)
     size = 8192 if gpu else 1024
     matmul = {}
@@ -48,7 +71,8 @@ def measure_rates(device: torch.device, dtypes: Iterable[str]) -> dict[str, Rate
         square = torch.randn(size, size, dtype=torch.float32, device=device).to(DTYPES[dtype])
         matmul[dtype] = 2 * size**3 / _best(partial(torch.mm, square, square), device)
     launch, replay = _launches(device) if gpu else (0.0, 0.0)
-    return {dtype: Rates(copy, rate, launch, replay) for dtype, rate in matmul.items()}
+    host = link_rate(device) if link else 0.0
+    return {dtype: Rates(copy, rate, launch, replay, host) for dtype, rate in matmul.items()}
 
 
 def _launches(device: torch.device) -> tuple[float, float]:
@@ -69,7 +93,7 @@ def _launches(device: torch.device) -> tuple[float, float]:
 def bottleneck(
     work: Work, rates: Rates, kernels: int | None, captured: bool, seconds: float
 ) -> str:
-    """The bound of a step of `seconds`: the largest of memory, compute and launches.
+    """The bound of a step of `seconds`: the largest of memory, compute, launches and the link.
 
     Launches take kernels x gap. On a CPU they are not counted, and time that memory and compute do
     not explain is the framework's.
@@ -77,7 +101,9 @@ def bottleneck(
     parts = {"memory": work.nbytes / rates.copy, "compute": work.flops / rates.matmul}
     if kernels is not None:
         parts["launches"] = kernels * (rates.replay if captured else rates.launch)
-    elif max(parts.values()) < seconds / 2:
+    if work.link_bytes and rates.link:
+        parts["link"] = work.link_bytes / rates.link
+    if kernels is None and max(parts.values()) < seconds / 2:
         return "framework"
     return max(parts, key=lambda name: parts[name])
 

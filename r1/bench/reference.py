@@ -20,6 +20,8 @@ from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
 
 NAME = "fp32 reference"
+SAME = ("device", "quant", "tp", "ep", "experts", "expert_slots")
+"""The baseline's switches that the reference has too."""
 
 
 def make_reference(
@@ -40,18 +42,19 @@ def make_reference(
     """
     base = compared[0].backend
     # Packed numbers are multiplied as the fp32 numbers that they stand for.
-    same = {name: getattr(base, name) for name in ("device", "quant", "tp", "ep")}
+    same = {name: getattr(base, name) for name in SAME}
     plain = Backend(**{**TEXTBOOK, **same, "dtype": "fp32"})
     backends = resolved(compared, workload, config)
     dtypes = sorted({each.compute for each in backends}) or ["fp32"]
     # A quantized arm has a reference of its own (worker/dequantized.py).
+    streams = any(each.experts != "device" for each in backends)
     rounding = {rounds_by(each) for each in backends if not each.quantized}
     answers: Answer = {}
     name = "inductor-reference"
     process = lead.start(plain.ranks, serve, plain, workload, folder, name, setup)
     try:
         if keep(answers, process, NAME, "build_reference") and keep(
-            answers, process, NAME, "rates", dtypes
+            answers, process, NAME, "rates", dtypes, streams
         ):
             checks.start()
             keep(answers, process, NAME, "reference", sorted(filter(None, rounding)))

@@ -28,7 +28,7 @@ class Workload:
     """Tokens in each row's cache before the prompt."""
     seed: int
     routing: str = "model"
-    """"uniform": experts are drawn evenly, see routing.py."""
+    """"uniform" or "fresh": experts are drawn evenly, see routing.py."""
     assumed: float | None = None
     """With speculation: accept each draft with this probability, whatever the model says.
 
@@ -39,7 +39,7 @@ class Workload:
     @property
     def name(self) -> str:
         """The name of the checkpoint's folder (never its path), or the shape."""
-        spread = ", routing uniform" if self.routing == "uniform" else ""
+        spread = "" if self.routing == "model" else f", routing {self.routing}"
         if self.model is not None:
             return os.path.basename(os.path.abspath(self.model)) + spread
         layers = f", {self.layers} layers" if self.layers else ""

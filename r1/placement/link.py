@@ -6,6 +6,8 @@ On a CPU the same calls copy at once, so the code around them is the same.
 from __future__ import annotations
 
 import mmap
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,16 +28,17 @@ class Pinned(mmap.mmap):
     address = 0
 
     def pin(self, address: int) -> None:
-        """Raises InputError where the system does not lock so much memory."""
-        if int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0)):
+        """Raises InputError where the driver refuses."""
+        if wrong := int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0)):
             raise InputError(
-                f"{len(self) / 1e9:.1f} GB of host memory can't be pinned for the GPU's copies: "
-                "raise the limit of locked memory (ulimit -l), or use a machine with more memory"
+                f"{len(self) / 1e9:.1f} GB of host memory can't be pinned for the GPU's copies "
+                f"(the driver's error {wrong}): use a machine with more memory"
             )
         self.address = address
 
-    def __del__(self) -> None:
-        if self.address:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self.address and not ending():  # the end of the process frees it anyway
+            torch.cuda.synchronize()  # a copy may be on its way
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
@@ -45,7 +48,8 @@ def host_rows(count: int, width: int, device: torch.device) -> Tensor:
     Raises InputError.
     """
     try:
-        memory = Pinned(-1, max(1, count * width))
+        memory = Pinned(-1, max(1, count * width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to pin
     except OSError as error:
         raise InputError(
             f"{count * width / 1e9:.1f} GB of host memory can't be had ({error.strerror}): use a "

@@ -93,6 +93,7 @@ class StreamedExperts(Experts):
 
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """A pass for each group of experts. A choice of another pass gets weight 0."""
+        ((indices, weights),) = self.outside[0].here(indices, weights)
         choices = self._read(indices, weights)
         for table in self._passes(choices):
             slots = table[choices]  # (N, K), -1: not in this pass
@@ -104,6 +105,7 @@ class StreamedExperts(Experts):
     def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """As the base's. Where there are several passes, each computes its own choices only."""
         self.look_ahead(x)
+        ((indices, weights),) = self.outside[0].here(indices, weights)
         choices, device = self._read(indices, weights), x.device
         y = torch.zeros(x.shape, dtype=torch.float32, device=device)
         for table in self._passes(choices):
@@ -200,6 +202,7 @@ class StreamedExperts(Experts):
         """Fetch what the next layer is expected to choose, once."""
         assert self.next is not None
         other, expected, self.expected = self.next[1], self.expected, []
+        expected = [e - other.ids.start for e in expected if e in other.ids]
         held = {e: other.slots.slot[e] for e in expected if e in other.slots.slot}
         early = [expert for expert in expected if expert not in held][: other.count - len(held)]
         other.fetched.update(early)

@@ -60,7 +60,7 @@ FIELDS: dict[str, str] = {
     ),
     "floor_ms": (
         "the least TPOT that the measured copy bandwidth and matmul rate allow for this "
-        "step's bytes and FLOPs"
+        "step's bytes and FLOPs, and that of the link for the experts it copies"
     ),
     "mbu": (
         "bytes that a step must move / time of a step (TPOT, without speculation) / measured "
@@ -68,7 +68,8 @@ FIELDS: dict[str, str] = {
     ),
     "mfu_prefill": "FLOPs of the prompt / TTFT / measured matmul rate",
     "bottleneck": (
-        "what limits a step: memory, compute, launches (kernels x gap) or, on a CPU, framework"
+        "what limits a step: memory, compute, launches (kernels x gap), link (copies from host "
+        "memory) or, on a CPU, framework"
     ),
     "step_gb": (
         "bytes that a step must move; with speculation those of a verification and its "
@@ -83,6 +84,16 @@ FIELDS: dict[str, str] = {
         "different experts that a MoE layer uses in a step of one token per row, on average, "
         "as the reference routed"
     ),
+    "expert_hits": (
+        "with experts in host memory: share of the experts visited by decode steps that lay in a "
+        "slot of the device, or were on their way; null without"
+    ),
+    "expert_hits_even": "the same, if choices were even and independent: slots / experts",
+    "expert_slots": "experts of each layer that the device holds",
+    "guesses_right": "share of the experts fetched early that were chosen; null without guesses",
+    "link_mb": "MB that a decode step copies from host memory",
+    "link_share": "these / time of a step / measured rate of copies from pinned host memory",
+    "prompt_link_share": "the same of the prompt: its copies / TTFT / the measured rate",
     "kernels": "kernels of one decode step; null on a CPU",
     "kernel_times": (
         "the microseconds that each of them adds to the step (timeline.py), as profiled; null "

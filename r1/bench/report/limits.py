@@ -43,6 +43,33 @@ def speculation(
     }
 
 
+def fetches(
+    config: Config, backend: Backend, rates: Rates, repetitions: list[Answer]
+) -> dict[str, Any]:
+    """What experts in host memory cost, in the repetition of the median step."""
+    if not repetitions[0].get("fetched"):
+        return {}
+    each = sorted(repetitions, key=_step_seconds)[len(repetitions) // 2]
+    f, seconds = each["fetched"], _step_seconds(each)
+    per_step = f["copied"] / max(1, f["calls"])
+    even = min(1.0, f["slots"] / config.experts.n_routed_experts)
+    return {
+        "expert_hits": f["hits"] / f["visits"] if f["visits"] else None,
+        "expert_hits_even": even,
+        "expert_slots": f["slots"],
+        "guesses_right": f["right"] / f["guessed"] if f["guessed"] else None,
+        "link_mb": per_step / 1e6,
+        "link_share": per_step / seconds / rates.link if seconds else None,
+        "prompt_link_share": f["prompt"] / each["ttft"] / rates.link,
+    }
+
+
+def _step_seconds(repetition: Answer) -> float:
+    """Seconds of a decode step, on average."""
+    seconds: float = repetition["total"] - repetition["ttft"]
+    return seconds / max(1, len(repetition["gaps"]))
+
+
 def against_limits(
     w: Workload,
     backend: Backend,
@@ -67,10 +94,10 @@ def against_limits(
         floor = 1e6 * rates.seconds(layer)
     if backend.speculate != "off":
         work = byte_model(w, backend, config, built).turn
+    fetched = fetches(config, backend, rates, repetitions)
+    work = dataclasses.replace(work, link_bytes=1e6 * fetched.get("link_mb", 0.0))
     ttft = statistics.median(r["ttft"] for r in repetitions)
-    seconds = statistics.median(  # per step
-        (r["total"] - r["ttft"]) / max(1, len(r["gaps"])) for r in repetitions
-    )
+    seconds = statistics.median(map(_step_seconds, repetitions))
     steps = statistics.median(  # per token
         len(r["gaps"]) / max(1, r["tokens"] - 1) for r in repetitions
     )
@@ -85,6 +112,7 @@ def against_limits(
         "moe_layer_floor_us": floor,
         "experts_hit": hit,
         "kernels": kernels,
+        **fetched,
     }
 
 

@@ -85,8 +85,8 @@ def _cell(name: str, column: Column, r: Row) -> str:
 
 
 def _field(name: str, write: Callable[[Any], str]) -> Callable[[Row], str]:
-    """A cell that shows one field, and is empty where it is null or 0."""
-    return lambda r: write(r[name]) if r[name] else ""
+    """A cell that shows one field, and is empty where it is null, 0, or of an older result."""
+    return lambda r: write(r[name]) if r.get(name) else ""
 
 
 def _speedup(r: Row) -> str:
@@ -152,6 +152,9 @@ COLUMNS: dict[str, Column] = {
     "waits for": Column(_field("bottleneck", str), ("bottleneck",)),
     "MoE layer µs (floor)": Column(_moe_layer, ("moe_layer_us", "moe_layer_floor_us")),
     "experts hit": Column(_field("experts_hit", "{:.1f}".format), ("experts_hit",)),
+    "in slots": Column(_field("expert_hits", "{:.0%}".format), ("expert_hits",), wide=False),
+    "link MB/step": Column(_field("link_mb", number), ("link_mb",), wide=False),
+    "of the link": Column(_field("link_share", "{:.0%}".format), ("link_share",), wide=False),
     "memory GB": Column(_memory, ("allocated_gb", "host_gb"), wide=False),
     "start s (warm)": Column(_start, ("start_cold_s", "start_warm_s")),
     "pays after": Column(_field("break_even_tokens", str), ("break_even_tokens",)),

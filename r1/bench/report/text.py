@@ -58,8 +58,10 @@ def _heading(result: dict[str, Any]) -> list[str]:
     lines = [" · ".join(part for part in parts if part)]
     if "copy_gb_s" in m:
         products = ", ".join(f"{rate:.3g} ({dtype})" for dtype, rate in m["matmul_tflop_s"].items())
+        link = f", from host memory {m['link_gb_s']:.3g} GB/s" if m.get("link_gb_s") else ""
         lines += [
             f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"
+            + link
         ]
     return [*lines, *filter(None, [busy(m)])]
 

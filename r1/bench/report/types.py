@@ -109,7 +109,8 @@ ROW: dict[str, Type] = {
         MEASUREMENT,
     ),
     **dict.fromkeys(
-        ("acceptance", "assumed", "top1", "quant_top1", "same_text", "accuracy"), SHARE
+        ("acceptance", "assumed", "top1", "quant_top1", "same_text", "accuracy", "expert_hits",
+         "expert_hits_even", "guesses_right"), SHARE
     ),
     **dict.fromkeys(
         (
@@ -121,7 +122,7 @@ ROW: dict[str, Type] = {
     **dict.fromkeys(
         (
             "kernels", "break_even_tokens", "positions", "problems", "outliers", "outliers_bound",
-            "wrong_tokens",
+            "wrong_tokens", "expert_slots",
         ),
         WHOLE,
     ),
@@ -131,6 +132,7 @@ ROW: dict[str, Type] = {
             "pays_from", "mbu", "mfu_prefill", "step_gb", "moe_layer_us", "moe_layer_floor_us",
             "experts_hit", "allocated_gb", "reserved_gb", "host_gb", "start_cold_s",
             "start_warm_s", "load_s", "sm_mhz", "power_w",
+            "link_mb", "link_share", "prompt_link_share",
         ),
         NUMBER,
     ),
@@ -157,7 +159,7 @@ PAIR: dict[str, Type] = {
 """The types of a pair's fields."""
 MACHINE: dict[str, Type] = {
     **dict.fromkeys(("name", "torch", "python", "system"), TEXT),
-    **dict.fromkeys(("memory_gb", "copy_gb_s"), MEASUREMENT),
+    **dict.fromkeys(("memory_gb", "copy_gb_s", "link_gb_s"), MEASUREMENT),
     **dict.fromkeys(("cpus", "threads"), WHOLE),
     "load": NUMBER,
     "matmul_tflop_s": RATES,

@@ -93,7 +93,9 @@ def _counted_experts(subject: Subject) -> Iterator[list[int]]:
             hook.remove()
 
 
-def rates(subject: Subject, dtypes: Iterable[str]) -> Answer:
-    """The machine's measured copy bandwidth and matmul rate, by dtype."""
-    measured = measure_rates(subject.device, dtypes)
+def rates(subject: Subject, dtypes: Iterable[str], link: bool = False) -> Answer:
+    """The machine's measured copy bandwidth and matmul rate, by dtype; with `link`, that of copies
+    from host memory too.
+    """
+    measured = measure_rates(subject.device, dtypes, link)
     return {dtype: vars(each) for dtype, each in measured.items()}

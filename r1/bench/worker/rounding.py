@@ -31,9 +31,9 @@ CALL_BYTES, CALL_TOKENS = 256 * 10**6, 128
 """The most bytes of logits, and the most tokens of a row, in one call."""
 BATCH_TOKENS = 2**13
 """The most tokens in the cache of a batch of several runs."""
-RUNS_UNIFORM = 4
-"""Runs under --routing uniform, where no rounding changes a choice. They read token by token, as a
-token's experts depend on its place in the call."""
+RUNS_DRAWN = 4
+"""Runs where experts are drawn, so that no rounding changes a choice. The rows keep their places,
+which decide on the draws; under --routing uniform the tokens do too, and are read one by one."""
 
 Roundings = dict[str, Rounding]
 """What rounding does, by the switch that makes an arm round."""
@@ -68,16 +68,17 @@ def measure_rounding(subject: Subject, switch: str, reference: dict[str, Tensor]
     name, _, dtype = switch.partition("=")
     error = NOISE[name] * torch.finfo(DTYPES[dtype]).eps / 2  # of one rounding: half a step
     rows = reference["logits"].shape[1]
-    uniform = subject.workload.routing == "uniform"
-    runs = RUNS_UNIFORM if uniform else parity.RUNS
-    together = 1 if uniform else _runs_together(runs, rows * subject.workload.tokens)
+    routing = subject.workload.routing
+    runs = parity.RUNS if routing == "model" else RUNS_DRAWN
+    together = 1 if routing != "model" else _runs_together(runs, rows * subject.workload.tokens)
+    width = 1 if routing == "uniform" else None
     subject.repeat_rows(rows, together)
     kl, tie = [], 0.0
     with steps.rounded_to(subject, dtype):
         subject.fill()
         for batch in range(-(-runs // together)):
             with steps.noise(subject, error, seed=batch):
-                found, lost = _compare(subject, reference, together, 1 if uniform else None)
+                found, lost = _compare(subject, reference, together, width)
             kl.append(found)
             tie = max(tie, lost)
     return Rounding(torch.cat(kl)[:runs], tie)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from r1.bench.process import Answer
-from r1.bench.worker import steps
+from r1.bench.worker import fetching, steps
 from r1.bench.worker.subject import Subject
 from r1.device import synchronize
 from r1.run.sampler import Sampler
@@ -31,13 +31,15 @@ def measure(subject: Subject) -> Answer:
     """One repetition.
 
     Answers the seconds to the first token ("ttft"), to the last ("total") and of each step
-    ("gaps"); the steps of rows that were not done ("turns") and their accepted drafts; memory.
+    ("gaps"); the steps of rows that were not done ("turns") and their accepted drafts; memory; what
+    experts in host memory did ("fetched").
     """
     w = subject.workload
     subject.fill()
     if subject.device.type != "cpu":
         # building, compiling and the parity check have peaks of their own
         torch.cuda.reset_peak_memory_stats()
+    fetching.begin(subject)
     arrivals: list[float] = []
     written: list[list[list[int]]] = []  # by step, then by row
     start = time.perf_counter()
@@ -60,6 +62,7 @@ def measure(subject: Subject) -> Answer:
         "gaps": gaps,
         "second_token": gaps[0] if gaps else 0.0,
         "memory": memory(subject),
+        "fetched": fetching.fetched(subject),
     } | clocks_and_power()
 
 
