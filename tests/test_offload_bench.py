@@ -1,0 +1,180 @@
+"""Experts in host memory in bench.py: arms, routing, rows, and the floor that the link makes.
+
+Holds r1/bench and r1/roofline.py to account.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_rows import REFERENCE, WORK, findings
+from models import TINY
+from refusals import refused
+
+import bench
+from r1 import Backend, build
+from r1.bench import arms, plan
+from r1.bench.arms import Arm
+from r1.bench.flags import parser
+from r1.bench.rates import Rates, bottleneck, link_rate
+from r1.bench.report.rows import row
+from r1.bench.report.table import COLUMNS
+from r1.bench.routing import make_fresh
+from r1.bench.workload import Workload
+from r1.files.embedded import EMBEDDED
+from r1.model.router import Router
+from r1.model.shapes import shape
+from r1.placement.streamed import StreamedExperts
+from r1.roofline import Work, fetched_bytes
+from r1.run.runner import Runner
+from r1.switches.machine import Machine
+from r1.switches.resolve import resolve
+
+HOST: dict[str, Any] = {"experts": "host", "expert_slots": 4}
+
+
+def drawn(seed: int, **switches: Any) -> Runner:
+    """Random weights whose experts are drawn; the router's bias is 0."""
+    backend = resolve(Backend(dtype="fp32", **switches), TINY)
+    made = build.from_shape(TINY, backend)
+    make_fresh(made, seed)
+    return Runner(made, backend)
+
+
+def test_its_switches_go_with_it() -> None:
+    """expert_slots alone does nothing; a guess is measured with and without."""
+    given = {**HOST, "guess_experts": True, "join": "off"}
+    found = arms.from_switches(given, ("alone", "together", "all-but-one"))
+    assert [arm.name for arm in found] == [
+        "baseline",
+        "experts=host + expert_slots=4",
+        "experts=host + expert_slots=4 + guess_experts",
+        "join=off",
+        "experts=host + expert_slots=4 + guess_experts + join=off",
+        "all but experts=host + expert_slots=4",
+        "all but experts=host + expert_slots=4 + guess_experts",
+        "all but join=off",
+    ]
+    assert found[5].backend.experts == "device" and found[6].backend.experts == "host"
+
+
+def test_a_baseline_that_does_not_fit_streams_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As devices share it: in all arms and in the reference."""
+    given = {"device": "cpu", **HOST, "guess_experts": True}
+    monkeypatch.setattr(plan, "available_bytes", lambda _: 0)
+    shared = plan.shared_by_all(given, Machine(), WORK)
+    assert shared == HOST
+    assert arms.from_switches(given, shared=shared)[0].backend.experts == "host"
+    monkeypatch.setattr(plan, "available_bytes", lambda _: 10**12)
+    assert plan.shared_by_all(given, Machine(), WORK) == {}
+
+
+def test_routing_that_repeats_is_refused() -> None:
+    """Every step of a row would choose what the one before chose."""
+    asked = ["--shape", "tiny", "--experts", "host", "--routing", "uniform"]
+    with refused("use --routing fresh"):
+        plan.check(parser(EMBEDDED).parse_args(asked))
+    asked[-1] = "fresh"
+    plan.check(parser(EMBEDDED).parse_args(asked))
+
+
+def test_fresh_routing_is_even_and_the_same_in_every_call() -> None:
+    """A token of a row has the same experts in one long call and in many short ones."""
+    chosen: dict[int, list[list[list[int]]]] = {}
+    run = drawn(0)
+    gate = next(module for module in run.model.modules() if isinstance(module, Router))
+    calls: list[torch.Tensor] = []
+    gate.register_forward_hook(lambda _module, _inputs, output: calls.append(output[0].sort()[0]))
+    prompts = [list(range(40)), list(range(40, 80))]
+    for chunk in (40, 7):
+        run.prefill_chunk = chunk
+        calls.clear()
+        run.prefill(prompts, run.cache(2, 64))
+        rows = torch.cat([call.unflatten(0, (2, -1)) for call in calls], dim=1)  # (B, S, K)
+        chosen[chunk] = rows.tolist()
+    assert chosen[40] == chosen[7]
+    tokens = [tuple(each) for each in (*chosen[7][0], *chosen[7][1])]
+    assert len(set(tokens)) > 60, "tokens and rows differ"
+    counts = torch.tensor(tokens).flatten().bincount(minlength=TINY.experts.n_routed_experts)
+    assert counts.min() > 0
+
+
+def test_slots_hold_their_share_of_fresh_choices() -> None:
+    """What roofline predicts: the share of hits is slots / experts, whatever the policy."""
+    experts = TINY.experts.n_routed_experts
+    for policy in ("last", "most"):
+        run = drawn(1, **{**HOST, "expert_slots": 8, "expert_policy": policy})
+        cache = run.cache(1, 400)
+        run.prefill([[1]], cache)
+        layers = [m for m in run.model.modules() if isinstance(m, StreamedExperts)]
+        for layer in layers:
+            layer.traffic.clear()
+        for token in range(300):
+            run.decode(torch.tensor([[token]], device=run.device), cache)
+        hits = sum(layer.traffic[1].hits for layer in layers)
+        visits = sum(layer.traffic[1].visits for layer in layers)
+        copied = sum(layer.traffic[1].copied for layer in layers)
+        assert abs(hits / visits - 8 / experts) < 0.03
+        predicted = fetched_bytes(TINY, run.backend, visits / 300 / len(layers), 8)
+        assert abs(copied / 300 / predicted - 1) < 0.06
+
+
+def test_the_roof_counts_what_is_found() -> None:
+    config = shape("moonlight-16b")
+    backend = resolve(Backend(device="cpu", dtype="bf16", **HOST), config)
+    expert = 3 * 2048 * 1408 * 2 * 26
+    assert fetched_bytes(config, backend, 6, 16) == 6 * 0.75 * expert
+    assert fetched_bytes(config, backend, 6, 16, found=0.5) == 3 * expert
+    assert fetched_bytes(config, backend, 6, 64) == 0
+
+
+def test_a_row() -> None:
+    """The link is the floor of a step that copies much, and what it waits for."""
+    answers = findings([0.02, 0.02, 0.02])
+    fetched = {
+        "visits": 100, "hits": 25, "copied": 3 * 10**7, "guessed": 8, "right": 6, "calls": 3,
+        "prompt": 5 * 10**7, "slots": 4,
+    }  # fmt: skip
+    for repetition in answers["measure"]:
+        repetition["fetched"] = fetched
+    rates = {"fp32": {**REFERENCE["rates"]["fp32"], "link": 1e9}}
+    made = row(Arm("a", "alone", Backend()), WORK, answers, {**REFERENCE, "rates": rates}, TINY)
+    assert made["expert_hits"] == 0.25 and made["guesses_right"] == 0.75
+    assert made["expert_hits_even"] == 4 / 16 and made["expert_slots"] == 4
+    assert made["link_mb"] == 10 and made["link_share"] == pytest.approx(0.5)
+    assert made["prompt_link_share"] == pytest.approx(0.5)
+    assert made["floor_ms"] == pytest.approx(10) and made["bottleneck"] == "link"
+    cells = [COLUMNS[name].cell(made) for name in ("in slots", "link MB/step", "of the link")]
+    assert cells == ["25%", "10.0", "50%"]
+
+
+def test_the_link_is_a_bound() -> None:
+    rates = Rates(copy=1e12, matmul=1e14, launch=1e-5, replay=1e-6, link=5e10)
+    work = Work(1e9, 0, 1e9, link_bytes=1e9)
+    assert rates.seconds(work) == 0.02
+    assert bottleneck(work, rates, 10, False, 0.02) == "link"
+    assert link_rate(torch.device("cpu")) > 1e8
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Random weights made in host memory; a row with its traffic; parity."""
+    out = tmp_path / "result.json"
+    asked = "--shape tiny --layers 2 --device cpu --experts host --expert-slots 5"
+    sizes = "--routing fresh --prompt 20 --new 8 -r 1 --batch 2 --output-file"
+    assert bench.main([*asked.split(), *sizes.split(), str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["machine"]["link_gb_s"] > 0
+    baseline, made = result["rows"]
+    assert baseline["expert_hits"] is None
+    assert made["parity"] and 0 < made["expert_hits"] < 1 and made["link_mb"] > 0
+    assert made["expert_slots"] == 5 and made["model"].endswith("routing fresh")
+    assert made["floor_ms"] > 0 and made["backend"]["experts"] == "host"
+
+
+def test_a_workload_names_its_routing() -> None:
+    work = Workload(None, "tiny", None, 1, 8, 4, 0, 0, routing="fresh")
+    assert work.name == "tiny, random weights, routing fresh"
