@@ -510,6 +510,7 @@ def test_no_flag_always_refuses() -> None:
     needs: dict[str, dict[str, Any]] = {
         "attention=naive": {"prefill_attention": "naive"},
         "prefill_attention=naive": {"attention": "naive"},
+        "expert_policy=most": {"experts": "host"},
     }
     for name, values in choices().items():
         for value in values:

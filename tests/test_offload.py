@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_other_dtypes(dtype: str) -> None:
     right, run = sharp_logits(dtype=dtype), sharp_logits(dtype=dtype, **HOST, expert_slots=5)
     text, logits = read(right)
     torch.testing.assert_close(read(run, text)[1], logits, atol=atol("ranks bf16"), rtol=0)
+
+
+def test_rows_keep_the_order_of_int4() -> None:
+    """On a CPU in bf16 other int4 matrices are repacked for its operator; rows of bytes are not."""
+    switches: dict[str, Any] = {"device": "cpu", "quant": "int4", "dtype": "bf16"}
+    wide = TINY.change(moe_intermediate_size=64, hidden_size=192)
+    backend = resolve(Backend(**switches, **HOST, expert_slots=5), wide)
+    kinds = Counter(type(m).__name__ for m in build.from_shape(wide, backend).modules())
+    assert kinds["CpuInt4"] > 0 and kinds["Int4"] >= 2 * (wide.num_hidden_layers - 1)
 
 
 @pytest.mark.parametrize("policy", ["last", "most"])

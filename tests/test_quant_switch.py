@@ -254,7 +254,7 @@ def test_int4_is_repacked_for_a_cpus_bf16(
     assert backend.moe == backend.prefill_moe == "grouped"
     ours = build.from_shape(WIDE, backend, seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr(int4_cpu, "repack", lambda _: None)
+        patch.setattr(int4_cpu, "repack", lambda _, **__: None)
         plain = build.from_shape(WIDE, backend, seed=1)
     assert not any(isinstance(module, int4_cpu.CpuInt4) for module in plain.modules())
     assert isinstance(ours.layers[1].mlp, MoE)
@@ -273,7 +273,7 @@ def test_int4_is_repacked_for_a_cpus_bf16(
 
 def test_only_bf16_on_a_cpu_is_repacked(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Transformer] = []
-    monkeypatch.setattr(int4_cpu, "repack", made.append)
+    monkeypatch.setattr(int4_cpu, "repack", lambda each, **_: made.append(each))
     for dtype, count in (("fp32", 0), ("fp16", 0), ("bf16", 1)):
         backend = resolve(Backend(device="cpu", quant="int4", dtype=dtype), WIDE)
         build.from_shape(WIDE, backend)
