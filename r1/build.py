@@ -76,6 +76,11 @@ def from_shape(
     placement: Placement | None = None,
 ) -> Transformer:
     """A model of random weights, made on the device: N(0, 0.02), norms of 1, biases of 0."""
+    if backend.experts == "disk":
+        raise InputError(
+            f"{setting('experts', 'disk')} reads experts from a checkpoint's files, and random "
+            f"weights have none: use {setting('experts', 'host')}, or a checkpoint's folder"
+        )
     mtp = mtp or backend.speculate == "mtp"
     placement = placement or placement_of(config, backend, connected(backend))
     model = allocate(config, backend, mtp=mtp, placement=placement, cut=setting("layers", "N"))
@@ -111,7 +116,13 @@ def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> 
         placement = Parallel(config, mesh, specs_of(config.files, backend.quant))
     if backend.experts == "device":
         return placement
-    how = Slotted(backend.expert_slots, backend.expert_policy, backend.guess_experts)
+    how = Slotted(
+        backend.expert_slots,
+        backend.expert_policy,
+        backend.guess_experts,
+        backend.experts == "disk",
+        int(backend.expert_cache_gb * 1e9),
+    )
     return Offloaded(placement, how)
 
 

@@ -224,7 +224,7 @@ def test_an_expert_is_one_row() -> None:
     run.prefill([[1, 2, 3]], run.cache(1, 8))
     for layer in streamed_layers(run.model):
         for expert, slot in layer.slots.slot.items():
-            assert torch.equal(layer.places[slot].cpu(), layer.outside[1][expert])
+            assert torch.equal(layer.places[slot].cpu(), layer.outside[1].rows[expert])
         stored = [layer.whole(name).stored() for name in streamed.MATRICES]
         row = sum(tensor[0].nbytes for each in stored for tensor in each.values())
         assert row <= layer.places.shape[1] < row + 256 * 6
@@ -268,7 +268,8 @@ def test_what_lies_where() -> None:
     for tensor in (*run.model.parameters(), *run.model.buffers()):
         assert tensor.device.type == run.device.type
     for layer in streamed_layers(run.model):
-        assert layer.outside[1].device.type == "cpu" and layer.outside[1].is_pinned() == GPU
+        rows = layer.outside[1].rows
+        assert rows.device.type == "cpu" and rows.is_pinned() == GPU
 
 
 def test_slots_take_what_is_free() -> None:

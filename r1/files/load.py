@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from r1.errors import InputError
+from r1.files.experts import connect
 from r1.files.fill import check_finite, fill_found, fill_plain
 from r1.files.layouts import tensors_of
 from r1.files.names import Slot, elsewhere, slots
@@ -53,9 +54,20 @@ def load(
     tensors that are missing, surplus or of another shape or dtype, values that are no number, and
     FP8 weights without sound scales.
     """
-    found = survey(model, directory, placement)
-    read(found, slots(model), quiet=quiet)
+    found, wanted = survey(model, directory, placement), slots(model)
+    here = {key: slot for key, slot in wanted.items() if not _stays(slot)}
+    read(found, here, quiet=quiet)
+    if len(here) < len(wanted):
+        paths = {found.files.main(key).path for key in wanted.keys() - here.keys()}
+        beside = (found.readings[key].beside.values() for key in wanted.keys() - here.keys())
+        paths |= {entry.path for tensors in beside for entry, _ in tensors}
+        connect(model, found.files, found.readings, sorted(paths))
     return found.report
+
+
+def _stays(slot: Slot) -> bool:
+    """Whether a weight stays in its file: the model has no memory for it."""
+    return all(view.is_meta for view in slot.views.values())
 
 
 @dataclass(frozen=True)

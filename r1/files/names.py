@@ -71,12 +71,8 @@ def places(model: Transformer) -> dict[str, Tensor]:
 def _slots(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, Slot]]:
     """The checkpoint's weights that a module owns itself."""
     if isinstance(module, Experts):
-        stacks = [(name, module.whole(name)) for name in EXPERT_MATRICES]
-        stored = [(name, stack, stack.stored()) for name, stack in stacks]
-        for place, expert in enumerate(module.ids):
-            for name, stack, tensors in stored:
-                views = {ending: tensor[place] for ending, tensor in tensors.items()}
-                yield f"{key}.{expert}.{name}.weight", _slot(stack, views)
+        for expert, each in zip(module.ids, expert_slots(module), strict=True):
+            yield from ((f"{key}.{expert}.{name}.weight", slot) for name, slot in each.items())
         return
     matrix = getattr(module, "matrix", None)
     if isinstance(matrix, Matrix) and id(matrix) not in seen:
@@ -87,6 +83,20 @@ def _slots(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, S
     for name, tensor in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
             yield f"{key}.{name}", Slot({name: tensor}, tuple(tensor.shape))
+
+
+def expert_slots(experts: Experts) -> list[dict[str, Slot]]:
+    """By place in the stacks, then by matrix: where an expert's weights lie."""
+    stacks = {name: experts.whole(name) for name in EXPERT_MATRICES}
+    stored = {name: stack.stored() for name, stack in stacks.items()}
+    count = len(next(iter(stored["down_proj"].values())))
+    return [
+        {
+            name: _slot(stack, {ending: each[place] for ending, each in stored[name].items()})
+            for name, stack in stacks.items()
+        }
+        for place in range(count)
+    ]
 
 
 def _slot(matrix: Matrix, views: dict[str, Tensor]) -> Slot:

@@ -168,16 +168,17 @@ def _opened(path: Path, version: Version) -> Iterator[Any]:
     (SIGBUS) at the first page that is gone. Looking at the size before each tensor would not help,
     for nearly all of the time is spent in copying one.
     """
-    _check_version(path, version)
+    check_version(path, version)
     try:
         with safe_open(path, framework="pt") as shard:
             yield shard
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is cut off or corrupt ({error}): download it again") from None
-    _check_version(path, version)
+    check_version(path, version)
 
 
-def _check_version(path: Path, version: Version) -> None:
+def check_version(path: Path, version: Version) -> None:
+    """Raise InputError if a shard is another one than when its header was read."""
     if _version(path) != version:
         raise InputError(
             f"{path} was changed while it was read: load the model again when nothing writes to "

@@ -1,9 +1,13 @@
-"""The placement of `experts=host`: routed experts in host memory, everything else as before."""
+"""The placement of `experts=host` and `experts=disk`: routed experts in host memory, or in files
+behind a cache there. Everything else lies as before.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -11,14 +15,17 @@ import torch
 from torch import nn
 
 from r1.device import available_bytes
+from r1.errors import InputError, setting
 from r1.model.moe import MoE
 from r1.placement.link import Link, host_rows
 from r1.placement.placement import Part, Placement
 from r1.placement.slots import POLICIES
+from r1.placement.sources import THREADS, InFiles, InMemory
 from r1.placement.streamed import StreamedExperts
 from r1.storage.matrix import Matrix
 from r1.storage.rows import Rows
 
+CPU = torch.device("cpu")
 LEFT = 2**30
 """Bytes of the device that are left to activations and the cache, where slots take what is free."""
 SHARE = 0.1
@@ -33,10 +40,14 @@ class Slotted:
     """Of each layer; 0: as many as the device has memory for."""
     policy: str = "last"
     guess: bool = False
+    files: bool = False
+    """Experts stay in the checkpoint's files."""
+    cache: int = 0
+    """Bytes of host memory in front of them; 0: what is free."""
 
 
 class Offloaded(Placement):
-    """Experts in host memory, with some slots on the device; the rest as `base` has it."""
+    """Experts outside the device, which has some slots for them; the rest as `base` has it."""
 
     def __init__(self, base: Placement, how: Slotted) -> None:
         self.base, self.how = base, how
@@ -60,7 +71,9 @@ class Offloaded(Placement):
         for layer in sparse(model):
             width = Rows(layer.experts).width
             needed[device.type] += (self.how.slots or 1) * width
-            needed["cpu"] += layer.experts.count * width
+            needed["cpu"] += (1 if self.how.files else layer.experts.count) * width
+        if self.how.files and self.how.cache:
+            needed["cpu"] += (self.cached(model, 0) - 1) * _width(model)
         return needed
 
     def slots(self, model: nn.Module, free: int) -> int:
@@ -70,19 +83,44 @@ class Offloaded(Placement):
         if self.how.slots:
             return min(self.how.slots, most)
         free -= rest_bytes(model) + max(LEFT, int(SHARE * free))
-        return max(1, min(most, free // sum(Rows(layer.experts).width for layer in layers)))
+        return max(1, min(most, free // _width(model)))
+
+    def cached(self, model: nn.Module, free: int) -> int:
+        """Experts of each layer in the cache of a host with so many bytes free. Raises InputError.
+
+        Where they stay in files; otherwise the host has all.
+        """
+        most = max(layer.experts.count for layer in sparse(model))
+        if not self.how.files:
+            return most
+        if not self.how.cache:
+            return max(1, min(most, (free - max(LEFT, int(SHARE * free))) // _width(model)))
+        if self.how.cache < _width(model):
+            asked = setting("expert_cache_gb", f"{self.how.cache / 1e9:.3g}")
+            raise InputError(
+                f"{asked} can't hold one expert of each layer, which are {_width(model) / 1e9:.3g} "
+                "GB: give more, or leave it out for what is free"
+            )
+        return min(most, self.how.cache // _width(model))
 
     def allocate(self, model: Any, device: torch.device) -> None:
         """Memory for the tensors; each layer's experts become StreamedExperts."""
         count = self.slots(model, self.free(model, device))
+        taken = rest_bytes(model) + count * _width(model) if device == CPU else 0
         for module in _rest(model):
             module.to_empty(device=device, recurse=False)
         link, policy = Link(device), POLICIES[self.how.policy]
+        cached = self.cached(model, available_bytes(CPU) - taken)
+        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="experts")
         for layer in sparse(model):
-            whole = layer.experts
-            rows = host_rows(whole.count, Rows(whole).width, device)
-            slots = policy(count, whole.count)
-            layer.experts = StreamedExperts(whole, slots, rows, device, link)
+            whole, slots = layer.experts, policy(count, layer.experts.count)
+            rows = host_rows(min(cached, whole.count), Rows(whole).width, device)
+            source = InMemory(rows)
+            held = copy.deepcopy(whole) if self.how.files else whole
+            Rows(held).place(rows)
+            if self.how.files:
+                source = InFiles(held, rows, policy(len(rows), whole.count), slots, pool)
+            layer.experts = StreamedExperts(whole, slots, source, device, link)
         link.begin()
         if self.how.guess:
             for layer, following in pairwise(sparse(model.layers)):
@@ -94,13 +132,18 @@ class Offloaded(Placement):
         """Bytes that the device has for all but the experts in host memory."""
         free = available_bytes(device)
         if device.type == "cpu":  # the host's memory is the device's
-            free -= sum(layer.experts.count * Rows(layer.experts).width for layer in sparse(model))
+            free -= self.cached(model, free // 2) * _width(model)
         return free
 
 
 def sparse(model: nn.Module) -> list[MoE]:
     """The layers that have experts, in order."""
     return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def _width(model: nn.Module) -> int:
+    """Bytes of one expert of each layer."""
+    return sum(Rows(layer.experts).width for layer in sparse(model))
 
 
 def _rest(model: nn.Module) -> list[nn.Module]:

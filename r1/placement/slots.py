@@ -5,7 +5,7 @@ A policy is one class and one entry in POLICIES.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 
 
 class Slots:
@@ -39,16 +39,29 @@ class Slots:
         for slot in slots:
             self.used[slot] = self.clock
 
-    def take(self, expert: int, keep: Collection[int]) -> int:
-        """The slot that `expert` gets: an empty one, or the one of least worth; none of `keep`."""
-        free = (slot for slot in range(len(self.expert)) if slot not in keep)
-        slot = min(free, key=lambda s: (self.expert[s] is not None, *self.worth(s)))
+    def take(
+        self, expert: int, keep: Collection[int], elsewhere: Container[int | None] = ()
+    ) -> int:
+        """The slot that `expert` gets: an empty one, or the one of least worth; none of `keep`.
+
+        Experts that lie `elsewhere` too give theirs first.
+        """
+
+        def worth(slot: int) -> tuple[int, ...]:
+            held = self.expert[slot]
+            return (held is not None, held not in elsewhere, *self.worth(slot))
+
+        slot = min((s for s in range(len(self.expert)) if s not in keep), key=worth)
         before = self.expert[slot]
         if before is not None:
             del self.slot[before]
         self.expert[slot], self.slot[expert] = expert, slot
         self.use([slot])
         return slot
+
+    def forget(self, expert: int) -> None:
+        """Its slot does not hold it after all."""
+        self.expert[self.slot.pop(expert)] = None
 
 
 class MostUsed(Slots):

@@ -1,4 +1,4 @@
-"""Experts that lie in host memory, and are copied to a few slots of the device when chosen.
+"""Experts that lie in host memory or in files, and are copied to a few slots when chosen.
 
 The strategies of dispatch.py and the kernels see a stack of as many experts as there are slots.
 A call makes passes. The first one computes the chosen experts that lie in a slot already; meanwhile
@@ -24,6 +24,7 @@ from r1.model.moe import Experts, Run
 from r1.model.router import Router
 from r1.placement.link import Event, Link
 from r1.placement.slots import Slots
+from r1.placement.sources import InMemory
 from r1.storage.matrix import Matrix
 from r1.storage.rows import Rows
 
@@ -43,6 +44,8 @@ class Traffic:
     """Of these, the ones that lay in a slot, or were on their way."""
     copied: int = 0
     """Bytes that were copied to the device."""
+    read: int = 0
+    """Bytes that were read from files."""
     guessed: int = 0
     """Experts of the next layer that were fetched early."""
     right: int = 0
@@ -50,12 +53,12 @@ class Traffic:
 
 
 class StreamedExperts(Experts):
-    """The experts of one layer: all in host memory, some also on the device."""
+    """The experts of one layer: all in host memory or in files, some also on the device."""
 
     def __init__(
-        self, whole: Experts, slots: Slots, rows: Tensor, device: torch.device, link: Link
+        self, whole: Experts, slots: Slots, source: InMemory, device: torch.device, link: Link
     ) -> None:
-        """`whole` has no memory yet: its stacks become views of `rows`, uint8 (E, width)."""
+        """`whole` has the layer's stacks; without memory where they lie in files."""
         nn.Module.__init__(self)
         held = copy.deepcopy(whole)
         for name in MATRICES:
@@ -64,11 +67,10 @@ class StreamedExperts(Experts):
         self.ids, self.leads, self.inner_numbers = whole.ids, whole.leads, whole.inner_numbers
         self.count = count
         self.every = type(whole) is Experts  # no rank has only some of them
-        Rows(whole).place(rows)
         # Zeros: a slot that holds no expert yet must not make NaN of 0 times its numbers.
-        self.places = torch.zeros(count, rows.shape[1], dtype=torch.uint8, device=device)
+        self.places = torch.zeros(count, source.rows.shape[1], dtype=torch.uint8, device=device)
         Rows(self).place(self.places)
-        self.outside = (whole, rows)  # in a tuple: no part of this module
+        self.outside = (whole, source)  # in a tuple: no part of this module
         self.slots, self.link = slots, link
         self.arrived: list[Event | None] = [None] * count
         self.used: list[Event | None] = [None] * count
@@ -146,7 +148,8 @@ class StreamedExperts(Experts):
         chosen = sorted(counted)
         slots.count(chosen, (counted[expert] for expert in chosen))
         current = {expert: slots.slot[expert] for expert in chosen if expert in slots.slot}
-        missing = slots.order(expert for expert in chosen if expert not in current)
+        source = self.outside[1]
+        missing = source.begin(slots.order(e for e in chosen if e not in current))
         most = self.count - len(current)
         if len(missing) > most:
             most = max(1, self.count // 2)
@@ -164,6 +167,7 @@ class StreamedExperts(Experts):
             if not coming and not missing:
                 break
             current = coming
+        self.traffic[len(choices)].read += source.read_bytes()
 
     def _note(self, tokens: int, chosen: Collection[int], held: Collection[int]) -> None:
         note = self.traffic[tokens]
@@ -187,15 +191,15 @@ class StreamedExperts(Experts):
 
     def _fetch(self, experts: Collection[int], keep: Collection[int]) -> dict[int, int]:
         """Begin to copy experts to slots other than `keep`; their slots."""
-        rows, coming, kept = self.outside[1], {}, set(keep)
+        source, coming, kept = self.outside[1], {}, set(keep)
         for expert in experts:
+            row = source.row(expert)  # may raise: then no slot has been taken for it
             slot = self.slots.take(expert, kept)
             kept.add(slot)
-            self.link.copy(self.places[slot], rows[expert], self.used[slot])
+            self.link.copy(self.places[slot], row, self.used[slot])
+            self.arrived[slot] = self.link.arrival()
+            source.sent(expert, self.arrived[slot])
             coming[expert] = slot
-        arrival = self.link.arrival() if coming else None
-        for slot in coming.values():
-            self.arrived[slot] = arrival
         return coming
 
     def _fetch_next(self, tokens: int) -> None:
@@ -208,5 +212,7 @@ class StreamedExperts(Experts):
         other.fetched.update(early)
         note = self.traffic[tokens]
         note.guessed += len(early)
-        note.copied += len(early) * other.places.shape[1]
-        other._fetch(early, held.values())
+        early = other.outside[1].begin(early)
+        if not other.outside[1].reads:  # or else this layer would wait for the drive
+            note.copied += len(early) * other.places.shape[1]
+            other._fetch(early, held.values())

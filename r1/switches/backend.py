@@ -29,7 +29,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "quant": ("auto", "none", *KINDS),
         "quant_head": ("none", "fp8", "int8"),
         "speculate": ("off", "mtp", "draft"),
-        "experts": ("device", "host"),
+        "experts": ("device", "host", "disk"),
         "expert_policy": tuple(POLICIES),
         "memory": ("default", "expandable", "empty-cache"),
     }
@@ -107,16 +107,18 @@ class Backend:
 
     experts: str = "device"
     """where routed experts lie; host: in the CPU's memory, and those that are chosen are copied to
-    slots of the device"""
+    slots of the device; disk: in the checkpoint's files, with a cache in the CPU's memory"""
     expert_slots: int = 0
-    """experts of each layer that the device holds with `experts=host`; 0: as many as fit into what
-    is free"""
+    """experts of each layer that the device holds with `experts=host` or disk; 0: as many as fit
+    into what is free"""
+    expert_cache_gb: float = 0.0
+    """GB of the CPU's memory for experts that were read, with `experts=disk`; 0: what is free"""
     expert_policy: str = "last"
     """which expert gives its slot away; last: the one that was used longest ago; most: the one that
     the fewest tokens chose, a prompt's tokens included"""
     guess_experts: bool = False
-    """with `experts=host`: the next layer's router guesses one layer early which experts will be
-    chosen, and they are copied ahead; a wrong guess costs bandwidth"""
+    """with `experts=host` or disk: the next layer's router guesses one layer early which experts
+    will be chosen, and they are fetched ahead; a wrong guess costs bandwidth"""
 
     def __post_init__(self) -> None:
         for name, values in choices().items():
@@ -137,6 +139,10 @@ class Backend:
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 0:
             asked = setting("expert_slots", repr(slots))
             raise InputError(f"{asked}: give a whole number, or 0 for what is free")
+        cache = self.expert_cache_gb
+        if isinstance(cache, bool) or not isinstance(cache, (int, float)) or not 0 <= cache < 1e6:
+            asked = setting("expert_cache_gb", repr(cache))
+            raise InputError(f"{asked}: give a number of GB, or 0 for what is free")
 
     @property
     def step_tokens(self) -> int:

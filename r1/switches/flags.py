@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
         if takes_text and re.match(r"unrecognized arguments: -[^a-z-]", sentence):  # as in -5+3
             sentence += ": put -- before a text that begins with a dash"
         sentence = re.sub(r"invalid int value: ('.*')", r"\1: give a whole number", sentence)
+        sentence = re.sub(r"invalid float value: ('.*')", r"\1: give a number", sentence)
         self.exit(2, f"{self.speaker}: {sentence}; --help lists the flags\n")
 
 
@@ -61,7 +62,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if field.name in values:
             group.add_argument(flag, choices=values[field.name], default=absent, help=text)
         else:
-            group.add_argument(flag, type=int, metavar="N", default=absent, help=text)
+            kind = type(field.default)
+            group.add_argument(flag, type=kind, metavar="N", default=absent, help=text)
 
 
 def add_draft_model(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What `experts=host` goes with: it reads each layer's choices on the host."""
+"""What `experts=host` and disk go with: they read each layer's choices on the host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from r1.errors import InputError, setting
 from r1.model.config import Config
 from r1.switches.backend import Backend
 
-OWN = ("expert_slots", "expert_policy", "guess_experts")
+OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "guess_experts")
 """The switches that say how experts are fetched."""
 CAN_NOT_WAIT = ("compile", "cuda_graphs", "prefill_graphs", "tune")
 """Switches under which nothing may wait for a number in the middle of a step."""
@@ -22,6 +22,10 @@ def check(backend: Backend, config: Config) -> None:
                 host = setting("experts", "host")
                 raise InputError(f"{asked} is of no use without {host}: add that, or leave it out")
         return
+    if backend.experts != "disk" and backend.expert_cache_gb:
+        cache = setting("expert_cache_gb", backend.expert_cache_gb)
+        disk = setting("experts", "disk")
+        raise InputError(f"{cache} is of no use without {disk}: add that, or leave it out")
     asked = setting("experts", backend.experts)
     if not config.experts.n_routed_experts:
         raise InputError(f"{asked}: this model has no routed experts: leave it out")

@@ -56,7 +56,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_switches(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(each, bool) or _is_text(each) or _is_whole(each) for each in value.values()
+        isinstance(each, bool) or _is_text(each) or _is_number(each) for each in value.values()
     )
 
 

@@ -1,0 +1,131 @@
+"""Where a layer's experts come from: host memory that holds all, or files with a cache before them.
+
+A layer asks for some experts (`begin`), takes one after the other (`row`), and tells when its copy
+to the device is on its way (`sent`).
+
+Shapes: E experts of a layer; W bytes of an expert (storage/rows.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from torch import Tensor
+
+from r1.model.moe import Experts
+from r1.placement.link import Event
+from r1.placement.slots import Slots
+
+THREADS = 8
+"""Threads that read files: a drive is fast only if it has several requests to work on."""
+
+
+class InMemory:
+    """All experts of a layer, in host memory."""
+
+    reads = False
+    """Whether `row` may wait for a drive."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """`rows`: uint8 (E, W)."""
+        self.rows = rows
+
+    def begin(self, experts: Collection[int]) -> list[int]:
+        """These experts are wanted. Returns the order in which they are to be taken."""
+        return list(experts)
+
+    def row(self, expert: int) -> Tensor:
+        """The bytes of one of them, (W,)."""
+        return self.rows[expert]
+
+    def sent(self, expert: int, arrived: Event | None) -> None:
+        """Its copy to the device is done when `arrived` has happened."""
+
+    def read_bytes(self) -> int:
+        """Bytes that were read from files since this was last asked."""
+        return 0
+
+
+class InFiles(InMemory):
+    """A layer's experts in files. Some rows of host memory hold those that were used last.
+
+    What is wanted and lies in a row already comes first. Meanwhile threads read the others, as many
+    as there are rows.
+    """
+
+    reads = True
+
+    def __init__(
+        self, held: Experts, rows: Tensor, cache: Slots, device: Slots, pool: ThreadPoolExecutor
+    ) -> None:
+        """`held`: a stack of the cache's experts, whose bytes are `rows`, uint8 (n, W).
+
+        `cache` tells which expert lies in which row, `device` which ones lie there too.
+        """
+        self.held, self.rows, self.cache, self.device, self.pool = held, rows, cache, device, pool
+        self.cache.counts = device.counts
+        self.fill: Callable[[int, int], None] | None = None
+        """Reads an expert into a row. Set when the files are known (files/experts.py)."""
+        self.nbytes = 0
+        """Bytes of files that an expert takes."""
+        self.reading: dict[int, Future[None]] = {}
+        """By row."""
+        self.left: dict[int, Event | None] = {}
+        """By row: until then the device copies from it."""
+        self.wanted: list[int] = []
+        self.queue: list[int] = []
+        """Wanted experts that are not being read yet."""
+        self.started = 0
+
+    def begin(self, experts: Collection[int]) -> list[int]:
+        held = self.cache.slot
+        self.queue = [expert for expert in experts if expert not in held]
+        self.wanted = [expert for expert in experts if expert in held] + self.queue
+        self._start()
+        return list(self.wanted)
+
+    def row(self, expert: int) -> Tensor:
+        """Waits until it is read. Raises InputError where that failed; then a later call reads it
+        again.
+        """
+        row = self.cache.slot[expert]
+        if future := self.reading.pop(row, None):
+            try:
+                future.result()
+            except BaseException:
+                self.cache.forget(expert)
+                raise
+        return self.rows[row]
+
+    def sent(self, expert: int, arrived: Event | None) -> None:
+        row = self.cache.slot[expert]
+        self.left[row] = arrived
+        self.cache.use([row])
+        self.wanted.remove(expert)
+        self._start()
+
+    def read_bytes(self) -> int:
+        started, self.started = self.started, 0
+        return started * self.nbytes
+
+    def _start(self) -> None:
+        """Begin to read what is wanted, into rows whose experts are not."""
+        while self.queue:
+            keep = {self.cache.slot[each] for each in self.wanted if each in self.cache.slot}
+            if len(keep) == len(self.rows):
+                return
+            expert = self.queue.pop(0)
+            row = self.cache.take(expert, keep, self.device.slot)
+            before, left = self.reading.get(row), self.left.pop(row, None)
+            self.reading[row] = self.pool.submit(self._read, expert, row, before, left)
+            self.started += 1
+
+    def _read(self, expert: int, row: int, before: Future[None] | None, left: Event | None) -> None:
+        """In a thread: read an expert, once nobody needs what the row held."""
+        if before is not None:  # an expert that was guessed, and is not wanted any more
+            wait([before])
+        if left is not None:
+            left.synchronize()
+        assert self.fill is not None, "no files are known"
+        self.fill(expert, row)
