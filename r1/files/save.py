@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1.errors import InputError
+from r1.errors import InputError, setting
 from r1.files.config_json import dump_config
 from r1.files.names import Slot, is_projection, slots
 from r1.files.shards import INDEX, SINGLE
@@ -44,10 +44,13 @@ def save(
     all other tensors (default: as in memory); the gate's bias stays fp32. `extra` adds fields to
     config.json. The folder must not exist; it appears whole or not at all. `add_files` is called
     with the folder before it appears, to put more files into it. Raises InputError if the folder
-    exists, or can't be written, and for a model of which other processes hold a part.
+    exists, or can't be written, and for a model of which other processes or files hold a part.
     """
     if model.embed_tokens.matrix.shape[0] != model.config.vocab_size:
         raise InputError("this process holds a part of the model: load it whole to save it")
+    if any(view.is_meta for slot in slots(model).values() for view in slot.views.values()):
+        other = f"{setting('experts', 'device')} or {setting('experts', 'host')}"
+        raise InputError(f"its experts stay in files: load it with {other} to save it")
     with new_folder(directory) as partial:
         _write(model, partial, shard_bytes, dtype, extra or {})
         if add_files:

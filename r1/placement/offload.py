@@ -73,7 +73,7 @@ class Offloaded(Placement):
             needed[device.type] += (self.how.slots or 1) * width
             needed["cpu"] += (1 if self.how.files else layer.experts.count) * width
         if self.how.files and self.how.cache:
-            needed["cpu"] += (self.cached(model, 0) - 1) * _width(model)
+            needed["cpu"] += (self.cached(model, 0) - 1) * expert_width(model)
         return needed
 
     def slots(self, model: nn.Module, free: int) -> int:
@@ -83,7 +83,7 @@ class Offloaded(Placement):
         if self.how.slots:
             return min(self.how.slots, most)
         free -= rest_bytes(model) + max(LEFT, int(SHARE * free))
-        return max(1, min(most, free // _width(model)))
+        return max(1, min(most, free // expert_width(model)))
 
     def cached(self, model: nn.Module, free: int) -> int:
         """Experts of each layer in the cache of a host with so many bytes free. Raises InputError.
@@ -94,19 +94,19 @@ class Offloaded(Placement):
         if not self.how.files:
             return most
         if not self.how.cache:
-            return max(1, min(most, (free - max(LEFT, int(SHARE * free))) // _width(model)))
-        if self.how.cache < _width(model):
+            return max(1, min(most, (free - max(LEFT, int(SHARE * free))) // expert_width(model)))
+        if self.how.cache < (least := expert_width(model)):
             asked = setting("expert_cache_gb", f"{self.how.cache / 1e9:.3g}")
             raise InputError(
-                f"{asked} can't hold one expert of each layer, which are {_width(model) / 1e9:.3g} "
-                "GB: give more, or leave it out for what is free"
+                f"{asked} can't hold one expert of each layer, which are {least / 1e9:.3g} GB: "
+                "give more, or leave it out for what is free"
             )
-        return min(most, self.how.cache // _width(model))
+        return min(most, self.how.cache // expert_width(model))
 
     def allocate(self, model: Any, device: torch.device) -> None:
         """Memory for the tensors; each layer's experts become StreamedExperts."""
         count = self.slots(model, self.free(model, device))
-        taken = rest_bytes(model) + count * _width(model) if device == CPU else 0
+        taken = rest_bytes(model) + count * expert_width(model) if device == CPU else 0
         for module in _rest(model):
             module.to_empty(device=device, recurse=False)
         link, policy = Link(device), POLICIES[self.how.policy]
@@ -132,7 +132,7 @@ class Offloaded(Placement):
         """Bytes that the device has for all but the experts in host memory."""
         free = available_bytes(device)
         if device.type == "cpu":  # the host's memory is the device's
-            free -= self.cached(model, free // 2) * _width(model)
+            free -= self.cached(model, free // 2) * expert_width(model)
         return free
 
 
@@ -141,7 +141,7 @@ def sparse(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def _width(model: nn.Module) -> int:
+def expert_width(model: nn.Module) -> int:
     """Bytes of one expert of each layer."""
     return sum(Rows(layer.experts).width for layer in sparse(model))
 
