@@ -39,6 +39,8 @@ class Work:
     flops: float
     link_bytes: float = 0.0
     """Experts that are copied from host memory."""
+    disk_bytes: float = 0.0
+    """Experts that are read from files."""
 
     @property
     def nbytes(self) -> float:
@@ -50,6 +52,7 @@ class Work:
             self.cache_bytes + other.cache_bytes,
             self.flops + other.flops,
             self.link_bytes + other.link_bytes,
+            self.disk_bytes + other.disk_bytes,
         )
 
     def __sub__(self, other: Work) -> Work:
@@ -58,6 +61,7 @@ class Work:
             self.cache_bytes - other.cache_bytes,
             self.flops - other.flops,
             self.link_bytes - other.link_bytes,
+            self.disk_bytes - other.disk_bytes,
         )
 
 

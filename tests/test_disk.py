@@ -152,7 +152,7 @@ def test_one_slot_and_one_row(moe: str, plain: Path) -> None:
 
 
 @pytest.mark.parametrize("grid", [{"tp": 2}, {"ep": 2}])
-def test_a_rank_reads_its_part(grid: dict[str, int], plain: Path) -> None:
+def test_a_rank_reads_its_part(grid: dict[str, Any], plain: Path) -> None:
     """The second rank's rows are those that it would hold in host memory."""
     config, rows = load_config(plain), []
     mesh = Mesh(grid.get("tp", 1), grid.get("ep", 1), rank=1)

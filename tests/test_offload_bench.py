@@ -5,6 +5,7 @@ Holds r1/bench and r1/roofline.py to account.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from r1 import Backend, build
 from r1.bench import arms, plan
 from r1.bench.arms import Arm
 from r1.bench.flags import parser
-from r1.bench.rates import Rates, bottleneck, link_rate
+from r1.bench.rates import Rates, bottleneck, disk_rate, link_rate
 from r1.bench.report.rows import row
 from r1.bench.report.table import COLUMNS
 from r1.bench.routing import make_fresh
@@ -139,24 +140,30 @@ def test_a_row() -> None:
     answers = findings([0.02, 0.02, 0.02])
     fetched = {
         "visits": 100, "hits": 25, "copied": 3 * 10**7, "guessed": 8, "right": 6, "calls": 3,
-        "prompt": 5 * 10**7, "slots": 4,
+        "prompt": 5 * 10**7, "slots": 4, "read": 6 * 10**6, "prompt_read": 10**7,
     }  # fmt: skip
     for repetition in answers["measure"]:
         repetition["fetched"] = fetched
-    rates = {"fp32": {**REFERENCE["rates"]["fp32"], "link": 1e9}}
+    rates = {"fp32": {**REFERENCE["rates"]["fp32"], "link": 1e9, "disk": 2e8}}
     made = row(Arm("a", "alone", Backend()), WORK, answers, {**REFERENCE, "rates": rates}, TINY)
     assert made["expert_hits"] == 0.25 and made["guesses_right"] == 0.75
     assert made["expert_hits_even"] == 4 / 16 and made["expert_slots"] == 4
     assert made["link_mb"] == 10 and made["link_share"] == pytest.approx(0.5)
     assert made["prompt_link_share"] == pytest.approx(0.5)
     assert made["floor_ms"] == pytest.approx(10) and made["bottleneck"] == "link"
-    cells = [COLUMNS[name].cell(made) for name in ("in slots", "link MB/step", "of the link")]
-    assert cells == ["25%", "10.0", "50%"]
+    assert made["disk_mb"] == 2 and made["disk_share"] == pytest.approx(0.5)
+    names = ("in slots", "link MB/step", "of the link", "disk MB/step", "of the disk")
+    cells = [COLUMNS[name].cell(made) for name in names]
+    assert cells == ["25%", "10.0", "50%", "2.00", "50%"]
 
 
 def test_the_link_is_a_bound() -> None:
     rates = Rates(copy=1e12, matmul=1e14, launch=1e-5, replay=1e-6, link=5e10)
     work = Work(1e9, 0, 1e9, link_bytes=1e9)
+    drive = dataclasses.replace(rates, disk=1e9)
+    slow = dataclasses.replace(work, disk_bytes=1e9)
+    assert drive.seconds(slow) == 1 and bottleneck(slow, drive, 10, False, 1) == "disk"
+    assert disk_rate(EMBEDDED) > 1e6
     assert rates.seconds(work) == 0.02
     assert bottleneck(work, rates, 10, False, 0.02) == "link"
     assert link_rate(torch.device("cpu")) > 1e8

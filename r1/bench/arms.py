@@ -14,6 +14,8 @@ KINDS = ("alone", "together", "ladder", "all-but-one", "pairs")
 """The kinds of arms besides the baseline."""
 USUAL = ("alone", "together")
 """Default kinds when switches are given without --only."""
+PLACES = ("experts", "expert_slots", "expert_cache_gb")
+"""Switches that say where experts lie."""
 FETCHING = {"expert_policy", "guess_experts"}
 """Switches that say how experts in host memory are fetched."""
 ALL_BUT = "all-but-"
@@ -100,7 +102,7 @@ def _alone(switches: Settings) -> list[Settings]:
         alone = [s for s in alone if "speculate" not in s and "draft_tokens" not in s]
         alone.append({name: switches[name] for name in ("speculate", "draft_tokens")})
     if "experts" in switches:  # its other switches do nothing without it
-        own: Settings = {n: switches[n] for n in ("experts", "expert_slots") if n in switches}
+        own: Settings = {name: switches[name] for name in PLACES if name in switches}
         others = [s for s in alone if not s.keys() & own.keys()]
         alone = [own, *({**own, **s} if s.keys() & FETCHING else s for s in others)]
     return alone

@@ -103,6 +103,8 @@ def measure(
         }
         if link := next(iter(rates.values()))["link"]:
             result["machine"]["link_gb_s"] = link / 1e9
+        if disk := next(iter(rates.values()))["disk"]:
+            result["machine"]["disk_gb_s"] = disk / 1e9
         comparison = Comparison(
             workload, arguments, setup, asked, result, folder, reference, config, progress, lead
         )

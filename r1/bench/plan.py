@@ -39,6 +39,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(
             "--draft-model drafts for a checkpoint, not for a --shape: give --model DIR"
         )
+    if asked.experts == "disk" and arguments.shape is not None:
+        raise InputError(
+            "--experts disk reads experts from a checkpoint's files, and a --shape has none: give "
+            "--model DIR, or use --experts host"
+        )
     if asked.experts != "device" and arguments.routing == "uniform":
         raise InputError(
             f"--routing uniform repeats a token's experts in every step, so --experts "
@@ -119,7 +124,7 @@ def shared_by_all(given: Settings, machine: Machine, workload: Workload) -> Sett
     """
     spread = {name: given[name] for name in ("tp", "ep") if given.get(name, 1) > 1}
     if given.get("experts", "device") != "device":
-        spread |= {name: given[name] for name in ("experts", "expert_slots") if name in given}
+        spread |= {name: given[name] for name in arms.PLACES if name in given}
     if not spread:
         return {}
     config, base = workload.config(), Backend(**arms.common_settings(given))

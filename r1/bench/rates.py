@@ -1,17 +1,25 @@
-"""The machine's ceilings, measured: copy bandwidth, matrix products, launches, the link."""
+"""The machine's ceilings, measured: copies, matrix products, launches, the link, the drive."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from r1.device import DTYPES, synchronize
+from r1.files.direct import Files, Range
 from r1.placement.link import Link, host_rows
+from r1.placement.sources import THREADS
 from r1.roofline import Work
+
+SPAN, SPANS = 2**24, 256
+"""Bytes of one read where a drive is measured, about those of an expert, and the most reads."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +38,14 @@ class Rates:
     link: float = 0.0
     """Bytes per second of copies from pinned host memory; 0: not measured."""
 
+    disk: float = 0.0
+    """Bytes per second of reads of the checkpoint's files; 0: not measured."""
+
     def seconds(self, work: Work) -> float:
         """The floor for one step: bytes or operations, whichever takes longest."""
         fetched = work.link_bytes / self.link if self.link else 0.0
-        return max(work.nbytes / self.copy, work.flops / self.matmul, fetched)
+        read = work.disk_bytes / self.disk if self.disk else 0.0
+        return max(work.nbytes / self.copy, work.flops / self.matmul, fetched, read)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -57,12 +69,34 @@ def link_rate(device: torch.device) -> float:
     return rows.nbytes / _best(copy, device)
 
 
+def disk_rate(folder: str | Path) -> float:
+    """Bytes a second of a folder's safetensors, read as experts are (files/direct.py), no model."""
+    sizes = {path: path.stat().st_size for path in sorted(Path(folder).glob("*.safetensors"))}
+    spans: list[Range] = [
+        (path, start, min(start + SPAN, size))
+        for path, size in sizes.items()
+        for start in range(0, size, SPAN)
+    ]
+    random.Random(0).shuffle(spans)
+    spans, files = spans[:SPANS], Files(sizes)
+
+    def read(span: Range) -> None:
+        files.read([span])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(read, spans[:THREADS]))  # each thread gets its memory
+        start = time.perf_counter()
+        list(pool.map(read, spans))
+        seconds = time.perf_counter() - start
+    return sum(stop - first for _, first, stop in spans) / seconds
+
+
 def measure_rates(
-    device: torch.device, dtypes: Iterable[str], link: bool = False
+    device: torch.device, dtypes: Iterable[str], link: bool = False, files: str | None = None
 ) -> dict[str, Rates]:
     """Measure the device, matrix products in each of `dtypes` ("bf16", ...); some seconds.
 
-    With `link`, copies from host memory too.
+    With `link`, copies from host memory too; and reads of the folder `files`, if there is one.
     """
     gpu, copy = device.type == "cuda", copy_rate(device)
     size = 8192 if gpu else 1024
@@ -72,7 +106,8 @@ def measure_rates(
         matmul[dtype] = 2 * size**3 / _best(partial(torch.mm, square, square), device)
     launch, replay = _launches(device) if gpu else (0.0, 0.0)
     host = link_rate(device) if link else 0.0
-    return {dtype: Rates(copy, rate, launch, replay, host) for dtype, rate in matmul.items()}
+    disk = disk_rate(files) if files else 0.0
+    return {dtype: Rates(copy, rate, launch, replay, host, disk) for dtype, rate in matmul.items()}
 
 
 def _launches(device: torch.device) -> tuple[float, float]:
@@ -93,7 +128,7 @@ def _launches(device: torch.device) -> tuple[float, float]:
 def bottleneck(
     work: Work, rates: Rates, kernels: int | None, captured: bool, seconds: float
 ) -> str:
-    """The bound of a step of `seconds`: the largest of memory, compute, launches and the link.
+    """The bound of a step of `seconds`: the largest of memory, compute, launches, link and disk.
 
     Launches take kernels x gap. On a CPU they are not counted, and time that memory and compute do
     not explain is the framework's.
@@ -103,6 +138,8 @@ def bottleneck(
         parts["launches"] = kernels * (rates.replay if captured else rates.launch)
     if work.link_bytes and rates.link:
         parts["link"] = work.link_bytes / rates.link
+    if work.disk_bytes and rates.disk:
+        parts["disk"] = work.disk_bytes / rates.disk
     if kernels is None and max(parts.values()) < seconds / 2:
         return "framework"
     return max(parts, key=lambda name: parts[name])

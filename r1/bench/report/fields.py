@@ -60,7 +60,7 @@ FIELDS: dict[str, str] = {
     ),
     "floor_ms": (
         "the least TPOT that the measured copy bandwidth and matmul rate allow for this "
-        "step's bytes and FLOPs, and that of the link for the experts it copies"
+        "step's bytes and FLOPs, and those of the link and the drive for its experts"
     ),
     "mbu": (
         "bytes that a step must move / time of a step (TPOT, without speculation) / measured "
@@ -69,7 +69,7 @@ FIELDS: dict[str, str] = {
     "mfu_prefill": "FLOPs of the prompt / TTFT / measured matmul rate",
     "bottleneck": (
         "what limits a step: memory, compute, launches (kernels x gap), link (copies from host "
-        "memory) or, on a CPU, framework"
+        "memory), disk (reads of files) or, on a CPU, framework"
     ),
     "step_gb": (
         "bytes that a step must move; with speculation those of a verification and its "
@@ -94,6 +94,9 @@ FIELDS: dict[str, str] = {
     "link_mb": "MB that a decode step copies from host memory",
     "link_share": "these / time of a step / measured rate of copies from pinned host memory",
     "prompt_link_share": "the same of the prompt: its copies / TTFT / the measured rate",
+    "disk_mb": "MB that a decode step reads from the checkpoint's files, with experts on a disk",
+    "disk_share": "these / time of a step / measured rate of the same reads without a model",
+    "prompt_disk_share": "the same of the prompt",
     "kernels": "kernels of one decode step; null on a CPU",
     "kernel_times": (
         "the microseconds that each of them adds to the step (timeline.py), as profiled; null "

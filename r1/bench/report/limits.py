@@ -52,6 +52,7 @@ def fetches(
     each = sorted(repetitions, key=_step_seconds)[len(repetitions) // 2]
     f, seconds = each["fetched"], _step_seconds(each)
     per_step = f["copied"] / max(1, f["calls"])
+    read = f["read"] / max(1, f["calls"])
     even = min(1.0, f["slots"] / config.experts.n_routed_experts)
     return {
         "expert_hits": f["hits"] / f["visits"] if f["visits"] else None,
@@ -61,6 +62,10 @@ def fetches(
         "link_mb": per_step / 1e6,
         "link_share": per_step / seconds / rates.link if seconds else None,
         "prompt_link_share": f["prompt"] / each["ttft"] / rates.link,
+    } | {
+        "disk_mb": read / 1e6,
+        "disk_share": read / seconds / rates.disk if seconds and rates.disk else None,
+        "prompt_disk_share": f["prompt_read"] / each["ttft"] / rates.disk if rates.disk else None,
     }
 
 
@@ -95,7 +100,8 @@ def against_limits(
     if backend.speculate != "off":
         work = byte_model(w, backend, config, built).turn
     fetched = fetches(config, backend, rates, repetitions)
-    work = dataclasses.replace(work, link_bytes=1e6 * fetched.get("link_mb", 0.0))
+    link, disk = (1e6 * fetched.get(name, 0.0) for name in ("link_mb", "disk_mb"))
+    work = dataclasses.replace(work, link_bytes=link, disk_bytes=disk)
     ttft = statistics.median(r["ttft"] for r in repetitions)
     seconds = statistics.median(map(_step_seconds, repetitions))
     steps = statistics.median(  # per token

@@ -155,6 +155,8 @@ COLUMNS: dict[str, Column] = {
     "in slots": Column(_field("expert_hits", "{:.0%}".format), ("expert_hits",), wide=False),
     "link MB/step": Column(_field("link_mb", number), ("link_mb",), wide=False),
     "of the link": Column(_field("link_share", "{:.0%}".format), ("link_share",), wide=False),
+    "disk MB/step": Column(_field("disk_mb", number), ("disk_mb",), wide=False),
+    "of the disk": Column(_field("disk_share", "{:.0%}".format), ("disk_share",), wide=False),
     "memory GB": Column(_memory, ("allocated_gb", "host_gb"), wide=False),
     "start s (warm)": Column(_start, ("start_cold_s", "start_warm_s")),
     "pays after": Column(_field("break_even_tokens", str), ("break_even_tokens",)),

@@ -132,7 +132,8 @@ ROW: dict[str, Type] = {
             "pays_from", "mbu", "mfu_prefill", "step_gb", "moe_layer_us", "moe_layer_floor_us",
             "experts_hit", "allocated_gb", "reserved_gb", "host_gb", "start_cold_s",
             "start_warm_s", "load_s", "sm_mhz", "power_w",
-            "link_mb", "link_share", "prompt_link_share",
+            "link_mb", "link_share", "prompt_link_share", "disk_mb", "disk_share",
+            "prompt_disk_share",
         ),
         NUMBER,
     ),
@@ -159,7 +160,7 @@ PAIR: dict[str, Type] = {
 """The types of a pair's fields."""
 MACHINE: dict[str, Type] = {
     **dict.fromkeys(("name", "torch", "python", "system"), TEXT),
-    **dict.fromkeys(("memory_gb", "copy_gb_s", "link_gb_s"), MEASUREMENT),
+    **dict.fromkeys(("memory_gb", "copy_gb_s", "link_gb_s", "disk_gb_s"), MEASUREMENT),
     **dict.fromkeys(("cpus", "threads"), WHOLE),
     "load": NUMBER,
     "matmul_tflop_s": RATES,

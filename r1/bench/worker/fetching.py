@@ -1,4 +1,4 @@
-"""What experts in host memory did in one repetition: visits, hits, and bytes over the link."""
+"""What experts off the device did in one repetition: visits, hits, and bytes that moved."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def fetched(subject: Subject) -> dict[str, Any] | None:
         return None
     tokens = w.batch * subject.engine.backend.step_tokens
     steps = [layer.traffic[tokens] for layer in layers]
-    names = ("visits", "hits", "copied", "guessed", "right")
+    names = ("visits", "hits", "copied", "read", "guessed", "right")
     sums: dict[str, Any] = {name: sum(getattr(s, name) for s in steps) for name in names}
-    every = sum(note.copied for layer in layers for note in layer.traffic.values())
+    notes = [note for layer in layers for note in layer.traffic.values()]
     return sums | {
         "calls": max(step.calls for step in steps),
-        "prompt": every - sums["copied"],
+        "prompt": sum(note.copied for note in notes) - sums["copied"],
+        "prompt_read": sum(note.read for note in notes) - sums["read"],
         "slots": max(layer.count for layer in layers),
     }
 

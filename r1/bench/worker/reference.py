@@ -93,9 +93,12 @@ def _counted_experts(subject: Subject) -> Iterator[list[int]]:
             hook.remove()
 
 
-def rates(subject: Subject, dtypes: Iterable[str], link: bool = False) -> Answer:
+def rates(
+    subject: Subject, dtypes: Iterable[str], link: bool = False, disk: bool = False
+) -> Answer:
     """The machine's measured copy bandwidth and matmul rate, by dtype; with `link`, that of copies
-    from host memory too.
+    from host memory too; with `disk`, that of reads of the checkpoint's files.
     """
-    measured = measure_rates(subject.device, dtypes, link)
+    files = subject.workload.model if disk else None
+    measured = measure_rates(subject.device, dtypes, link, files)
     return {dtype: vars(each) for dtype, each in measured.items()}
