@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from refusals import refused
 
 import bench
 from r1 import Backend, build
-from r1.bench import arms, plan
+from r1.bench import arms, plan, rates
 from r1.bench.arms import Arm
 from r1.bench.flags import parser
+from r1.bench.process import Answer
 from r1.bench.rates import Rates, bottleneck, disk_rate, link_rate
 from r1.bench.report.rows import row
 from r1.bench.report.table import COLUMNS
 from r1.bench.routing import make_fresh
+from r1.bench.team import Lead
+from r1.bench.worker.serve import COMMANDS
+from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
 from r1.files.embedded import EMBEDDED
 from r1.model.router import Router
@@ -83,6 +88,12 @@ def test_routing_that_repeats_is_refused() -> None:
         plan.check(parser(EMBEDDED).parse_args(asked))
     asked[-1] = "fresh"
     plan.check(parser(EMBEDDED).parse_args(asked))
+
+
+def test_a_shape_has_no_files() -> None:
+    with refused("a --shape has none: give --model DIR"):
+        asked = "--shape tiny --experts disk --routing fresh"
+        plan.check(parser(EMBEDDED).parse_args(asked.split()))
 
 
 def test_fresh_routing_is_even_and_the_same_in_every_call() -> None:
@@ -169,19 +180,45 @@ def test_the_link_is_a_bound() -> None:
     assert link_rate(torch.device("cpu")) > 1e8
 
 
-def test_the_command(tmp_path: Path) -> None:
-    """Random weights made in host memory; a row with its traffic; parity."""
+class Here:
+    """An arm's process, in this one: it runs each command when its answer is asked for."""
+
+    def __init__(self, *arguments: Any) -> None:
+        _ranks, _target, backend, workload, folder, _compiled, _setup = arguments
+        self.subject, self.busy = Subject(backend, workload, folder), False
+
+    def ask(self, command: str, *arguments: Any) -> Answer:
+        return COMMANDS[command](self.subject, *arguments)
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def quit(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_the_command(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights made in host memory, or a checkpoint; a row with its traffic; parity."""
+    monkeypatch.setattr(Lead, "start", lambda _, *arguments: Here(*arguments))
+    monkeypatch.setattr(rates, "_best", partial(rates._best, repeats=3))
     out = tmp_path / "result.json"
-    asked = "--shape tiny --layers 2 --device cpu --experts host --expert-slots 5"
+    model = "--shape tiny --layers 2" if where == "host" else "--expert-cache-gb 0.003"
+    asked = f"{model} --device cpu --experts {where} --expert-slots 5"
     sizes = "--routing fresh --prompt 20 --new 8 -r 1 --batch 2 --output-file"
     assert bench.main([*asked.split(), *sizes.split(), str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["machine"]["link_gb_s"] > 0
+    assert ("disk_gb_s" in result["machine"]) == (where == "disk")
     baseline, made = result["rows"]
     assert baseline["expert_hits"] is None
     assert made["parity"] and 0 < made["expert_hits"] < 1 and made["link_mb"] > 0
+    assert bool(made["disk_mb"]) == bool(made["disk_share"]) == (where == "disk")
     assert made["expert_slots"] == 5 and made["model"].endswith("routing fresh")
-    assert made["floor_ms"] > 0 and made["backend"]["experts"] == "host"
+    assert made["floor_ms"] > 0 and made["backend"]["experts"] == where
 
 
 def test_a_workload_names_its_routing() -> None:

@@ -24,9 +24,6 @@ THREADS = 8
 class InMemory:
     """All experts of a layer, in host memory."""
 
-    reads = False
-    """Whether `row` may wait for a drive."""
-
     def __init__(self, rows: Tensor) -> None:
         """`rows`: uint8 (E, W)."""
         self.rows = rows
@@ -34,6 +31,10 @@ class InMemory:
     def begin(self, experts: Collection[int]) -> list[int]:
         """These experts are wanted. Returns the order in which they are to be taken."""
         return list(experts)
+
+    def ready(self, expert: int) -> bool:
+        """Whether `row` would not wait."""
+        return True
 
     def row(self, expert: int) -> Tensor:
         """The bytes of one of them, (W,)."""
@@ -53,8 +54,6 @@ class InFiles(InMemory):
     What is wanted and lies in a row already comes first. Meanwhile threads read the others, as many
     as there are rows.
     """
-
-    reads = True
 
     def __init__(
         self, held: Experts, rows: Tensor, cache: Slots, device: Slots, pool: ThreadPoolExecutor
@@ -84,6 +83,10 @@ class InFiles(InMemory):
         self.wanted = [expert for expert in experts if expert in held] + self.queue
         self._start()
         return list(self.wanted)
+
+    def ready(self, expert: int) -> bool:
+        row = self.cache.slot.get(expert)
+        return row is not None and (row not in self.reading or self.reading[row].done())
 
     def row(self, expert: int) -> Tensor:
         """Waits until it is read. Raises InputError where that failed; then a later call reads it

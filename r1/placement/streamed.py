@@ -212,7 +212,7 @@ class StreamedExperts(Experts):
         other.fetched.update(early)
         note = self.traffic[tokens]
         note.guessed += len(early)
-        early = other.outside[1].begin(early)
-        if not other.outside[1].reads:  # or else this layer would wait for the drive
-            note.copied += len(early) * other.places.shape[1]
-            other._fetch(early, held.values())
+        source = other.outside[1]
+        early = [e for e in source.begin(early) if source.ready(e)]  # none that a drive has
+        note.copied += len(early) * other.places.shape[1]
+        other._fetch(early, held.values())
