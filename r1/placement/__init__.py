@@ -3,13 +3,15 @@
 placement    the base: everything on one device. build.py asks it while it makes and loads a model
 cuts         one table: how each matrix is cut, and a device's share in whole blocks
 parallel     tensor and expert parallel: each rank's part of every layer
-offload      experts in host memory: what lies where, and how much memory that takes
+offload      experts in host memory or files: what lies where, and how much memory that takes
 streamed     one layer's experts there: passes over the slots of the device
+sources      where a missing expert comes from: host memory, or files with a cache before them
 slots        which expert lies in which slot, and which one gives its slot away
 link         pinned memory, and copies on a stream of their own
 collectives  what ranks exchange: sums, and rows put together
 mesh         the ranks that share a model, in a grid, and what they agree on
 ranks        the processes of one command: how they meet, speak, listen and end
 
-Tested in tests/: test_placement.py, test_offload.py, test_parallel.py and test_torchrun.py.
+Tested in tests/: test_placement.py, test_offload.py, test_disk.py, test_parallel.py and
+test_torchrun.py.
 """
