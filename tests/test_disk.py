@@ -44,6 +44,7 @@ from r1.placement.offload import expert_width, rest_bytes
 from r1.placement.slots import Slots
 from r1.placement.sources import InFiles
 from r1.run.engine import Engine
+from r1.switches import draft, offload
 from r1.switches.resolve import resolve
 
 torch.set_num_threads(1)  # the models are tiny
@@ -353,6 +354,13 @@ def test_the_cache_is_counted(plain: Path, monkeypatch: pytest.MonkeyPatch) -> N
         build.allocate(config, backend, mtp=False)
     monkeypatch.setattr(build, "available_bytes", lambda _: needed)
     build.allocate(config, backend, mtp=False)
+
+
+def test_a_draft_lies_on_the_device() -> None:
+    """None of the switches of experts elsewhere is a small model's."""
+    assert {"experts", *offload.OWN} <= draft.OWN.keys()
+    for name in ("experts", *offload.OWN):
+        assert draft.OWN[name] == getattr(Backend, name)
 
 
 def test_what_is_refused(plain: Path, tmp_path: Path) -> None:

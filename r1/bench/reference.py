@@ -20,7 +20,7 @@ from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
 
 NAME = "fp32 reference"
-SAME = ("device", "quant", "tp", "ep", "experts", "expert_slots")
+SAME = ("device", "quant", "tp", "ep", "experts", "expert_slots", "expert_cache_gb")
 """The baseline's switches that the reference has too."""
 
 
