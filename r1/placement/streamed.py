@@ -94,15 +94,22 @@ class StreamedExperts(Experts):
             self.guess = self.next[0](x)[0]  # (N, K)
 
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """A pass for each group of experts. A choice of another pass gets weight 0."""
+        """A pass for each group of experts. A choice of another pass gets weight 0.
+
+        There is always a pass, also where other devices have all that was chosen: a fused step adds
+        the residual in it.
+        """
         ((indices, weights),) = self.outside[0].here(indices, weights)
-        choices = self._read(indices, weights)
+        choices, none = self._read(indices, weights), True
         for table in self._passes(choices):
+            none = False
             slots = table[choices]  # (N, K), -1: not in this pass
             held = (slots >= 0).to(indices.device, non_blocking=True)
             some = int(slots.max())
             slots = slots.where(slots >= 0, some).to(indices.device, non_blocking=True)
             yield slots, weights * held
+        if none:
+            yield torch.zeros_like(indices), torch.zeros_like(weights)
 
     def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """As the base's. Where there are several passes, each computes its own choices only."""
