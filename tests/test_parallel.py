@@ -152,10 +152,10 @@ def test_ranks_compute_what_one_process_does(
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=named)
-def test_experts_in_host_memory(ranks: Ranks, plain: Path, grid: dict[str, int]) -> None:
-    """Each rank streams its own part of the experts."""
-    for slots in (1, 3):
-        switches = {**grid, "experts": "host", "expert_slots": slots, "guess_experts": True}
+def test_experts_elsewhere(ranks: Ranks, plain: Path, grid: dict[str, int]) -> None:
+    """Each rank streams its own part of the experts, from host memory or from the files."""
+    for where, slots in (("host", 1), ("host", 3), ("disk", 3)):
+        switches = {**grid, "experts": where, "expert_slots": slots, "guess_experts": True}
         check_logits(ranks, plain, switches, "algebra fp32")
 
 

@@ -26,6 +26,7 @@ from r1.model.transformer import Block
 from r1.storage.joined import join
 from r1.storage.kinds import KINDS
 from r1.storage.quantized import Quantized
+from r1.storage.rows import Rows
 from r1.storage.spec import Spec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,6 +116,14 @@ def test_experts(tokens: int, apart: bool, spec: Spec) -> None:
     launch = one if tokens == 1 else several
     ours = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch)
     close(ours, experts_torch(x, indices, weights, routed, shared, x))
+    before = [each.clone() for each in (*routed.parameters(), *routed.buffers())]
+    Rows(routed).place(torch.zeros(8, Rows(routed).width, dtype=torch.uint8, device=DEVICE))
+    for each, numbers in zip((*routed.parameters(), *routed.buffers()), before, strict=True):
+        each.data.copy_(numbers)
+    packed = next(iter(routed.down_proj.stored().values()))
+    assert not packed.is_contiguous(), "an expert is a row of bytes, as in slots"
+    again = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch)
+    assert torch.equal(again, ours)
 
 
 def test_shared_experts_begin_where_a_block_does() -> None:
