@@ -24,10 +24,13 @@ from typing import Any
 
 import bench_kernels
 import compile_kernels as compile_tool
+import kernel_cases
 import pytest
 import torch
 from models import (
     FIVE_WORDS,
+    TINY_GROUPED,
+    TINY_QWEN2,
     V3,
     VARIANTS,
     drafting_engine,
@@ -43,7 +46,7 @@ pytest.importorskip("triton", reason="the kernels need the triton package: pip i
 import triton
 import triton.language as tl
 
-from r1 import Config, InputError
+from r1 import InputError
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.block import DecodeBlock, output_head
 from r1.kernels.chip import Chip
@@ -919,28 +922,46 @@ def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wan
 
 
 # ---------------------------- tools/measure/bench_kernels.py
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("config", [VARIANTS["v3"], VARIANTS["moonlight"]], ids=["v3", "moonlight"])
-def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
+MEASURED = {
+    "v3": (VARIANTS["v3"], 12),
+    "moonlight": (VARIANTS["moonlight"], 11),
+    "qwen2": (TINY_QWEN2, 9),
+    "qwen3": (TINY_GROUPED, 9),
+}
+"""Configs, and how many cases each has with two contexts."""
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "quant"),
+    [
+        ("v3", 1, "none"), ("v3", 3, "none"), ("moonlight", 1, "none"), ("moonlight", 3, "int4"),
+        ("qwen2", 1, "int4"), ("qwen2", 3, "none"), ("qwen3", 1, "none"),
+    ],
+)  # fmt: skip
+def test_what_is_timed_is_right(name: str, tokens: int, quant: str) -> None:
     """Every case of the benchmark beside its twin, on this machine."""
+    config, count = MEASURED[name]
     with torch.device(DEVICE), torch.inference_mode():
-        found = [
-            make()
-            for make in bench_kernels.makers(
-                bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], []
-            )
-        ]
-        assert len(found) == (12 if config.attention.q_lora_rank else 11)
+        place = kernel_cases.Place(CHIP, 1, quant)
+        found = [make() for make in bench_kernels.makers(place, config, tokens, [20, 33], [])]
+        assert len(found) == count
         for case in found:
             assert bench_kernels.off(case, None) < 0.02, case.name
             assert case.nbytes > 0 and case.flops > 0 and len(case.copies) >= 2
-            assert case.name == "step" or case.default.choices.keys() <= vars(case.default).keys()
+            if case.default is not None:
+                assert case.default.choices.keys() <= vars(case.default).keys()
+        bare = {case.name for case in found if case.default is None}
+        assert bare == {"step"} | ({"heads"} if name.startswith("qwen") else set())
+        if quant == "int4":
+            half = {case.name: case.nbytes for case in found}["dense_down"]
+            inner, dim = config.intermediate_size, config.hidden_size
+            assert half < 2 * inner * dim  # of the weights in bf16 alone
 
 
 def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     config = VARIANTS["v3"]
     with torch.device(DEVICE), torch.inference_mode():
-        (make,) = bench_kernels.makers(bench_kernels.Place(CHIP, 1), config, 1, [20], ["qkv_a"])
+        (make,) = bench_kernels.makers(kernel_cases.Place(CHIP, 1), config, 1, [20], ["qkv_a"])
         case = make()
         monkeypatch.setattr(LinearLaunch, "choices", {"outputs": (1, 2, 4, 8), "warps": (4, 8, 3)})
         right = case.run
