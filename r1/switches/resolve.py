@@ -39,6 +39,7 @@ def resolve(
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
     _check_devices(backend, config)
+    _check_experts(backend, config)
     backend = _kernels(backend, machine)
     _check_fused(backend, config)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
@@ -119,6 +120,15 @@ def _check_devices(backend: Backend, config: Config) -> None:
             f"{setting('kernels', 'triton')} adds up a whole layer in one device's kernels, and "
             f"{spread} share it: use {setting('kernels', 'torch')}"
         )
+
+
+def _check_experts(backend: Backend, config: Config) -> None:
+    """A model without experts has no way to compute them: `moe` and `prefill_moe` stay "auto"."""
+    for name in ("moe", "prefill_moe"):
+        value = getattr(backend, name)
+        if value != "auto" and not config.experts.n_routed_experts:
+            chooses = f"{setting(name, value)} chooses how experts are computed"
+            raise InputError(f"{chooses}, and this model has none: leave it out")
 
 
 def _check_speculation(backend: Backend, config: Config) -> None:
@@ -256,10 +266,9 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
 
 
 def _experts(slot: str, asked: str, use: Use, ep: int) -> str:
-    auto = _auto_experts(use, ep)
-    if not use.config.experts.n_routed_experts:  # then no strategy is called, so each one can run
-        return auto[0] if asked == "auto" else asked
-    return _choose(slot, EXPERTS, asked, use, auto)
+    if not use.config.experts.n_routed_experts:
+        return "auto"
+    return _choose(slot, EXPERTS, asked, use, _auto_experts(use, ep))
 
 
 def _multiplies_packed(use: Use) -> bool:
@@ -267,7 +276,7 @@ def _multiplies_packed(use: Use) -> bool:
     experts, hidden = use.config.experts, use.config.hidden_size
     if use.gpu or use.quant == "int8":
         return not use.gpu
-    if use.quant != "int4" or not experts.n_routed_experts:
+    if use.quant != "int4":
         return False
     stack = f"model.layers.{experts.first_k_dense_replace}.mlp.experts.down_proj"
     spec = spec_of(stack, use.config.files, use.quant)

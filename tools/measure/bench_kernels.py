@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 import shared
 import torch
 from attention_cases import attention_case, grouped_case, heads_case, latent_case
-from kernel_cases import Case, Place, experts_case, linear_case, route_case, step_case
+from kernel_cases import Case, Place, experts_case, gated_case, linear_case, route_case, step_case
 from torch import Tensor
 
 from r1 import Config, InputError
@@ -81,10 +81,8 @@ def makers(
     found: dict[str, list[Maker]] = {
         "step": [lambda: step_case(place, c, tokens, contexts[0])],
         **of_attention(place, c, tokens, contexts),
-        "dense_up": [lambda: linear("dense_up", inputs=dim, outputs=2 * inner, norm=True)],
-        "dense_down": [
-            lambda: linear("dense_down", inputs=inner, outputs=dim, swiglu=True, residual=True)
-        ],
+        "dense_up": [lambda: gated_case(place, c, tokens)],
+        "dense_down": [lambda: linear("dense_down", inputs=inner, outputs=dim, residual=True)],
         "lm_head": [lambda: linear("lm_head", inputs=dim, outputs=c.vocab_size, head=True)],
     }
     if c.experts.n_routed_experts:

@@ -96,17 +96,15 @@ def step_case(place: Place, c: Config, tokens: int, context: int) -> Case:
 
 def linear_case(
     name: str, place: Place, tokens: int, inputs: int, outputs: int, *, norm: bool = False,
-    swiglu: bool = False, residual: bool = False, head: bool = False,
+    residual: bool = False, head: bool = False,
 ) -> Case:  # fmt: skip
     """With `head` it is the output head: its logits are fp32, and it is not quantized."""
     from r1.kernels.linear import LinearLaunch, linear, linear_torch
     from r1.kernels.tiles import packed_bits
 
-    x, up = randn(tokens, 2 * inputs).split(inputs, dim=-1) if swiglu else (None, None)
-    x = randn(tokens, inputs) if x is None else x
+    x = randn(tokens, inputs)
     dtype = torch.float32 if head else torch.bfloat16
     given: dict[str, Any] = {
-        "up": up,
         "norm": randn(inputs) if norm else None,
         "eps": EPS,
         "dtype": dtype,
@@ -125,9 +123,41 @@ def linear_case(
     weights = [weight, *(copy.deepcopy(weight) for _ in range(copies))]
     sizes = (tokens, inputs, outputs, 2, *packed_bits(weight))
     default = LinearLaunch.default(sizes, place.chip)
-    moved = 2 * x.numel() * (2 if swiglu else 1) + dtype.itemsize * tokens * outputs
+    moved = 2 * x.numel() + dtype.itemsize * tokens * outputs
     flops = 2 * tokens * outputs * inputs
     return Case(name, weight.nbytes + moved, flops, weights, run, twin, default)
+
+
+def gated_case(place: Place, c: Config, tokens: int) -> Case:
+    """The norm, gate, up and SwiGLU of a dense feed-forward."""
+    from r1.kernels.gated import gated, gated_torch
+    from r1.kernels.linear import LinearLaunch
+    from r1.kernels.tiles import packed_bits
+    from r1.model.layers import MLP
+
+    dim, inner = c.hidden_size, c.intermediate_size
+    x, gain = randn(tokens, dim), randn(dim)
+
+    def made() -> MLP:
+        mlp: MLP = filled(lambda: MLP(dim, inner), dim**-0.5, place.quant)
+        del mlp.down_proj
+        return mlp
+
+    def run(mlp: MLP, use: LinearLaunch | None) -> Tensor:
+        return gated(place.chip, x, mlp, gain, EPS, use)
+
+    def twin(mlp: MLP) -> Tensor:
+        return gated_torch(x, mlp, gain, EPS)
+
+    first = made()
+    matrix = first.gate_proj.matrix
+    nbytes = 2 * matrix.nbytes
+    copies = [first, *(made() for _ in range(place.copies(nbytes) - 1))]
+    sizes = (tokens, dim, 2 * inner, 2, *packed_bits(matrix))
+    default = LinearLaunch.default(sizes, place.chip)
+    moved = 2 * x.numel() + 2 * tokens * inner
+    flops = 4 * tokens * dim * inner
+    return Case("dense_up", nbytes + moved, flops, copies, run, twin, default)
 
 
 def route_case(place: Place, c: Config, tokens: int) -> Case:
