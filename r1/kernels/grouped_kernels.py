@@ -99,8 +99,7 @@ def grouped_split_kernel(
     EARLY, for one token: its few programs leave room for the next kernels, so these may start at
     once. With the sum's EARLY, o_proj's first weights are loaded while this kernel runs.
     """
-    if EARLY:
-        let_next_start(PDL)
+    let_next_start(PDL and EARLY)
     each_group: tl.constexpr = HEADS // GROUPS
     group, split = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
@@ -111,8 +110,7 @@ def grouped_split_kernel(
     end = tl.minimum(start + each, length)
     first_slot = (token // new) * cache_row + group * cache_head
     wait_for_previous(PDL)
-    if not EARLY:
-        let_next_start(PDL)
+    let_next_start(PDL and not EARLY)
     real, inside = (own < each_group)[:, None], (d < SIZE)[None, :]
     row = token * HEADS + group * each_group + own
     queries = tl.load(q + row[:, None] * SIZE + d[None, :], mask=real & inside, other=0.0)
@@ -151,16 +149,14 @@ def grouped_sum_kernel(
 
     Which splits are empty follows from the length, so empty splits are never read.
     """
-    if EARLY:
-        let_next_start(PDL)
+    let_next_start(PDL and EARLY)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     z, d = tl.arange(0, SPLITS), tl.arange(0, PAD)
     length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
     filled = z * each < length
     place = (token * HEADS + head) * SPLITS + z
     wait_for_previous(PDL)
-    if not EARLY:
-        let_next_start(PDL)
+    let_next_start(PDL and not EARLY)
     logs = tl.load(weight + place, mask=filled, other=float("-inf"))
     mask = filled[:, None] & (d < SIZE)[None, :]
     mean = tl.load(part + place[:, None] * SIZE + d[None, :], mask=mask, other=0.0)

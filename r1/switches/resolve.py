@@ -183,9 +183,7 @@ def _quant(backend: Backend, config: Config) -> str:
     """The storage of quantized matrices: for "auto" the files' own, where it can be used."""
     if backend.quant == "auto":
         kind = config.files.kind
-        slow = (
-            kind == "fp8" and backend.device == "cpu"
-        )  # it has no FP8 products, and enough memory
+        slow = kind == "fp8" and backend.device == "cpu"  # no FP8 products, and enough memory
         return "none" if kind is None or slow or _reads_dense(backend) else kind
     if backend.quant != "none" and (reader := _reads_dense(backend)):
         raise InputError(
@@ -266,18 +264,15 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
 
 
 def _experts(slot: str, asked: str, use: Use, ep: int) -> str:
-    if not use.config.experts.n_routed_experts:
-        return "auto"
-    return _choose(slot, EXPERTS, asked, use, _auto_experts(use, ep))
+    sparse = use.config.experts.n_routed_experts > 0
+    return _choose(slot, EXPERTS, asked, use, _auto_experts(use, ep)) if sparse else "auto"
 
 
 def _multiplies_packed(use: Use) -> bool:
     """Whether `grouped` needs no dequantized experts on a CPU."""
     experts, hidden = use.config.experts, use.config.hidden_size
-    if use.gpu or use.quant == "int8":
-        return not use.gpu
-    if use.quant != "int4":
-        return False
+    if use.gpu or use.quant != "int4":
+        return not use.gpu and use.quant == "int8"
     stack = f"model.layers.{experts.first_k_dense_replace}.mlp.experts.down_proj"
     spec = spec_of(stack, use.config.files, use.quant)
     shapes = ((hidden, experts.moe_intermediate_size), (experts.moe_intermediate_size, hidden))
