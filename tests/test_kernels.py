@@ -925,7 +925,7 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
     ("launch", "sizes", "wanted"),
     [
         (LinearLaunch, (1, 7168, 2112, 2), LinearLaunch(1, 2, 1024, 4)),
-        (LinearLaunch, (1, 2048, 3072, 2), LinearLaunch(1, 2, 2048, 4)),
+        (LinearLaunch, (1, 2048, 3072, 2), LinearLaunch(1, 2, 1024, 4)),
         (LinearLaunch, (1, 3584, 37888, 2, 4), LinearLaunch(1, 8, 512, 1)),
         (LinearLaunch, (1, 5120, 55296, 2, 4), LinearLaunch(1, 8, 1024, 2)),
         (LinearLaunch, (1, 3584, 4608, 2, 4), LinearLaunch(1, 8, 1024, 2)),
@@ -951,8 +951,7 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
     """tools/measure/bench_kernels.py --sweep on an H100, and compile_kernels.py where something
-    else spilled. Those of one token and 4 bits, or 2,048 columns, follow from the instructions and
-    the registers of the compiled kernels.
+    else spilled. Those of one token and 4 bits follow from the instructions of the compiled kernels.
     """
     assert launch.default(sizes, H100) == wanted
 

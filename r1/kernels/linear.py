@@ -53,9 +53,7 @@ class LinearLaunch:
         if tokens == 1 and packed:
             return LinearLaunch(1, 4, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
-            # Short rows are loaded whole before the wait.
-            columns = 1024 if inputs > 2048 else power_of_two(inputs)
-            return LinearLaunch(1, 2, columns, 4)
+            return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
         # Large tiles read x less often. That pays where x is long, as long as a fifth of the
         # processors has work. Elsewhere every processor must have work first.
@@ -82,10 +80,10 @@ class LinearLaunch:
 def _four_bit_tile(inputs: int, outputs: int, chip: Chip) -> tuple[int, int, int]:
     """Rows, columns and warps of a program for one token and a matrix of 4 bits.
 
-    Instructions bound it as much as bytes do. A thread converts its part of x once for all its
-    rows, so it should have 4 rows: that takes a warp for each 1,024 columns of 4 rows, or 512 of 8.
-    Each processor needs some 16 KB on their way, so few rows take larger tiles. Columns beyond a
-    matrix's end cost instructions too.
+    Chosen by the instructions of the compiled kernels; no GPU has timed it yet. A thread converts
+    its part of x once for all its rows, so it should have 4 rows: that takes a warp for each 1,024
+    columns of 4 rows, or 512 of 8. Matrices of few rows have few programs, so each of these loads
+    more at a time. Columns beyond a matrix's end cost instructions too.
     """
     if outputs < 32 * chip.processors:
         return 4, min(2048, power_of_two(inputs, 16)), 2

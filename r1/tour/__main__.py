@@ -22,9 +22,9 @@ from r1.tour.run import Prompt, follow, load, prompt_of
 TEXT = "12+30=?"
 """The default question: tiny-r1 answers it rightly, in few tokens."""
 SWITCHES = ("device", "dtype", "attention", "prefill_attention", "moe", "prefill_moe")
-DEFAULTS = {"device": "cpu", "dtype": "fp32", "moe": "gather"}
-"""Those of the switches that differ from `Backend`'s. (A model may have no experts.)"""
 """The switches of r1.Backend that a tour takes: those under which the model's own code runs."""
+DEFAULTS = {"device": "cpu", "dtype": "fp32", "moe": "gather"}
+"""The tour's defaults where they differ from Backend's; "moe" only for a model with experts."""
 
 
 def main(argv: list[str] | None = None) -> int:
