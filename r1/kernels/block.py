@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from r1.kernels.attention import ATTENTION
 from r1.kernels.chip import Chip
 from r1.kernels.experts import EXPERTS
+from r1.kernels.gated import GATED
 from r1.kernels.grouped import GROUPED, HEADS
 from r1.kernels.latent import LATENT
 from r1.kernels.linear import LINEAR, linear
@@ -54,7 +55,7 @@ class DecodeBlock:
         self.linear, self.latent, self.attention = pick(LINEAR), pick(LATENT), pick(ATTENTION)
         self.heads, self.grouped = pick(HEADS), pick(GROUPED)
         self.attend = {MLA: self.to_latents, GQA: self.to_heads}[type(block.self_attn)]
-        self.route, self.experts = pick(ROUTE), pick(EXPERTS)
+        self.route, self.experts, self.gated = pick(ROUTE), pick(EXPERTS), pick(GATED)
 
     @staticmethod
     def why_not(block: nn.Module) -> str | None:
@@ -100,9 +101,8 @@ class DecodeBlock:
     def dense(self, x: Tensor, mlp: MLP) -> Tensor:
         """x + mlp(norm(x)), (N, D)."""
         norm = self.block.post_attention_layernorm
-        normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
-        gate, up = products(normed, mlp.gate_proj.matrix, mlp.up_proj.matrix)  # (N, I) each
-        return self.linear(gate, mlp.down_proj.matrix, up=up, residual=x)
+        h = self.gated(x, mlp, norm.weight, norm.eps)  # (N, I)
+        return self.linear(h, mlp.down_proj.matrix, residual=x)
 
     def mixture(self, x: Tensor, moe: MoE) -> Tensor:
         """x + moe(norm(x)), (N, D)."""
