@@ -177,6 +177,9 @@ def test_variants(ranks: Ranks, tmp_path: Path, variant: str) -> None:
     sparse = VARIANTS[variant].experts.n_routed_experts > 0
     grid = {"tp": 2, "ep": 2, "prefill_moe": "gather"} if sparse else {"tp": 2}
     check_logits(ranks, folder, grid, "algebra fp32")
+    text, right = decoded(folder, None, {})
+    for _, logits in run(ranks, grid, fused, folder, text, grid, False):
+        torch.testing.assert_close(logits, right, atol=atol("algebra fp32"), rtol=0)
 
 
 @pytest.mark.parametrize("name", writers.FORMATS)
@@ -434,13 +437,12 @@ def fused(
     folder: Path, text: Tensor, switches: dict[str, Any], interpreted: bool
 ) -> tuple[Tensor, Tensor]:
     """`decoded` with fused blocks, of kernels or of their twins, and with the output head's."""
-    runner, chip = engine_of(folder, switches).runner, Chip.of(torch.device("cpu"))
-    layers: Any = runner.model.layers
-    runner.blocks["decode"] = [
-        DecodeBlock(block, chip if interpreted else None) for block in layers
-    ]
+    runner, chip = engine_of(folder, switches).runner, None
     if interpreted:
-        runner.ways["decode"].head = partial(output_head, runner.model.lm_head, chip)
+        chip = Chip.of(torch.device("cpu"))
+        way: Any = runner.ways["decode"]
+        way.head = partial(output_head, runner.model.lm_head, chip)
+    runner.blocks["decode"] = [DecodeBlock(block, chip) for block in runner.model.layers]
     return read(runner, text)
 
 
@@ -460,11 +462,13 @@ def test_fused_blocks_compute_a_part(
 ) -> None:
     """Each adds its heads and its inner values, and one of them the rest."""
     pytest.importorskip("triton")
-    for folder, grid in itertools.product((plain, uneven), GRIDS[: 2 if interpreted else 3]):
-        text, right = decoded(folder, None, {})
-        rows = 1 if interpreted else len(text)
-        for _, logits in run(ranks, grid, fused, folder, text[:rows], grid, interpreted):
-            torch.testing.assert_close(logits, right[: rows + 1], atol=atol("algebra fp32"), rtol=0)
+    grids = itertools.product(GRIDS[: 2 if interpreted else 3], ({}, {"quant": "int8"}))
+    for folder, (grid, quant) in itertools.product((plain, uneven), grids):
+        text, right = decoded(folder, None, quant)
+        steps, switches = 1 if interpreted else len(text), {**grid, **quant}
+        for _, logits in run(ranks, switches, fused, folder, text[:steps], switches, interpreted):
+            within = atol("algebra fp32")
+            torch.testing.assert_close(logits, right[: steps + 1], atol=within, rtol=0)
 
 
 def traced(folder: Path, tokens: Tensor, switches: dict[str, Any]) -> Tensor:
