@@ -370,6 +370,8 @@ def test_what_is_refused(plain: Path, tmp_path: Path) -> None:
         loaded(plain, **DISK, expert_cache_gb=1e-9)
     with refused("expert_cache_gb=2 is of no use without experts=disk"):
         loaded(plain, experts="host", expert_cache_gb=2)
+    with refused("expert_cache_gb=2 is of no use without experts=disk"):
+        loaded(plain, expert_cache_gb=2)
     with refused("expert_cache_gb='2'.*give a number"):
         Backend(expert_cache_gb="2")  # type: ignore[arg-type]
     engine = loaded(plain, **DISK)

@@ -1,4 +1,4 @@
-"""What `experts=host` and disk go with: they read each layer's choices on the host."""
+"""The switches of routed experts: what they need, and what `experts=host` and disk go with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,21 @@ CAN_NOT_WAIT = ("compile", "cuda_graphs", "prefill_graphs", "tune")
 """Switches under which nothing may wait for a number in the middle of a step."""
 
 
+def check_strategies(backend: Backend, config: Config) -> None:
+    """A model without experts has no way to compute them: `moe` and `prefill_moe` stay "auto"."""
+    for name in ("moe", "prefill_moe"):
+        value = getattr(backend, name)
+        if value != "auto" and not config.experts.n_routed_experts:
+            chooses = f"{setting(name, value)} chooses how experts are computed"
+            raise InputError(f"{chooses}, and this model has none: leave it out")
+
+
 def check(backend: Backend, config: Config) -> None:
     """Raise InputError for experts elsewhere where there are none, or where nothing may wait."""
+    if backend.experts != "disk" and backend.expert_cache_gb:
+        cache = setting("expert_cache_gb", backend.expert_cache_gb)
+        disk = setting("experts", "disk")
+        raise InputError(f"{cache} is of no use without {disk}: add that, or leave it out")
     if backend.experts == "device":
         for name in OWN:
             value = getattr(backend, name)
@@ -22,10 +35,6 @@ def check(backend: Backend, config: Config) -> None:
                 host = setting("experts", "host")
                 raise InputError(f"{asked} is of no use without {host}: add that, or leave it out")
         return
-    if backend.experts != "disk" and backend.expert_cache_gb:
-        cache = setting("expert_cache_gb", backend.expert_cache_gb)
-        disk = setting("experts", "disk")
-        raise InputError(f"{cache} is of no use without {disk}: add that, or leave it out")
     asked = setting("experts", backend.experts)
     if not config.experts.n_routed_experts:
         raise InputError(f"{asked}: this model has no routed experts: leave it out")

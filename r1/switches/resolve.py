@@ -41,7 +41,7 @@ def resolve(
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
     _check_devices(backend, config)
-    _check_experts(backend, config)
+    offload.check_strategies(backend, config)
     backend = _kernels(backend, machine)
     _check_fused(backend, config)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
@@ -122,15 +122,6 @@ def _check_devices(backend: Backend, config: Config) -> None:
             f"{setting('tune')} times one process's kernels, and devices that share a layer "
             "wait for each other: leave it out"
         )
-
-
-def _check_experts(backend: Backend, config: Config) -> None:
-    """A model without experts has no way to compute them: `moe` and `prefill_moe` stay "auto"."""
-    for name in ("moe", "prefill_moe"):
-        value = getattr(backend, name)
-        if value != "auto" and not config.experts.n_routed_experts:
-            chooses = f"{setting(name, value)} chooses how experts are computed"
-            raise InputError(f"{chooses}, and this model has none: leave it out")
 
 
 def _check_speculation(backend: Backend, config: Config) -> None:
