@@ -64,7 +64,9 @@ class Operand(NamedTuple):
     """Whether there are zero points."""
     SCALE_ROW: tl.constexpr = tl.constexpr(0)
     SCALE_EXPERT: tl.constexpr = tl.constexpr(0)
-    """The same of `scale` and `zero`."""
+    """The same of `scale`. Rows of `zero` are as far apart as rows of `scale`."""
+    ZERO_EXPERT: tl.constexpr = tl.constexpr(0)
+    """The same of `zero`: where an expert is a row of bytes, its numbers are of another width."""
     TALL: tl.constexpr = tl.constexpr(1)
     WIDE: tl.constexpr = tl.constexpr(1)
     """Rows and columns of a block."""
@@ -125,7 +127,8 @@ def _packed(matrix: Quantized, tensors: dict[str, Tensor], ptx: bool) -> Operand
     return Operand(
         weight, scale, scale if zero is None else zero, *_strides(weight.stride()),
         _constant(spec.kind), _constant(per), _constant(ptx and weight.itemsize == 4),
-        _constant(zero is not None), *_strides(scale.stride()), _constant(spec.rows or 2**30),
+        _constant(zero is not None), *_strides(scale.stride()),
+        _strides((scale if zero is None else zero).stride())[1], _constant(spec.rows or 2**30),
         _constant(wide), _constant(together),
     )  # fmt: skip
 
@@ -179,8 +182,9 @@ def matrix_of(w, expert, row=0, column=0):
         place = w.weight + expert * w.EXPERT + row * w.ROW + column
     else:
         place = w.weight + expert * w.EXPERT + row * w.ROW + column // w.PER
-    block = expert * w.SCALE_EXPERT + row // w.TALL * w.SCALE_ROW + column // w.WIDE
-    return place, w.scale + block, w.zero + block, w.ROW, w.SCALE_ROW
+    block = row // w.TALL * w.SCALE_ROW + column // w.WIDE
+    scale, zero = w.scale + expert * w.SCALE_EXPERT, w.zero + expert * w.ZERO_EXPERT
+    return place, scale + block, zero + block, w.ROW, w.SCALE_ROW
 
 
 @triton.jit
@@ -192,7 +196,7 @@ def expert_of(routed, shared, expert, count, row, column, SHARED: tl.constexpr):
     if expert < count:
         place += expert.to(tl.int64) * routed.EXPERT
         scale += expert.to(tl.int64) * routed.SCALE_EXPERT
-        zero += expert.to(tl.int64) * routed.SCALE_EXPERT
+        zero += expert.to(tl.int64) * routed.ZERO_EXPERT
     elif SHARED > 0:
         other = matrix_of(shared, 0, row, column)
         place, scale, zero = other[0], other[1], other[2]
