@@ -11,9 +11,9 @@ Shapes: B rows of a step, S tokens of a row, E experts, K experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -86,9 +86,23 @@ def weights_of(module: nn.Module) -> Weights:
     return Weights(always, elements, expert, expert_elements)
 
 
-@cache
 def model_of(config: Config, backend: Backend, mtp: bool) -> Transformer:
-    """The model as `backend` stores it, without memory."""
+    """The model as `backend` stores it, without memory. Nobody may change it: it is kept."""
+    return _sketch(config, replace(backend, **HOW), mtp)
+
+
+HOW: dict[str, Any] = {
+    name: getattr(Backend, name)
+    for name in (
+        "amp", "compile", "cuda_graphs", "prefill_graphs", "attention", "prefill_attention", "moe",
+        "prefill_moe", "memory", "kernels", "tune", "speculate", "draft_tokens",
+    )
+}  # fmt: skip
+"""Switches that say how a model is called, not how it is stored."""
+
+
+@cache
+def _sketch(config: Config, backend: Backend, mtp: bool) -> Transformer:
     return sketch(config, backend, mtp=mtp)
 
 

@@ -32,6 +32,7 @@ ROOMS = (
     "r1/threads.py",
     "r1/drafting.py",
     "r1/build.py",
+    "r1/footprint.py",
     "r1/run/",
     "r1/files/",
     "r1/switches/",
