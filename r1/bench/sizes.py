@@ -11,6 +11,7 @@ from r1.errors import InputError, setting
 from r1.footprint import Sizes, footprint
 from r1.model.config import Config
 from r1.roofline import model_of
+from r1.run.runner import round_capacity
 from r1.switches.backend import Backend
 
 TOKEN = 64
@@ -77,5 +78,6 @@ def work_bytes(w: Workload, config: Config, backend: Backend, draft: int = 0) ->
     """
     model = model_of(config, backend, backend.speculate == "mtp")
     needed = footprint(model, backend, Sizes(w.batch, w.prompt, w.new, w.depth), weights=1)
-    tokens = w.batch * w.tokens * (TOKEN + draft)
-    return needed.cache + tokens + max(0, needed.beside - HEADROOM)
+    drafts = w.batch * round_capacity(w.tokens) * draft
+    tokens = w.batch * w.tokens * TOKEN
+    return needed.cache + drafts + tokens + max(0, needed.beside - HEADROOM)
