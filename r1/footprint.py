@@ -12,12 +12,14 @@ Shapes: B rows, S tokens of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from r1.device import DTYPES
 from r1.model.cache import bytes_per_token
+from r1.model.dispatch import Dispatch
 from r1.model.layers import MLP
 from r1.model.moe import MoE
 from r1.model.transformer import Block, Transformer
@@ -169,9 +171,12 @@ class Work:
         """An MLP's, or the experts'."""
         if isinstance(part, MoE):
             chosen = self.model.config.experts.num_experts_per_tok
-            return self.experts[phase].scratch(
-                part.experts, tokens, chosen, self.itemsize, compiled=self.backend.compile
-            )
+            strategy = self.experts[phase]
+            # A CPU multiplies by packed experts, which a GPU's grouped product wants dense.
+            packed = self.backend.device == "cpu" and self.backend.quant in ("int8", "int4")
+            scratch = partial(Dispatch.scratch, strategy) if packed else strategy.scratch
+            compiled = self.backend.compile
+            return scratch(part.experts, tokens, chosen, self.itemsize, compiled=compiled)
         if not isinstance(part, MLP):
             return 0
         gate = part.gate_proj.matrix

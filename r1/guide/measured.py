@@ -1,0 +1,192 @@
+"""Rows that bench.py measured, as predictions need them.
+
+measured.json holds those of the committed results (tools/measure/make_guide.py writes it). A file
+of the user's own machine gives more: --calibrate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from r1 import roofline
+from r1.bench.load_result import load
+from r1.bench.rates import Rates
+from r1.files.config_json import parse_config
+from r1.model.config import AttentionShape, Config
+from r1.switches.backend import Backend
+
+FILE = Path(__file__).parent / "measured.json"
+GAP_US = 1.16
+"""Microseconds between two kernels of a CUDA graph: what one more tiny kernel costs (H100)."""
+LEAST_NEW = 16
+"""Fewer new tokens measure prompts: they are too few for the time of a step."""
+LEAST_STEP_GB = 0.1
+"""A smaller model waits for launches, not for memory: it says nothing about larger ones."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of a result: what ran, and how long it took."""
+
+    file: str
+    """The result's name."""
+    machine: str
+    model: str
+    arm: str
+    quant: str
+    """How matrices were stored: none, fp8, int8, int4."""
+    latent: bool
+    """Latent attention, not grouped-query attention."""
+    ranks: int
+    device: str
+    captured: bool
+    """Steps ran as CUDA graphs."""
+    fused: bool
+    """Steps ran in hand-written blocks: kernels=triton."""
+    prompt_captured: bool
+    batch: int
+    prompt: int
+    new: int
+    layers: int
+    copy_gb_s: float
+    matmul_tflop_s: float
+    tpot_ms: float | None
+    floor_ms: float
+    ttft_ms: float
+    prompt_floor_ms: float
+    step_gb: float
+    kernels: int | None
+    """Of one decode step."""
+
+    @property
+    def gaps_ms(self) -> float:
+        """The time between kernels in a step: known for captured steps."""
+        return (self.kernels or 0) * GAP_US / 1e3 if self.captured else 0.0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it tells the speed of decode steps. On a GPU, uncaptured ones wait for a host."""
+        runs = self.captured or self.device == "cpu"
+        large = self.new >= LEAST_NEW and self.step_gb >= LEAST_STEP_GB
+        return bool(self.tpot_ms) and runs and large
+
+    @property
+    def share(self) -> float:
+        """The floor's share of a step's time, without the gaps between its kernels."""
+        assert self.tpot_ms
+        return self.floor_ms / (self.tpot_ms - self.gaps_ms)
+
+    @property
+    def prompt_share(self) -> float:
+        """The floor's share of the time to the first token."""
+        return self.prompt_floor_ms / self.ttft_ms
+
+    @property
+    def work(self) -> tuple[Any, ...]:
+        """What was to be done, and whether by fused blocks, whatever the other switches were."""
+        return (self.machine, self.model, self.quant, self.ranks, self.batch, self.fused)
+
+    def describe(self) -> str:
+        """The row in words."""
+        stored = "" if self.quant == "none" else f", {self.quant}"
+        return (
+            f"{self.model}{stored}, batch {self.batch}, prompt {self.prompt}, new {self.new}: "
+            f"{self.arm} ({self.machine}, {self.file})"
+        )
+
+
+def rows_of(path: Path) -> list[Measured]:
+    """The rows of a result file that pass parity, without speculation. Raises InputError."""
+    found = load(path, complete=True)
+    config = parse_config(found["config"], f"{path}: config")
+    machine, model = found["machine"], str(found["workload"]).split(": batch")[0]
+    return [
+        _row(path.stem, machine, model, config, row)
+        for row in found["rows"]
+        if not row["refused"] and row["parity"] and row["acceptance"] is None
+    ]
+
+
+def _row(
+    file: str, machine: dict[str, Any], model: str, config: Config, row: dict[str, Any]
+) -> Measured:
+    known = {name: value for name, value in row["backend"].items() if hasattr(Backend, name)}
+    backend = Backend(**known)
+    copy = machine["copy_gb_s"]
+    matmul = machine["matmul_tflop_s"].get(backend.compute) or max(
+        machine["matmul_tflop_s"].values()
+    )
+    rates = Rates(copy * 1e9, matmul * 1e12, 0.0, 0.0)
+    prompt = prompt_work(config, backend, row["batch"], row["prompt"], row["depth"])
+    return Measured(
+        file,
+        machine["name"],
+        model,
+        row["arm"],
+        "none" if backend.quant == "auto" else backend.quant,
+        isinstance(config.attention, AttentionShape),
+        backend.ranks,
+        backend.device,
+        backend.cuda_graphs,
+        backend.kernels == "triton",
+        backend.prefill_graphs,
+        row["batch"],
+        row["prompt"],
+        row["new"],
+        config.num_hidden_layers,
+        round(copy, 1),
+        round(matmul, 1),
+        row["tpot_ms"],
+        row["floor_ms"],
+        row["ttft_ms"],
+        round(1e3 * rates.seconds(prompt), 4),
+        row["step_gb"],
+        row["kernels"],
+    )
+
+
+def prompt_work(
+    config: Config, backend: Backend, rows: int, prompt: int, depth: int = 0
+) -> roofline.Work:
+    """The work of reading prompts, if each token chooses its experts uniformly."""
+    hit = roofline.expected_experts(config, rows * prompt)
+    return roofline.step_work(config, backend, rows, prompt, depth, hit)
+
+
+def best(rows: Iterable[Measured]) -> list[Measured]:
+    """Of the rows that tell a step's speed, the fastest for each work."""
+    fastest: dict[Any, Measured] = {}
+    for row in rows:
+        if row.decodes:
+            kept = fastest.get(row.work)
+            if kept is None or (row.tpot_ms or 0) < (kept.tpot_ms or 0):
+                fastest[row.work] = row
+    return list(fastest.values())
+
+
+def best_prompts(rows: Iterable[Measured]) -> list[Measured]:
+    """The fastest for each work and length of prompt, of those that were not captured."""
+    fastest: dict[Any, Measured] = {}
+    for row in rows:
+        if not row.prompt_captured and row.step_gb >= LEAST_STEP_GB:
+            key = (*row.work, row.prompt)
+            if key not in fastest or row.ttft_ms < fastest[key].ttft_ms:
+                fastest[key] = row
+    return list(fastest.values())
+
+
+@cache
+def committed() -> tuple[Measured, ...]:
+    """The rows of the committed results."""
+    return tuple(Measured(**each) for each in json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def dump(rows: Iterable[Measured]) -> str:
+    """Rows as the file's text."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    return f"[\n{lines}\n]\n"

@@ -1,0 +1,168 @@
+"""The least time of a step and of a prompt, and the time to expect.
+
+The floor is bench.py's: bytes or operations of roofline.py, over the rates of rates.py. A machine
+that was measured has its measured rates. Of another one the published rates are known, and the
+measured machine's share of its own published ones is taken as this machine's too.
+
+The time to expect of a step is
+
+    floor / share + kernels x gap + exchanges
+
+where share and kernels are those of the nearest measured row (measured.py): the floor's share of
+the time that its kernels ran, and kernels a layer. So a prediction starts from one row, and says
+which. Nothing predicted is shown as measured.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from r1.bench.rates import Rates
+from r1.footprint import Sizes
+from r1.guide import measured
+from r1.guide.gpus import Gpu, all_gpus
+from r1.guide.measured import GAP_US, Measured
+from r1.guide.setup import Setup
+from r1.model.config import AttentionShape
+from r1.roofline import expected_experts, step_work
+from r1.run.runner import round_rows
+
+LATENCY_FROM = "h100"
+"""The machine whose measured latency of an all-reduce stands in where another has none."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds: the least, and the ones to expect, with the rows that these start from."""
+
+    floor_tpot_ms: float
+    floor_ttft_ms: float | None
+    """None: the machine's rate of matrix products is not known."""
+    expected_tpot_ms: float | None
+    """None: nothing was measured on such a device."""
+    expected_ttft_ms: float | None
+    step_row: Measured | None
+    prompt_row: Measured | None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts from some measured rows."""
+
+    rows: Sequence[Measured]
+    calibrated: bool = False
+    """Whether rows of the user's own machine are among them."""
+
+    def rates(self, gpu: Gpu) -> Rates:
+        """A machine's rates: measured where it was, else published ones times a measured share."""
+        own = [row for row in self.rows if row.machine == gpu.machine]
+        if own:
+            copy = statistics.median(row.copy_gb_s for row in own)
+            matmul = statistics.median(row.matmul_tflop_s for row in own)
+            return Rates(copy * 1e9, matmul * 1e12, 0.0, GAP_US / 1e6)
+        copy_share, matmul_share = self.shares()
+        products = gpu.get("bf16_tflop_s")
+        return Rates(
+            gpu.figures["bandwidth_gb_s"] * 1e9 * copy_share,
+            products * 1e12 * matmul_share if products else math.inf,
+            0.0,
+            GAP_US / 1e6,
+        )
+
+    def shares(self) -> tuple[float, float]:
+        """Measured rates over published ones: of copies, of bf16 products."""
+        known = {gpu.machine: gpu for gpu in all_gpus().values() if gpu.machine}
+        pairs = [(row, known[row.machine]) for row in self.rows if row.machine in known]
+        pairs = pairs or [(row, known[row.machine]) for row in measured.committed()]
+        copy = (row.copy_gb_s / gpu.figures["bandwidth_gb_s"] for row, gpu in pairs)
+        matmul = (row.matmul_tflop_s / gpu.figures["bf16_tflop_s"] for row, gpu in pairs)
+        return statistics.median(copy), statistics.median(matmul)
+
+    def times(self, setup: Setup, sizes: Sizes) -> Times:
+        """Both times of a model with these rows, as floor and as expected."""
+        rates, backend, config = self.rates(setup.gpu), setup.backend, setup.config
+        rows = round_rows(sizes.rows) if backend.cuda_graphs else sizes.rows
+        context = sizes.depth + sizes.prompt + sizes.new / 2
+        hit = expected_experts(config, sizes.rows)
+        step = step_work(config, backend, sizes.rows, 1, context, hit)
+        floor = 1e3 * rates.seconds(step)
+        prompt_work = measured.prompt_work(config, backend, sizes.rows, sizes.prompt, sizes.depth)
+        known = setup.gpu.get("bf16_tflop_s") or rates.matmul < math.inf
+        prompt_floor = 1e3 * rates.seconds(prompt_work) if known else None
+        like = self._like(setup)
+        row = nearest(measured.best(like), setup, rows, step.nbytes)
+        prompts = nearest_prompt(measured.best_prompts(like), setup, rows * sizes.prompt)
+        exchange = 1e3 * exchange_seconds(setup, rows)
+        expected = row and step_ms(floor, row, config.num_hidden_layers) + exchange
+        first = None
+        if prompts and prompt_floor:
+            tokens = rows * sizes.prompt
+            first = prompt_floor / prompts.prompt_share + 1e3 * exchange_seconds(setup, tokens)
+        return Times(floor, prompt_floor, expected, first, row, prompts if first else None)
+
+    def _like(self, setup: Setup) -> list[Measured]:
+        """The rows of such a device: a CPU's say nothing about a GPU, nor the other way round."""
+        cpu = setup.gpu.device == "cpu"
+        return [row for row in self.rows if (row.device == "cpu") == cpu]
+
+
+def step_ms(floor_ms: float, row: Measured, layers: int) -> float:
+    """A step's time, if it has the row's share of the floor, and its kernels a layer."""
+    return floor_ms / row.share + row.gaps_ms / row.layers * layers
+
+
+def distance(row: Measured, setup: Setup) -> float:
+    """How unlike a row is to a model on a machine, but for its sizes."""
+    quant = setup.backend.quant
+    other = row.quant != quant
+    far = other and "none" in (row.quant, quant)
+    latent = isinstance(setup.config.attention, AttentionShape)
+    machine = row.machine != setup.gpu.machine
+    fused = row.fused != (setup.backend.kernels == "triton")
+    return 4 * other + 2 * far + 3 * machine + 3 * fused + 1.0 * (row.latent != latent)
+
+
+def nearest(
+    rows: Sequence[Measured], setup: Setup, batch: int, step_bytes: float
+) -> Measured | None:
+    """The row to start from: of like storage, machine, kernels and attention, then of like sizes.
+
+    Bytes a layer decide how long a kernel runs, and so what its start and end weigh.
+    """
+
+    def far(row: Measured) -> float:
+        own = step_bytes / setup.config.num_hidden_layers
+        theirs = row.step_gb * 1e9 / row.layers
+        sizes = abs(math.log2(batch / row.batch)) + abs(math.log2(own / theirs))
+        return distance(row, setup) + sizes / 2
+
+    return min(rows, key=far, default=None)
+
+
+def nearest_prompt(rows: Sequence[Measured], setup: Setup, tokens: int) -> Measured | None:
+    """The same for a prompt, by how many tokens all rows have together."""
+
+    def far(row: Measured) -> float:
+        return distance(row, setup) + abs(math.log2(tokens / (row.batch * row.prompt)))
+
+    return min(rows, key=far, default=None)
+
+
+def exchange_seconds(setup: Setup, tokens: int) -> float:
+    """What devices exchange in one call: two sums a layer, each of every token's hidden state.
+
+    A sum takes the latency, and 2 (n - 1) / n of its bytes over one direction of the link. A
+    machine whose link is not known takes the latency alone, so its time is too short.
+    """
+    n = setup.count
+    if n == 1:
+        return 0.0
+    latency = setup.gpu.get("link_latency_us") or all_gpus()[LATENCY_FROM].get("link_latency_us")
+    assert latency
+    link = setup.gpu.get("link_both_ways_gb_s")
+    nbytes = tokens * setup.config.hidden_size * 2
+    moving = 2 * (n - 1) / n * nbytes / (link * 1e9 / 2) if link else 0.0
+    return 2 * setup.config.num_hidden_layers * (latency / 1e6 + moving)

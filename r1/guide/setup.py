@@ -1,0 +1,148 @@
+"""A model on some machines: the switches that suit them, the layout, and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from r1.build import sketch
+from r1.errors import InputError
+from r1.files.config_json import load_config
+from r1.footprint import Footprint, Sizes, footprint, module_bytes
+from r1.guide.gpus import Gpu
+from r1.model.config import Config
+from r1.model.shapes import SHAPES
+from r1.model.transformer import Transformer
+from r1.placement import cuts
+from r1.roofline import model_of
+from r1.switches.backend import Backend
+from r1.switches.resolve import resolve
+
+PRECISIONS = ("none", "fp8", "int8", "int4")
+"""How matrices may be stored, the most exact first. none: as plain numbers, in bf16."""
+COUNTS = (1, 2, 4, 8, 16, 32)
+"""How many GPUs may share a model."""
+HOST = 8
+"""So many GPUs are in one host."""
+ONE: tuple[dict[str, Any], ...] = (
+    {"kernels": "triton", "prefill_moe": "triton"},
+    {"attention": "triton", "moe": "triton", "prefill_moe": "triton"},
+    {},
+)
+"""Switches for one GPU, the fastest first. All capture their steps."""
+SEVERAL: dict[str, Any] = {"attention": "triton", "moe": "triton", "prefill_moe": "triton"}
+"""Switches where GPUs share the layers."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, how it is stored, and the machines that hold it."""
+
+    name: str
+    config: Config
+    gpu: Gpu
+    backend: Backend
+    """Resolved for this machine."""
+
+    @property
+    def count(self) -> int:
+        """How many machines."""
+        return self.backend.ranks
+
+    @property
+    def stored(self) -> str:
+        """How most numbers are stored, in a word."""
+        return self.backend.dtype if self.backend.quant == "none" else self.backend.quant
+
+    @property
+    def layout(self) -> str:
+        """Who holds what, in words."""
+        ways = {"tp": "TP", "ep": "EP"}
+        parts = [f"{word} {n}" for name, word in ways.items() if (n := _of(self.backend, name)) > 1]
+        return " x ".join(parts) or "one device"
+
+    def memory(self, sizes: Sizes) -> Footprint:
+        """On the device with the largest share, as the loader counts it."""
+        model = model_of(self.config, self.backend, False)
+        return footprint(model, self.backend, sizes, _weights(self.config, model))
+
+    def fits(self, sizes: Sizes) -> bool:
+        """Whether the memory is enough."""
+        return self.memory(sizes).total <= self.gpu.capacity
+
+
+def _of(backend: Backend, name: str) -> int:
+    return int(getattr(backend, name))
+
+
+_known: dict[int, int] = {}
+
+
+def _weights(_config: Config, model: Transformer) -> int:
+    """The model's bytes, counted once: sketches are kept."""
+    if id(model) not in _known:
+        _known[id(model)] = module_bytes(model)
+    return _known[id(model)]
+
+
+def find_model(name: str) -> tuple[str, Config]:
+    """A named shape, a folder with config.json, or that file. Raises InputError."""
+    if name in SHAPES:
+        return name, SHAPES[name]
+    path = Path(name)
+    if path.name == "config.json":
+        path = path.parent
+    if not path.exists():
+        shapes = ", ".join(SHAPES)
+        raise InputError(f"--model {name} is no folder: give one, or a shape: {shapes}")
+    return path.resolve().name, load_config(path)
+
+
+def precisions(config: Config, gpu: Gpu) -> list[str]:
+    """The ways to store a model that this machine computes with, the most exact first.
+
+    What is published as FP8 gains nothing by plain numbers.
+    """
+    kind = config.files.kind or ("fp8" if config.files.fp8_block else None)
+    found = list(PRECISIONS)
+    if kind in found:
+        found = found[found.index(kind) :]
+    if gpu.device == "cpu" or gpu.as_machine().why_not("fp8"):
+        found = [each for each in found if each != "fp8"]
+    return found
+
+
+def setups(name: str, config: Config, gpu: Gpu, quant: str, count: int) -> Iterator[Setup]:
+    """Every layout of a model on `count` machines of a kind, stored as `quant` says."""
+    for tp in (2**n for n in range(count.bit_length()) if count % 2**n == 0):
+        ep = count // tp
+        if ep > 1 and (config.experts.n_routed_experts == 0 or gpu.device == "cpu"):
+            continue
+        if cuts.why_not(config, tp, ep):
+            continue
+        if backend := switches(config, gpu, quant, tp, ep):
+            yield Setup(name, config, gpu, backend)
+
+
+@cache
+def switches(config: Config, gpu: Gpu, quant: str, tp: int, ep: int) -> Backend | None:
+    """The switches to expect of somebody who wants speed; None where the storage can't be cut."""
+    machine = gpu.as_machine()
+    kept = replace(config, files=replace(config.files, stored=()))
+    if config.files.kind == quant:
+        kept = config
+    common: dict[str, Any] = {"dtype": "bf16", "quant": quant, "tp": tp, "ep": ep}
+    if not machine.cuda:
+        return resolve(Backend(device="cpu", **common), kept, machine)
+    for more in ONE if tp * ep == 1 else ({**SEVERAL, "compile": quant == "none"},):
+        try:
+            backend = resolve(Backend(cuda_graphs=True, **common, **more), kept, machine)
+            if tp * ep > 1:
+                sketch(kept, backend)
+            return backend
+        except InputError:  # the next ones ask for less
+            continue
+    return None
