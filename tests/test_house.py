@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 ROOMS = (
     "bench.py",
+    "r1/guide/",
     "r1/bench/",
     "r1/tour/",
     "r1/__main__.py",

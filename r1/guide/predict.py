@@ -92,9 +92,9 @@ class Predictor:
         prompt_work = measured.prompt_work(config, backend, sizes.rows, sizes.prompt, sizes.depth)
         known = setup.gpu.get("bf16_tflop_s") or rates.matmul < math.inf
         prompt_floor = 1e3 * rates.seconds(prompt_work) if known else None
-        like = self._like(setup)
-        row = nearest(measured.best(like), setup, rows, step.nbytes)
-        prompts = nearest_prompt(measured.best_prompts(like), setup, rows * sizes.prompt)
+        like, known = Like.of(setup), self._of_device(setup)
+        row = nearest(measured.best(known), like, rows, step.nbytes)
+        prompts = nearest_prompt(measured.best_prompts(known), like, rows * sizes.prompt)
         exchange = 1e3 * exchange_seconds(setup, rows)
         expected = row and step_ms(floor, row, config.num_hidden_layers) + exchange
         first = None
@@ -103,7 +103,7 @@ class Predictor:
             first = prompt_floor / prompts.prompt_share + 1e3 * exchange_seconds(setup, tokens)
         return Times(floor, prompt_floor, expected, first, row, prompts if first else None)
 
-    def _like(self, setup: Setup) -> list[Measured]:
+    def _of_device(self, setup: Setup) -> list[Measured]:
         """The rows of such a device: a CPU's say nothing about a GPU, nor the other way round."""
         cpu = setup.gpu.device == "cpu"
         return [row for row in self.rows if (row.device == "cpu") == cpu]
@@ -114,39 +114,53 @@ def step_ms(floor_ms: float, row: Measured, layers: int) -> float:
     return floor_ms / row.share + row.gaps_ms / row.layers * layers
 
 
-def distance(row: Measured, setup: Setup) -> float:
-    """How unlike a row is to a model on a machine, but for its sizes."""
-    quant = setup.backend.quant
-    other = row.quant != quant
-    far = other and "none" in (row.quant, quant)
-    latent = isinstance(setup.config.attention, AttentionShape)
-    machine = row.machine != setup.gpu.machine
-    fused = row.fused != (setup.backend.kernels == "triton")
-    return 4 * other + 2 * far + 3 * machine + 3 * fused + 1.0 * (row.latent != latent)
+@dataclass(frozen=True)
+class Like:
+    """What a row to start from should be like, but for its sizes."""
+
+    quant: str
+    machine: str | None
+    fused: bool
+    latent: bool
+    layers: int
+
+    @staticmethod
+    def of(setup: Setup) -> Like:
+        """As a model on a machine is."""
+        backend, config = setup.backend, setup.config
+        latent = isinstance(config.attention, AttentionShape)
+        fused = backend.kernels == "triton"
+        layers = config.num_hidden_layers
+        return Like(backend.quant, setup.gpu.machine, fused, latent, layers)
+
+    def distance(self, row: Measured) -> float:
+        """How unlike a row is."""
+        other = row.quant != self.quant
+        far = other and "none" in (row.quant, self.quant)
+        machine, fused = row.machine != self.machine, row.fused != self.fused
+        return 8 * other + 4 * far + 6 * machine + 6 * fused + 1.0 * (row.latent != self.latent)
 
 
-def nearest(
-    rows: Sequence[Measured], setup: Setup, batch: int, step_bytes: float
-) -> Measured | None:
+def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float) -> Measured | None:
     """The row to start from: of like storage, machine, kernels and attention, then of like sizes.
 
-    Bytes a layer decide how long a kernel runs, and so what its start and end weigh.
+    Bytes a layer decide how long a kernel runs, and so what its start and end weigh. Of two rows
+    as far away, the one of the more similar batch is taken.
     """
 
     def far(row: Measured) -> float:
-        own = step_bytes / setup.config.num_hidden_layers
-        theirs = row.step_gb * 1e9 / row.layers
-        sizes = abs(math.log2(batch / row.batch)) + abs(math.log2(own / theirs))
-        return distance(row, setup) + sizes / 2
+        own, theirs = step_bytes / like.layers, row.step_gb * 1e9 / row.layers
+        sizes = abs(math.log2(own / theirs)) + 0.1 * abs(math.log2(batch / row.batch))
+        return like.distance(row) + sizes
 
     return min(rows, key=far, default=None)
 
 
-def nearest_prompt(rows: Sequence[Measured], setup: Setup, tokens: int) -> Measured | None:
+def nearest_prompt(rows: Sequence[Measured], like: Like, tokens: int) -> Measured | None:
     """The same for a prompt, by how many tokens all rows have together."""
 
     def far(row: Measured) -> float:
-        return distance(row, setup) + abs(math.log2(tokens / (row.batch * row.prompt)))
+        return like.distance(row) + abs(math.log2(tokens / (row.batch * row.prompt)))
 
     return min(rows, key=far, default=None)
 

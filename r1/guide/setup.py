@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from r1.build import sketch
 from r1.errors import InputError
 from r1.files.config_json import load_config
 from r1.footprint import Footprint, Sizes, footprint, module_bytes
@@ -67,7 +66,7 @@ class Setup:
     def memory(self, sizes: Sizes) -> Footprint:
         """On the device with the largest share, as the loader counts it."""
         model = model_of(self.config, self.backend, False)
-        return footprint(model, self.backend, sizes, _weights(self.config, model))
+        return footprint(model, self.backend, sizes, _weights(model))
 
     def fits(self, sizes: Sizes) -> bool:
         """Whether the memory is enough."""
@@ -78,14 +77,10 @@ def _of(backend: Backend, name: str) -> int:
     return int(getattr(backend, name))
 
 
-_known: dict[int, int] = {}
-
-
-def _weights(_config: Config, model: Transformer) -> int:
+@cache
+def _weights(model: Transformer) -> int:
     """The model's bytes, counted once: sketches are kept."""
-    if id(model) not in _known:
-        _known[id(model)] = module_bytes(model)
-    return _known[id(model)]
+    return module_bytes(model)
 
 
 def find_model(name: str) -> tuple[str, Config]:
@@ -140,8 +135,7 @@ def switches(config: Config, gpu: Gpu, quant: str, tp: int, ep: int) -> Backend 
     for more in ONE if tp * ep == 1 else ({**SEVERAL, "compile": quant == "none"},):
         try:
             backend = resolve(Backend(cuda_graphs=True, **common, **more), kept, machine)
-            if tp * ep > 1:
-                sketch(kept, backend)
+            model_of(kept, backend, False)  # raises where the storage can't be cut so
             return backend
         except InputError:  # the next ones ask for less
             continue
