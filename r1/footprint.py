@@ -173,8 +173,8 @@ class Work:
             chosen = self.model.config.experts.num_experts_per_tok
             strategy = self.experts[phase]
             # A CPU multiplies by packed experts, which a GPU's grouped product wants dense.
-            packed = self.backend.device == "cpu" and self.backend.quant in ("int8", "int4")
-            scratch = partial(Dispatch.scratch, strategy) if packed else strategy.scratch
+            cpu = self.backend.device == "cpu" and self.backend.quant in ("int8", "int4")
+            scratch = partial(Dispatch.scratch, strategy) if cpu else strategy.scratch
             compiled = self.backend.compile
             return scratch(part.experts, tokens, chosen, self.itemsize, compiled=compiled)
         if not isinstance(part, MLP):
@@ -183,6 +183,6 @@ class Work:
         inner, inputs = gate.shape
         fused = phase == "decode" and self.backend.kernels == "triton"
         values = (3 if self.backend.compile else 4) * tokens * inner * self.itemsize
-        packed = gate.unpacked_bytes and not fused
+        packed = gate.unpacked_bytes > 0 and not fused
         unpacked = 2 * inner * inputs * (gate.unpacked_bytes + self.itemsize) if packed else 0
         return values + unpacked

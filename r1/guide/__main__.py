@@ -70,7 +70,7 @@ def parser() -> flags.Parser:
     _add_money(p)
     text = "results of bench.py on your machine: rows to predict from, and the error of each"
     p.add_argument("--calibrate", type=Path, nargs="+", metavar="JSON", help=text)
-    text = "md, or json, which bench.py --compare reads as predictions (default md)"
+    text = "md, or json, which bench.py --compare reads where it is one answer (default md)"
     p.add_argument("-o", "--output", choices=("md", "json"), default="md", help=text)
     text = "draw a ranking: FILE.png, and the same as FILE.svg"
     p.add_argument("--plot", type=Path, metavar="FILE", help=text)

@@ -38,7 +38,7 @@ def check(row: Measured, others: Sequence[Measured]) -> Check | None:
     ]
     like = Like(row.quant, row.machine, row.fused, row.latent, row.layers)
     start = nearest(known, like, row.batch, row.step_gb * 1e9)
-    return start and Check(row, start, step_ms(row.floor_ms, start, row.layers))
+    return Check(row, start, step_ms(row.floor_ms, start, row.layers)) if start else None
 
 
 def read(paths: Sequence[Path]) -> list[Measured]:

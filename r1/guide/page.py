@@ -8,6 +8,7 @@ from typing import Any
 from r1.bench.report.fields import SCHEMA
 from r1.files.config_json import dump_config
 from r1.guide.answer import Answer, Speed
+from r1.guide.cost import Cost
 from r1.guide.gpus import Gpu
 from r1.guide.predict import Predictor
 from r1.guide.setup import HOST
@@ -63,8 +64,7 @@ def speed_table(answer: Answer) -> list[Sequence[str]]:
         t, c = speed.times, speed.cost
         cells = (
             t.floor_ttft_ms, t.expected_ttft_ms, t.floor_tpot_ms, t.expected_tpot_ms,
-            speed.floor_tokens_per_s, speed.tokens_per_s, c and c.rent_usd_per_million_tokens,
-            c and c.own_usd_per_million_tokens, c and c.joules_per_token,
+            speed.floor_tokens_per_s, speed.tokens_per_s, *(_prices(c)),
         )  # fmt: skip
         for name, value in zip(rows, cells, strict=True):
             rows[name].append(number(value))
@@ -125,16 +125,21 @@ def _ranked(answer: Answer) -> list[str]:
     if answer.setup is None or answer.memory is None:
         return [answer.gpu.title, answer.name, "does not fit", *[""] * (len(RANKED) - 3)]
     first, best = answer.first, answer.best
-    price = best.cost
     return [
         machines(answer), answer.name, answer.setup.layout, answer.setup.stored,
         f"{answer.memory.total / 1e9:.1f} of {answer.gpu.capacity / 1e9:.0f}",
         number(first.floor_tokens_per_s / first.sizes.rows), number(_one_row(first)),
         str(best.sizes.rows), number(best.tokens_per_s),
-        number(price and price.rent_usd_per_million_tokens),
-        number(price and price.own_usd_per_million_tokens),
-        number(price and price.joules_per_token),
+        *map(number, _prices(best.cost)),
     ]  # fmt: skip
+
+
+def _prices(cost: Cost | None) -> tuple[float | None, float | None, float | None]:
+    """Rent, own, joules."""
+    if cost is None:
+        return None, None, None
+    rent, own = cost.rent_usd_per_million_tokens, cost.own_usd_per_million_tokens
+    return rent, own, cost.joules_per_token
 
 
 def _one_row(speed: Speed) -> float | None:
@@ -192,7 +197,6 @@ def _as_row(answer: Answer, speed: Speed) -> dict[str, Any]:
         "floor_ms": times.floor_tpot_ms,
         "decode_tok_s": speed.tokens_per_s,
         "allocated_gb": setup.memory(speed.sizes).total / 1e9,
-        "usd_per_million_tokens": speed.cost and speed.cost.least_usd_per_million_tokens,
         "starts_from": times.step_row and times.step_row.describe(),
         "backend": vars(setup.backend),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from r1.bench.plot.style import BASELINE, FAILED, FASTER, GHOST, GREY, STYLE, ticks
 from r1.errors import InputError
@@ -37,7 +37,7 @@ def draw(answers: Sequence[Answer], title: str, path: Path) -> list[Path]:
     if not points:
         raise InputError(f"--plot {path}: no machine has both a price and an expected time")
     files = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(cast(Any, STYLE)):
         figure = Figure(figsize=(10, 6.4), layout="constrained")
         _draw(figure, points, _without_place(answers), title)
         for file in files:
@@ -121,7 +121,7 @@ def _label(axes: Axes, points: list[dict[str, Any]]) -> None:
         axes.annotate(
             point["label"], (point["usd"], point["tokens_per_s"]), (COLUMN, place),
             textcoords="axes fraction", fontsize=8.5, color=GREY, va="center", zorder=2,
-            arrowprops={"arrowstyle": "-", "color": GHOST, "lw": 0.8, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": GHOST, "lw": 0.8, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 

@@ -90,13 +90,12 @@ class Predictor:
         step = step_work(config, backend, sizes.rows, 1, context, hit)
         floor = 1e3 * rates.seconds(step)
         prompt_work = measured.prompt_work(config, backend, sizes.rows, sizes.prompt, sizes.depth)
-        known = setup.gpu.get("bf16_tflop_s") or rates.matmul < math.inf
-        prompt_floor = 1e3 * rates.seconds(prompt_work) if known else None
+        prompt_floor = None if rates.matmul == math.inf else 1e3 * rates.seconds(prompt_work)
         like, known = Like.of(setup), self._of_device(setup)
         row = nearest(measured.best(known), like, rows, step.nbytes)
         prompts = nearest_prompt(measured.best_prompts(known), like, rows * sizes.prompt)
         exchange = 1e3 * exchange_seconds(setup, rows)
-        expected = row and step_ms(floor, row, config.num_hidden_layers) + exchange
+        expected = step_ms(floor, row, config.num_hidden_layers) + exchange if row else None
         first = None
         if prompts and prompt_floor:
             tokens = rows * sizes.prompt

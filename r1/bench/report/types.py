@@ -100,7 +100,7 @@ _SIZES = dict.fromkeys(("batch", "prompt", "new", "depth"), WHOLE)
 ROW: dict[str, Type] = {
     **dict.fromkeys(("arm", "kind", "model", "refused", "bottleneck"), TEXT),
     **_SIZES,
-    **dict.fromkeys(("crashed", "parity", "within_noise"), FLAG),
+    **dict.fromkeys(("crashed", "parity", "within_noise", "predicted"), FLAG),
     **dict.fromkeys(
         (
             "ttft_ms", "tpot_ms", "tpot_p90_ms", "beside_ms", "floor_ms", "decode_tok_s",
