@@ -94,11 +94,11 @@ def model_of(config: Config, backend: Backend, mtp: bool) -> Transformer:
 HOW: dict[str, Any] = {
     name: getattr(Backend, name)
     for name in (
-        "amp", "compile", "cuda_graphs", "prefill_graphs", "attention", "prefill_attention", "moe",
+        "device", "amp", "compile", "cuda_graphs", "prefill_graphs", "attention", "prefill_attention", "moe",
         "prefill_moe", "memory", "kernels", "tune", "speculate", "draft_tokens",
     )
 }  # fmt: skip
-"""Switches that say how a model is called, not how it is stored."""
+"""Switches that say where and how a model is called, not how it is stored."""
 
 
 @cache

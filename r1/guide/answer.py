@@ -14,6 +14,11 @@ from r1.guide.setup import Setup
 from r1.model.config import Config
 
 
+MEASURED_ROWS = 32
+"""The largest batch that was measured. Where a machine's rate of matrix products has no source, no
+larger one is predicted: there arithmetic may take longer than memory."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """One batch: its sizes, times and cost."""
@@ -84,7 +89,8 @@ class Question:
             return Answer(name, gpu, None)
         setup = min(found, key=lambda each: self._order(each, sizes))
         most = fit.most_rows(setup, sizes)
-        rows = [sizes.rows, *(2**n for n in range(most.bit_length()) if 2**n > sizes.rows)]
+        known = most if gpu.get("bf16_tflop_s") else min(most, MEASURED_ROWS)
+        rows = [sizes.rows, *(2**n for n in range(known.bit_length()) if 2**n > sizes.rows)]
         speeds = [self.speed(setup, replace(sizes, rows=each)) for each in rows]
         return Answer(
             name, gpu, setup, setup.memory(sizes), most, fit.longest(setup, sizes.rows),
