@@ -94,8 +94,9 @@ def model_of(config: Config, backend: Backend, mtp: bool) -> Transformer:
 HOW: dict[str, Any] = {
     name: getattr(Backend, name)
     for name in (
-        "device", "amp", "compile", "cuda_graphs", "prefill_graphs", "attention", "prefill_attention", "moe",
-        "prefill_moe", "memory", "kernels", "tune", "speculate", "draft_tokens",
+        "device", "amp", "compile", "cuda_graphs", "prefill_graphs", "attention",
+        "prefill_attention", "moe", "prefill_moe", "memory", "kernels", "tune", "speculate",
+        "draft_tokens",
     )
 }  # fmt: skip
 """Switches that say where and how a model is called, not how it is stored."""

@@ -13,7 +13,6 @@ from r1.guide.predict import Predictor, Times
 from r1.guide.setup import Setup
 from r1.model.config import Config
 
-
 MEASURED_ROWS = 32
 """The largest batch that was measured. Where a machine's rate of matrix products has no source, no
 larger one is predicted: there arithmetic may take longer than memory."""
