@@ -31,7 +31,7 @@ def test_one_model_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
     for line in (
         "| weights | cache | activations | graphs | libraries | total |", "| TPOT ms, floor |",
         "| TPOT ms, expected |", "Largest batch of such rows:", "Longest row at batch 1: 8,192",
-        "Every time here is predicted", "starts from the measured row moonlight-16b",
+        "| watts, at most | 450 |", "Every time here is predicted", "starts from the measured row moonlight-16b",
     ):  # fmt: skip
         assert line in text
     gpu = gpus.gpu("4090")
@@ -98,10 +98,17 @@ def test_calibrating(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     text = printed(capsys, "--calibrate", str(file))
     (line,) = [line for line in text.splitlines() if "my card" in line]
     assert "moonlight-16b" in line and "| 13.5 |" in line and "-50%" in line
-    text = printed(
-        capsys, "--calibrate", str(file), "--model", "moonlight-16b", "--gpu", "h100", *SMALL
-    )
-    assert "Calibrated: TPOT" in text
+    arguments = ["--calibrate", str(file), "--model", "moonlight-16b", *SMALL, "--batch", "8"]
+    text = printed(capsys, *arguments, "--gpu", "m3-ultra", "--quant", "none")
+    assert "Nothing is expected" in text, "a GPU's rows say nothing about a CPU"
+    text = printed(capsys, *arguments, "--gpu", "orin", "--quant", "none")
+    assert "Calibrated: TPOT at batch 8 starts from" in text and "(my card, mine)" in text
+    copy = found["machine"]["copy_gb_s"]
+    assert f"- Floor: copy {copy:.0f} GB/s" in text
+    (tpot,) = [line for line in text.splitlines() if line.startswith("| TPOT ms, expected")]
+    assert tpot.split("|")[2].strip() == f"{2 * 6.75:.3g}"
+    assert main(["--calibrate", str(RESULTS / "ladder.json"), "--gpu", "4090"]) == 2
+    assert "rows of NVIDIA H100 80GB HBM3, so use --gpu h100" in capsys.readouterr().err
 
 
 BAD = {

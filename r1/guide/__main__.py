@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import r1
@@ -15,6 +16,7 @@ from r1.footprint import Sizes
 from r1.guide import calibrate, gpus, measured, page, picture, ranking
 from r1.guide.answer import Answer, Question
 from r1.guide.cost import Terms
+from r1.guide.measured import Measured
 from r1.guide.predict import Predictor
 from r1.guide.setup import COUNTS, PRECISIONS, find_model
 from r1.switches import flags
@@ -68,7 +70,7 @@ def parser() -> flags.Parser:
             name, type=_count, default=default, metavar="N", help=f"{text} (default {default})"
         )
     _add_money(p)
-    text = "results of bench.py on your machine: rows to predict from, and the error of each"
+    text = "results of bench.py on the machine of --gpu: their errors, and rows to predict from"
     p.add_argument("--calibrate", type=Path, nargs="+", metavar="JSON", help=text)
     text = "md, or json, which bench.py --compare reads where it is one answer (default md)"
     p.add_argument("-o", "--output", choices=("md", "json"), default="md", help=text)
@@ -128,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
         streams.write("\n".join([*calibrate.report(own), ""]))
         if arguments.model is None and arguments.gpu == "all":
             return
-    answers = ask(arguments, question)
+    answers = ask(arguments, question, own)
     if arguments.output == "json":
         streams.write(json.dumps(_results(answers), indent=1))
     elif len(answers) == 1:
@@ -156,14 +158,18 @@ def check(arguments: argparse.Namespace) -> None:
         figure.check(arguments.plot)
 
 
-def ask(arguments: argparse.Namespace, question: Question) -> list[Answer]:
-    """One answer, or a ranking's. Raises InputError."""
+def ask(arguments: argparse.Namespace, question: Question, own: Sequence[Measured]) -> list[Answer]:
+    """One answer, or a ranking's. `own`: the rows of --calibrate. Raises InputError."""
+    gpu = None if arguments.gpu == "all" else gpus.gpu(arguments.gpu)
+    if gpu and own:
+        gpu = calibrate.machine_of(own, gpu)
     if arguments.model is None:
-        answers = ranking.models(gpus.gpu(arguments.gpu), question)
+        assert gpu
+        answers = ranking.models(gpu, question)
     else:
         name, config = find_model(arguments.model)
-        if arguments.gpu != "all":
-            return [question.ask(name, config, gpus.gpu(arguments.gpu))]
+        if gpu:
+            return [question.ask(name, config, gpu)]
         answers = ranking.machines(name, config, question)
     kept = ranking.enough(answers, arguments.budget, arguments.min_tokens_per_s)
     if not kept:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1.errors import InputError
 from r1.guide import measured
+from r1.guide.gpus import Gpu, all_gpus
 from r1.guide.measured import Measured
 from r1.guide.page import table
 from r1.guide.predict import Like, nearest, step_ms
@@ -53,6 +54,19 @@ def read(paths: Sequence[Path]) -> list[Measured]:
             )
         rows += measured.rows_of(path)
     return rows
+
+
+def machine_of(rows: Sequence[Measured], gpu: Gpu) -> Gpu:
+    """The machine, with the name that the rows have for it. Raises InputError if it is another."""
+    names = {row.machine for row in rows}
+    if gpu.machine in names:
+        return gpu
+    known = {each.machine: each for each in all_gpus().values() if each.machine}
+    other = next((known[name] for name in names if name in known), None)
+    if len(names) > 1 or other:
+        meant = f", so use --gpu {other.name}" if other else ": give files of one machine"
+        raise InputError(f"--calibrate has rows of {', '.join(sorted(names))}{meant}")
+    return replace(gpu, machine=names.pop())
 
 
 def report(rows: Sequence[Measured]) -> list[str]:

@@ -51,7 +51,7 @@ class Gpu:
     sources: dict[str, Source]
     """By the name of the figure."""
     machine: str | None = None
-    """The name that bench.py's result files have for it."""
+    """The name that torch has for it, and so bench.py's result files."""
     capability: tuple[int, int] = (0, 0)
     arch: str = ""
 

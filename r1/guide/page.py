@@ -68,7 +68,10 @@ def speed_table(answer: Answer) -> list[Sequence[str]]:
         )  # fmt: skip
         for name, value in zip(rows, cells, strict=True):
             rows[name].append(number(value))
-    return [("", *heads), *((name, *cells) for name, cells in rows.items())]
+    assert answer.setup
+    watts = number(answer.gpu.figures["board_w"] * answer.setup.count)
+    power = ("watts, at most", *[watts] * len(heads))
+    return [("", *heads), *((name, *cells) for name, cells in rows.items()), power]
 
 
 def notes(answer: Answer, predictor: Predictor) -> list[str]:
