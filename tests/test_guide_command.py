@@ -31,7 +31,8 @@ def test_one_model_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
     for line in (
         "| weights | cache | activations | graphs | libraries | total |", "| TPOT ms, floor |",
         "| TPOT ms, expected |", "Largest batch of such rows:", "Longest row at batch 1: 8,192",
-        "| watts, at most | 450 |", "Every time here is predicted", "starts from the measured row moonlight-16b",
+        "| watts, at most | 450 |", "Every time here is predicted",
+        "starts from the measured row moonlight-16b",
     ):  # fmt: skip
         assert line in text
     gpu = gpus.gpu("4090")
@@ -40,7 +41,7 @@ def test_one_model_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "r1 does not fit RTX 3060" in printed(capsys, "--model", "r1", "--gpu", "3060")
+    assert "r1 does not fit RTX 3060 12GB" in printed(capsys, "--model", "r1", "--gpu", "3060")
 
 
 def test_a_folder_is_a_model_too(capsys: pytest.CaptureFixture[str]) -> None:

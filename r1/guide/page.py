@@ -25,7 +25,10 @@ def one(answer: Answer, predictor: Predictor) -> str:
     """All about one answer."""
     gpu, setup = answer.gpu, answer.setup
     if setup is None or answer.memory is None:
-        return f"{answer.name} does not fit {gpu.title}, in no precision that it computes with."
+        return (
+            f"{answer.name} does not fit {gpu.title}, in any layout and precision that these flags "
+            f"allow. `python -m r1.guide --model {answer.name}` ranks the machines that hold it."
+        )
     sizes = answer.first.sizes
     title = f"# {answer.name} on {machines(answer)}, {setup.stored}, {setup.layout}"
     limits = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -126,16 +126,13 @@ def setups(name: str, config: Config, gpu: Gpu, quant: str, count: int) -> Itera
 def switches(config: Config, gpu: Gpu, quant: str, tp: int, ep: int) -> Backend | None:
     """The switches to expect of somebody who wants speed; None where the storage can't be cut."""
     machine = gpu.as_machine()
-    kept = replace(config, files=replace(config.files, stored=()))
-    if config.files.kind == quant:
-        kept = config
     common: dict[str, Any] = {"dtype": "bf16", "quant": quant, "tp": tp, "ep": ep}
     if not machine.cuda:
-        return resolve(Backend(device="cpu", **common), kept, machine)
+        return resolve(Backend(device="cpu", **common), config, machine)
     for more in ONE if tp * ep == 1 else ({**SEVERAL, "compile": quant == "none"},):
         try:
-            backend = resolve(Backend(cuda_graphs=True, **common, **more), kept, machine)
-            model_of(kept, backend, False)  # raises where the storage can't be cut so
+            backend = resolve(Backend(cuda_graphs=True, **common, **more), config, machine)
+            model_of(config, backend, False)  # raises where the storage can't be cut so
             return backend
         except InputError:  # the next ones ask for less
             continue
