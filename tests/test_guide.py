@@ -76,6 +76,19 @@ def test_a_row_is_predicted_from_the_others(row: Measured) -> None:
     assert abs(found.error) < 0.15, found
 
 
+PROMPTS = measured.best_prompts(measured.committed())
+
+
+@pytest.mark.parametrize("row", PROMPTS, ids=lambda r: f"{r.describe()} {r.prompt}")
+def test_a_prompt_is_predicted_roughly(row: Measured) -> None:
+    """Within 15% where the row waited for the device; a host's speed changes by two in itself."""
+    others = [each for each in PROMPTS if (each.work, each.prompt) != (row.work, row.prompt)]
+    like = Like(row.quant, row.machine, row.fused, row.latent, row.layers)
+    predicted, start = predict.prompt_ms(row.prompt_floor_ms, others, like, row.batch * row.prompt)
+    most = 1.15 if row.prompt_share >= predict.DEVICE_SHARE else 2.5
+    assert start in others and 1 / most < predicted / row.ttft_ms < most
+
+
 def test_the_floor_is_not_the_expected_time() -> None:
     """Else the test above would pass for anything close to the floor."""
     assert any(row.floor_ms / (row.tpot_ms or 1) - 1 < -0.2 for row in BEST)

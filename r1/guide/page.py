@@ -94,8 +94,8 @@ def notes(answer: Answer, predictor: Predictor) -> list[str]:
             )
         if prompt:
             lines.append(
-                f"- {word}TTFT at batch {speed.sizes.rows} starts from {prompt.describe()}: "
-                f"{prompt.prompt_share:.0%}."
+                f"- {word}TTFT at batch {speed.sizes.rows} starts from {prompt.describe()}, which "
+                f"took {prompt.ttft_ms:.1f} ms, {prompt.prompt_share:.0%} of the floor's rates."
             )
     if not times.step_row:
         lines.append(

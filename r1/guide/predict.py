@@ -11,6 +11,10 @@ The time to expect of a step is
 where share and kernels are those of the nearest measured row (measured.py): the floor's share of
 the time that its kernels ran, and kernels a layer. So a prediction starts from one row, and says
 which. Nothing predicted is shown as measured.
+
+A prompt that is not captured takes the longer of two times: the device's, floor / share of the
+nearest row that waited for the device, and the host's, a layer's launches in the nearest row that
+waited for the host, times the layers.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from r1.model.config import AttentionShape
 from r1.roofline import expected_experts, step_work
 from r1.run.runner import round_rows
 
+DEVICE_SHARE = 0.5
+"""A prompt that reached less of the floor's rates than that waited for the host."""
 LATENCY_FROM = "h100"
 """The machine whose measured latency of an all-reduce stands in where another has none."""
 
@@ -93,14 +99,14 @@ class Predictor:
         prompt_floor = None if rates.matmul == math.inf else 1e3 * rates.seconds(prompt_work)
         like, known = Like.of(setup), self._of_device(setup)
         row = nearest(measured.best(known), like, rows, step.nbytes)
-        prompts = nearest_prompt(measured.best_prompts(known), like, rows * sizes.prompt)
         exchange = 1e3 * exchange_seconds(setup, rows)
         expected = step_ms(floor, row, config.num_hidden_layers) + exchange if row else None
-        first = None
+        first, tokens, like_prompt = None, rows * sizes.prompt, None
+        prompts = measured.best_prompts(known)
         if prompts and prompt_floor:
-            tokens = rows * sizes.prompt
-            first = prompt_floor / prompts.prompt_share + 1e3 * exchange_seconds(setup, tokens)
-        return Times(floor, prompt_floor, expected, first, row, prompts if first else None)
+            first, like_prompt = prompt_ms(prompt_floor, prompts, like, tokens)
+            first += 1e3 * exchange_seconds(setup, tokens)
+        return Times(floor, prompt_floor, expected, first, row, like_prompt)
 
     def _of_device(self, setup: Setup) -> list[Measured]:
         """The rows of such a device: a CPU's say nothing about a GPU, nor the other way round."""
@@ -155,13 +161,25 @@ def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float)
     return min(rows, key=far, default=None)
 
 
-def nearest_prompt(rows: Sequence[Measured], like: Like, tokens: int) -> Measured | None:
-    """The same for a prompt, by how many tokens all rows have together."""
+def prompt_ms(
+    floor_ms: float, rows: Sequence[Measured], like: Like, tokens: int
+) -> tuple[float, Measured]:
+    """The time to the first token of a prompt, and the row that it starts from.
+
+    `tokens`: how many all rows have together. By these the nearest rows are chosen.
+    """
 
     def far(row: Measured) -> float:
         return like.distance(row) + abs(math.log2(tokens / (row.batch * row.prompt)))
 
-    return min(rows, key=far, default=None)
+    times = []
+    if device := [row for row in rows if row.prompt_share >= DEVICE_SHARE]:
+        row = min(device, key=far)
+        times.append((floor_ms / row.prompt_share, row))
+    if host := [row for row in rows if row.prompt_share < DEVICE_SHARE]:
+        row = min(host, key=far)
+        times.append((max(floor_ms, row.ttft_ms / row.layers * like.layers), row))
+    return max(times, key=lambda each: each[0])
 
 
 def exchange_seconds(setup: Setup, tokens: int) -> float:
