@@ -185,6 +185,8 @@ def test_precisions() -> None:
     assert precisions(moon, names["h100"]) == ["none", "fp8", "int8", "int4"]
     for name in ("3090", "epyc", "7900xtx"):
         assert precisions(r1, names[name]) == ["int8", "int4"]
+    assert answer("moonlight-16b", "3090", replace(QUESTION, quant="fp8")).setup is None
+    assert answer("moonlight-16b", "3090", replace(QUESTION, quant="int8")).setup
 
 
 def test_a_prompt_is_shortened_to_the_context() -> None:

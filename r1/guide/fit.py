@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from r1.footprint import Sizes
 from r1.guide.gpus import Gpu
-from r1.guide.setup import COUNTS, Setup, precisions, setups
+from r1.guide.setup import COUNTS, Setup, computes, precisions, setups
 from r1.model.config import Config
 
 MOST_ROWS = 256
@@ -21,7 +21,8 @@ def fitting(
 
     `quant` None: the most exact storage that fits on these fewest. `count` None: any number.
     """
-    kinds = [quant] if quant else precisions(config, gpu)
+    kinds = [quant] if quant and computes(gpu, quant) else []
+    kinds = kinds if quant else precisions(config, gpu)
     if gpu.device == "cpu":
         count = 1
     for number in COUNTS if count is None else (count,):

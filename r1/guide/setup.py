@@ -102,12 +102,13 @@ def precisions(config: Config, gpu: Gpu) -> list[str]:
     What is published as FP8 gains nothing by plain numbers.
     """
     kind = config.files.kind or ("fp8" if config.files.fp8_block else None)
-    found = list(PRECISIONS)
-    if kind in found:
-        found = found[found.index(kind) :]
-    if gpu.device == "cpu" or gpu.as_machine().why_not("fp8"):
-        found = [each for each in found if each != "fp8"]
-    return found
+    found = PRECISIONS[PRECISIONS.index(kind) :] if kind in PRECISIONS else PRECISIONS
+    return [each for each in found if computes(gpu, each)]
+
+
+def computes(gpu: Gpu, quant: str) -> bool:
+    """Whether this machine multiplies by matrices that are stored so."""
+    return quant != "fp8" or gpu.as_machine().why_not("fp8") is None
 
 
 def setups(name: str, config: Config, gpu: Gpu, quant: str, count: int) -> Iterator[Setup]:
