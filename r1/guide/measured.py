@@ -22,7 +22,8 @@ from r1.switches.backend import Backend
 
 FILE = Path(__file__).parent / "measured.json"
 GAP_US = 1.16
-"""Microseconds between two kernels of a CUDA graph: what one more tiny kernel costs (H100)."""
+"""Microseconds between two kernels of a CUDA graph: what one more tiny kernel costs on an H100
+(tools/measure/results/README.md)."""
 LEAST_NEW = 16
 """Fewer new tokens measure prompts: they are too few for the time of a step."""
 LEAST_STEP_GB = 0.1
