@@ -121,6 +121,7 @@ def test_energy_repeats_without_overflow(subject: Subject, monkeypatch: pytest.M
     ticks = iter([0.0, *(0.1 * n for n in range(1, 500))])
     monkeypatch.setattr(worker.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(worker, "meter", lambda _: lambda: 0.0)
+    monkeypatch.setattr(worker, "SECONDS", 0.5)
     worker.energy(subject)
     assert int(subject.cache.lengths[0]) == WORK.prompt + 3
 

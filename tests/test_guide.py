@@ -16,7 +16,7 @@ from refusals import refused
 from r1.bench.rates import Rates
 from r1.footprint import Sizes
 from r1.guide import calibrate, cost, fit, gpus, measured, predict, ranking
-from r1.guide.answer import Answer, Question, within
+from r1.guide.answer import Answer, Question, power_share, within
 from r1.guide.cost import Terms
 from r1.guide.measured import Measured
 from r1.guide.predict import Like, Predictor
@@ -211,6 +211,16 @@ def test_the_arithmetic_of_cost() -> None:
     nothing = cost.cost(gpus.gpu("orin"), 1, 1000, terms)
     assert nothing.rent_usd_per_million_tokens is nothing.own_usd_per_million_tokens is None
     assert nothing.least_usd_per_million_tokens is None
+
+
+def test_the_power_of_a_measured_row() -> None:
+    """350 W of an H100's 700: half of another board's power is expected too."""
+    row = replace(next(r for r in BEST if r.fused), mean_power_w=350.0)
+    assert power_share(row) == 0.5
+    assert power_share(replace(row, mean_power_w=None)) is power_share(None) is None
+    assert power_share(replace(row, machine="unknown")) is None
+    half = cost.cost(gpus.gpu("4090"), 1, 100, TERMS, 0.5)
+    assert (half.joules_per_token, half.expected_joules_per_token) == (4.5, 2.25)
 
 
 def test_rankings_and_limits() -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from r1.footprint import Footprint, Sizes
 from r1.guide import fit
 from r1.guide.cost import Cost, Terms, cost
-from r1.guide.gpus import Gpu
+from r1.guide.gpus import Gpu, all_gpus
+from r1.guide.measured import Measured
 from r1.guide.predict import Predictor, Times
 from r1.guide.setup import Setup
 from r1.model.config import Config
@@ -101,11 +102,21 @@ class Question:
         speed = Speed(sizes, self.predictor.times(setup, sizes), None)
         if speed.tokens_per_s is None:
             return speed
-        return replace(speed, cost=cost(setup.gpu, setup.count, speed.tokens_per_s, self.terms))
+        share = power_share(speed.times.step_row)
+        found = cost(setup.gpu, setup.count, speed.tokens_per_s, self.terms, share)
+        return replace(speed, cost=found)
 
     def _order(self, setup: Setup, sizes: Sizes) -> float:
         times = self.predictor.times(setup, sizes)
         return times.expected_tpot_ms or times.floor_tpot_ms
+
+
+def power_share(row: Measured | None) -> float | None:
+    """The share of its board's power that a measured row took; None if either is not known."""
+    named = [gpu for gpu in all_gpus().values() if row and gpu.machine == row.machine]
+    if not (row and row.mean_power_w and named):
+        return None
+    return row.mean_power_w / named[0].figures["board_w"]
 
 
 def _two(speeds: Sequence[Speed]) -> tuple[Speed, ...]:

@@ -27,7 +27,9 @@ class Cost:
     rent_usd_per_million_tokens: float | None
     own_usd_per_million_tokens: float | None
     joules_per_token: float
-    """At most: the board takes all the power that it may."""
+    """At most: the board takes all the power that it may. Owning is counted so too."""
+    expected_joules_per_token: float | None = None
+    """With the share of that power which the row that the time starts from took, if it is known."""
 
     @property
     def least_usd_per_million_tokens(self) -> float | None:
@@ -36,14 +38,20 @@ class Cost:
         return min((each for each in both if each is not None), default=None)
 
 
-def cost(gpu: Gpu, count: int, tokens_per_s: float, terms: Terms) -> Cost:
-    """Of `count` machines that together make so many tokens a second."""
+def cost(
+    gpu: Gpu, count: int, tokens_per_s: float, terms: Terms, power_share: float | None = None
+) -> Cost:
+    """Of `count` machines that together make so many tokens a second.
+
+    `power_share`: the share of the board's power that is expected, if it is known.
+    """
     watts = gpu.figures["board_w"] * count
     rent, purchase = gpu.get("rent_usd_per_hour"), gpu.get("purchase_usd")
     return Cost(
         rent and rent_usd_per_million_tokens(rent * count, tokens_per_s),
         purchase and own_usd_per_million_tokens(purchase * count, watts, tokens_per_s, terms),
         watts / tokens_per_s,
+        power_share and power_share * watts / tokens_per_s,
     )
 
 

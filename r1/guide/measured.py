@@ -63,6 +63,8 @@ class Measured:
     step_gb: float
     kernels: int | None
     """Of one decode step."""
+    mean_power_w: float | None = None
+    """Over decode steps; None in older results."""
 
     @property
     def gaps_ms(self) -> float:
@@ -148,6 +150,7 @@ def _row(
         round(1e3 * rates.seconds(prompt), 4),
         row["step_gb"],
         row["kernels"],
+        row["mean_power_w"],
     )
 
 

@@ -61,6 +61,7 @@ def speed_table(answer: Answer) -> list[Sequence[str]]:
             "TTFT ms, floor", "TTFT ms, expected", "TPOT ms, floor", "TPOT ms, expected",
             "tokens/s, floor", "tokens/s, expected", "rent, USD per million tokens",
             "own, USD per million tokens", "joules per token, at most",
+            "joules per token, expected",
         )
     }  # fmt: skip
     for speed in answer.speeds:
@@ -68,13 +69,15 @@ def speed_table(answer: Answer) -> list[Sequence[str]]:
         cells = (
             t.floor_ttft_ms, t.expected_ttft_ms, t.floor_tpot_ms, t.expected_tpot_ms,
             speed.floor_tokens_per_s, speed.tokens_per_s, *(_prices(c)),
+            c and c.expected_joules_per_token,
         )  # fmt: skip
         for name, value in zip(rows, cells, strict=True):
             rows[name].append(number(value))
     assert answer.setup
     watts = number(answer.gpu.figures["board_w"] * answer.setup.count)
     power = ("watts, at most", *[watts] * len(heads))
-    return [("", *heads), *((name, *cells) for name, cells in rows.items()), power]
+    known = {name: cells for name, cells in rows.items() if any(cells)}
+    return [("", *heads), *((name, *cells) for name, cells in known.items()), power]
 
 
 def notes(answer: Answer, predictor: Predictor) -> list[str]:
