@@ -69,7 +69,7 @@ def speed_table(answer: Answer) -> list[Sequence[str]]:
         cells = (
             t.floor_ttft_ms, t.expected_ttft_ms, t.floor_tpot_ms, t.expected_tpot_ms,
             speed.floor_tokens_per_s, speed.tokens_per_s, *(_prices(c)),
-            c and c.expected_joules_per_token,
+            c.expected_joules_per_token if c else None,
         )  # fmt: skip
         for name, value in zip(rows, cells, strict=True):
             rows[name].append(number(value))
