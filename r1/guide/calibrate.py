@@ -39,7 +39,9 @@ def check(row: Measured, others: Sequence[Measured]) -> Check | None:
     ]
     like = Like(row.quant, row.machine, row.fused, row.latent, row.layers)
     start = nearest(known, like, row.batch, row.step_gb * 1e9)
-    return Check(row, start, step_ms(row.floor_ms, start, row.layers)) if start else None
+    if start is None:
+        return None
+    return Check(row, start, step_ms(row.floor_ms, row.step_giga_elements, start, like))
 
 
 def read(paths: Sequence[Path]) -> list[Measured]:

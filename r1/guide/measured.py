@@ -61,6 +61,8 @@ class Measured:
     ttft_ms: float
     prompt_floor_ms: float
     step_gb: float
+    step_giga_elements: float
+    """Numbers of the weights that a step reads, in 10^9."""
     kernels: int | None
     """Of one decode step."""
     mean_power_w: float | None = None
@@ -83,6 +85,12 @@ class Measured:
         """The floor's share of a step's time, without the gaps between its kernels."""
         assert self.tpot_ms
         return self.floor_ms / (self.tpot_ms - self.gaps_ms)
+
+    @property
+    def giga_elements_per_ms(self) -> float:
+        """How many numbers a step read in a millisecond, without the gaps between its kernels."""
+        assert self.tpot_ms
+        return self.step_giga_elements / (self.tpot_ms - self.gaps_ms)
 
     @property
     def prompt_share(self) -> float:
@@ -149,9 +157,17 @@ def _row(
         row["ttft_ms"],
         round(1e3 * rates.seconds(prompt), 4),
         row["step_gb"],
+        round(elements(config, backend, row["experts_hit"]) / 1e9, 5),
         row["kernels"],
         row["mean_power_w"],
     )
+
+
+def elements(config: Config, backend: Backend, experts_hit: float) -> float:
+    """Numbers of the weights that one step reads, on the device with the largest share."""
+    model = roofline.model_of(config, backend, False)
+    layers, head = roofline.layer_weights(model), model.lm_head.matrix.shape.numel()
+    return layers.elements + experts_hit / backend.ep * layers.expert_elements + head
 
 
 def prompt_work(

@@ -10,7 +10,9 @@ The time to expect of a step is
 
 where share and kernels are those of the nearest measured row (measured.py): the floor's share of
 the time that its kernels ran, and kernels a layer. So a prediction starts from one row, and says
-which. Nothing predicted is shown as measured.
+which. Nothing predicted is shown as measured. If both are packed, but in other formats, unpacking
+is what they have in common, not bytes: then the first term is the numbers that a step reads over
+the rate at which the row read numbers, if that is longer than the floor.
 
 A prompt that is not captured takes the longer of two times: the device's, floor / share of the
 nearest row that waited for the device, and the host's, a layer's launches in the nearest row that
@@ -100,7 +102,8 @@ class Predictor:
         like, known = Like.of(setup), self._of_device(setup)
         row = nearest(measured.best(known), like, rows, step.nbytes)
         exchange = 1e3 * exchange_seconds(setup, rows)
-        expected = step_ms(floor, row, config.num_hidden_layers) + exchange if row else None
+        read = measured.elements(config, backend, hit) / 1e9
+        expected = step_ms(floor, read, row, like) + exchange if row else None
         first, tokens, like_prompt = None, rows * sizes.prompt, None
         prompts = measured.best_prompts(known)
         if prompts and prompt_floor:
@@ -112,11 +115,6 @@ class Predictor:
         """The rows of such a device: a CPU's say nothing about a GPU, nor the other way round."""
         cpu = setup.gpu.device == "cpu"
         return [row for row in self.rows if (row.device == "cpu") == cpu]
-
-
-def step_ms(floor_ms: float, row: Measured, layers: int) -> float:
-    """A step's time, if it has the row's share of the floor, and its kernels a layer."""
-    return floor_ms / row.share + row.gaps_ms / row.layers * layers
 
 
 @dataclass(frozen=True)
@@ -144,6 +142,17 @@ class Like:
         far = other and "none" in (row.quant, self.quant)
         machine, fused = row.machine != self.machine, row.fused != self.fused
         return 8 * other + 4 * far + 6 * machine + 6 * fused + 1.0 * (row.latent != self.latent)
+
+
+def step_ms(floor_ms: float, giga_elements: float, row: Measured, like: Like) -> float:
+    """A step's time, if it has the row's share of the floor, and its kernels a layer.
+
+    If it is packed in another format than the row, it has the row's rate of numbers instead.
+    """
+    busy = floor_ms / row.share
+    if row.quant != like.quant and "none" not in (row.quant, like.quant):
+        busy = max(floor_ms, giga_elements / row.giga_elements_per_ms)
+    return busy + row.gaps_ms / row.layers * like.layers
 
 
 def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float) -> Measured | None:
