@@ -108,7 +108,7 @@ def _sketch(config: Config, backend: Backend, mtp: bool) -> Transformer:
 
 
 @cache
-def layer_weights(model: Transformer) -> Weights:
+def _layers(model: Transformer) -> Weights:
     """The weights of a kept model's layers, counted once."""
     return weights_of(model.layers)
 
@@ -124,7 +124,7 @@ def step_work(
     logits; otherwise only the last of each row does.
     """
     model = model_of(config, backend, False)  # where devices share it, one device's part
-    layers, head = layer_weights(model), model.lm_head.matrix
+    layers, head = _layers(model), model.lm_head.matrix
     # A model without layers stands for what is left when its only one is taken away.
     first = cast(Block, model.layers[0]) if len(model.layers) else None
     shape = first.self_attn.shape if first else config.attention

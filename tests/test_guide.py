@@ -18,8 +18,8 @@ from r1.footprint import Sizes
 from r1.guide import calibrate, cost, fit, gpus, measured, predict, ranking
 from r1.guide.answer import Answer, Question, power_share, within
 from r1.guide.cost import Terms
-from r1.guide.measured import Measured
-from r1.guide.predict import Like, Predictor
+from r1.guide.measured import Measured, Packed
+from r1.guide.predict import Like, Predictor, Read
 from r1.guide.setup import Setup, find_model, precisions, setups
 from r1.model.shapes import SHAPES
 from r1.roofline import expected_experts, step_work
@@ -134,14 +134,24 @@ def test_the_nearest_row_is_of_like_storage_and_kernels() -> None:
 
 def test_packed_rows_of_another_format_have_their_rate_of_numbers() -> None:
     """An int4 step from an FP8 row: as many numbers a millisecond, though half the bytes."""
-    row = replace(next(r for r in BEST if r.quant == "fp8"), kernels=0)
-    like = Like("int4", row.machine, True, True, row.layers)
-    half = predict.step_ms(row.floor_ms / 2, row.step_giga_elements, row, like)
-    assert half == pytest.approx(row.tpot_ms)
-    same = predict.step_ms(row.floor_ms / 2, 0.0, row, replace(like, quant="fp8"))
-    assert same == pytest.approx((row.tpot_ms or 0) / 2)
-    slow = predict.step_ms(100.0, row.step_giga_elements, row, like)
-    assert slow == 100.0, "never below the floor"
+    row = next(r for r in BEST if r.quant == "fp8")
+    like, read = Like("int4", row.machine, True, True, row.layers), Read.of(row)
+    assert predict.step_ms(row.floor_ms, read, row, like) == pytest.approx(row.tpot_ms)
+    halved = Packed(read.packed.nbytes / 2, read.packed.elements)
+    half = replace(read, nbytes=read.nbytes - halved.nbytes, packed=halved)
+    assert predict.step_ms(row.floor_ms / 2, half, row, like) == pytest.approx(row.tpot_ms)
+    slow = replace(half, copy=half.copy / 10)
+    assert predict.step_ms(1.0, slow, row, like) > 4 * (row.tpot_ms or 0), "bytes take longer"
+    assert predict.step_ms(100.0, half, row, like) > 100.0, "never below the floor"
+
+
+def test_packed_weights_are_counted() -> None:
+    """Of Moonlight's shape all but the head, kv_b_proj and the router are packed."""
+    config = SHAPES["moonlight-16b"]
+    found = measured.packed(config, setup("moonlight-16b", "h100", "int4").backend, 6)
+    plain = measured.packed(config, setup("moonlight-16b", "h100").backend, 6)
+    assert 2.1 < found.elements / 1e9 < 2.3 and plain == Packed()
+    assert 0.5 < found.nbytes / found.elements < 0.6
 
 
 def test_nothing_is_expected_where_nothing_was_measured() -> None:

@@ -11,7 +11,7 @@ from r1.guide import measured
 from r1.guide.gpus import Gpu, all_gpus
 from r1.guide.measured import Measured
 from r1.guide.page import table
-from r1.guide.predict import Like, nearest, step_ms
+from r1.guide.predict import Like, Read, nearest, step_ms
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def check(row: Measured, others: Sequence[Measured]) -> Check | None:
     start = nearest(known, like, row.batch, row.step_gb * 1e9)
     if start is None:
         return None
-    return Check(row, start, step_ms(row.floor_ms, row.step_giga_elements, start, like))
+    return Check(row, start, step_ms(row.floor_ms, Read.of(row), start, like))
 
 
 def read(paths: Sequence[Path]) -> list[Measured]:

@@ -7,6 +7,7 @@ of the user's own machine gives more: --calibrate.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,12 +19,17 @@ from r1.bench.load_result import load
 from r1.bench.rates import Rates
 from r1.files.config_json import parse_config
 from r1.model.config import AttentionShape, Config
+from r1.model.layers import Linear
+from r1.model.moe import Experts
+from r1.model.transformer import Transformer
 from r1.switches.backend import Backend
 
 FILE = Path(__file__).parent / "measured.json"
 GAP_US = 1.16
 """Microseconds between two kernels of a CUDA graph: what one more tiny kernel costs on an H100
 (tools/measure/results/README.md)."""
+PLAIN_SHARE = 0.9
+"""The share of a copy's rate that fused kernels over plain numbers reach at batch 1 on an H100."""
 LEAST_NEW = 16
 """Fewer new tokens measure prompts: they are too few for the time of a step."""
 LEAST_STEP_GB = 0.1
@@ -61,8 +67,10 @@ class Measured:
     ttft_ms: float
     prompt_floor_ms: float
     step_gb: float
-    step_giga_elements: float
-    """Numbers of the weights that a step reads, in 10^9."""
+    packed_gb: float
+    """Of these, the bytes of packed weights."""
+    packed_giga_elements: float
+    """How many numbers these are, in 10^9."""
     kernels: int | None
     """Of one decode step."""
     mean_power_w: float | None = None
@@ -87,10 +95,15 @@ class Measured:
         return self.floor_ms / (self.tpot_ms - self.gaps_ms)
 
     @property
-    def giga_elements_per_ms(self) -> float:
-        """How many numbers a step read in a millisecond, without the gaps between its kernels."""
+    def unpacked_per_ms(self) -> float:
+        """How many 10^9 packed numbers a step read in a millisecond.
+
+        Gaps between kernels are taken off, and the time of plain numbers, at their usual share.
+        """
         assert self.tpot_ms
-        return self.step_giga_elements / (self.tpot_ms - self.gaps_ms)
+        plain_ms = 1e3 * (self.step_gb - self.packed_gb) / self.copy_gb_s / PLAIN_SHARE
+        unpacking_ms = self.tpot_ms - self.gaps_ms - plain_ms
+        return self.packed_giga_elements / unpacking_ms if unpacking_ms > 0 else math.inf
 
     @property
     def prompt_share(self) -> float:
@@ -133,6 +146,7 @@ def _row(
         machine["matmul_tflop_s"].values()
     )
     rates = Rates(copy * 1e9, matmul * 1e12, 0.0, 0.0)
+    read = packed(config, backend, row["experts_hit"])
     prompt = prompt_work(config, backend, row["batch"], row["prompt"], row["depth"])
     return Measured(
         file,
@@ -157,17 +171,44 @@ def _row(
         row["ttft_ms"],
         round(1e3 * rates.seconds(prompt), 4),
         row["step_gb"],
-        round(elements(config, backend, row["experts_hit"]) / 1e9, 5),
+        round(read.nbytes / 1e9, 5),
+        round(read.elements / 1e9, 5),
         row["kernels"],
         row["mean_power_w"],
     )
 
 
-def elements(config: Config, backend: Backend, experts_hit: float) -> float:
-    """Numbers of the weights that one step reads, on the device with the largest share."""
-    model = roofline.model_of(config, backend, False)
-    layers, head = roofline.layer_weights(model), model.lm_head.matrix.shape.numel()
-    return layers.elements + experts_hit / backend.ep * layers.expert_elements + head
+@dataclass(frozen=True)
+class Packed:
+    """Packed weights: their bytes, and how many numbers they are."""
+
+    nbytes: float = 0.0
+    elements: float = 0.0
+
+    def __add__(self, other: Packed) -> Packed:
+        return Packed(self.nbytes + other.nbytes, self.elements + other.elements)
+
+    def __mul__(self, times: float) -> Packed:
+        return Packed(self.nbytes * times, self.elements * times)
+
+
+def packed(config: Config, backend: Backend, experts_hit: float) -> Packed:
+    """The packed weights that one step reads, on the device with the largest share."""
+    always, expert = _packed(roofline.model_of(config, backend, False))
+    return always + expert * (experts_hit / backend.ep)
+
+
+@cache
+def _packed(model: Transformer) -> tuple[Packed, Packed]:
+    """Of a kept model: what every token reads, and one expert of each layer."""
+    always = expert = Packed()
+    for module in model.modules():
+        if isinstance(module, Linear) and module.matrix.unpacked_bytes:
+            always += Packed(module.matrix.nbytes, module.matrix.shape.numel())
+        elif isinstance(module, Experts) and module.gate_proj.unpacked_bytes:
+            for stack in (module.gate_proj, module.up_proj, module.down_proj):
+                expert += Packed(stack.nbytes, stack.shape.numel()) * (1 / module.count)
+    return always, expert
 
 
 def prompt_work(

@@ -10,9 +10,10 @@ The time to expect of a step is
 
 where share and kernels are those of the nearest measured row (measured.py): the floor's share of
 the time that its kernels ran, and kernels a layer. So a prediction starts from one row, and says
-which. Nothing predicted is shown as measured. If both are packed, but in other formats, unpacking
-is what they have in common, not bytes: then the first term is the numbers that a step reads over
-the rate at which the row read numbers, if that is longer than the floor.
+which. Nothing predicted is shown as measured. Where both are packed, the first term has two parts:
+plain numbers, by their bytes, and packed ones, by their bytes or by the rate at which the row
+unpacked numbers, whichever takes longer. That rate is taken as it is for other machines too:
+unpacking is the work of processors, which differ less than memories do.
 
 A prompt that is not captured takes the longer of two times: the device's, floor / share of the
 nearest row that waited for the device, and the host's, a layer's launches in the nearest row that
@@ -30,7 +31,7 @@ from r1.bench.rates import Rates
 from r1.footprint import Sizes
 from r1.guide import measured
 from r1.guide.gpus import Gpu, all_gpus
-from r1.guide.measured import GAP_US, Measured
+from r1.guide.measured import GAP_US, PLAIN_SHARE, Measured, Packed
 from r1.guide.setup import Setup
 from r1.model.config import AttentionShape
 from r1.roofline import expected_experts, step_work
@@ -102,7 +103,7 @@ class Predictor:
         like, known = Like.of(setup), self._of_device(setup)
         row = nearest(measured.best(known), like, rows, step.nbytes)
         exchange = 1e3 * exchange_seconds(setup, rows)
-        read = measured.elements(config, backend, hit) / 1e9
+        read = Read(step.nbytes, measured.packed(config, backend, hit), rates.copy)
         expected = step_ms(floor, read, row, like) + exchange if row else None
         first, tokens, like_prompt = None, rows * sizes.prompt, None
         prompts = measured.best_prompts(known)
@@ -144,14 +145,37 @@ class Like:
         return 8 * other + 4 * far + 6 * machine + 6 * fused + 1.0 * (row.latent != self.latent)
 
 
-def step_ms(floor_ms: float, giga_elements: float, row: Measured, like: Like) -> float:
+@dataclass(frozen=True)
+class Read:
+    """What a step reads, and at which rate."""
+
+    nbytes: float
+    packed: Packed
+    """Of these."""
+    copy: float
+    """Bytes a second of a copy."""
+
+    @staticmethod
+    def of(row: Measured) -> Read:
+        """Of a measured row."""
+        packed = Packed(row.packed_gb * 1e9, row.packed_giga_elements * 1e9)
+        return Read(row.step_gb * 1e9, packed, row.copy_gb_s * 1e9)
+
+    def busy_ms(self, unpacked_per_ms: float) -> float:
+        """The time of both parts, if 10^9 packed numbers are read at such a rate."""
+        rate = self.copy * PLAIN_SHARE / 1e3  # bytes a millisecond
+        plain = (self.nbytes - self.packed.nbytes) / rate
+        return plain + max(self.packed.nbytes / rate, self.packed.elements / 1e9 / unpacked_per_ms)
+
+
+def step_ms(floor_ms: float, read: Read, row: Measured, like: Like) -> float:
     """A step's time, if it has the row's share of the floor, and its kernels a layer.
 
-    If it is packed in another format than the row, it has the row's rate of numbers instead.
+    If both are packed, it has the row's rate of unpacking instead, and is never below the floor.
     """
     busy = floor_ms / row.share
-    if row.quant != like.quant and "none" not in (row.quant, like.quant):
-        busy = max(floor_ms, giga_elements / row.giga_elements_per_ms)
+    if "none" not in (row.quant, like.quant):
+        busy = max(floor_ms, read.busy_ms(row.unpacked_per_ms))
     return busy + row.gaps_ms / row.layers * like.layers
 
 
