@@ -24,6 +24,7 @@ from r1.model.layers import MLP
 from r1.model.moe import MoE
 from r1.model.transformer import Block, Transformer
 from r1.run.runner import chunk_of, round_capacity, round_rows
+from r1.storage.kinds import kind_of
 from r1.switches.backend import Backend
 from r1.switches.strategies import EXPERTS, attention_of
 
@@ -173,7 +174,8 @@ class Work:
             chosen = self.model.config.experts.num_experts_per_tok
             strategy = self.experts[phase]
             # A CPU multiplies by packed experts, which a GPU's grouped product wants dense.
-            cpu = self.backend.device == "cpu" and self.backend.quant in ("int8", "int4")
+            kind = kind_of(self.backend.quant)
+            cpu = self.backend.device == "cpu" and kind in ("int8", "int4")
             scratch = partial(Dispatch.scratch, strategy) if cpu else strategy.scratch
             compiled = self.backend.compile
             return scratch(part.experts, tokens, chosen, self.itemsize, compiled=compiled)

@@ -18,7 +18,7 @@ from r1.guide.answer import Answer, Question
 from r1.guide.cost import Terms
 from r1.guide.measured import Measured
 from r1.guide.predict import Predictor
-from r1.guide.setup import COUNTS, PRECISIONS, find_model
+from r1.guide.setup import COUNTS, QUANTS, find_model
 from r1.switches import flags
 
 MOST = 10**9
@@ -58,7 +58,7 @@ def parser() -> flags.Parser:
     text = f"all (default), or one of {', '.join(gpus.all_gpus())}"
     p.add_argument("--gpu", default="all", metavar="G", help=text)
     text = "how matrices are stored; none: bf16 (default: the most exact that fits)"
-    p.add_argument("--quant", choices=PRECISIONS, help=text)
+    p.add_argument("--quant", choices=QUANTS, help=text)
     text = "how many GPUs share the model (default: the fewest that hold it)"
     p.add_argument("--count", type=int, choices=COUNTS, metavar="N", help=text)
     for name, default, text in (

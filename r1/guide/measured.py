@@ -46,7 +46,7 @@ class Measured:
     model: str
     arm: str
     quant: str
-    """How matrices were stored: none, fp8, int8, int4."""
+    """The resolved switch: none, fp8, int4, ..."""
     latent: bool
     """Latent attention, not grouped-query attention."""
     ranks: int

@@ -36,6 +36,7 @@ from r1.guide.setup import Setup
 from r1.model.config import AttentionShape
 from r1.roofline import expected_experts, step_work
 from r1.run.runner import round_rows
+from r1.storage.kinds import kind_of
 
 DEVICE_SHARE = 0.5
 """A prompt that reached less of the floor's rates than that waited for the host."""
@@ -139,8 +140,8 @@ class Like:
 
     def distance(self, row: Measured) -> float:
         """How unlike a row is."""
-        other = row.quant != self.quant
-        far = other and "none" in (row.quant, self.quant)
+        kinds = kind_of(row.quant), kind_of(self.quant)
+        other, far = kinds[0] != kinds[1], (kinds[0] is None) != (kinds[1] is None)
         machine, fused = row.machine != self.machine, row.fused != self.fused
         return 8 * other + 4 * far + 6 * machine + 6 * fused + 1.0 * (row.latent != self.latent)
 

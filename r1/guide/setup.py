@@ -17,11 +17,14 @@ from r1.model.shapes import SHAPES
 from r1.model.transformer import Transformer
 from r1.placement import cuts
 from r1.roofline import model_of
+from r1.storage.kinds import USUAL
 from r1.switches.backend import Backend
 from r1.switches.resolve import resolve
 
 PRECISIONS = ("none", "fp8", "int8", "int4")
-"""How matrices may be stored, the most exact first. none: as plain numbers, in bf16."""
+"""How matrices are stored if nobody says how, the most exact first. none: plain, in bf16."""
+QUANTS = ("none", *USUAL)
+"""All that may be asked for."""
 COUNTS = (1, 2, 4, 8, 16, 32)
 """How many GPUs may share a model."""
 HOST = 8
