@@ -209,7 +209,7 @@ def prompt_ms(
     times = []
     if device := [row for row in rows if row.prompt_share >= DEVICE_SHARE]:
         row = min(device, key=far)
-        times.append((floor_ms / row.prompt_share, row))
+        times.append((floor_ms / min(1.0, row.prompt_share), row))
     if host := [row for row in rows if row.prompt_share < DEVICE_SHARE]:
         row = min(host, key=far)
         times.append((max(floor_ms, row.ttft_ms / row.layers * like.layers), row))
