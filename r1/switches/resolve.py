@@ -40,6 +40,7 @@ def resolve(
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
     _check_devices(backend, config)
+    _check_experts(backend, config)
     backend = _kernels(backend, machine)
     _check_fused(backend, config)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
@@ -114,12 +115,20 @@ def _check_devices(backend: Backend, config: Config) -> None:
     """Whether so many devices can share this model."""
     if why := cuts.why_not(config, backend.tp, backend.ep):
         raise InputError(why)
-    if backend.ranks > 1 and backend.kernels == "triton":
-        spread = " and ".join(setting(n, getattr(backend, n)) for n in ("tp", "ep"))
+    if backend.ranks > 1 and backend.tune:
         raise InputError(
-            f"{setting('kernels', 'triton')} adds up a whole layer in one device's kernels, and "
-            f"{spread} share it: use {setting('kernels', 'torch')}"
+            f"{setting('tune')} times one process's kernels, and devices that share a layer "
+            "wait for each other: leave it out"
         )
+
+
+def _check_experts(backend: Backend, config: Config) -> None:
+    """A model without experts has no way to compute them: `moe` and `prefill_moe` stay "auto"."""
+    for name in ("moe", "prefill_moe"):
+        value = getattr(backend, name)
+        if value != "auto" and not config.experts.n_routed_experts:
+            chooses = f"{setting(name, value)} chooses how experts are computed"
+            raise InputError(f"{chooses}, and this model has none: leave it out")
 
 
 def _check_speculation(backend: Backend, config: Config) -> None:
@@ -174,9 +183,7 @@ def _quant(backend: Backend, config: Config) -> str:
     """The storage of quantized matrices: for "auto" the files' own, where it can be used."""
     if backend.quant == "auto":
         kind = config.files.kind
-        slow = (
-            kind == "fp8" and backend.device == "cpu"
-        )  # it has no FP8 products, and enough memory
+        slow = kind == "fp8" and backend.device == "cpu"  # no FP8 products, and enough memory
         return "none" if kind is None or slow or _reads_dense(backend) else kind
     if backend.quant != "none" and (reader := _reads_dense(backend)):
         raise InputError(
@@ -257,20 +264,16 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
 
 
 def _experts(slot: str, asked: str, use: Use, ep: int) -> str:
-    auto = _auto_experts(use, ep)
-    if not use.config.experts.n_routed_experts:  # then no strategy is called, so each one can run
-        return auto[0] if asked == "auto" else asked
-    return _choose(slot, EXPERTS, asked, use, auto)
+    sparse = use.config.experts.n_routed_experts > 0
+    return _choose(slot, EXPERTS, asked, use, _auto_experts(use, ep)) if sparse else "auto"
 
 
 def _multiplies_packed(use: Use) -> bool:
     """Whether `grouped` needs no dequantized experts on a CPU."""
     experts, hidden = use.config.experts, use.config.hidden_size
     kind = kind_of(use.quant)
-    if use.gpu or kind == "int8":
-        return not use.gpu
-    if kind != "int4" or not experts.n_routed_experts:
-        return False
+    if use.gpu or kind != "int4":
+        return not use.gpu and kind == "int8"
     stack = f"model.layers.{experts.first_k_dense_replace}.mlp.experts.down_proj"
     spec = spec_of(stack, use.config.files, use.quant)
     shapes = ((hidden, experts.moe_intermediate_size), (experts.moe_intermediate_size, hidden))
