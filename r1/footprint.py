@@ -134,7 +134,7 @@ class Work:
         self.attention = {
             "prefill": table[backend.prefill_attention], "decode": table[backend.attention],
         }  # fmt: skip
-        self.experts = {"prefill": EXPERTS[backend.prefill_moe], "decode": EXPERTS[backend.moe]}
+        self.moe = {"prefill": backend.prefill_moe, "decode": backend.moe}
 
     def prompt(self, sizes: Sizes) -> int:
         """Reading the prompts, a chunk of their tokens at a time, and their last logits."""
@@ -172,7 +172,7 @@ class Work:
         """An MLP's, or the experts'."""
         if isinstance(part, MoE):
             chosen = self.model.config.experts.num_experts_per_tok
-            strategy = self.experts[phase]
+            strategy = EXPERTS[self.moe[phase]]
             # A CPU multiplies by packed experts, which a GPU's grouped product wants dense.
             kind = kind_of(self.backend.quant)
             cpu = self.backend.device == "cpu" and kind in ("int8", "int4")

@@ -29,14 +29,12 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 """How many GPUs may share a model."""
 HOST = 8
 """So many GPUs are in one host."""
-ONE: tuple[dict[str, Any], ...] = (
+FASTEST: tuple[dict[str, Any], ...] = (
     {"kernels": "triton", "prefill_moe": "triton"},
     {"attention": "triton", "moe": "triton", "prefill_moe": "triton"},
     {},
 )
-"""Switches for one GPU, the fastest first. All capture their steps."""
-SEVERAL: dict[str, Any] = {"attention": "triton", "moe": "triton", "prefill_moe": "triton"}
-"""Switches where GPUs share the layers."""
+"""Switches for GPUs, the fastest first. All capture their steps."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,9 @@ def switches(config: Config, gpu: Gpu, quant: str, tp: int, ep: int) -> Backend 
     common: dict[str, Any] = {"dtype": "bf16", "quant": quant, "tp": tp, "ep": ep}
     if not machine.cuda:
         return resolve(Backend(device="cpu", **common), config, machine)
-    for more in ONE if tp * ep == 1 else ({**SEVERAL, "compile": quant == "none"},):
+    for fast in FASTEST:
+        sparse = config.experts.n_routed_experts > 0
+        more = {name: value for name, value in fast.items() if sparse or "moe" not in name}
         try:
             backend = resolve(Backend(cuda_graphs=True, **common, **more), config, machine)
             model_of(config, backend, False)  # raises where the storage can't be cut so
