@@ -15,6 +15,7 @@ from r1.device import DTYPES, available_bytes, grow_segments, torch_device
 from r1.errors import InputError, setting
 from r1.files.draw import randomize
 from r1.files.load import Report, load
+from r1.footprint import HEADROOM, least
 from r1.model import gqa
 from r1.model.config import Config
 from r1.model.gqa import GQA
@@ -36,9 +37,6 @@ from r1.storing import join_matrices, quantize_matrices, share_matrices
 from r1.switches.backend import Backend
 from r1.switches.precision import specs_of
 from r1.switches.strategies import EXPERTS, attention_of
-
-HEADROOM = 256 * 2**20
-"""Bytes beside the weights without which no step runs: activations, the cache of a short prompt."""
 
 
 def from_checkpoint(
@@ -172,9 +170,10 @@ def allocate(
     model = sketch(config, backend, mtp=mtp, placement=placement)
     device = torch_device(backend.device)
     for kind, nbytes in placement.sizes(model, device).items():
-        if nbytes + HEADROOM > (available := available_bytes(torch.device(kind))):
+        needed = nbytes + (least(model, backend) if kind == device.type else HEADROOM)
+        if needed > (available := available_bytes(torch.device(kind))):
             where = backend.device if kind == device.type else "the host"
-            raise _too_large(nbytes + HEADROOM, available, where, model, backend, cut)
+            raise _too_large(needed, available, where, model, backend, cut)
     placement.allocate(model, device)
     model.derive()
     return model
@@ -188,7 +187,10 @@ def _too_large(
     could = [setting("dtype", "bf16") if halved else None]
     if kind_of(backend.quant) != "int4" and "triton" not in (backend.moe, backend.prefill_moe):
         smaller = replace(backend, quant="int4")
-        if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
+        small = sketch(model.config, smaller, mtp=len(model.mtp) > 0)
+        device = torch_device(backend.device)
+        own = placement_of(model.config, smaller).sizes(small, device)[device.type]
+        if own + least(small, smaller) <= available:
             could.append(setting("quant", "int4"))
     if (
         backend.device != "cpu"

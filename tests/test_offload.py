@@ -308,7 +308,10 @@ def test_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_advice_to_keep_experts_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all experts do not fit the GPU, and one slot of each layer does."""
-    backend = Backend(device="cuda", dtype="fp32", quant="none", join="on")
+    ways = {"attention": "naive", "prefill_attention": "naive", "moe": "loop"}
+    storage = {"dtype": "fp32", "quant": "none", "join": "on"}
+    asked: dict[str, Any] = {"device": "cuda", **storage, **ways}
+    backend = Backend(**asked, prefill_moe="loop")
     needed = build.weight_bytes(TINY, backend)
     monkeypatch.setattr(build, "HEADROOM", 1)
     monkeypatch.setattr(build, "available_bytes", lambda _: needed)

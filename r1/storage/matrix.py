@@ -28,6 +28,7 @@ class Matrix(nn.Module):
 
     shape: torch.Size
     spec: Spec | None = None  # how packed numbers are to be read (spec.py); None: it is plain
+    unpacked_bytes: int = 0  # what making one number dense takes for a time, beside the result
     joint: Any = None  # the Joint (joined.py) of a matrix that is stored as a part of another one
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
