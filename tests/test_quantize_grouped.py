@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import quantize as command
@@ -27,6 +28,7 @@ from r1 import Backend, Config
 from r1.files.names import places, slots
 from r1.files.save import save
 from r1.model.gqa import GQA
+from r1.model.transformer import Block
 
 FAMILIES = {"qwen2": TINY_QWEN2, "llama": TINY_LLAMA, "qwen3": TINY_GROUPED}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -87,7 +89,8 @@ def test_folding_leaves_the_function_unchanged(
         config = config.change(num_key_value_heads=config.attention.num_attention_heads)
     made = model(config, dtype="fp32", join="off")
     runner(made, join="off")
-    block, (tokens, real) = made.layers[0], layer.batches([list(range(12)), list(range(9))])[0]
+    block = cast(Block, made.layers[0])
+    (tokens, real), *_ = layer.batches([list(range(12)), list(range(9))])
     assert isinstance(block.self_attn, GQA)
     hidden = torch.randn(*tokens.shape, 48, generator=torch.Generator().manual_seed(9))
     work = layer.Calibrated(

@@ -16,6 +16,8 @@ import pytest
 import rungs
 from cases import ROOT
 
+from r1.bench import timeline
+
 TOUR = ROOT / "r1" / "README.md"
 TOUR_TEXT = TOUR.read_text(encoding="utf-8")
 EXCERPT = re.compile(r"# (?:before: |after: )?(r1/\S+\.py)")
@@ -82,8 +84,19 @@ def test_the_rungs_are_measured_and_short() -> None:
 def test_what_a_rung_says_of_noise() -> None:
     def row(*totals: float) -> dict[str, Any]:
         repetitions = [{"total": 1 + total, "ttft": 1.0} for total in totals]
-        return {"tpot_ms": 1.0, "kernels": 5, "repetitions": repetitions}
+        return {"tpot_ms": 1.0, "kernels": 5, "repetitions": repetitions, "bottleneck": "memory"}
 
     assert "overlap" in rungs.step(row(3, 5), row(2, 4))
     assert "overlap" not in rungs.step(row(5, 6), row(2, 4))
     assert "overlap" not in rungs.step(row(2, 4), row(5, 6))
+
+
+def test_what_a_rung_says_of_a_step_that_waits_for_launches() -> None:
+    def row(bottleneck: str, ours: float) -> dict[str, Any]:
+        parts = [{"kernel": timeline.IDLE, "us": 9000.0}, {"kernel": "ours", "us": ours}]
+        timed = {"tpot_ms": 10.0, "kernels": 1, "repetitions": [{"total": 2.0, "ttft": 1.0}]}
+        return {**timed, "bottleneck": bottleneck, "kernel_times": parts}
+
+    step = rungs.step(row("launches", 1500.0), row("launches", 1250.0))
+    assert step.endswith("the GPU works for 1.50 and 1.25 ms of it")
+    assert "the GPU works" not in rungs.step(row("launches", 1500.0), row("memory", 1250.0))

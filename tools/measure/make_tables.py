@@ -8,7 +8,7 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 - NAME.json: a result of bench.py, compare_peers.py or bench_kernels.py
 - NAME, a folder: several results of bench.py, in one table
 - `step-N`: a profiled step of the last arm in kernels/N.json
-- `buys`: what each rung of the ladder brings, and what 32 rows cost
+- `buys`: what each rung of the ladder brings, for one row and for 32
 - `rung ...`: what a rung measured, in sentences (rungs.py)
 - `quality`: what quantizing costs tiny-r1, from quality/tiny-r1.json beside that folder
 """
@@ -16,7 +16,6 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import sys
@@ -54,6 +53,7 @@ COLUMNS = [
     "MoE layer µs (floor)",
     "start s (warm)",
     "KL (bound)",
+    "quantizing: KL, top-1",
 ]
 PREFILL = ["arm", "batch", "TTFT ms", "prefill MFU", "start s (warm)", "KL (bound)"]
 """The columns of runs with prompts of 1,000 tokens and more: they measure the prompt alone."""
@@ -149,25 +149,21 @@ def tables() -> dict[str, list[str]]:
 
 
 def buys() -> list[str]:
-    """What each rung of the ladder brings to one row, and to 32 rows as far as it was measured."""
+    """What each rung of the ladder brings to one row, and to 32 rows."""
     lines = [
         "| adds | ms a token | of the memory's bandwidth | 32 rows: ms a step | of the bandwidth |",
         "|---|---:|---:|---:|---:|",
     ]
     one, many = (read(RESULTS / f"{name}.json")["rows"] for name in ("ladder", "ladder-32"))
-    for row, other in itertools.zip_longest(one, many):
-        cells = [rung_link(row["arm"]), f"{row['tpot_ms']:.2f}", f"{row['mbu']:.0%}", "", ""]
-        if other is not None:
-            cells[3:] = [f"{other['tpot_ms']:.1f}", f"{other['mbu']:.0%}"]
-            if other["arm"] != row["arm"]:  # the same switch with another value
-                assert switch_of(other) == switch_of(row)
-                cells[0] += f" (32 rows: {rung_link(other['arm'])})"
+    for row, other in zip(one, many, strict=True):
+        name = rung_link(row["arm"])
+        if other["arm"] != row["arm"]:  # the same switch with another value
+            assert switch_of(other) == switch_of(row)
+            name += f" (32 rows: {rung_link(other['arm'])})"
+        cells = [name, f"{row['tpot_ms']:.2f}", f"{row['mbu']:.0%}"]
+        cells += [f"{other['tpot_ms']:.1f}", f"{other['mbu']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
-    off, fused = read(RESULTS / "kernels" / "batch-32.json")["rows"]
-    both = " and ".join(f"`{name}`" for name in fused["arm"].split(" + "))
-    steps = f"{off['tpot_ms']:.1f} ms a step with all switches off, {fused['tpot_ms']:.1f} ms"
-    ended = "(The call for 32 rows ended before `kernels=triton`.)"
-    return [*lines, "", f"{ended} Alone, 32 rows: {steps} with {both} ({fused['mbu']:.0%})."]
+    return lines
 
 
 def switch_of(row: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from r1.bench import timeline
+
 RESULTS = Path(__file__).parent / "results" / "h100"
 
 Row = dict[str, Any]
@@ -41,10 +43,17 @@ def step(before: Row, after: Row) -> str:
     text = f"{before['tpot_ms']:.2f} to {after['tpot_ms']:.2f} ms a token"
     if overlap(before, after):
         text += " (single repetitions overlap)"
-    kernels = (before["kernels"], after["kernels"])
-    if kernels[0] == kernels[1]:
-        return f"{text}; {kernels[0]:,} kernels a step, as before"
-    return f"{text}; {kernels[0]:,} to {kernels[1]:,} kernels a step"
+    old, new = before["kernels"], after["kernels"]
+    more = " kernels a step, as before" if old == new else f" to {new:,} kernels a step"
+    text += f"; {old:,}{more}"
+    if after["bottleneck"] == "launches":  # then the time is the host's, and another one each time
+        text += f"; the GPU works for {busy(before):.2f} and {busy(after):.2f} ms of it"
+    return text
+
+
+def busy(row: Row) -> float:
+    """Milliseconds of a profiled step in which the GPU runs a kernel."""
+    return sum(k["us"] for k in row["kernel_times"] if k["kernel"] != timeline.IDLE) / 1e3
 
 
 def overlap(before: Row, after: Row) -> bool:

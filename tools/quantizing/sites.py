@@ -43,7 +43,7 @@ class Site:
 
 def sites(block: Block) -> tuple[tuple[Site, ...], ...]:
     """A block's sites in the order in which they are computed; those of a stage are independent."""
-    stages = [(_site(ATTENTION, *names),) for names in _attention(block)]
+    stages: list[tuple[Site, ...]] = [(_site(ATTENTION, *names),) for names in _attention(block)]
     parts = [FEED_FORWARD]
     if block.sparse:
         parts = [EXPERTS, *([SHARED] if cast(MoE, block.mlp).shared_experts is not None else [])]
