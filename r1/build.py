@@ -17,6 +17,7 @@ from r1.errors import InputError, setting
 from r1.files.draw import randomize
 from r1.files.load import Report, load
 from r1.files.names import EXPERT_MATRICES, key_of
+from r1.footprint import HEADROOM, least, module_bytes
 from r1.model import gqa
 from r1.model.config import Config
 from r1.model.gqa import GQA
@@ -38,9 +39,6 @@ from r1.storage.matrix import Matrix
 from r1.switches.backend import Backend
 from r1.switches.precision import spec_of, specs_of
 from r1.switches.strategies import EXPERTS, attention_of
-
-HEADROOM = 256 * 2**20
-"""Bytes beside the weights without which no step runs: activations, the cache of a short prompt."""
 
 
 def from_checkpoint(
@@ -167,8 +165,9 @@ def allocate(
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         needed[devices[name].type] += sum(tensor.nbytes for tensor in own)
     for kind, nbytes in needed.items():
-        if nbytes + HEADROOM > (available := available_bytes(torch.device(kind))):
-            raise _too_large(nbytes + HEADROOM, available, model, backend, cut)
+        nbytes += least(model, backend) if kind == device.type else HEADROOM
+        if nbytes > (available := available_bytes(torch.device(kind))):
+            raise _too_large(nbytes, available, model, backend, cut)
     for name, module in model.named_modules():
         module.to_empty(device=devices[name], recurse=False)
     model.derive()
@@ -183,7 +182,8 @@ def _too_large(
     could = [setting("dtype", "bf16") if halved else None]
     if kind_of(backend.quant) != "int4" and "triton" not in (backend.moe, backend.prefill_moe):
         smaller = replace(backend, quant="int4")
-        if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
+        small = sketch(model.config, smaller, mtp=len(model.mtp) > 0)
+        if module_bytes(small) + least(small, smaller) <= available:
             could.append(setting("quant", "int4"))
     advice = " or ".join(each for each in (*could, cut, "a larger machine") if each)
     kinds = dict.fromkeys((backend.dtype, backend.quant, backend.quant_head))  # each once
@@ -286,5 +286,4 @@ def count_parameters(config: Config, *, mtp: bool = False) -> int:
 
 def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:
     """Bytes of all tensors as a resolved `backend` stores them, in its dtype and quantized."""
-    model = sketch(config, backend, mtp=mtp)
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return module_bytes(sketch(config, backend, mtp=mtp))

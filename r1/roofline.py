@@ -11,9 +11,9 @@ Shapes: B rows of a step, S tokens of a row, E experts, K experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -86,10 +86,31 @@ def weights_of(module: nn.Module) -> Weights:
     return Weights(always, elements, expert, expert_elements)
 
 
-@cache
 def model_of(config: Config, backend: Backend, mtp: bool) -> Transformer:
-    """The model as `backend` stores it, without memory."""
+    """The model as `backend` stores it, without memory. Nobody may change it: it is kept."""
+    return _sketch(config, replace(backend, **HOW), mtp)
+
+
+HOW: dict[str, Any] = {
+    name: getattr(Backend, name)
+    for name in (
+        "device", "amp", "compile", "cuda_graphs", "prefill_graphs", "attention",
+        "prefill_attention", "moe", "prefill_moe", "memory", "kernels", "tune", "speculate",
+        "draft_tokens",
+    )
+}  # fmt: skip
+"""Switches that say where and how a model is called, not how it is stored."""
+
+
+@cache
+def _sketch(config: Config, backend: Backend, mtp: bool) -> Transformer:
     return sketch(config, backend, mtp=mtp)
+
+
+@cache
+def _layers(model: Transformer) -> Weights:
+    """The weights of a kept model's layers, counted once."""
+    return weights_of(model.layers)
 
 
 def step_work(
@@ -103,7 +124,7 @@ def step_work(
     logits; otherwise only the last of each row does.
     """
     model = model_of(config, backend, False)  # where devices share it, one device's part
-    layers, head = weights_of(model.layers), model.lm_head.matrix
+    layers, head = _layers(model), model.lm_head.matrix
     # A model without layers stands for what is left when its only one is taken away.
     first = cast(Block, model.layers[0]) if len(model.layers) else None
     shape = first.self_attn.shape if first else config.attention

@@ -951,7 +951,7 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
     """tools/measure/bench_kernels.py --sweep on an H100, and compile_kernels.py where something
-    else spilled. Those of one token and 4 bits follow from the compiled kernels' instructions.
+    else spilled. Those of one token and 4 bits follow from the compiled instructions.
     """
     assert launch.default(sizes, H100) == wanted
 

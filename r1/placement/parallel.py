@@ -71,6 +71,7 @@ class Parallel(Placement):
                 if mesh.tp > 1:
                     module.sum_heads = Sum(mesh.tp_group)
                 module.sum_inner = Sum(mesh.group)
+                module.leads_heads, module.leads_inner = mesh.tp_rank == 0, mesh.rank == 0
             elif isinstance(module, MLA):
                 heads = self.config.attention.num_attention_heads // mesh.tp
                 module.shape = dataclasses.replace(module.shape, num_attention_heads=heads)

@@ -115,11 +115,10 @@ def _check_devices(backend: Backend, config: Config) -> None:
     """Whether so many devices can share this model."""
     if why := cuts.why_not(config, backend.tp, backend.ep):
         raise InputError(why)
-    if backend.ranks > 1 and backend.kernels == "triton":
-        spread = " and ".join(setting(n, getattr(backend, n)) for n in ("tp", "ep"))
+    if backend.ranks > 1 and backend.tune:
         raise InputError(
-            f"{setting('kernels', 'triton')} adds up a whole layer in one device's kernels, and "
-            f"{spread} share it: use {setting('kernels', 'torch')}"
+            f"{setting('tune')} times one process's kernels, and devices that share a layer "
+            "wait for each other: leave it out"
         )
 
 
