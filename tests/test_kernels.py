@@ -152,7 +152,7 @@ def feed_forward(dim: int, inner: int, dtype: str, joined: bool) -> MLP:
         layer.matrix = matrix(inner, dim, dtype=dtype)
     if joined:
         build.join_matrices(mlp)
-    return mlp
+    return mlp.requires_grad_(False)
 
 
 @both

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 from cases import ROOT
-from models import TINY, V2, V3, VARIANTS, drafting_engine, model
+from models import TINY, TINY_QWEN2, V2, V3, VARIANTS, drafting_engine, model
 from refusals import check_sentence
 
 from r1 import Backend, Config
@@ -318,6 +318,19 @@ def test_a_folder_without_tokenizer_or_mtp(
     assert "nothing is drafted" in lines[-1]
     assert main(given) == 2
     check_sentence(capsys.readouterr().err.removeprefix("r1.tour: ").removesuffix("\n"))
+
+
+@pytest.mark.parametrize("config", [TINY_QWEN2, VARIANTS["youtu"]], ids=["qwen2", "youtu"])
+def test_a_model_without_experts(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tour's own way to compute experts is not asked of it; one's own is refused."""
+    save(model(config), tmp_path / "dense")
+    given = ["--model", str(tmp_path / "dense"), "--tokens", "3,1,4"]
+    assert "Layer 0 is dense" in " ".join(printed(capsys, *given))
+    assert main([*given, "--moe", "gather"]) == 2
+    said = capsys.readouterr().err
+    assert "--moe gather chooses how experts are computed, and this model has none" in said
 
 
 def test_a_wrong_layer_is_told_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

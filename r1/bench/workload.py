@@ -42,7 +42,8 @@ class Workload:
         spread = "" if self.routing == "model" else f", routing {self.routing}"
         if self.model is not None:
             return os.path.basename(os.path.abspath(self.model)) + spread
-        layers = f", {self.layers} layers" if self.layers else ""
+        count = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        layers = f", {count}" if self.layers else ""
         return f"{self.shape}{layers}, random weights{spread}"
 
     @property

@@ -22,9 +22,8 @@ FIRST_PASS = 2
 
 
 def check_given(backend: Backend, given: bool) -> None:
-    """Raise InputError unless a draft is `given` if, and only if, `backend` speculates with one.
-
-    Or if several devices share the model: a draft runs on one.
+    """Raise InputError if a draft is missing, if one is `given` that `backend` does not use, or if
+    several devices share the model: a draft runs on one.
     """
     asked = setting("speculate", "draft")
     if backend.speculate == "draft" and not given:

@@ -264,9 +264,8 @@ def _experts(slot: str, asked: str, use: Use, ep: int) -> str:
 def _multiplies_packed(use: Use) -> bool:
     """Whether `grouped` needs no dequantized experts on a CPU."""
     experts, hidden = use.config.experts, use.config.hidden_size
-    kind = kind_of(use.quant)
-    if use.gpu or kind != "int4":
-        return not use.gpu and kind == "int8"
+    if use.gpu or kind_of(use.quant) != "int4":
+        return not use.gpu and kind_of(use.quant) == "int8"
     stack = f"model.layers.{experts.first_k_dense_replace}.mlp.experts.down_proj"
     spec = spec_of(stack, use.config.files, use.quant)
     shapes = ((hidden, experts.moe_intermediate_size), (experts.moe_intermediate_size, hidden))

@@ -7,18 +7,20 @@ makes the input, so the model computes what it did, and the file needs nothing b
 
 | the input of | is made by | what is divided by s |
 |---|---|---|
-| q_a_proj (q_proj), kv_a_proj | input_layernorm | its weight |
+| q_a_proj (q_proj), kv_a_proj; or q_proj, k_proj, v_proj | input_layernorm | its weight |
 | q_b_proj | q_a_layernorm | its weight |
 | o_proj | kv_b_proj, whose lower rows of each head make the values | these rows |
+| o_proj of grouped-query attention | v_proj | its rows and its bias |
 | gate_proj, up_proj | post_attention_layernorm | its weight; the router's columns take s |
 | down_proj | up_proj, times a function of the gate | its rows |
 
 Every s is a power of two. So a division changes no digit of a number, in whatever format it is
 stored, and the router chooses the same experts. kv_a_layernorm is left alone: kv_b_proj, which
-reads it, is not quantized.
+reads it, is not quantized. Where several query heads share a head of values, o_proj is left alone:
+a row of v_proj then makes several of its inputs.
 
 Shapes: out and in are a matrix's rows and columns, D hidden_size, E experts, H heads, P
-qk_nope_head_dim, V v_head_dim.
+qk_nope_head_dim, V v_head_dim, A head_dim.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from quantizing.rounding import (
     parts,
 )
 from quantizing.sites import ATTENTION, EXPERTS, Site, Statistics, weight
+from r1.model.gqa import GQA
 from r1.model.moe import MoE
 from r1.model.transformer import Block
 from r1.storage.codes import Codes
@@ -63,8 +66,11 @@ def fold(
 ) -> Tensor | None:
     """Choose a site's s and fold it, in place; returns s, (in,) or (E, in).
 
-    None: the best s is 1. `seen` is changed to what the site's matrices read from now on.
+    None: the best s is 1, or no rows make each input alone. `seen` is changed to what the site's
+    matrices read from now on.
     """
+    if not _foldable(block, site):
+        return None
     stats = seen[site.name]
     readers = [weight(block, path) for path in site.readers if path in quantized]
     s = search(readers, stats, grid)
@@ -115,16 +121,25 @@ def _error_of(w: Tensor, s: Tensor, h: Tensor, grid: Grid) -> Tensor:
     return ((change @ h) * change).sum((-1, -2))
 
 
+def _foldable(block: Block, site: Site) -> bool:
+    """Whether a site's inputs can be divided one by one in what makes them."""
+    attention = block.self_attn
+    if site.name != f"{ATTENTION}.o_proj" or not isinstance(attention, GQA):
+        return True
+    return attention.shape.num_key_value_heads == attention.shape.num_attention_heads
+
+
 def _divide(block: Block, site: Site) -> Callable[[Tensor], object]:
     """The function that divides what makes a site's input by s."""
     part, _, name = site.name.rpartition(".")
-    mla = block.self_attn
+    attention = block.self_attn
     if name in ("q_a_proj", "q_proj"):
         return block.input_layernorm.weight.data.div_
     if name == "q_b_proj":
-        return mla.q_a_layernorm.weight.data.div_
+        return attention.q_a_layernorm.weight.data.div_
     if name == "o_proj":
-        return lambda s: values_of(block).div_(s.view(mla.shape.num_attention_heads, -1, 1))
+        heads = attention.shape.num_attention_heads
+        return lambda s: [rows.div_(s.view(heads, -1, 1)) for rows in values_of(block)]
     if name == "down_proj":
         return lambda s: weight(block, f"{part}.up_proj").div_(s[..., None])
     norm = block.post_attention_layernorm.weight.data
@@ -139,10 +154,15 @@ def _divide(block: Block, site: Site) -> Callable[[Tensor], object]:
     return divide
 
 
-def values_of(block: Block) -> Tensor:
-    """W_UV, the rows of kv_b_proj that make the values: a view (H, V, C)."""
-    shape = block.self_attn.shape
-    by_head = weight(block, f"{ATTENTION}.kv_b_proj").unflatten(
-        0, (shape.num_attention_heads, -1)
-    )  # (H, P + V, C)
-    return by_head[:, shape.qk_nope_head_dim :]
+def values_of(block: Block) -> list[Tensor]:
+    """Views of the rows that make the values, by head: W_UV of kv_b_proj, (H, V, C), or v_proj's,
+    (H, A, D), and its bias, (H, A, 1).
+    """
+    attention = block.self_attn
+    heads = (attention.shape.num_attention_heads, -1)
+    if isinstance(attention, GQA):
+        rows, bias = weight(block, f"{ATTENTION}.v_proj"), attention.v_proj.bias
+        found = [rows] if bias is None else [rows, bias.data[:, None]]
+        return [each.unflatten(0, heads) for each in found]
+    by_head = weight(block, f"{ATTENTION}.kv_b_proj").unflatten(0, heads)  # (H, P + V, C)
+    return [by_head[:, attention.shape.qk_nope_head_dim :]]

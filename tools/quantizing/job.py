@@ -47,6 +47,7 @@ from r1.files.folder import files_in
 from r1.files.names import slots
 from r1.files.quantized.methods import MODELOPT
 from r1.files.shards import INDEX, some
+from r1.model.mla import MLA
 from r1.model.transformer import Block
 from r1.reading import read_json
 from r1.switches.precision import KEPT
@@ -103,12 +104,15 @@ class Choice:
 
 def choose(source: Source, plan: Plan) -> Choice:
     """Look at every matrix of the model. Raises InputError if none can be quantized."""
+    if plan.experts_only and not source.config.experts.n_routed_experts:
+        raise InputError(f"--experts-only: {source.directory} has no experts: leave it out")
     out, form = Choice(kept=["lm_head"]), FORMATS[plan.format]
     for layer in range(source.layers):
         block = cast(Block, source.model.get_submodule(source.path(layer)))
         stem = source.stem(layer)
         out.quantized[layer] = []
-        out.kept.append(f"{stem}.self_attn.kv_b_proj")
+        if isinstance(block.self_attn, MLA):
+            out.kept.append(f"{stem}.self_attn.kv_b_proj")
         if block.sparse:
             out.kept.append(f"{stem}.mlp.gate")
         for path in paths(block):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.model.dispatch import Dispatch, Loop
+from r1.model.gqa import GQA
 from r1.model.layers import Linear
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Block
@@ -42,12 +43,7 @@ class Site:
 
 def sites(block: Block) -> tuple[tuple[Site, ...], ...]:
     """A block's sites in the order in which they are computed; those of a stage are independent."""
-    mla = block.self_attn
-    first = ("q_proj",) if mla.shape.q_lora_rank is None else ("q_a_proj",)
-    stages: list[tuple[Site, ...]] = [(_site(ATTENTION, *first, "kv_a_proj_with_mqa"),)]
-    if mla.shape.q_lora_rank is not None:
-        stages.append((_site(ATTENTION, "q_b_proj"),))
-    stages.append((_site(ATTENTION, "o_proj"),))
+    stages: list[tuple[Site, ...]] = [(_site(ATTENTION, *names),) for names in _attention(block)]
     parts = [FEED_FORWARD]
     if block.sparse:
         parts = [EXPERTS, *([SHARED] if cast(MoE, block.mlp).shared_experts is not None else [])]
@@ -55,6 +51,15 @@ def sites(block: Block) -> tuple[tuple[Site, ...], ...]:
     stages.append((Site(tuple(inner)),))
     stages.append(tuple(_site(part, "down_proj") for part in parts))
     return tuple(stages)
+
+
+def _attention(block: Block) -> list[tuple[str, ...]]:
+    """The matrices of the attention, by the input that they read."""
+    if isinstance(block.self_attn, GQA):
+        return [("q_proj", "k_proj", "v_proj"), ("o_proj",)]
+    if block.self_attn.shape.q_lora_rank is None:
+        return [("q_proj", "kv_a_proj_with_mqa"), ("o_proj",)]
+    return [("q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj",), ("o_proj",)]
 
 
 def _site(part: str, *names: str) -> Site:

@@ -23,7 +23,6 @@ from r1.files.names import key_of, slots
 from r1.files.quantized import methods
 from r1.files.shards import DTYPES as FILE_DTYPES
 from r1.files.shards import one
-from r1.model.config import GroupedShape
 from r1.model.mtp import MTPLayer
 from r1.model.rope import frequencies
 from r1.model.step import Step
@@ -39,12 +38,6 @@ class Source:
         """`dtype` is that of the layer in memory. Raises InputError for unusable files."""
         self.directory, self.config = directory, load_config(directory)
         check_folder(directory)
-        if isinstance(self.config.attention, GroupedShape):
-            raise InputError(
-                f"{directory} has grouped-query attention, and this tool takes only models with "
-                "latent attention: use llm-compressor, whose files r1 reads, or quantize while "
-                "loading (--quant)"
-            )
         if self.config.files.kind == "int4":
             raise InputError(
                 f"{directory} is quantized to 4 bits already: start from the model's own "
