@@ -4,14 +4,16 @@ Counted from the model as it is stored, each input read once: the weights of wha
 routed experts only those really hit), the cache that attention reads, one new entry written.
 Activations are left out: where memory bounds a step they are small beside the weights. So the time
 that results is a floor. Where devices share the model, all numbers are one device's, the one with
-the largest share; what devices exchange is not counted.
+the largest share; what devices exchange is not counted. Stages that hold a range of layers each
+(`pp`) compute a token one after the other, so a decode step's work is that of all stages. A prompt
+keeps them busy at a time, so its work is divided by them.
 
 Shapes: B rows of a step, S tokens of a row, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
 
@@ -88,8 +90,8 @@ def weights_of(module: nn.Module) -> Weights:
 
 @cache
 def model_of(config: Config, backend: Backend, mtp: bool) -> Transformer:
-    """The model as `backend` stores it, without memory."""
-    return sketch(config, backend, mtp=mtp)
+    """The layers of all stages as `backend` stores them, without memory."""
+    return sketch(config, replace(backend, pp=1), mtp=mtp)
 
 
 def step_work(
@@ -121,7 +123,9 @@ def step_work(
     flops += pairs * attention.flops(shape)
     entry = attention.entry(shape)
     per_token = bytes_per_token(entry, DTYPES[backend.dtype], config.num_hidden_layers)
-    return Work(weight_bytes, (rows * context + n) * per_token, flops)
+    share = 1 if decode else backend.pp
+    cache_bytes = (rows * context + n) * per_token
+    return Work(weight_bytes / share, cache_bytes / share, flops / share)
 
 
 def embedding_row_bytes(model: Transformer) -> float:

@@ -16,7 +16,7 @@ from r1.bench.worker.serve import Setup, serve
 from r1.bench.workload import Workload
 from r1.errors import InputError
 from r1.model.config import Config
-from r1.switches.backend import Backend
+from r1.switches.backend import SHARING, Backend
 from r1.switches.resolve import resolve
 
 NAME = "fp32 reference"
@@ -40,7 +40,7 @@ def make_reference(
     """
     base = compared[0].backend
     # Packed numbers are multiplied as the fp32 numbers that they stand for.
-    same = {name: getattr(base, name) for name in ("device", "quant", "tp", "ep")}
+    same = {name: getattr(base, name) for name in ("device", "quant", *SHARING)}
     plain = Backend(**{**TEXTBOOK, **same, "dtype": "fp32"})
     backends = resolved(compared, workload, config)
     dtypes = sorted({each.compute for each in backends}) or ["fp32"]

@@ -72,7 +72,7 @@ def _too_large(
 
 def work_bytes(w: Workload, config: Config, backend: Backend, draft: int = 0) -> int:
     """The bytes of the cache, the tokens, and the logits of a step. `draft`: see check_sizes."""
-    layers = config.num_hidden_layers + (backend.speculate == "mtp")
+    layers = -(-config.num_hidden_layers // backend.pp) + (backend.speculate == "mtp")
     entry = attention_of(config.attention)[backend.attention].entry(config.attention)
     per_token = bytes_per_token(entry, DTYPES[backend.dtype], layers) + draft
     cache = w.batch * w.tokens * per_token

@@ -3,8 +3,10 @@
 placement    the base: everything on one device. build.py asks it while it makes and loads a model
 cuts         one table: how each matrix is cut, and a device's share in whole blocks
 parallel     tensor and expert parallel: each rank's part of every layer
+stages       pipeline parallel: each rank's range of layers
 collectives  what ranks exchange: sums, and rows put together
 mesh         the ranks that share a model, in a grid, and what they agree on
+alike        whether they loaded the same checkpoint
 ranks        the processes of one command: how they meet, speak, listen and end
 
 Tested in tests/: test_placement.py, test_parallel.py and test_torchrun.py.

@@ -30,6 +30,10 @@ class Placement:
         """The device of a module's own tensors; `name` is its path in the model."""
         return device
 
+    def holds(self, key: str) -> bool:
+        """Whether this process holds the checkpoint's tensor `key`, or a part of it."""
+        return True
+
     def part(self, key: str, shape: tuple[int, ...]) -> Part:
         """The part of the checkpoint's tensor `key` that this process holds."""
         return tuple(slice(0, size) for size in shape)

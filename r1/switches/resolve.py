@@ -111,14 +111,18 @@ def _check_machine(backend: Backend, machine: Machine) -> None:
 
 def _check_devices(backend: Backend, config: Config) -> None:
     """Whether so many devices can share this model."""
-    if why := cuts.why_not(config, backend.tp, backend.ep):
+    if why := cuts.why_not(config, backend.tp, backend.ep, backend.pp):
         raise InputError(why)
     if backend.ranks > 1 and backend.kernels == "triton":
-        spread = " and ".join(setting(n, getattr(backend, n)) for n in ("tp", "ep"))
         raise InputError(
-            f"{setting('kernels', 'triton')} adds up a whole layer in one device's kernels, and "
-            f"{spread} share it: use {setting('kernels', 'torch')}"
+            f"{setting('kernels', 'triton')} computes a step from the first layer to the logits in "
+            f"one device's kernels, and {backend.sharing} shares it: use "
+            f"{setting('kernels', 'torch')}"
         )
+    for name in ("cuda_graphs", "prefill_graphs"):
+        if backend.pp > 1 and getattr(backend, name):
+            waits = f"with {setting('pp', backend.pp)} each waits for the stage before"
+            raise InputError(f"{setting(name)} records whole calls, and {waits}: leave one out")
 
 
 def _check_speculation(backend: Backend, config: Config) -> None:
