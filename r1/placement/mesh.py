@@ -109,7 +109,7 @@ class Mesh:
             result = call()
         except InputError as error:
             wrong = str(error)
-        for rank, sentence in enumerate(self._all(wrong)):
+        for rank, sentence in enumerate(self.gather(wrong)):
             if sentence is not None:
                 raise SharedError(sentence if rank == 0 else f"rank {rank}: {sentence}")
         return result
@@ -123,9 +123,7 @@ class Mesh:
 
         `what` has the value, as in "the prompts". Of two dicts the sentence shows what differs.
         """
-        if self.ranks == 1:
-            return
-        values = self._all(value)
+        values = self.gather(value)
         for rank, other in enumerate(values):
             leader = rank - rank % self.parts if in_stages else 0
             first = values[leader]
@@ -142,8 +140,10 @@ class Mesh:
                     f"rank {rank} differs from rank {leader} in {what}{told}: {advice}"
                 )
 
-    def _all(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
+        if self.ranks == 1:
+            return [value]
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value, group=self.group)
         return values
