@@ -33,7 +33,7 @@ from r1.placement.placement import Placement
 from r1.placement.stages import Stages
 from r1.storage import int4_cpu
 from r1.storage.joined import join
-from r1.storage.kinds import KINDS
+from r1.storage.kinds import KINDS, kind_of
 from r1.storage.matrix import Matrix
 from r1.switches.backend import Backend
 from r1.switches.precision import spec_of, specs_of
@@ -173,7 +173,7 @@ def _too_large(
     """The error of a model that does not fit, with advice that helps."""
     halved = backend.dtype == "fp32" and backend.amp == "off" and needed / 2 <= available
     could = [setting("dtype", "bf16") if halved else None]
-    if backend.quant != "int4" and "triton" not in (backend.moe, backend.prefill_moe):
+    if kind_of(backend.quant) != "int4" and "triton" not in (backend.moe, backend.prefill_moe):
         smaller = replace(backend, quant="int4")
         if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
             could.append(setting("quant", "int4"))

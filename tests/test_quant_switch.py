@@ -6,6 +6,7 @@ and what r1/build.py and r1/switches/resolve.py make of the switch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -150,17 +151,18 @@ def test_modelopt_and_an_index_that_omits_its_tensors(plain: Path) -> None:
 
 
 # ---------------------------- the switch
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantizing_while_loading(kind: str, plain: Path) -> None:
+@pytest.mark.parametrize("quant", USUAL)
+def test_quantizing_while_loading(quant: str, plain: Path) -> None:
     """Matrix by matrix what the storage's own rounding makes; the table's are left alone."""
     dense, _ = load(plain, dtype="fp32", quant="none", join="off", mtp=True)
-    made, _ = load(plain, dtype="fp32", quant=kind, join="off", mtp=True)
+    made, _ = load(plain, dtype="fp32", quant=quant, join="off", mtp=True)
     linears: dict[str, Any] = dict(dense.named_modules())
     for path, matrix in quantized_of(made).items():
         owner, _, name = path.rpartition(".")
         source = linears[path]
         source = source.matrix if isinstance(source, Linear) else getattr(linears[owner], name)
-        right = KINDS[kind].of(source.dense(), USUAL[kind])
+        right = KINDS[USUAL[quant].kind].of(source.dense(), USUAL[quant])
+        assert matrix.spec == USUAL[quant]
         assert all(
             torch.equal(matrix.stored()[n].float(), t.float()) for n, t in right.stored().items()
         )
@@ -169,6 +171,35 @@ def test_quantizing_while_loading(kind: str, plain: Path) -> None:
     assert (
         stored["lm_head.weight"].spec is None and stored["model.embed_tokens.weight"].spec is None
     )
+
+
+def test_a_named_group_size_keeps_groups_of_this_size_only(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files in groups of 32: int4 and int4-g32 keep them to the bit, int4-g64 packs anew. (The
+    model is small, so here 8 stands for 32, and 16 for 64.)
+    """
+    for quant, columns in (("int4-g32", 8), ("int4-g64", 16)):
+        monkeypatch.setitem(USUAL, quant, dataclasses.replace(USUAL[quant], columns=columns))
+    writers.write(plain, "compressed-tensors int4", only=r"\.experts\.")
+    (stored,) = (spec for spec, _ in load_config(plain).files.stored)
+    assert stored.columns == 8
+    files, _ = load(plain, dtype="fp32", join="off")
+    of_files = quantized_of(files)
+    for quant, kept in (("int4", True), ("int4-g32", True), ("int4-g64", False)):
+        made, _ = load(plain, dtype="fp32", quant=quant, join="off")
+        found = quantized_of(made)
+        for path, matrix in of_files.items():
+            same = found[path].spec == matrix.spec and all(
+                torch.equal(found[path].stored()[n], t) for n, t in matrix.stored().items()
+            )
+            assert same == kept, (quant, path)
+        # What the files leave alone is packed only if the files' kind isn't all that is asked for.
+        assert (len(found) > len(of_files)) == (quant != "int4")
+        if quant != "int4":
+            assert {m.spec.columns for p, m in found.items() if p not in of_files} == {
+                USUAL[quant].columns
+            }
 
 
 def test_the_unquantized_model_is_never_held(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from r1.errors import InputError, setting
 from r1.model.strategy import Strategy
-from r1.storage.kinds import KINDS
+from r1.storage.kinds import USUAL
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED
 
 SHARING = ("tp", "ep", "pp")
@@ -28,7 +28,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "prefill_moe": ("auto", *_for_prompts(EXPERTS)),
         "join": ("auto", "on", "off"),
         "kernels": ("torch", "triton"),
-        "quant": ("auto", "none", *KINDS),
+        "quant": ("auto", "none", *USUAL),
         "quant_head": ("none", "fp8", "int8"),
         "speculate": ("off", "mtp", "draft"),
         "memory": ("default", "expandable", "empty-cache"),
@@ -85,7 +85,8 @@ class Backend:
     """triton: hand-written kernels for a whole decode step, attention and experts included"""
     quant: str = "auto"
     """how matrices are stored; auto: as the checkpoint has them, but FP8 on a CPU and what kernels
-    can't read become plain numbers, as with none; the others quantize while loading"""
+    can't read become plain numbers, as with none; the others quantize while loading: int4 in groups
+    of 128, -g64 and -g32 in smaller ones"""
     quant_head: str = "none"
     """how the output head is stored, which `quant` leaves alone; of a model in 4 bit it is up to a
     third of what a token reads"""

@@ -28,18 +28,30 @@ def spec_of(name: str, files: FileFormat, quant: str, head: str = "none") -> Spe
     """How a matrix, or a stack of experts, lies in memory under `quant`. `head` is quant_head.
 
     `name` is the checkpoint's, without an expert's number and without `.weight`. None: it is not
-    quantized. What the files have in this kind is kept as it is, and so is what they leave alone.
+    quantized. What the files have in this kind (and in groups of this size, if `quant` names one)
+    is kept as it is. With "auto", or the files' own kind, so is what they leave alone.
     """
     if name == "lm_head" and head != "none":
         return USUAL[head]
     if quant == "none" or name.rpartition(".")[2] in KEPT:
         return None
-    return files.spec(name) if quant in ("auto", files.kind) else USUAL[quant]
+    stored = files.spec(name)
+    if quant in ("auto", files.kind):
+        return stored
+    return stored if stored is not None and _alike(stored, USUAL[quant]) else USUAL[quant]
 
 
 def specs_of(files: FileFormat, quant: str) -> tuple[Spec, ...]:
     """The formats in which a model lies in memory under `quant`."""
     if quant == "none":
         return ()
-    kept = quant in ("auto", files.kind)
-    return tuple(spec for spec, _ in files.stored) if kept else (USUAL[quant],)
+    stored = tuple(spec for spec, _ in files.stored)
+    if quant in ("auto", files.kind):
+        return stored
+    wanted = USUAL[quant]
+    return (*(spec for spec in stored if _alike(spec, wanted)), wanted)
+
+
+def _alike(stored: Spec, wanted: Spec) -> bool:
+    """Whether numbers stored so need not be rounded again to be stored as wanted."""
+    return (stored.kind, stored.rows, stored.columns) == (wanted.kind, wanted.rows, wanted.columns)

@@ -13,6 +13,7 @@ from r1.model.config import Config, Yarn
 from r1.model.strategy import Strategy, Use
 from r1.placement import cuts
 from r1.storage import int4_cpu
+from r1.storage.kinds import kind_of
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 from r1.switches.precision import spec_of
@@ -269,9 +270,10 @@ def _experts(slot: str, asked: str, use: Use, ep: int) -> str:
 def _multiplies_packed(use: Use) -> bool:
     """Whether `grouped` needs no dequantized experts on a CPU."""
     experts, hidden = use.config.experts, use.config.hidden_size
-    if use.gpu or use.quant == "int8":
+    kind = kind_of(use.quant)
+    if use.gpu or kind == "int8":
         return not use.gpu
-    if use.quant != "int4" or not experts.n_routed_experts:
+    if kind != "int4" or not experts.n_routed_experts:
         return False
     stack = f"model.layers.{experts.first_k_dense_replace}.mlp.experts.down_proj"
     spec = spec_of(stack, use.config.files, use.quant)
