@@ -116,9 +116,8 @@ def _check_devices(backend: Backend, config: Config) -> None:
         raise InputError(why)
     if backend.ranks > 1 and backend.kernels == "triton":
         raise InputError(
-            f"{setting('kernels', 'triton')} computes a step from the first layer to the logits in "
-            f"one device's kernels, and {backend.sharing} shares it: use "
-            f"{setting('kernels', 'torch')}"
+            f"{setting('kernels', 'triton')} computes a whole step in one device's kernels, and "
+            f"{backend.sharing} shares it: use {setting('kernels', 'torch')}"
         )
     for name in ("cuda_graphs", "prefill_graphs"):
         if backend.pp > 1 and getattr(backend, name):
