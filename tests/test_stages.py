@@ -166,11 +166,9 @@ def test_prompts_in_chunks(ranks: Ranks, deep: Path) -> None:
 
 def test_chunks_are_shorter_where_stages_wait() -> None:
     """Four for each stage, as long as they are not small; attention's limit holds as before."""
-    alone, spread = (
-        runner.Runner(build.from_shape(TINY, backend), replace(backend, pp=pp))
-        for pp in (1, 2)
-        if (backend := resolve(Backend(device="cpu", dtype="fp32"), TINY))
-    )
+    backend = resolve(Backend(device="cpu", dtype="fp32"), TINY)
+    made = build.from_shape(TINY, backend)
+    alone, spread = (runner.Runner(made, replace(backend, pp=pp)) for pp in (1, 2))
     assert alone._chunk(1, 4096) == alone.prefill_chunk
     assert spread._chunk(1, 4096) == 512
     assert spread._chunk(1, 1024) == runner.SMALL_CHUNK
