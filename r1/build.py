@@ -16,6 +16,7 @@ from r1.errors import InputError, setting
 from r1.files.draw import randomize
 from r1.files.load import Report, load
 from r1.files.names import EXPERT_MATRICES, key_of
+from r1.footprint import HEADROOM, least, module_bytes
 from r1.model import gqa
 from r1.model.config import Config
 from r1.model.gqa import GQA
@@ -38,9 +39,6 @@ from r1.storage.matrix import Matrix
 from r1.switches.backend import Backend
 from r1.switches.precision import spec_of, specs_of
 from r1.switches.strategies import EXPERTS, attention_of
-
-HEADROOM = 256 * 2**20
-"""Bytes beside the weights without which no step runs: activations, the cache of a short prompt."""
 
 
 def from_checkpoint(
@@ -159,8 +157,9 @@ def allocate(
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         needed[devices[name].type] += sum(tensor.nbytes for tensor in own)
     for kind, nbytes in needed.items():
-        if nbytes + HEADROOM > (available := available_bytes(torch.device(kind))):
-            raise _too_large(nbytes + HEADROOM, available, model, backend, cut)
+        nbytes += least(model, backend) if kind == device.type else HEADROOM
+        if nbytes > (available := available_bytes(torch.device(kind))):
+            raise _too_large(nbytes, available, model, backend, cut)
     for name, module in model.named_modules():
         module.to_empty(device=devices[name], recurse=False)
     model.derive()
@@ -175,7 +174,8 @@ def _too_large(
     could = [setting("dtype", "bf16") if halved else None]
     if kind_of(backend.quant) != "int4" and "triton" not in (backend.moe, backend.prefill_moe):
         smaller = replace(backend, quant="int4")
-        if weight_bytes(model.config, smaller, mtp=len(model.mtp) > 0) + HEADROOM <= available:
+        small = sketch(model.config, smaller, mtp=len(model.mtp) > 0)
+        if module_bytes(small) + least(small, smaller) <= available:
             could.append(setting("quant", "int4"))
     advice = " or ".join(each for each in (*could, cut, "a larger machine") if each)
     kinds = dict.fromkeys((backend.dtype, backend.quant, backend.quant_head))  # each once
@@ -245,7 +245,8 @@ def _repack(model: Transformer, backend: Backend) -> None:
 def finish(model: Transformer, backend: Backend) -> Transformer:
     """Fill the slots with the strategies that `backend` names."""
     attention = {"prefill": backend.prefill_attention, "decode": backend.attention}
-    experts = {"prefill": backend.prefill_moe, "decode": backend.moe}
+    sparse = model.config.experts.n_routed_experts > 0
+    experts = {"prefill": backend.prefill_moe, "decode": backend.moe} if sparse else {}
     table: Mapping[str, Any] = attention_of(model.config.attention)
     attend = {phase: table[name] for phase, name in attention.items()}
     dispatch = {phase: EXPERTS[name] for phase, name in experts.items()}
@@ -285,6 +286,5 @@ def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:
         first = Mesh(backend.tp, backend.ep, stage * backend.tp * backend.ep, pp=backend.pp)
         place = placement_of(config, backend, first)
         model = sketch(config, backend, mtp=mtp, placement=place)
-        tensors = (*model.parameters(), *model.buffers())
-        most = max(most, sum(tensor.nbytes for tensor in tensors))
+        most = max(most, module_bytes(model))
     return most

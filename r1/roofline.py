@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -88,10 +88,31 @@ def weights_of(module: nn.Module) -> Weights:
     return Weights(always, elements, expert, expert_elements)
 
 
-@cache
 def model_of(config: Config, backend: Backend, mtp: bool) -> Transformer:
-    """The layers of all stages as `backend` stores them, without memory."""
-    return sketch(config, replace(backend, pp=1), mtp=mtp)
+    """The model as `backend` stores it, without memory. Nobody may change it: it is kept."""
+    return _sketch(config, replace(backend, **HOW), mtp)
+
+
+HOW: dict[str, Any] = {
+    name: getattr(Backend, name)
+    for name in (
+        "device", "amp", "compile", "cuda_graphs", "prefill_graphs", "attention",
+        "prefill_attention", "moe", "prefill_moe", "memory", "kernels", "tune", "speculate",
+        "draft_tokens",
+    )
+}  # fmt: skip
+"""Switches that say where and how a model is called, not how it is stored."""
+
+
+@cache
+def _sketch(config: Config, backend: Backend, mtp: bool) -> Transformer:
+    return sketch(config, backend, mtp=mtp)
+
+
+@cache
+def _layers(model: Transformer) -> Weights:
+    """The weights of a kept model's layers, counted once."""
+    return weights_of(model.layers)
 
 
 def step_work(
@@ -104,8 +125,9 @@ def step_work(
     is resolved. `verify`: a decode step over drafts (speculate.py), in which every token gets
     logits; otherwise only the last of each row does.
     """
-    model = model_of(config, backend, False)  # where devices share it, one device's part
-    layers, head = weights_of(model.layers), model.lm_head.matrix
+    # Of all stages. Where devices share a layer, one device's part.
+    model = model_of(config, replace(backend, pp=1), False)
+    layers, head = _layers(model), model.lm_head.matrix
     # A model without layers stands for what is left when its only one is taken away.
     first = cast(Block, model.layers[0]) if len(model.layers) else None
     shape = first.self_attn.shape if first else config.attention
@@ -210,7 +232,7 @@ def draft_work(config: Config, backend: Backend, rows: int, context: float) -> W
 
     The MTP layer reads the k + 1 judged tokens in one pass, and one token in each of k - 1 more.
     """
-    model = model_of(config, backend, True)
+    model = model_of(config, replace(backend, pp=1), True)
     layer, head = weights_of(model.mtp[0]), model.lm_head.matrix
     attention = attention_of(config.attention)[backend.attention]
     shape = cast(Block, model.layers[0]).self_attn.shape

@@ -10,7 +10,7 @@ import signal
 import sys
 from itertools import pairwise
 
-COMMANDS = (("-m", "r1"), ("-m", "r1.tour"))
+COMMANDS = (("-m", "r1"), ("-m", "r1.tour"), ("-m", "r1.guide"))
 
 
 def is_command() -> bool:

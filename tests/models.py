@@ -214,7 +214,7 @@ def unit_gain(
     Weights have a standard deviation of fan_in^-0.5, and half of it where they add to the stream,
     as at the start of a training. So every layer matters, and values are of order 1.
     """
-    plain = Backend(device, dtype, attention="naive", moe="loop", prefill_moe="loop")
+    plain = Backend(device, dtype, attention="naive", **loop_over_experts(config))
     backend = resolve(plain, config)
     made = build.allocate(config, backend, mtp=False)
     generator = torch.Generator().manual_seed(seed)
@@ -237,13 +237,18 @@ def gate_of(config: Config, seed: int) -> Router:
     return next(module for module in made.modules() if isinstance(module, Router))
 
 
+def loop_over_experts(config: Config) -> dict[str, Any]:
+    """The plainest strategy of the experts, of a model that has some."""
+    return {"moe": "loop", "prefill_moe": "loop"} if config.experts.n_routed_experts else {}
+
+
 # ---------------------------- runners
 def runner(made: Transformer, chunk: int = 2048, dtype: str = "fp32", **switches: Any) -> Runner:
     """Runs `made` on the CPU; by default through the loop over experts.
 
     The model's slots are refilled: use one runner of a model at a time.
     """
-    asked = {"moe": "loop", "prefill_moe": "loop", **switches}
+    asked = {**loop_over_experts(made.config), **switches}
     backend = resolve(Backend(device="cpu", dtype=dtype, **asked), made.config)
     return Runner(build.finish(made, backend), backend, prefill_chunk=chunk)
 

@@ -389,6 +389,20 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
         V3,
         "can't share a cache",
     ),
+    **{
+        f"{name}={value} without experts": (
+            {name: value},
+            H100,
+            TINY_GROUPED,
+            f"^{name}={value} chooses how experts are computed, and this model has none: leave",
+        )
+        for name, value in [
+            ("moe", "loop"),
+            ("moe", "triton"),
+            ("prefill_moe", "grouped"),
+            ("prefill_moe", "triton"),
+        ]
+    },
     "compile without Triton": (
         {"compile": True},
         replace(H100, compiler=False),
@@ -403,6 +417,16 @@ def test_switch(case: str) -> None:
     switches, machine, shape, said = SWITCHES[case]
     with refused(said):
         resolve(Backend(**switches), shape, machine)
+
+
+def test_a_model_without_experts_gets_no_strategy_for_them() -> None:
+    """Also with kernels that bring their own; what was resolved can be resolved again."""
+    asked: list[dict[str, Any]] = [{}, {"kernels": "triton"}, {"compile": True}]
+    for switches in asked:
+        found = resolve(Backend(**switches), TINY_GROUPED, H100)
+        assert (found.moe, found.prefill_moe) == ("auto", "auto")
+    plain = resolve(Backend(device="cpu"), TINY_GROUPED)
+    assert resolve(plain, TINY_GROUPED) == plain
 
 
 SETTINGS = {field.name for field in fields(Backend)}

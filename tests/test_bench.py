@@ -165,7 +165,7 @@ def test_ablation_has_every_rung_and_every_step_left_out(
     steps = ablation.ladder_steps({}, machine, batch, shape(name))
     assert (
         found[0].kind == "baseline"
-        and found[0].backend.moe == "loop"
+        and found[0].backend.moe == ("loop" if shape(name).experts.n_routed_experts else "auto")
         and found[0].backend.attention == "naive"
     )
     ladder = [a for a in found if a.kind == "ladder"]
@@ -848,6 +848,28 @@ def test_what_can_not_run_here_is_refused_before_anything_is_measured(
         and said in err
     )
     assert err.count(said) == 1 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "llama-3.2-1b", "--routing", "uniform"], "--routing uniform draws experts"),
+        (["--warm-start"], "--warm-start starts arms that compile a second time, and none does"),
+        (["--warm-start", "--moe", "gather"], "add --compile, or leave it out"),
+        (["--ablate", "--moe", "gather"], "--ablate takes every switch by itself: leave --moe out"),
+        (["--ablate", "--cuda-graphs"], "leave --cuda-graphs out"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(measure, "measure")
+    assert bench.main([*arguments, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("where", ["a file", "a file/in it"])

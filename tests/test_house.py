@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 ROOMS = (
     "bench.py",
+    "r1/guide/",
     "r1/bench/",
     "r1/tour/",
     "r1/__main__.py",
@@ -32,6 +33,7 @@ ROOMS = (
     "r1/threads.py",
     "r1/drafting.py",
     "r1/build.py",
+    "r1/footprint.py",
     "r1/run/",
     "r1/files/",
     "r1/switches/",

@@ -24,10 +24,13 @@ from typing import Any
 
 import bench_kernels
 import compile_kernels as compile_tool
+import kernel_cases
 import pytest
 import torch
 from models import (
     FIVE_WORDS,
+    TINY_GROUPED,
+    TINY_QWEN2,
     V3,
     VARIANTS,
     drafting_engine,
@@ -43,11 +46,12 @@ pytest.importorskip("triton", reason="the kernels need the triton package: pip i
 import triton
 import triton.language as tl
 
-from r1 import Config, InputError
+from r1 import InputError, build
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.block import DecodeBlock, output_head
 from r1.kernels.chip import Chip
 from r1.kernels.experts import ExpertsLaunch, experts, experts_torch
+from r1.kernels.gated import gated, gated_torch
 from r1.kernels.latent import LatentLaunch, latent, latent_torch
 from r1.kernels.linear import LinearLaunch, linear, linear_torch
 from r1.kernels.prefetch import CHUNK, LANES, requests
@@ -122,12 +126,12 @@ def close(ours: Tensor, twin: Tensor, dtype: str) -> None:
 # ---------------------------- one kernel each
 @both
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("how", ["plain", "norm", "swiglu", "residual", "norm and residual"])
+@pytest.mark.parametrize("how", ["plain", "norm", "residual", "norm and residual"])
 def test_linear(how: str, tokens: int, dtype: str) -> None:
     inputs, outputs = 75, 37
-    x, other = draw(tokens, 2 * inputs + 5, dtype=dtype)[:, : 2 * inputs].split(inputs, dim=-1)
+    x = draw(tokens, 2 * inputs + 5, dtype=dtype)[:, :inputs]  # rows with a stride
     weight = matrix(outputs, inputs, dtype=dtype)
-    options: dict[str, Any] = {"up": other if how == "swiglu" else None}  # rows with a stride
+    options: dict[str, Any] = {}
     if "norm" in how:
         options |= {"norm": draw(inputs, dtype=dtype), "eps": 1e-2}
     if "residual" in how:
@@ -139,6 +143,35 @@ def test_linear(how: str, tokens: int, dtype: str) -> None:
             linear_torch(x, weight, **options),
             dtype,
         )
+
+
+def feed_forward(dim: int, inner: int, dtype: str, joined: bool) -> MLP:
+    """Random weights, on the device."""
+    mlp = MLP(dim, inner).requires_grad_(False).to(DEVICE, DTYPES[dtype])
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.matrix = matrix(inner, dim, dtype=dtype)
+    if joined:
+        build.join_matrices(mlp)
+    return mlp
+
+
+@both
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_gated(tokens: int, joined: bool, dtype: str) -> None:
+    """Ragged edges: 75 inputs, and 37 inner values in blocks of one, or of four."""
+    mlp, gain = feed_forward(75, 37, dtype, joined), draw(75, dtype=dtype)
+    x = draw(tokens, 75, dtype=dtype)
+    twin = gated_torch(x, mlp, gain, 1e-2)
+    launch = LinearLaunch(1, 8, 32, 4) if tokens == 1 else LinearLaunch(16, 16, 32, 4)
+    for each in (None, launch):
+        close(gated(CHIP, x, mlp, gain, 1e-2, each), twin, dtype)
+    for wrong in (gated_torch(x, mlp, gain, 1.0), gated_torch(x, mlp, gain * 0.9, 1e-2)):
+        with pytest.raises(AssertionError, match="off by"):
+            close(gated(CHIP, x, mlp, gain, 1e-2), wrong, dtype)
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+    with pytest.raises(AssertionError, match="off by"):
+        close(gated_torch(x, mlp, gain, 1e-2), twin, dtype)
 
 
 @both
@@ -892,6 +925,11 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
     ("launch", "sizes", "wanted"),
     [
         (LinearLaunch, (1, 7168, 2112, 2), LinearLaunch(1, 2, 1024, 4)),
+        (LinearLaunch, (1, 2048, 3072, 2), LinearLaunch(1, 2, 1024, 4)),
+        (LinearLaunch, (1, 3584, 37888, 2, 4), LinearLaunch(1, 8, 512, 1)),
+        (LinearLaunch, (1, 5120, 55296, 2, 4), LinearLaunch(1, 8, 1024, 2)),
+        (LinearLaunch, (1, 3584, 4608, 2, 4), LinearLaunch(1, 8, 1024, 2)),
+        (LinearLaunch, (1, 18944, 3584, 2, 4), LinearLaunch(1, 4, 2048, 2)),
         (LinearLaunch, (32, 2048, 2048, 2), LinearLaunch(32, 16, 128, 4, 5)),
         (LinearLaunch, (32, 2048, 3648, 2), LinearLaunch(32, 32, 128, 4, 5)),
         (LinearLaunch, (8, 2048, 163840, 2), LinearLaunch(16, 64, 128, 4, 5)),
@@ -913,34 +951,52 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
     """tools/measure/bench_kernels.py --sweep on an H100, and compile_kernels.py where something
-    else spilled.
+    else spilled. Those of one token and 4 bits follow from the compiled instructions.
     """
     assert launch.default(sizes, H100) == wanted
 
 
 # ---------------------------- tools/measure/bench_kernels.py
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("config", [VARIANTS["v3"], VARIANTS["moonlight"]], ids=["v3", "moonlight"])
-def test_what_is_timed_is_right(config: Config, tokens: int) -> None:
+MEASURED = {
+    "v3": (VARIANTS["v3"], 12),
+    "moonlight": (VARIANTS["moonlight"], 11),
+    "qwen2": (TINY_QWEN2, 9),
+    "qwen3": (TINY_GROUPED, 9),
+}
+"""Configs, and how many cases each has with two contexts."""
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "quant"),
+    [
+        ("v3", 1, "none"), ("v3", 3, "none"), ("moonlight", 1, "none"), ("moonlight", 3, "int4"),
+        ("qwen2", 1, "int4"), ("qwen2", 3, "none"), ("qwen3", 1, "none"),
+    ],
+)  # fmt: skip
+def test_what_is_timed_is_right(name: str, tokens: int, quant: str) -> None:
     """Every case of the benchmark beside its twin, on this machine."""
+    config, count = MEASURED[name]
     with torch.device(DEVICE), torch.inference_mode():
-        found = [
-            make()
-            for make in bench_kernels.makers(
-                bench_kernels.Place(CHIP, 1), config, tokens, [20, 33], []
-            )
-        ]
-        assert len(found) == (12 if config.attention.q_lora_rank else 11)
+        place = kernel_cases.Place(CHIP, 1, quant)
+        found = [make() for make in bench_kernels.makers(place, config, tokens, [20, 33], [])]
+        assert len(found) == count
         for case in found:
             assert bench_kernels.off(case, None) < 0.02, case.name
             assert case.nbytes > 0 and case.flops > 0 and len(case.copies) >= 2
-            assert case.name == "step" or case.default.choices.keys() <= vars(case.default).keys()
+            if case.default is not None:
+                assert case.default.choices.keys() <= vars(case.default).keys()
+        bare = {case.name for case in found if case.default is None}
+        assert bare == {"step"} | ({"heads"} if name.startswith("qwen") else set())
+        if quant == "int4":
+            half = {case.name: case.nbytes for case in found}["dense_down"]
+            inner, dim = config.intermediate_size, config.hidden_size
+            assert half < 2 * inner * dim  # of the weights in bf16 alone
 
 
 def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     config = VARIANTS["v3"]
     with torch.device(DEVICE), torch.inference_mode():
-        (make,) = bench_kernels.makers(bench_kernels.Place(CHIP, 1), config, 1, [20], ["qkv_a"])
+        (make,) = bench_kernels.makers(kernel_cases.Place(CHIP, 1), config, 1, [20], ["qkv_a"])
         case = make()
         monkeypatch.setattr(LinearLaunch, "choices", {"outputs": (1, 2, 4, 8), "warps": (4, 8, 3)})
         right = case.run

@@ -20,7 +20,7 @@ from models import TINY, TINY_GROUPED, sharp_logits
 from torch import Tensor
 
 from r1.bench import parity
-from r1.bench.arms import TEXTBOOK
+from r1.bench.arms import textbook
 from r1.bench.worker import rounding, steps
 from r1.errors import InputError
 from r1.switches.backend import Backend
@@ -87,8 +87,8 @@ RUN = [(kind, pair) for kind, pair in PAIRS if not refusal(kind, pair)]
 def reference(kind: str) -> tuple[Tensor, Tensor, dict[str, parity.Rounding]]:
     """Text and logits of the plainest fp32 run, and what rounding to bf16 does to it."""
     config = CONFIGS[kind]
-    text, logits = read(sharp_logits(config=config, **TEXTBOOK))
-    rounded = sharp_logits(config=config, **TEXTBOOK, amp="bf16")
+    text, logits = read(sharp_logits(config=config, **textbook(config)))
+    rounded = sharp_logits(config=config, **textbook(config), amp="bf16")
     subject: Any = SimpleNamespace(device=rounded.device, engine=rounded)
     made = {}
     for switch, noise in rounding.NOISE.items():

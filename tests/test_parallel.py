@@ -6,11 +6,13 @@ tokens on every rank. tests/test_stages.py has pipelines, tests/test_torchrun.py
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from r1 import Backend, InputError, build
 from r1.files.config_json import load_config
 from r1.files.names import places
 from r1.files.save import save
+from r1.kernels.block import DecodeBlock, output_head
+from r1.kernels.chip import Chip
 from r1.model.config import Config
 from r1.model.shapes import shape
 from r1.placement.cuts import ALIGNMENT, COLUMNS, CUTS, block_of, span
@@ -174,8 +178,11 @@ def test_variants(ranks: Ranks, tmp_path: Path, variant: str) -> None:
     """What differs between the published models; and models of dense layers."""
     folder = saved(VARIANTS[variant], tmp_path / "model")
     sparse = VARIANTS[variant].experts.n_routed_experts > 0
-    grid = {"tp": 2, "ep": 2} if sparse else {"tp": 2}
-    check_logits(ranks, folder, {**grid, "prefill_moe": "gather"}, "algebra fp32")
+    grid = {"tp": 2, "ep": 2, "prefill_moe": "gather"} if sparse else {"tp": 2}
+    check_logits(ranks, folder, grid, "algebra fp32")
+    text, right = decoded(folder, None, {})
+    for _, logits in run(ranks, grid, fused, folder, text, grid, False):
+        torch.testing.assert_close(logits, right, atol=atol("algebra fp32"), rtol=0)
 
 
 @pytest.mark.parametrize("name", writers.FORMATS)
@@ -342,7 +349,7 @@ REFUSED: dict[str, tuple[Config, dict[str, Any], str]] = {
     "blocks": (TINY, {"tp": 2, "quant": "fp8"}, "o_proj is stored in blocks of 128 columns"),
     "a head's blocks": (TINY, {"tp": 2, "quant_head": "fp8"}, "lm_head is stored in blocks of 128"),
     "groups": (TINY, {"ep": 2, "quant": "int4"}, "1 blocks of 128, which can't be shared by 2"),
-    "fused": (TINY, {"tp": 2, "kernels": "triton"}, "use kernels=torch"),
+    "a search": (TINY, {"tp": 2, "kernels": "triton", "tune": True}, "tune times one process's"),
     "nobody else": (TINY, {"tp": 2}, "needs 2 processes, and 1 was started: use torchrun"),
 }
 
@@ -350,7 +357,7 @@ REFUSED: dict[str, tuple[Config, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_devices_can_not_share_is_refused(case: str) -> None:
     config, switches, sentence = REFUSED[case]
-    machine = H100 if case == "fused" else None
+    machine = H100 if case == "a search" else None
     with pytest.raises(InputError, match=sentence):
         backend = resolve(Backend(**{"dtype": "fp32", **switches}), config, machine)
         build.sketch(config, backend)
@@ -427,6 +434,44 @@ def test_kernels_compute_a_part(ranks: Ranks, plain: Path, grid: dict[str, int])
     text, right = decoded(plain, None, {})
     for _, logits in run(ranks, grid, by_kernels, plain, text[:1], grid):
         torch.testing.assert_close(logits, right[:2], atol=atol("algebra fp32"), rtol=0)
+
+
+def fused(
+    folder: Path, text: Tensor, switches: dict[str, Any], interpreted: bool
+) -> tuple[Tensor, Tensor]:
+    """`decoded` with fused blocks, of kernels or of their twins, and with the output head's."""
+    runner, chip = engine_of(folder, switches).runner, None
+    if interpreted:
+        chip = Chip.of(torch.device("cpu"))
+        way: Any = runner.ways["decode"]
+        way.head = partial(output_head, runner.model.lm_head, chip)
+    runner.blocks["decode"] = [DecodeBlock(block, chip) for block in runner.model.layers]
+    return read(runner, text)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 inner values are 16 and 8 for two devices, and their shared experts' 48 are 24 and 24. So
+    on one of them the shared experts are one and a half experts, and on the other three.
+    """
+    config = SPREAD.change(moe_intermediate_size=24)
+    return saved(config, tmp_path_factory.mktemp("uneven") / "model")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs kernels on a CPU")
+@pytest.mark.parametrize("interpreted", [False, True], ids=["twins", "kernels"])
+def test_fused_blocks_compute_a_part(
+    ranks: Ranks, plain: Path, uneven: Path, interpreted: bool
+) -> None:
+    """Each adds its heads and its inner values, and one of them the rest."""
+    pytest.importorskip("triton")
+    grids = itertools.product(GRIDS[: 2 if interpreted else 3], ({}, {"quant": "int8"}))
+    for folder, (grid, quant) in itertools.product((plain, uneven), grids):
+        text, right = decoded(folder, None, quant)
+        steps, switches = 1 if interpreted else len(text), {**grid, **quant}
+        for _, logits in run(ranks, switches, fused, folder, text[:steps], switches, interpreted):
+            within = atol("algebra fp32")
+            torch.testing.assert_close(logits, right[: steps + 1], atol=within, rtol=0)
 
 
 def traced(folder: Path, tokens: Tensor, switches: dict[str, Any]) -> Tensor:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
+from r1 import build
 from r1.kernels.block import DecodeBlock
 from r1.kernels.chip import Chip
 from r1.kernels.experts import ExpertsLaunch, experts, experts_torch
+from r1.kernels.gated import gated, gated_torch
 from r1.kernels.linear import LinearLaunch, linear, linear_torch
 from r1.model.layers import MLP
 from r1.model.moe import Experts, MoE
@@ -67,6 +69,23 @@ def test_linear(tokens: int, spec: Spec) -> None:
         launch = LinearLaunch(1 if tokens == 1 else 16, 2 if tokens == 1 else 16, inputs, 4)
         close(linear(CHIP, x, weight, launch=launch), right)
     close(linear(CHIP, x, weight), right)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_gated(tokens: int, spec: Spec) -> None:
+    """Gate and up each by itself, and joined: 20 inner values."""
+    x, gain = torch.randn(tokens, 72, device=DEVICE), torch.rand(72, device=DEVICE)
+    mlp = MLP(72, 20).requires_grad_(False)
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.matrix = stored(spec, 20, 72)
+    for joined in (False, True):
+        if joined:
+            build.join_matrices(mlp)
+        right = gated_torch(x, mlp, gain, 1e-6)
+        close(gated(CHIP, x, mlp, gain, 1e-6), right)
+        launch = LinearLaunch(1 if tokens == 1 else 16, 8 if tokens == 1 else 16, 32, 4)
+        close(gated(CHIP, x, mlp, gain, 1e-6, launch), right)
 
 
 @pytest.mark.parametrize("ptx", [False, True])

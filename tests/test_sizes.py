@@ -108,14 +108,17 @@ def test_advice_for_a_baseline_that_does_not_fit(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_caches_bytes_are_those_of_a_cache() -> None:
+    """A prompt that needs less than HEADROOM adds nothing; a long one of many rows does."""
     from models import model, runner
 
-    w = Workload(None, "tiny", None, 3, 200, 56, 0, 0)
+    w = Workload(None, "tiny", None, 3, 200, 50, 0, 0)
     made = runner(model(TINY, dtype="fp32"))
-    cache = made.cache(3, 256)
-    rest = 3 * 256 * sizes.TOKEN + 3 * TINY.vocab_size * 4
-    assert work_bytes(w, TINY, made.backend) == cache.nbytes + rest
+    cache = made.cache(3, 250)
+    assert work_bytes(w, TINY, made.backend) == cache.nbytes + 3 * 250 * sizes.TOKEN
     assert isinstance(cache.lengths, torch.Tensor)
+    many = Workload(None, "tiny", None, 64, 4096, 0, 0, 0)
+    rest = work_bytes(many, TINY, made.backend) - 64 * 4096 * sizes.TOKEN
+    assert rest > made.token_bytes() * 64 * 4096 + 2**26
 
 
 @pytest.mark.parametrize("size", ["1e308", "inf", "nan", "0", "-1", "1e10"])

@@ -304,9 +304,12 @@ def test_a_step_waits_for_all_stages() -> None:
 # ---------------------------- refusals
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"pp": 6}, "pp=6: this model has 5 layers, .*use at most pp=5"),
-    "graphs": ({"pp": 2, "cuda_graphs": True}, "cuda_graphs records .*pp=2"),
-    "prompts": ({"pp": 2, "prefill_graphs": True}, "prefill_graphs records .*pp=2"),
-    "fused": ({"pp": 2, "kernels": "triton"}, "pp=2 shares it: use kernels=torch"),
+    "graphs": ({"pp": 2, "cuda_graphs": True}, "cuda_graphs takes a step as a whole, and pp=2"),
+    "prompts": (
+        {"pp": 2, "prefill_graphs": True},
+        "prefill_graphs takes a step as a whole, and pp=2",
+    ),
+    "fused": ({"pp": 2, "kernels": "triton"}, "kernels=triton takes a step as a whole, and pp=2"),
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import bench_load
 import compare_peers
@@ -42,7 +43,7 @@ def test_every_command_has_help_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, *map(str, COMMANDS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(COMMANDS) == 19 and done.stdout.count("usage: ") == 19
+    assert len(COMMANDS) == 20 and done.stdout.count("usage: ") == 20
     assert "not built yet" not in done.stdout
 
 
@@ -102,7 +103,7 @@ def test_the_table_of_peers() -> None:
     theirs = [{"ttft": 0.5, "tpot": tpot} for tpot in (0.04, 0.04, 0.03)]
     ends = {"first_call_s": 3.0, "allocated_gb": 1.5}
     how = {"shape": "tiny", "batch": 2, "prompt": 8, "new": 4, "dtype": "bf16"}
-    figures = {
+    figures: dict[str, dict[str, Any]] = {
         "r1": {"repetitions": ours, **ends},
         "peer": {"repetitions": theirs, "beside": ours, **ends},
     }
@@ -112,6 +113,23 @@ def test_the_table_of_peers() -> None:
         "| r1 | 200.0 | 20.00 (10.00-30.00) | 100.0 | 1 | 3.0 | 1.5 |",
         "| peer | 500.0 | 40.00 (30.00-40.00) | 50.0 | 0.50 (0.25-1.00) | 3.0 | 1.5 |",
     ]
+    parity = {"passes": True, "median_kl": 2e-5, "bound": 1e-4}
+    figures["r1"]["parity"] = parity
+    assert compare_peers.table({"arguments": how, "figures": figures})[:-2] == lines
+    parity |= {"passes": False, "median_kl": 2e-3}
+    *_, last, _, verdict = compare_peers.table({"arguments": how, "figures": figures})
+    assert "0.50" not in last and "parity fails" in last
+    assert "FAILS: median KL 2.0e-03, and 1.0e-04 would pass" in verdict
+
+
+def test_r1_beside_its_peer_is_an_arm_of_the_benchmark() -> None:
+    """Built, held against the fp32 reference, and measured; what it refuses is one sentence."""
+    line = ["--shape", "tiny", "--layers", "2", "--prompt", "8", "--new", "3", "--device", "cpu"]
+    arguments = compare_peers.parser().parse_args([*line, "--moe", "gather"])
+    with compare_peers.own_side(arguments) as ask:
+        started, turn = ask("start"), ask("measure")
+    assert started["parity"]["passes"] and started["first_call_s"] > turn["ttft"] > 0
+    assert turn["tpot"] > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the tool reads /proc")

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peer_transformers
 import pytest
 import torch
 from folders import load
@@ -232,3 +233,18 @@ def test_mtp_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unshifted = layer(ours.embed_tokens(ids[:, :-1]), own, step)
     for mistake in (wrong, paper, unshifted):
         assert float((mistake - expected).abs().max()) > 1000 * FP32
+
+
+def test_the_measured_peer_has_the_shape_of_ours() -> None:
+    """The random model of compare_peers.py: as many parameters, a tied head once."""
+    for config in (TINY_LLAMA, TINY_QWEN2, V3.change(num_nextn_predict_layers=0)):
+        for tied in (False, True):
+            config = replace(config, tie_word_embeddings=tied)
+            peer = peer_transformers.random_model(config, torch.device("cpu"), torch.bfloat16)
+            own = model(config)
+            count = sum(tensor.numel() for tensor in peer.parameters())
+            assert count == sum(
+                tensor.numel() for name, tensor in places(own).items() if "_bias" not in name
+            )
+            ids = tokens(config)
+            assert their_logits(peer, ids).isfinite().all()

@@ -15,7 +15,7 @@ reference        the fp32 reference, in its own process
 session          one arm's process, as the parent sees it
 process          a child process and the pipe to it
 team             an arm that devices share: a child on each rank, asked as one
-worker/          the commands that run in the child: build, measure, parity, profile
+worker/          the commands that run in the child: build, measure, parity, energy, profile
 parity           compare logits with the reference's
 routing, upcast  changes to a model: even routing; fp32 arithmetic on bf16 weights
 timeline         the time of each kernel, from a profiler's trace
@@ -24,9 +24,9 @@ load_result      read a result file back, and check it (report/types.py has the 
 report/          answers -> rows -> tables and text; report/speedup.py says what a speed-up is
 plot/            a result as a picture
 output           stdout, --output-file, --plot: checked before measuring, lost to no full disk
-merge            --compare: results of several machines in one table
+merge            --compare: results of several machines, and r1.guide's predictions, in one table
 
 The hardware's limits come from r1/roofline.py.
 Tested in tests/test_bench.py, test_bench_table.py, test_gate.py (parity), test_bench_plot.py,
-test_bench_results.py, test_exam.py and test_torchrun.py.
+test_bench_results.py, test_bench_serving.py, test_exam.py and test_torchrun.py.
 """

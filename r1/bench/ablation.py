@@ -6,13 +6,16 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from r1.bench.arms import KINDS, TEXTBOOK, Arm, Settings, common_settings, label
+from r1.bench.arms import KINDS, Arm, Settings, common_settings, label, textbook
 from r1.model.config import Config
 from r1.model.shapes import R1
 from r1.switches.backend import SHARING, Backend
 from r1.switches.machine import Machine
 from r1.switches.resolve import BEST_ATTENTION
 from r1.switches.strategies import attention_of
+
+READ = {"device", "dtype", "amp", "quant", "quant_head", *SHARING}
+"""The switches of the command line that the ladder depends on; it sets all others itself."""
 
 
 def ladder_steps(
@@ -40,7 +43,7 @@ def ladder_steps(
     kernels = gpu and not amp and not machine.why_not("triton") and "triton" in table
     if kernels:
         attention = {"attention": "triton", "prefill_attention": prefill}
-        experts = {"moe": "triton", "prefill_moe": "grouped"}
+        experts = {"moe": "triton", "prefill_moe": "grouped"} if sparse else {}
         steps += [attention, *([experts] if sparse else [])]
         steps += [{"kernels": "triton", **attention, **experts}]
         steps += [{"prefill_moe": "triton"}] if sparse else []
@@ -98,7 +101,7 @@ class _Ladder:
     ) -> None:
         steps = ladder_steps(given, machine, batch, config)
         self.steps = [step for step in steps if not step.keys() & shared.keys()]
-        self.base = Backend(**{**TEXTBOOK, **common_settings(given), **shared})
+        self.base = Backend(**{**textbook(config), **common_settings(given), **shared})
         self.experts: Settings = next((s for s in self.steps if next(iter(s)) == "moe"), {})
         """The step that computes the experts; empty for a model without any."""
         self.kernels: Settings = next((step for step in self.steps if "kernels" in step), {})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from r1.model.config import Config
 from r1.switches.backend import Backend
 
 Settings = dict[str, Any]
@@ -52,6 +53,12 @@ class Arm:
         return self.kind in ("baseline", *kinds) or any(
             f"{ALL_BUT}{name}" in kinds for name in self.without
         )
+
+
+def textbook(config: Config) -> Settings:
+    """TEXTBOOK, of this model: one without experts has no way to compute them."""
+    sparse = config.experts.n_routed_experts > 0
+    return {name: value for name, value in TEXTBOOK.items() if sparse or "moe" not in name}
 
 
 def common_settings(given: Settings) -> Settings:

@@ -10,7 +10,7 @@ import r1
 from r1 import threads
 from r1.bench import arms, exam
 from r1.bench.plan import PROBLEMS
-from r1.bench.report.render import FORMS
+from r1.bench.report.render import FORMS, ISSUE
 from r1.model.shapes import SHAPES
 from r1.switches import flags, own_files
 from r1.switches.backend import Backend
@@ -110,8 +110,8 @@ def _add_output(p: argparse.ArgumentParser) -> None:
     p.add_argument("--explain", nargs="?", choices=choices, const="machine", help=text)
     text = "print all columns of the table; with --compare, all arms"
     p.add_argument("--wide", action="store_true", help=text)
-    text = "the form of the result (default md)"
-    p.add_argument("-o", "--output", choices=FORMS, help=text)
+    text = "the form of the result (default md); issue: a block to paste into a bug report"
+    p.add_argument("-o", "--output", choices=(*FORMS, ISSUE), help=text)
     text = (
         "write the result to FILE too, in the form that its ending says "
         f"({', '.join('.' + form for form in FORMS)}), or -o; the table is printed"

@@ -34,6 +34,8 @@ def load(path: Path, *, complete: bool = False) -> dict[str, Any]:
         or not isinstance(result.get("config"), dict)
     ):
         raise InputError(f"{path} doesn't say which machine or model it is about: measure again")
+    if complete and any(isinstance(row, dict) and row.get("predicted") is True for row in rows):
+        raise InputError(f"{path} holds predictions of r1.guide: --compare shows them")
     result["machine"] = {name: value for name, value in machine.items() if value is not None}
     if problem := _wrong_result(result, complete):
         raise InputError(f"{path}: {problem}: measure again")
@@ -115,6 +117,8 @@ def _wrong_row(row: Any, complete: bool) -> str | None:
     if problem := wrong(row, ROW):
         return problem
     if row.get("refused"):
+        return None
+    if row.get("predicted") is True:
         return None
     if row.get("parity") is None:
         return "parity is None, neither true nor false"

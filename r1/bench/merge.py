@@ -140,15 +140,17 @@ def _names(paths: list[Path], results: list[dict[str, Any]]) -> list[str]:
 
 
 def _chosen(rows: list[Row], wide: bool) -> list[tuple[str, Row]]:
-    """The baseline, then the fastest arm that passes parity, each with the arm's name.
+    """The baseline, then the fastest arm that passes parity, each with the arm's name. Of a file of
+    r1.guide, what it predicts: its arm begins with PREDICTED.
 
     `wide`: all arms, in the order of the file.
     """
     if wide:
         return [(_arm(rows, row), row) for row in rows]
     out = [("baseline", row) for row in rows if row["kind"] == "baseline"][:1]
+    out += [(_arm(rows, row), row) for row in rows if row.get("predicted")]
     passing = [
-        row for row in rows if not row.get("refused") and row["parity"] and row.get("tpot_ms")
+        row for row in rows if not row.get("refused") and row.get("parity") and row.get("tpot_ms")
     ]
     if passing:
         fastest = min(passing, key=lambda row: float(row["tpot_ms"]))
@@ -185,7 +187,7 @@ def _arm(rows: list[Row], row: Row) -> str:
 
 def _figures(row: Row) -> dict[str, str]:
     """The measurements of a row."""
-    if row.get("refused") or not row["parity"]:
+    if row.get("refused") or not (row.get("predicted") or row["parity"]):
         return {"ms/token": "n/a" if row.get("refused") else "parity fails", "tok/s": "", "MBU": ""}
     share = "" if row.get("mbu") is None else f"{100 * row['mbu']:.0f}%"
     return {
@@ -197,7 +199,8 @@ def _figures(row: Row) -> dict[str, str]:
 
 def _per_million(row: Row, hour: float) -> str:
     """The price of a million tokens, if an hour costs `hour`."""
-    if row.get("refused") or not row["parity"] or not row.get("decode_tok_s"):
+    right = row.get("predicted") or row.get("parity")
+    if row.get("refused") or not right or not row.get("decode_tok_s"):
         return ""
     cost = hour / (row["decode_tok_s"] * 3600) * 1e6
     return f"{cost:,.2f}" if cost >= 0.1 or cost == 0 else f"{cost:.2g}"

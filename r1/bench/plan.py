@@ -81,9 +81,23 @@ def plans(arguments: argparse.Namespace, machine: Machine, work: list[Workload])
     """Each workload with its arms. Raises InputError if nothing could be measured."""
     given, config = flags.given(arguments), work[0].config()
     planned = [(each, arms_of(given, machine, each, arguments)) for each in work]
+    check_of_use(arguments, config, [arm for _, compared in planned for arm in compared])
     if not arguments.ablate:  # --ablate takes only what can run here
         check_possible(planned, config, machine)
     return planned
+
+
+def check_of_use(arguments: argparse.Namespace, config: Config, planned: list[Arm]) -> None:
+    """Raise InputError for a flag that would change nothing."""
+    if arguments.routing == "uniform" and not config.experts.n_routed_experts:
+        raise InputError("--routing uniform draws experts, and this model has none: leave it out")
+    if arguments.warm_start and not any(arm.backend.compile for arm in planned):
+        again = "--warm-start starts arms that compile a second time, and none does"
+        raise InputError(f"{again}: add --compile, or leave it out")
+    ignored = flags.given(arguments).keys() - ablation.READ
+    if arguments.ablate and ignored:
+        flag = f"--{min(ignored).replace('_', '-')}"
+        raise InputError(f"--ablate takes every switch by itself: leave {flag} out")
 
 
 def arms_of(

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1.bench.arms import TEXTBOOK, Arm
+from r1.bench.arms import Arm, textbook
 from r1.bench.compiler_checks import CompilerChecks
 from r1.bench.parity import rounds_by
 from r1.bench.process import Answer
@@ -41,7 +41,7 @@ def make_reference(
     base = compared[0].backend
     # Packed numbers are multiplied as the fp32 numbers that they stand for.
     same = {name: getattr(base, name) for name in ("device", "quant", *SHARING)}
-    plain = Backend(**{**TEXTBOOK, **same, "dtype": "fp32"})
+    plain = Backend(**{**textbook(config), **same, "dtype": "fp32"})
     backends = resolved(compared, workload, config)
     dtypes = sorted({each.compute for each in backends}) or ["fp32"]
     # A quantized arm has a reference of its own (worker/dequantized.py).

@@ -84,8 +84,10 @@ class Session:
         return [self.once() for _ in range(times)]
 
     def finish(self, arguments: argparse.Namespace, questions: list[Question]) -> None:
-        """Time a MoE layer, write a trace for --profile, ask the problems, and end the process."""
-        self.ask("moe_layer")
+        """Time a MoE layer, measure the energy of steps, write a trace for --profile, ask the
+        problems, and end the process.
+        """
+        self.ask("moe_layer", "energy")
         if arguments.profile and self.ask("trace"):
             self._keep_trace(arguments.profile)
         if questions and "refused" not in self.answers:

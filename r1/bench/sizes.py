@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from r1.bench.workload import Workload
 from r1.build import HEADROOM, weight_bytes
-from r1.device import DTYPES, available_bytes, torch_device
+from r1.device import available_bytes, torch_device
 from r1.errors import InputError, setting
-from r1.model.cache import bytes_per_token
+from r1.footprint import Sizes, footprint
 from r1.model.config import Config
+from r1.roofline import model_of
+from r1.run.runner import round_capacity
 from r1.switches.backend import Backend
-from r1.switches.strategies import attention_of
 
 TOKEN = 64
 """Bytes of a prompt's or an answer's token: a Python number, its places in lists, and tensors."""
@@ -22,9 +23,9 @@ def check_sizes(
 ) -> None:
     """Raise InputError if the workload is longer than the context, or can't fit the memory.
 
-    `backend` is resolved. `loaded`: the weights are in the memory already. The estimate leaves out
-    activations, so a workload that passes may still be refused later. `draft`: bytes of one token
-    in a draft model's cache.
+    `backend` is resolved. `loaded`: the weights are in the memory already. The estimate
+    (footprint.py) may be a little too small, so a workload that passes may still be refused later.
+    `draft`: bytes of one token in a draft model's cache.
     """
     context = config.max_position_embeddings
     if w.tokens > context:
@@ -71,10 +72,12 @@ def _too_large(
 
 
 def work_bytes(w: Workload, config: Config, backend: Backend, draft: int = 0) -> int:
-    """The bytes of the cache, the tokens, and the logits of a step. `draft`: see check_sizes."""
-    layers = -(-config.num_hidden_layers // backend.pp) + (backend.speculate == "mtp")
-    entry = attention_of(config.attention)[backend.attention].entry(config.attention)
-    per_token = bytes_per_token(entry, DTYPES[backend.dtype], layers) + draft
-    cache = w.batch * w.tokens * per_token
-    logits = w.batch * backend.step_tokens * config.vocab_size * 4
-    return cache + w.batch * w.tokens * TOKEN + logits
+    """The bytes of the cache, the tokens, and what a prompt and a step make on the way.
+
+    Of the latter, what exceeds HEADROOM. `draft`: see check_sizes.
+    """
+    model = model_of(config, backend, backend.speculate == "mtp")
+    needed = footprint(model, backend, Sizes(w.batch, w.prompt, w.new, w.depth), weights=1)
+    drafts = w.batch * round_capacity(w.tokens) * draft
+    tokens = w.batch * w.tokens * TOKEN
+    return needed.cache + drafts + tokens + max(0, needed.beside - HEADROOM)

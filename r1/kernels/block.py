@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from r1.kernels.attention import ATTENTION
 from r1.kernels.chip import Chip
 from r1.kernels.experts import EXPERTS
+from r1.kernels.gated import GATED
 from r1.kernels.grouped import GROUPED, HEADS
 from r1.kernels.latent import LATENT
 from r1.kernels.linear import LINEAR, linear
@@ -54,7 +55,7 @@ class DecodeBlock:
         self.linear, self.latent, self.attention = pick(LINEAR), pick(LATENT), pick(ATTENTION)
         self.heads, self.grouped = pick(HEADS), pick(GROUPED)
         self.attend = {MLA: self.to_latents, GQA: self.to_heads}[type(block.self_attn)]
-        self.route, self.experts = pick(ROUTE), pick(EXPERTS)
+        self.route, self.experts, self.gated = pick(ROUTE), pick(EXPERTS), pick(GATED)
 
     @staticmethod
     def why_not(block: nn.Module) -> str | None:
@@ -67,7 +68,7 @@ class DecodeBlock:
         flat = self.attend(x.flatten(0, 1).contiguous(), step, cache)  # (N, D)
         mlp = self.block.mlp
         y = self.mixture(flat, mlp) if isinstance(mlp, MoE) else self.dense(flat, mlp)
-        return y.view_as(x)
+        return self.block.sum_inner(y).view_as(x)
 
     def to_heads(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x + grouped-query attention(norm(x)), (N, D)."""
@@ -77,7 +78,7 @@ class DecodeBlock:
         projected = products(normed, *(layer.matrix for layer in layers))  # (N, H A), (N, U A), ...
         q = self.heads(*projected, gqa, step, cache)  # (N, H, A)
         o = self.grouped(q, cache, step.positions, gqa.scale)  # (N, H, A)
-        return self.linear(o.flatten(1), gqa.o_proj.matrix, residual=x)
+        return self.add_heads(o, gqa.o_proj, x)
 
     def to_latents(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x + latent attention(norm(x)), (N, D)."""
@@ -95,21 +96,30 @@ class DecodeBlock:
             q, kv, w_uk, gain, eps, step.cos, step.sin, step.positions, cache[0]
         )  # (N, H, C), (N, H, R)
         o = self.attention(q_c, q_pe, cache[0], step.positions, w_uv, mla.scale)  # (N, H, V)
-        return self.linear(o.flatten(1), mla.o_proj.matrix, residual=x)
+        return self.add_heads(o, mla.o_proj, x)
+
+    def add_heads(self, o: Tensor, o_proj: Linear, x: Tensor) -> Tensor:
+        """x + o_proj(o), (N, D), of all devices' heads; o (N, H, V or A)."""
+        residual = x if self.block.leads_heads else None
+        return self.block.sum_heads(self.linear(o.flatten(1), o_proj.matrix, residual=residual))
 
     def dense(self, x: Tensor, mlp: MLP) -> Tensor:
-        """x + mlp(norm(x)), (N, D)."""
+        """x + mlp(norm(x)), (N, D); without x where another device adds it."""
         norm = self.block.post_attention_layernorm
-        normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
-        gate, up = products(normed, mlp.gate_proj.matrix, mlp.up_proj.matrix)  # (N, I) each
-        return self.linear(gate, mlp.down_proj.matrix, up=up, residual=x)
+        h = self.gated(x, mlp, norm.weight, norm.eps)  # (N, I)
+        residual = x if self.block.leads_inner else None
+        return self.linear(h, mlp.down_proj.matrix, residual=residual)
 
     def mixture(self, x: Tensor, moe: MoE) -> Tensor:
-        """x + moe(norm(x)), (N, D)."""
+        """x + moe(norm(x)), (N, D); without x where another device adds it."""
         norm = self.block.post_attention_layernorm
         h, indices, weights = self.route(moe.gate, x, norm.weight, norm.eps, moe.draws)
         # The residual and the shared experts are added once: in one place, in its first pass.
-        once = {"residual": x, "norm": norm.weight, "eps": norm.eps, "shared": moe.shared_experts}
+        once: dict[str, Any] = {"shared": moe.shared_experts}
+        if moe.shared_experts is not None and not _whole_experts(moe, moe.shared_experts):
+            once = {"residual": self.dense(x, moe.shared_experts)}
+        elif self.block.leads_inner:
+            once |= {"residual": x, "norm": norm.weight, "eps": norm.eps}
         passes: list[Tensor] = []
         for choices in moe.experts.here(indices, weights):
             extra = once if moe.experts.leads and not passes else {}
@@ -134,6 +144,11 @@ def _matrices(block: Block) -> Iterator[Matrix]:
         yield from (mlp.experts.gate_proj, mlp.experts.up_proj, mlp.experts.down_proj)
 
 
+def _whole_experts(moe: MoE, shared: MLP) -> bool:
+    """Whether a device's part of the shared experts is as wide as some of its routed experts."""
+    return int(shared.down_proj.matrix.shape[1]) % int(moe.experts.down_proj.shape[2]) == 0
+
+
 def _split_blocks(mlp: nn.Module) -> str | None:
     """Why shared experts can't be read one by one: a block of numbers that share a scale is in two.
 
@@ -142,6 +157,8 @@ def _split_blocks(mlp: nn.Module) -> str | None:
     if not isinstance(mlp, MoE) or mlp.shared_experts is None:
         return None
     inner, width = mlp.experts.down_proj.shape[2], mlp.shared_experts.down_proj.matrix.shape[1]
+    if not _whole_experts(mlp, mlp.shared_experts):
+        return None  # then they are one matrix for the kernels, too
     each = mlp.shared_experts
     rows = [block_of(layer.matrix)[0] for layer in (each.gate_proj, each.up_proj)]
     blocks = [*rows, block_of(each.down_proj.matrix)[1]]
@@ -155,5 +172,6 @@ def _split_blocks(mlp: nn.Module) -> str | None:
 
 def output_head(lm_head: Linear, chip: Chip, x: Tensor) -> Tensor:
     """The output head of a decode step: normed hidden (B, S, D) -> fp32 logits (B, S, W)."""
-    logits = linear(chip, x.flatten(0, 1), lm_head.matrix, dtype=torch.float32)
+    product = partial(linear, chip, x.flatten(0, 1), dtype=torch.float32)
+    logits = lm_head.matrix.through(product)
     return logits.view(*x.shape[:-1], -1)

@@ -115,7 +115,7 @@ def grouped(
     use = launch or chip.launch(GroupedLaunch, tokens, count, groups, size, capacity, keys.itemsize)
     part = q.new_empty(tokens, count, use.splits, size)
     weight = q.new_empty(tokens, count, use.splits, dtype=torch.float32)
-    tiles = {"SIZE": size, "PAD": power_of_two(size, 16), "BLOCK_T": use.keys}
+    tiles = {"SIZE": size, "PAD": power_of_two(size, 16), "BLOCK_T": use.keys, "EARLY": tokens == 1}
     chip.run(
         grouped_split_kernel, (groups, use.splits, tokens), q, keys, values, *keys.stride()[:3],
         capacity, positions, positions.shape[1], part, weight, scale * LOG2_E, HEADS=count,

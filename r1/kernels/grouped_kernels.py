@@ -91,11 +91,15 @@ def grouped_split_kernel(
     q, keys, values, cache_row, cache_slot, cache_head, capacity, positions, new, part, weight,
     scale, HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split's weighted mean of values, `part` (N, H, Z, A), and the base-2 logarithm of its
     weight, `weight` (N, H, Z), for the queries of one head of keys. An empty split writes nothing.
+
+    EARLY, for one token: its few programs leave room for the next kernels, so these may start at
+    once. With the sum's EARLY, o_proj's first weights are loaded while this kernel runs.
     """
+    let_next_start(PDL and EARLY)
     each_group: tl.constexpr = HEADS // GROUPS
     group, split = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
@@ -106,7 +110,7 @@ def grouped_split_kernel(
     end = tl.minimum(start + each, length)
     first_slot = (token // new) * cache_row + group * cache_head
     wait_for_previous(PDL)
-    let_next_start(PDL)
+    let_next_start(PDL and not EARLY)
     real, inside = (own < each_group)[:, None], (d < SIZE)[None, :]
     row = token * HEADS + group * each_group + own
     queries = tl.load(q + row[:, None] * SIZE + d[None, :], mask=real & inside, other=0.0)
@@ -138,19 +142,21 @@ def grouped_split_kernel(
 @triton.jit
 def grouped_sum_kernel(
     part, weight, positions, capacity, o, HEADS: tl.constexpr, SIZE: tl.constexpr,
-    PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The splits' means of one head of one token, weighted and added up: o (N, H, A).
 
     Which splits are empty follows from the length, so empty splits are never read.
     """
+    let_next_start(PDL and EARLY)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     z, d = tl.arange(0, SPLITS), tl.arange(0, PAD)
     length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
     filled = z * each < length
     place = (token * HEADS + head) * SPLITS + z
     wait_for_previous(PDL)
-    let_next_start(PDL)
+    let_next_start(PDL and not EARLY)
     logs = tl.load(weight + place, mask=filled, other=float("-inf"))
     mask = filled[:, None] & (d < SIZE)[None, :]
     mean = tl.load(part + place[:, None] * SIZE + d[None, :], mask=mask, other=0.0)

@@ -1,10 +1,10 @@
-"""A projection with its neighbours: y = residual + act(x) W^T, where act is a norm, SwiGLU or none.
+"""A projection with its neighbours: y = residual + x W^T, where x may be normed first.
 
 One token is a matrix-vector product. Each program has a few rows of W, and all its threads stand
 along the columns. The norm costs no pass of its own: its factor is one number, which multiplies the
 sums at the end. The loop that streams W also adds up the squares for it.
 Several tokens are `tl.dot` on tiles whose rows are padded to 16. A small kernel before it applies
-the norm or SwiGLU.
+the norm.
 
 Shapes: N tokens; out and in are W's rows and columns.
 """
@@ -29,7 +29,6 @@ from r1.kernels.chip import (
     wait_for_previous,
 )
 from r1.kernels.tiles import add_product, load, matrix_of, operand, packed_bits, times
-from r1.model.layers import swiglu
 from r1.storage.matrix import Matrix
 
 
@@ -49,6 +48,8 @@ class LinearLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
+        if tokens == 1 and packed == [4]:
+            return LinearLaunch(1, *_four_bit_tile(inputs, outputs, chip))
         if tokens == 1 and packed:
             return LinearLaunch(1, 4, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
@@ -66,7 +67,7 @@ class LinearLaunch:
     def choices(self) -> Choices:
         if self.rows == 1:
             return {
-                "outputs": (1, 2, 4, 8),
+                "outputs": (1, 2, 4, 8, 16),
                 "inputs": (512, 1024, 2048, 4096),
                 "warps": (1, 2, 4, 8),
             }
@@ -76,15 +77,29 @@ class LinearLaunch:
         }  # fmt: skip
 
 
+def _four_bit_tile(inputs: int, outputs: int, chip: Chip) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program for one token and a matrix of 4 bits.
+
+    Chosen by the instructions of the compiled kernels; no GPU has timed it yet. A thread converts
+    its part of x once for all its rows, so it should have 4 rows: that takes a warp for each 1,024
+    columns of 4 rows, or 512 of 8. Matrices of few rows have few programs, so each of these loads
+    more at a time. Columns beyond a matrix's end cost instructions too.
+    """
+    if outputs < 32 * chip.processors:
+        return 4, min(2048, power_of_two(inputs, 16)), 2
+    columns = 512 if inputs % 1024 and outputs >= 128 * chip.processors else 1024
+    columns = min(columns, power_of_two(inputs, 16))
+    return 8, columns, 2 if columns == 1024 else 1
+
+
 def linear(
-    chip: Chip, x: Tensor, weight: Matrix, *, up: Tensor | None = None, norm: Tensor | None = None,
-    eps: float = 0.0, residual: Tensor | None = None, dtype: torch.dtype | None = None,
+    chip: Chip, x: Tensor, weight: Matrix, *, norm: Tensor | None = None, eps: float = 0.0,
+    residual: Tensor | None = None, dtype: torch.dtype | None = None,
     launch: LinearLaunch | None = None,
 ) -> Tensor:  # fmt: skip
     """x (N, in), W (out, in) -> (N, out) in `dtype`, or x's. Sums are in fp32.
 
-    With `up` (N, in) the input is SwiGLU of x, the gate, and `up`. With `norm` (in,) it is x,
-    RMS-normed with this gain. `residual` (N, out) is added.
+    With `norm` (in,) x is RMS-normed first, with this gain. `residual` (N, out) is added.
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs, dtype=dtype)
@@ -93,20 +108,14 @@ def linear(
     )
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
-    up_stride = 0 if up is None else up.stride(0)
     if use.rows == 1:
         chip.run(
-            vector_kernel, grid, x, x.stride(0), up, up_stride, operand(weight, chip.ptx), norm,
-            eps, residual, y, outputs, INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
+            vector_kernel, grid, x, x.stride(0), operand(weight, chip.ptx), norm, eps, residual, y,
+            outputs, INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
-    if norm is not None or up is not None:
-        h = x.new_empty(tokens, inputs)
-        chip.run(
-            prepare_kernel, (tokens,), x, x.stride(0), up, up_stride, norm, eps, h, INPUTS=inputs,
-            BLOCK=min(2048, power_of_two(inputs)), warps=8,
-        )  # fmt: skip
-        x = h
+    if norm is not None:
+        x = prepare(chip, x, norm=norm, eps=eps)
     chip.run(
         tile_kernel, grid, x, x.stride(0), operand(weight, chip.ptx), residual, y, tokens, outputs,
         INPUTS=inputs, ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
@@ -114,14 +123,29 @@ def linear(
     return y
 
 
+def prepare(
+    chip: Chip, x: Tensor, *, up: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
+    """The input of a product with several tokens, (N, in): SwiGLU of the gate x and `up` (N, in),
+    or x, RMS-normed with the gain `norm` (in,).
+    """
+    (tokens, inputs), up_stride = x.shape, 0 if up is None else up.stride(0)
+    h = x.new_empty(tokens, inputs)
+    chip.run(
+        prepare_kernel, (tokens,), x, x.stride(0), up, up_stride, norm, eps, h, INPUTS=inputs,
+        BLOCK=min(2048, power_of_two(inputs)), warps=8,
+    )  # fmt: skip
+    return h
+
+
 def linear_torch(
-    x: Tensor, weight: Matrix, *, up: Tensor | None = None, norm: Tensor | None = None,
-    eps: float = 0.0, residual: Tensor | None = None, dtype: torch.dtype | None = None,
+    x: Tensor, weight: Matrix, *, norm: Tensor | None = None, eps: float = 0.0,
+    residual: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """The twin. It rounds to x's dtype before it converts to `dtype`."""
     if norm is not None:
         x = norm * F.rms_norm(x, norm.shape, eps=eps)
-    y = weight.matmul(x if up is None else swiglu(x, up))
+    y = weight.matmul(x)
     return (y if residual is None else residual + y).to(dtype or x.dtype)
 
 
@@ -129,17 +153,8 @@ LINEAR = {"torch": linear_torch, "triton": linear}
 
 
 @triton.jit
-def inputs_at(x, up, at, INPUTS: tl.constexpr):
-    """The inputs `at` of one token, in fp32: x, or SwiGLU of x and `up`."""
-    v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-    if up is not None:
-        v *= tl.sigmoid(v) * tl.load(up + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-    return v
-
-
-@triton.jit
 def vector_kernel(
-    x, x_stride, up, up_stride, weight, norm, eps, residual, y, outputs, INPUTS: tl.constexpr,
+    x, x_stride, weight, norm, eps, residual, y, outputs, INPUTS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, BLOCK_OUT rows of W.
@@ -155,13 +170,11 @@ def vector_kernel(
     w = load(matrix, w_row, real, columns[None, :], 0, INPUTS, weight)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
     x += row * x_stride
-    if up is not None:
-        up += row * up_stride
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(weight.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
         at = start + columns
-        v = inputs_at(x, up, at, INPUTS)
+        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
         if norm is not None:
             squares += v * v
             v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
@@ -202,7 +215,9 @@ def prepare_kernel(
         factor = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
     for start in range(0, INPUTS, BLOCK):
         at = start + columns
-        v = inputs_at(x, up, at, INPUTS)
+        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+        if up is not None:
+            v *= tl.sigmoid(v) * tl.load(up + at, mask=at < INPUTS, other=0.0).to(tl.float32)
         if norm is not None:
             v *= factor * tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
         tl.store(h + row * INPUTS + at, v.to(h.dtype.element_ty), mask=at < INPUTS)

@@ -47,6 +47,12 @@ class TritonAttend(Attend):
     def flops(self, shape: AttentionShape) -> float:
         return 2.0 * shape.num_attention_heads * (shape.latent_dim + shape.kv_lora_rank)
 
+    def query_numbers(self, shape: AttentionShape) -> int:
+        return shape.qk_head_dim + shape.latent_dim + shape.kv_lora_rank
+
+    def key_numbers(self, shape: AttentionShape) -> int:
+        return 0
+
     def __call__(
         self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, up: UpProjection,
         scale: float, step: Step, cache: LayerCache | None,
@@ -89,6 +95,12 @@ class TritonDispatch(Dispatch):
         from r1.kernels.experts import dispatch
 
         self.dispatch = dispatch
+
+    def scratch(
+        self, experts: Experts, tokens: int, chosen: int, itemsize: int, *, compiled: bool
+    ) -> int:
+        dim, inner = experts.down_proj.shape[1:]
+        return tokens * (chosen * (dim + inner) + dim) * itemsize
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         return self.dispatch(experts, x, indices, weights)

@@ -123,6 +123,12 @@ class Absorbed(Attend):
 
     name, needs = "absorbed", "bias"
 
+    def query_numbers(self, shape: AttentionShape) -> int:
+        return shape.qk_head_dim + shape.latent_dim + shape.kv_lora_rank
+
+    def key_numbers(self, shape: AttentionShape) -> int:
+        return 0
+
     def flops(self, shape: AttentionShape) -> float:
         return 2.0 * shape.num_attention_heads * (shape.latent_dim + shape.kv_lora_rank)
 

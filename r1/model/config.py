@@ -98,6 +98,16 @@ class GroupedShape:
         return self.head_dim
 
     @property
+    def qk_head_dim(self) -> int:
+        """Elements of one head's query or key."""
+        return self.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Elements of one head's value."""
+        return self.head_dim
+
+    @property
     def group(self) -> int:
         """How many query heads share one head of keys and values."""
         return self.num_attention_heads // self.num_key_value_heads

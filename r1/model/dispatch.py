@@ -32,6 +32,18 @@ class Dispatch(Strategy):
         """x (N, D), indices int64 (N, K) into `experts`, weights fp32 (N, K) -> (N, D)."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
+    def scratch(
+        self, experts: Experts, tokens: int, chosen: int, itemsize: int, *, compiled: bool
+    ) -> int:
+        """Bytes of tensors that `tokens` tokens of `chosen` experts need at a time.
+
+        It is an estimate (r1/footprint.py). Here: input, inner values and outputs of every choice,
+        and the outputs times their weights in fp32, which a compiled sum never stores.
+        """
+        dim, inner = experts.down_proj.shape[1:]
+        each = (2 * dim + inner) * itemsize + (0 if compiled else 4 * dim)
+        return tokens * (chosen * each + 4 * dim)
+
 
 class Loop(Dispatch):
     """The definition, written out: a loop over experts."""
@@ -57,6 +69,14 @@ class Loop(Dispatch):
             start = end
         return out.to(x.dtype)
 
+    def scratch(
+        self, experts: Experts, tokens: int, chosen: int, itemsize: int, *, compiled: bool
+    ) -> int:
+        dim, inner = experts.down_proj.shape[1:]
+        most = -(-tokens * chosen // experts.count)  # tokens of one expert, if they spread evenly
+        one = experts.inner_numbers * experts.gate_proj.unpacked_bytes
+        return one + tokens * 8 * dim + most * (2 * dim + 3 * inner) * itemsize
+
 
 class Gather(Dispatch):
     """A matrix-vector product for each token and choice; no host sync, any shape."""
@@ -75,6 +95,16 @@ class Gather(Dispatch):
         y = torch.bmm(experts.down_proj.pick(chosen, h.dtype), h[..., None])  # (N K, D, 1)
         y = y.squeeze(-1).unflatten(0, indices.shape)  # (N, K, D)
         return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
+
+    def scratch(
+        self, experts: Experts, tokens: int, chosen: int, itemsize: int, *, compiled: bool
+    ) -> int:
+        numbers = chosen * experts.inner_numbers
+        if compiled:  # the product reads the experts in place
+            return super().scratch(experts, tokens, chosen, itemsize, compiled=compiled)
+        copied = min(tokens, max(1, GATHER_BYTES // (numbers * itemsize)))
+        copies = copied * numbers * (itemsize + experts.gate_proj.unpacked_bytes)
+        return copies + super().scratch(experts, tokens, chosen, itemsize, compiled=compiled)
 
 
 class Grouped(Dispatch):
@@ -107,6 +137,15 @@ class Grouped(Dispatch):
         inverse = torch.empty_like(order).index_copy_(0, order, ranks)  # inverse[order[i]] = i
         y = y.index_select(0, inverse).unflatten(0, indices.shape)  # (N, K, D), in tokens' order
         return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
+
+    def scratch(
+        self, experts: Experts, tokens: int, chosen: int, itemsize: int, *, compiled: bool
+    ) -> int:
+        # Packed stacks are made dense in pieces, which are then put together: twice the numbers.
+        dense = experts.count * experts.inner_numbers * 2 * itemsize
+        packed = experts.gate_proj.unpacked_bytes > 0
+        sums = super().scratch(experts, tokens, chosen, itemsize, compiled=compiled)
+        return sums + (dense if packed else 0)
 
 
 STRATEGIES: tuple[Dispatch, ...] = (Loop(), Gather(), Grouped())

@@ -78,3 +78,24 @@ class Attention(Strategy):
     def flops(self, shape: Any) -> float:
         """Operations of one query and one key, of all heads: score and weighted sum."""
         raise NotImplementedError(f"{type(self).__name__} must define flops(shape)")
+
+    def scratch(self, shape: Any, rows: int, queries: int, keys: int, itemsize: int) -> int:
+        """Bytes of tensors that one layer makes at a time, of `queries` and `keys` of each row.
+
+        It is an estimate (r1/footprint.py). Here: queries, keys and values of all heads, the
+        output, and the scores (also in fp32, and their bias) where the strategy keeps them.
+        """
+        heads = shape.num_attention_heads
+        sizes = queries * (self.query_numbers(shape) + shape.v_head_dim) + keys * self.key_numbers(
+            shape
+        )
+        scores = rows * heads * queries * keys * (itemsize + 4) if self.needs == "bias" else 0
+        return rows * heads * sizes * itemsize + scores
+
+    def query_numbers(self, shape: Any) -> int:
+        """Numbers that are made of one query, of one head: here its parts, and both together."""
+        return 2 * int(shape.qk_head_dim)
+
+    def key_numbers(self, shape: Any) -> int:
+        """Numbers that are made of one cached token, for one head: here a key and a value."""
+        return int(shape.qk_head_dim + 2 * shape.v_head_dim)

@@ -32,6 +32,8 @@ class Block(nn.Module):
 
     sum_heads: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)  # devices may share a layer,
     sum_inner: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)  # and add up: r1/placement
+    leads_heads: bool = True  # of these devices one leads: where all else is added up as well, it
+    leads_inner: bool = True  # adds the block's input (kernels/block.py)
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()

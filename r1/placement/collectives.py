@@ -8,6 +8,7 @@ Shapes: n ranks of a group; M rows; ... any leading dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,8 +71,11 @@ class SpreadRows(Matrix):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.gather.rows(self.here.dense(dtype))
 
+    def through(self, product: Callable[[Matrix], Tensor]) -> Tensor:
+        return self.gather.last(product(self.here))
+
     def matmul(self, x: Tensor) -> Tensor:
-        return self.gather.last(self.here.matmul(x))
+        return self.through(lambda here: here.matmul(x))
 
     def pick(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Each row is on one rank; the others add zeros."""

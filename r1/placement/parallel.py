@@ -72,6 +72,7 @@ class Parallel(Placement):
                     module.sum_heads = Sum(mesh.tp_group)
                 if mesh.parts > 1:
                     module.sum_inner = Sum(mesh.stage_group)
+                module.leads_heads, module.leads_inner = mesh.tp_rank == 0, mesh.part == 0
             elif isinstance(module, MLA):
                 heads = self.config.attention.num_attention_heads // mesh.tp
                 module.shape = dataclasses.replace(module.shape, num_attention_heads=heads)

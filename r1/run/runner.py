@@ -18,6 +18,7 @@ from r1.errors import InputError, setting
 from r1.model.cache import Cache, LayerCache, bytes_per_token
 from r1.model.config import Config
 from r1.model.step import Step
+from r1.model.strategy import Attention
 from r1.model.transformer import Block, Transformer
 from r1.run.callers import Caller, Captured, Plain
 from r1.run.ways import ways_of
@@ -50,6 +51,11 @@ def round_capacity(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def chunk_of(strategy: Attention, rows: int) -> int:
+    """Tokens of a row in one prefill call of `rows` rows, with this attention."""
+    return max(1, min(CHUNK.get(strategy.needs or "", FUSED_CHUNK), MOST_TOKENS // rows))
+
+
 class Runner:
     """Calls a model as the resolved switches say."""
 
@@ -64,7 +70,7 @@ class Runner:
         self.device = torch_device(backend.device)
         table = attention_of(self.config.attention)
         strategy = table[backend.prefill_attention]
-        self.prefill_chunk = prefill_chunk or CHUNK.get(strategy.needs or "", FUSED_CHUNK)
+        self.prefill_chunk = prefill_chunk or chunk_of(strategy, rows=1)
         # Of the heads that this device has (r1/placement).
         shape = cast(Block, model.layers[0]).self_attn.shape
         self.entry = table[backend.attention].entry(shape)

@@ -27,6 +27,7 @@ class Part(Matrix):
         super().__init__()
         self.whole, self.start, self.stop = whole, start, stop
         self.shape = torch.Size((*whole.shape[:-2], stop - start, whole.shape[-1]))
+        self.unpacked_bytes = whole.unpacked_bytes
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.whole.dense(dtype)[..., self.start : self.stop, :]

@@ -9,6 +9,7 @@ Shapes: out and in are a matrix's rows and columns; E experts, n chosen matrices
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Matrix(nn.Module):
 
     shape: torch.Size
     spec: Spec | None = None  # how packed numbers are to be read (spec.py); None: it is plain
+    unpacked_bytes: int = 0  # what making one number dense takes for a time, beside the result
     joint: Any = None  # the Joint (joined.py) of a matrix that is stored as a part of another one
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -36,6 +38,12 @@ class Matrix(nn.Module):
     def matmul(self, x: Tensor) -> Tensor:
         """x W^T: (..., in) -> (..., out)."""
         return F.linear(x, self.dense(x.dtype))
+
+    def through(self, product: Callable[[Matrix], Tensor]) -> Tensor:
+        """What `product` multiplies by this matrix, (..., out). It may be given a part of the rows,
+        where devices share them.
+        """
+        return product(self)
 
     def one(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix of one expert, (out, in)."""

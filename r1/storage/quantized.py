@@ -41,6 +41,7 @@ class Quantized(Matrix):
     scale: Tensor
     zero: Tensor | None
     group: Tensor | None
+    unpacked_bytes = 8  # its number in fp32, and the product with its scale
 
     def __init__(
         self, spec: Spec, shape: tuple[int, ...], dtype: torch.dtype, packed: Packed

@@ -11,10 +11,10 @@ from r1.device import DTYPES
 from r1.errors import InputError, setting
 from r1.model.config import Config, Yarn
 from r1.model.strategy import Strategy, Use
-from r1.placement import cuts
 from r1.storage import int4_cpu
 from r1.storage.kinds import kind_of
 from r1.switches.backend import Backend
+from r1.switches.devices import check_devices
 from r1.switches.machine import Machine
 from r1.switches.precision import spec_of
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED, attention_of, check_tables
@@ -39,7 +39,8 @@ def resolve(
     machine = machine if device != "cpu" else machine.without_gpu()
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
-    _check_devices(backend, config)
+    check_devices(backend, config)
+    _check_experts(backend, config)
     backend = _kernels(backend, machine)
     _check_fused(backend, config)
     backend = dataclasses.replace(backend, quant=_quant(backend, config))
@@ -110,19 +111,13 @@ def _check_machine(backend: Backend, machine: Machine) -> None:
         )
 
 
-def _check_devices(backend: Backend, config: Config) -> None:
-    """Whether so many devices can share this model."""
-    if why := cuts.why_not(config, backend.tp, backend.ep, backend.pp):
-        raise InputError(why)
-    if backend.ranks > 1 and backend.kernels == "triton":
-        raise InputError(
-            f"{setting('kernels', 'triton')} computes a whole step in one device's kernels, and "
-            f"{backend.sharing} shares it: use {setting('kernels', 'torch')}"
-        )
-    for name in ("cuda_graphs", "prefill_graphs"):
-        if backend.pp > 1 and getattr(backend, name):
-            waits = f"with {setting('pp', backend.pp)} each waits for the stage before"
-            raise InputError(f"{setting(name)} records whole calls, and {waits}: leave one out")
+def _check_experts(backend: Backend, config: Config) -> None:
+    """A model without experts has no way to compute them: `moe` and `prefill_moe` stay "auto"."""
+    for name in ("moe", "prefill_moe"):
+        value = getattr(backend, name)
+        if value != "auto" and not config.experts.n_routed_experts:
+            chooses = f"{setting(name, value)} chooses how experts are computed"
+            raise InputError(f"{chooses}, and this model has none: leave it out")
 
 
 def _check_speculation(backend: Backend, config: Config) -> None:
@@ -177,9 +172,7 @@ def _quant(backend: Backend, config: Config) -> str:
     """The storage of quantized matrices: for "auto" the files' own, where it can be used."""
     if backend.quant == "auto":
         kind = config.files.kind
-        slow = (
-            kind == "fp8" and backend.device == "cpu"
-        )  # it has no FP8 products, and enough memory
+        slow = kind == "fp8" and backend.device == "cpu"  # no FP8 products, and enough memory
         return "none" if kind is None or slow or _reads_dense(backend) else kind
     if backend.quant != "none" and (reader := _reads_dense(backend)):
         raise InputError(
@@ -260,20 +253,16 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
 
 
 def _experts(slot: str, asked: str, use: Use, ep: int) -> str:
-    auto = _auto_experts(use, ep)
-    if not use.config.experts.n_routed_experts:  # then no strategy is called, so each one can run
-        return auto[0] if asked == "auto" else asked
-    return _choose(slot, EXPERTS, asked, use, auto)
+    sparse = use.config.experts.n_routed_experts > 0
+    return _choose(slot, EXPERTS, asked, use, _auto_experts(use, ep)) if sparse else "auto"
 
 
 def _multiplies_packed(use: Use) -> bool:
     """Whether `grouped` needs no dequantized experts on a CPU."""
     experts, hidden = use.config.experts, use.config.hidden_size
     kind = kind_of(use.quant)
-    if use.gpu or kind == "int8":
-        return not use.gpu
-    if kind != "int4" or not experts.n_routed_experts:
-        return False
+    if use.gpu or kind != "int4":
+        return not use.gpu and kind == "int8"
     stack = f"model.layers.{experts.first_k_dense_replace}.mlp.experts.down_proj"
     spec = spec_of(stack, use.config.files, use.quant)
     shapes = ((hidden, experts.moe_intermediate_size), (experts.moe_intermediate_size, hidden))

@@ -23,6 +23,8 @@ TEXT = "12+30=?"
 """The default question: tiny-r1 answers it rightly, in few tokens."""
 SWITCHES = ("device", "dtype", "attention", "prefill_attention", "moe", "prefill_moe")
 """The switches of r1.Backend that a tour takes: those under which the model's own code runs."""
+DEFAULTS = {"device": "cpu", "dtype": "fp32", "moe": "gather"}
+"""The tour's defaults where they differ from Backend's; "moe" only for a model with experts."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,14 +78,12 @@ def parser() -> flags.Parser:
     p.add_argument("--draft-tokens", type=int, default=2, metavar="N", help=text)
     threads.add_flag(p)
     own_files.add_flag(p)
-    values, defaults = choices(), {"device": "cpu", "dtype": "fp32", "moe": "gather"}
+    values = choices()
     for name in SWITCHES:
-        default = defaults.get(name, "auto")
+        default = DEFAULTS.get(name, "auto")
         what = flags.explanations()[name].partition(";")[0]
         text = f"{what} (default: {default})"
-        p.add_argument(
-            f"--{name.replace('_', '-')}", choices=values[name], default=default, help=text
-        )
+        p.add_argument(f"--{name.replace('_', '-')}", choices=values[name], help=text)
     return p
 
 
@@ -95,8 +95,12 @@ def lines(arguments: argparse.Namespace) -> list[str]:
     ids = None if arguments.tokens is None else token_ids(arguments.tokens)
     if ids and text is not None:
         raise r1.InputError("--tokens stands in place of the text: give one of the two")
-    switches = {name: getattr(arguments, name) for name in SWITCHES}
     config = load_config(arguments.model)
+    asked = {name: getattr(arguments, name) for name in SWITCHES}
+    switches = {name: value for name, value in asked.items() if value is not None}
+    sparse = config.experts.n_routed_experts > 0
+    defaults = {name: value for name, value in DEFAULTS.items() if sparse or name != "moe"}
+    switches = {**defaults, **switches}
     layer = layer_of(config, arguments.layer)  # loading can take minutes
     if ids and max(ids) >= config.vocab_size:
         outside = f"{max(ids)} is outside the vocabulary of {config.vocab_size}"

@@ -5,25 +5,27 @@
     python tools/measure/compare_peers.py --shape moonlight-16b --compiled --cuda-graphs
 
 Each side has its own random weights, N(0, 0.02), so the work is the same and the tokens differ.
-Each side has a process of its own, and repetitions are taken in turn. transformers runs as its
-users run it: `generate`, with its default attention and experts. `--compiled` adds a second run of
-transformers with its static cache, for which it compiles the decode step (on a GPU only).
+Each side has a process of its own, and repetitions are taken in turn. r1's is that of a bench.py
+arm: before anything is timed, its logits are held against the fp32 reference. If they fail, no
+ratio is shown, and the exit status is 1.
+transformers runs as its users run it: `generate`, with its default attention and experts.
+`--compiled` adds a second run of transformers with its static cache, whose decode step it compiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import statistics
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,118 +33,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
 import shared
 import torch
+from peer_transformers import serve
 
-from r1 import InputError, build
-from r1.bench.process import Answer, Process, answer_commands, interrupt_once, signals
-from r1.device import DTYPES, synchronize, torch_device
-from r1.files.config_json import dump_config
-from r1.model.config import Config
+from r1 import InputError
+from r1.bench.arms import from_switches
+from r1.bench.compiler_checks import CompilerChecks
+from r1.bench.process import Answer, Process, interrupt_once, signals
+from r1.bench.reference import make_reference
+from r1.bench.session import Session
+from r1.bench.team import Lead
+from r1.bench.worker.serve import Setup
+from r1.bench.workload import Workload
 from r1.model.shapes import SHAPES, shape
-from r1.run.engine import Engine
-from r1.run.sampler import Sampler
 from r1.switches import flags
 from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
-Measure = Callable[[], dict[str, float]]
-
-
-def ours(config: Config, arguments: argparse.Namespace) -> Measure:
-    """r1's engine with the given switches."""
-    backend = resolve(Backend(**flags.given(arguments)), config, batch=arguments.batch)
-    engine = Engine(build.from_shape(config, backend), backend)
-    prompts = _prompts(config, arguments).tolist()
-    cache = engine.runner.cache(arguments.batch, arguments.prompt + arguments.new)
-
-    def measure() -> dict[str, float]:
-        cache.lengths.zero_()
-        synchronize(engine.runner.device)
-        start, arrivals = time.perf_counter(), []
-        for _ in engine.steps(prompts, arguments.new, Sampler(0.0), cache):
-            arrivals.append(time.perf_counter() - start)
-        return {"ttft": arrivals[0], "tpot": (arrivals[-1] - arrivals[0]) / (arguments.new - 1)}
-
-    return measure
-
-
-def transformers(config: Config, arguments: argparse.Namespace, *, static: bool) -> Measure:
-    """transformers' `generate`, on its model of the same family with random weights."""
-    backend = resolve(Backend(**flags.given(arguments)), config, batch=arguments.batch)
-    device, dtype = torch_device(backend.device), DTYPES[backend.dtype]
-    model = _random_model(config, device, dtype)
-    tokens = _prompts(config, arguments).to(device)
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "pad_token_id": 0,
-        "attention_mask": torch.ones_like(tokens),
-    }
-    if static:
-        options["cache_implementation"] = "static"
-
-    def timed(new: int) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        model.generate(tokens, max_new_tokens=new, min_new_tokens=new, **options)
-        synchronize(device)
-        return time.perf_counter() - start
-
-    def measure() -> dict[str, float]:
-        whole = timed(arguments.new)  # the longer run first: its static cache serves both
-        first = timed(1)
-        return {"ttft": first, "tpot": (whole - first) / (arguments.new - 1)}
-
-    return measure
-
-
-def _random_model(config: Config, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' model of the family, allocated on the device without a copy on the host."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    raw = dump_config(config)
-    raw.pop("quantization_config", None)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=dtype)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.normal_(0.0, 0.02) if tensor.dim() > 1 else tensor.fill_(1.0)
-        for tensor in model.buffers():  # the gate's bias
-            tensor.zero_()
-    # Its frequencies are computed, not stored, so the meta device lost them.
-    rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=model.config).to(device)
-    return model.eval()
-
-
-def serve(pipe: Connection, name: str, arguments: argparse.Namespace) -> None:
-    """The main function of one side's process. It answers three commands:
-
-    - "start": make the model, and warm up twice
-    - "measure": one repetition
-    - "memory": the GPU's peak
-    """
-    measure: Measure
-
-    def start() -> Answer:
-        nonlocal measure
-        config = shape(arguments.shape, arguments.layers)
-        measure = (
-            ours(config, arguments)
-            if name == "r1"
-            else transformers(config, arguments, static="static" in name)
-        )
-        begin = time.perf_counter()
-        measure()
-        first = time.perf_counter() - begin
-        measure()
-        return {"first_call_s": first}
-
-    def memory() -> Answer:
-        gpu = torch.cuda.is_available()
-        return {"allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else 0.0}
-
-    answer_commands(pipe, {"start": start, "measure": lambda: measure(), "memory": memory})
+Ask = Callable[[str], Answer]
+"""Sends a command to a side's process: "start", "measure" or "memory"."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -168,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 for input that can't be used, 130 after Ctrl-C."""
+    """Returns the exit status: 0; 1 if r1's logits are wrong, 2 for input that can't be used, 130
+    after Ctrl-C.
+    """
     return shared.run(__file__, work, parser().parse_args(argv))
 
 
@@ -196,24 +107,36 @@ def work(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     print(machine, "\n".join(table(result)), sep="\n\n")
-    return 0
+    return 0 if result["figures"]["r1"]["parity"]["passes"] else 1
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """A result file's content as Markdown: the sizes, then a row for each side."""
-    how = result["arguments"]
+    """A result file's content as Markdown: the sizes, then a row for each side, then r1's parity.
+
+    Files that this tool wrote before it checked parity have none.
+    """
+    how, figures = result["arguments"], result["figures"]
     switches = {name: how[name] for name in how if name in Backend.__dataclass_fields__}
     sizes = f"{how['shape']}, batch {how['batch']}, {how['prompt']} + {how['new']} tokens"
+    parity = figures["r1"].get("parity")
+    wrong = parity is not None and not parity["passes"]
     return [
         f"{sizes}; r1: {Backend(**switches).describe()}",
         "",
         "| | TTFT ms | TPOT ms (range) | tok/s | r1's TPOT / its (range) | first call s | GPU GB |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        *(_row(name, figures, how["batch"]) for name, figures in result["figures"].items()),
+        *(_row(name, each, how["batch"], wrong) for name, each in figures.items()),
+        *(() if parity is None else ("", _parity(parity))),
     ]
 
 
-def _row(name: str, figures: dict[str, Any], batch: int) -> str:
+def _parity(parity: dict[str, Any]) -> str:
+    verdict = "passes" if parity["passes"] else "FAILS"
+    kl = f"median KL {parity['median_kl']:.1e}, and {parity['bound']:.1e} would pass"
+    return f"r1's parity with the fp32 reference {verdict}: {kl}."
+
+
+def _row(name: str, figures: dict[str, Any], batch: int, wrong: bool) -> str:
     repetitions = figures["repetitions"]
     ttft = 1e3 * statistics.median(r["ttft"] for r in repetitions)
     tpots = [1e3 * r["tpot"] for r in repetitions]
@@ -223,6 +146,7 @@ def _row(name: str, figures: dict[str, Any], batch: int) -> str:
     ratio = "1"
     if ratios:
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    ratio = "parity fails" if wrong else ratio
     times = f"{ttft:.1f} | {tpot:.2f} ({min(tpots):.2f}-{max(tpots):.2f})"
     ends = f"{figures['first_call_s']:.1f} | {figures['allocated_gb']:.1f}"
     return f"| {name} | {times} | {batch * 1e3 / tpot:.1f} | {ratio} | {ends} |"
@@ -234,7 +158,7 @@ def compare(names: list[str], arguments: argparse.Namespace) -> Iterator[dict[st
     r1 stays, and the others come one after another, so two models need memory at a time. The
     "beside" of a side holds those repetitions of r1 that were taken in turn with its own.
     """
-    with peer("r1", arguments) as us:
+    with own_side(arguments) as us:
         figures: dict[str, dict[str, Any]] = {"r1": {**us("start"), "repetitions": []}}
         for name in names:
             with peer(name, arguments) as them:
@@ -248,17 +172,53 @@ def compare(names: list[str], arguments: argparse.Namespace) -> Iterator[dict[st
                     **them("memory"),
                     "beside": beside,
                 }
+            figures["r1"] |= us("memory")
             yield figures
-        figures["r1"] |= us("memory")
-    yield figures
 
 
 @contextmanager
-def peer(name: str, arguments: argparse.Namespace) -> Iterator[Callable[[str], Answer]]:
-    """A side's process, and a function that sends it a command. The process ends with the block.
+def own_side(arguments: argparse.Namespace) -> Iterator[Ask]:
+    """r1's process, an arm of bench.py, after its fp32 reference is made."""
+    sizes = (arguments.batch, arguments.prompt, arguments.new, 0, 0)
+    workload = Workload(None, arguments.shape, arguments.layers, *sizes)
+    compared, config = from_switches(flags.given(arguments)), workload.config()
+    arm, lead, setup = compared[-1], Lead(), Setup()
+    peak = 0.0
 
-    The function raises InputError if the side refuses.
-    """
+    with tempfile.TemporaryDirectory(prefix="r1-peers-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        checks = stack.enter_context(CompilerChecks([arm], config, folder))
+        make_reference([compared[0], arm], workload, config, folder, checks, setup, lead)
+        checks.join()
+        session = Session(arm, workload, folder, [], "r1", setup, lead)
+        stack.callback(session.process.quit)
+
+        def start() -> Answer:
+            ask("build")
+            first = ask("measure")["total"]
+            return {"first_call_s": first, "parity": ask("parity")}
+
+        def ask(command: str) -> Answer:
+            nonlocal peak
+            answer = session.process.ask(command)
+            if "refused" in answer:
+                raise InputError(f"r1: {answer['refused']}")
+            if command == "measure":
+                peak = max(peak, (answer["memory"]["allocated"] or 0) / 1e9)
+            return answer
+
+        def measure() -> Answer:
+            answer = ask("measure")
+            tpot = (answer["total"] - answer["ttft"]) / (arguments.new - 1)
+            return {"ttft": answer["ttft"], "tpot": tpot}
+
+        commands = {"start": start, "measure": measure, "memory": lambda: {"allocated_gb": peak}}
+        yield lambda command: commands[command]()
+
+
+@contextmanager
+def peer(name: str, arguments: argparse.Namespace) -> Iterator[Ask]:
+    """transformers' process, which ends with the block. `Ask` raises InputError if it refuses."""
     print(f"{name}: starting", file=sys.stderr)
     with Process(serve, name, arguments) as process:
 
@@ -269,13 +229,6 @@ def peer(name: str, arguments: argparse.Namespace) -> Iterator[Callable[[str], A
             return found
 
         yield ask
-
-
-def _prompts(config: Config, arguments: argparse.Namespace) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(
-        config.vocab_size, (arguments.batch, arguments.prompt), generator=generator
-    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 - `step-N`: a profiled step of the last arm in kernels/N.json
 - `buys`: what each rung of the ladder brings, for one row and for 32
 - `rung ...`: what a rung measured, in sentences (rungs.py)
+- `guide ...`: what the guide predicts (guide_tables.py)
 - `quality`: what quantizing costs tiny-r1, from quality/tiny-r1.json beside that folder
 """
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
 import bench_kernels
 import compare_peers
+import guide_tables
 import quality
 import rungs
 import shared
@@ -38,7 +40,8 @@ from r1.bench.report.table import table
 
 RESULTS = Path(__file__).parent / "results" / "h100"
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / place / "README.md" for place in ("", "r1", "r1/kernels", "tools/measure/results")]
+PLACES = ("", "r1", "r1/kernels", "r1/guide", "tools/measure/results")
+PAGES = [ROOT / place / "README.md" for place in PLACES]
 TOUR = "r1/README.md"
 COLUMNS = [
     "arm",
@@ -145,7 +148,8 @@ def tables() -> dict[str, list[str]]:
             [part for part in parts if not part["kernel"].startswith(LAUNCHED)]
         )
     costs = quality.lines(read(RESULTS.parent / "quality" / "tiny-r1.json"))
-    return found | {"buys": buys(), "quality": costs} | rungs.sentences()
+    found |= {"buys": buys(), "quality": costs} | rungs.sentences()
+    return found | guide_tables.tables()
 
 
 def buys() -> list[str]:

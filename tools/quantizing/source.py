@@ -65,7 +65,8 @@ class Source:
                 f"{directory} has {self.config.num_nextn_predict_layers} layers for multi-token "
                 "prediction, and this tool knows models with one: set num_nextn_predict_layers = 0"
             )
-        asked = Backend(device=device, dtype=dtype, join="off", quant="none", prefill_moe="loop")
+        experts = "loop" if self.config.experts.n_routed_experts else "auto"
+        asked = Backend(device=device, dtype=dtype, join="off", quant="none", prefill_moe=experts)
         self.backend = resolve(asked, self.config)
         self.device = torch_device(self.backend.device)
         model = build.sketch(self.config, self.backend, mtp=mtp)

@@ -24,6 +24,16 @@ FIELDS: dict[str, str] = {
         "90th percentile of the single steps of all repetitions; a step of speculation gives "
         "several tokens"
     ),
+    "tpot_p99_ms": "99th percentile of the same",
+    "tpot_low_ms": (
+        "lower end of the 95% interval of a step's mean time, by a bootstrap of repetitions and of "
+        "their steps (interval.py); null with one repetition, and with speculation"
+    ),
+    "tpot_high_ms": "its upper end",
+    "interactive": (
+        "true if the medians keep the limits that MLPerf Inference sets for DeepSeek-R1's "
+        "interactive scenario: TTFT 1.5 s, TPOT 15 ms (there of the 99th percentile of requests)"
+    ),
     "decode_tok_s": "batch / TPOT",
     "prefill_tok_s": "batch x prompt / TTFT",
     "speedup": (
@@ -43,6 +53,10 @@ FIELDS: dict[str, str] = {
         "it differs from the baseline's tpot_ms, the machine's speed changed during the run"
     ),
     "acceptance": "share of drafts that were accepted, all repetitions; null without speculation",
+    "acceptance_by_place": (
+        "of each draft of a step, how often it was accepted if those before it were; null without "
+        "speculation and in older results"
+    ),
     "assumed": (
         "the probability with which drafts were accepted at random, not by the model: the "
         "row's text means nothing"
@@ -149,10 +163,16 @@ FIELDS: dict[str, str] = {
     "load_s": "seconds to load or make the model",
     "sm_mhz": "GPU clock after the last repetition, if it can be read",
     "power_w": "GPU power at the same time",
+    "mean_power_w": (
+        "the GPU's mean power over decode steps of two seconds, by its own counter of energy; null "
+        "without one, with speculation, and where devices share the model"
+    ),
+    "joules_per_token": "energy of these steps / tokens of all rows",
+    "predicted": "true: r1.guide predicted this row, and nothing was measured",
     "backend": "every switch as it was resolved",
     "repetitions": "raw: TTFT and total seconds of each repetition",
 }
-NESTED = ("kernel_times", "backend", "repetitions")
+NESTED = ("acceptance_by_place", "kernel_times", "backend", "repetitions")
 """Fields that are lists or objects, which csv leaves out."""
 ALWAYS = (
     "ttft_ms",

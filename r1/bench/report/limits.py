@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 from r1 import roofline
@@ -36,11 +38,24 @@ def speculation(
     model = byte_model(w, backend, config, built)
     return {
         "acceptance": accepted / turns / backend.draft_tokens,
+        "acceptance_by_place": by_place(repetitions, backend.draft_tokens),
         "assumed": w.assumed,
         "tokens_per_step": 1 + accepted / turns,
         "predicted_speedup": model.speedup(1 + accepted / turns),
         "pays_from": model.pays_from(),
     }
+
+
+def by_place(repetitions: list[Answer], drafts: int) -> list[float]:
+    """The acceptance of the first draft of a step, of the second where the first was, and so on.
+
+    It ends where no step came so far.
+    """
+    counts = Counter[int]()
+    for repetition in repetitions:
+        counts.update(repetition.get("accepted_counts", {}))
+    reached = [sum(n for number, n in counts.items() if number >= k) for k in range(drafts + 1)]
+    return [after / before for before, after in pairwise(reached) if before]
 
 
 def against_limits(

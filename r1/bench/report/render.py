@@ -8,15 +8,19 @@ import json
 from typing import Any
 
 from r1.bench.report.fields import FIELDS, NESTED
+from r1.bench.report.issue import issue
 from r1.bench.report.text import markdown
 
 FORMS = ("md", "json", "jsonl", "csv")
 """What `-o` may name. They are also the endings of --output-file."""
+ISSUE = "issue"
+"""What `-o` may name too: a block to paste, which is no file of its own."""
 
 
 def render(result: dict[str, Any], form: str, wide: bool = False) -> str:
-    """The result in one of FORMS; jsonl has one line a row, csv lacks the nested fields.
+    """The result in one of FORMS, or as ISSUE.
 
+    jsonl has one line a row, csv lacks the nested fields.
     `wide` puts all columns into the table of md.
     """
     rows = result["rows"]
@@ -26,6 +30,8 @@ def render(result: dict[str, Any], form: str, wide: bool = False) -> str:
         return "\n".join(json.dumps({**r, "machine": result["machine"]["name"]}) for r in rows)
     if form == "csv":
         return _csv(rows)
+    if form == ISSUE:
+        return issue(result)
     return markdown(result, wide)
 
 

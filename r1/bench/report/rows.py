@@ -8,11 +8,15 @@ from typing import Any
 from r1.bench.arms import Arm
 from r1.bench.process import Answer
 from r1.bench.report.fields import FIELDS
+from r1.bench.report.interval import interval
 from r1.bench.report.limits import against_limits, speculation
 from r1.bench.report.speedup import beside
 from r1.bench.workload import Workload
 from r1.model.config import Config
 from r1.switches.backend import Backend
+
+MOST_TTFT_S, MOST_TPOT_S = 1.5, 0.015
+"""MLPerf Inference's limits for DeepSeek-R1, interactive."""
 
 
 def row(
@@ -49,6 +53,7 @@ def row(
         "load_s": built["load_seconds"],
         "sm_mhz": repetitions[-1].get("sm_mhz"),
         "power_w": repetitions[-1].get("power_w"),
+        **answers.get("energy", {}),
         "backend": built["backend"],
         "repetitions": [{"ttft": r["ttft"], "total": r["total"]} for r in repetitions],
         **_beside(answers),
@@ -61,10 +66,15 @@ def _times(workload: Workload, repetitions: list[Answer]) -> dict[str, Any]:
     tpot = statistics.median(_tpot(r) for r in repetitions)
     ttft = statistics.median(r["ttft"] for r in repetitions)
     gaps = sorted(gap for r in repetitions for gap in r["gaps"])
+    low, high = interval([r["gaps"] for r in repetitions], workload.new - 1)
     return {
         "ttft_ms": 1e3 * ttft,
         "tpot_ms": 1e3 * tpot,
         "tpot_p90_ms": 1e3 * gaps[int(0.9 * (len(gaps) - 1))] if gaps else None,
+        "tpot_p99_ms": 1e3 * gaps[int(0.99 * (len(gaps) - 1))] if gaps else None,
+        "tpot_low_ms": low and 1e3 * low,
+        "tpot_high_ms": high and 1e3 * high,
+        "interactive": (ttft <= MOST_TTFT_S and tpot <= MOST_TPOT_S) if gaps else None,
         "decode_tok_s": workload.batch / tpot if tpot else None,
         "prefill_tok_s": workload.batch * workload.prompt / ttft,
     }

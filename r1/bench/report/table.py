@@ -98,6 +98,14 @@ def _speedup(r: Row) -> str:
     return spread + (" noise" if r["within_noise"] else "")
 
 
+def _interval(r: Row) -> str:
+    return f"{number(r['tpot_low_ms'])}-{number(r['tpot_high_ms'])}" if r["tpot_low_ms"] else ""
+
+
+def _interactive(r: Row) -> str:
+    return "" if r["interactive"] is None else "yes" if r["interactive"] else "no"
+
+
 def _moe_layer(r: Row) -> str:
     return f"{r['moe_layer_us']:.0f} ({r['moe_layer_floor_us']:.0f})" if r["moe_layer_us"] else ""
 
@@ -144,11 +152,16 @@ COLUMNS: dict[str, Column] = {
     "prefill MFU": Column(_field("mfu_prefill", "{:.0%}".format), ("mfu_prefill",)),
     "ms/token": Column(_field("tpot_ms", number), ("tpot_ms",), wide=False),
     "p90 ms": Column(_field("tpot_p90_ms", number), ("tpot_p90_ms",)),
+    "p99 ms": Column(_field("tpot_p99_ms", number), ("tpot_p99_ms",)),
+    "95% interval ms": Column(_interval, ("tpot_low_ms", "tpot_high_ms")),
     "tok/s": Column(_field("decode_tok_s", number), ("decode_tok_s",), wide=False),
     "speed-up": Column(_speedup, SPEEDUP, wide=False),
     "baseline beside ms": Column(_field("beside_ms", number), ("beside_ms",)),
     "MBU": Column(_field("mbu", "{:.1%}".format), ("mbu",)),
     "floor ms": Column(_field("floor_ms", number), ("floor_ms",)),
+    "J/token": Column(_field("joules_per_token", number), ("joules_per_token",)),
+    "W": Column(_field("mean_power_w", "{:.0f}".format), ("mean_power_w",)),
+    "interactive?": Column(_interactive, ("interactive",)),
     "waits for": Column(_field("bottleneck", str), ("bottleneck",)),
     "MoE layer µs (floor)": Column(_moe_layer, ("moe_layer_us", "moe_layer_floor_us")),
     "experts hit": Column(_field("experts_hit", "{:.1f}".format), ("experts_hit",)),

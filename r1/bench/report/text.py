@@ -112,11 +112,17 @@ def drafts(r: Row, rows: Sequence[Row]) -> str:
     pays = "it never pays" if r["pays_from"] is None else f"it pays from {r['pays_from']:.0%}"
     return (
         f"{r['acceptance']:.0%} of drafts accepted ({how}), "
-        f"{r['tokens_per_step']:.2f} tokens a step; "
+        f"{r['tokens_per_step']:.2f} tokens a step{_places(r)}; "
         f"by bytes alone worth {r['predicted_speedup']:.2f}x steps of one token, and {pays}."
         + ("" if r["same_text"] is None else _greedy_text(r, rows))
         + ("" if r.get("wrong_tokens") is None else _own_text(r))
     )
+
+
+def _places(r: Row) -> str:
+    """The acceptance of each draft of a step, where there are several."""
+    places = r.get("acceptance_by_place") or []
+    return f" (by place: {', '.join(f'{each:.0%}' for each in places)})" if len(places) > 1 else ""
 
 
 def _greedy_text(r: Row, rows: Sequence[Row]) -> str:

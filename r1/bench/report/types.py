@@ -50,6 +50,10 @@ def _is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
+def _is_shares(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_share, value))
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= LONGEST
 
@@ -100,11 +104,11 @@ _SIZES = dict.fromkeys(("batch", "prompt", "new", "depth"), WHOLE)
 ROW: dict[str, Type] = {
     **dict.fromkeys(("arm", "kind", "model", "refused", "bottleneck"), TEXT),
     **_SIZES,
-    **dict.fromkeys(("crashed", "parity", "within_noise"), FLAG),
+    **dict.fromkeys(("crashed", "parity", "within_noise", "interactive", "predicted"), FLAG),
     **dict.fromkeys(
         (
-            "ttft_ms", "tpot_ms", "tpot_p90_ms", "beside_ms", "floor_ms", "decode_tok_s",
-            "prefill_tok_s",
+            "ttft_ms", "tpot_ms", "tpot_p90_ms", "tpot_p99_ms", "tpot_low_ms", "tpot_high_ms",
+            "beside_ms", "floor_ms", "decode_tok_s", "prefill_tok_s",
         ),
         MEASUREMENT,
     ),
@@ -130,10 +134,11 @@ ROW: dict[str, Type] = {
             "speedup", "speedup_low", "speedup_high", "tokens_per_step", "predicted_speedup",
             "pays_from", "mbu", "mfu_prefill", "step_gb", "moe_layer_us", "moe_layer_floor_us",
             "experts_hit", "allocated_gb", "reserved_gb", "host_gb", "start_cold_s",
-            "start_warm_s", "load_s", "sm_mhz", "power_w",
+            "start_warm_s", "load_s", "sm_mhz", "power_w", "mean_power_w", "joules_per_token",
         ),
         NUMBER,
     ),
+    "acceptance_by_place": Type("list of shares", _is_shares),
     "kernel_times": Type("list of kernels", _is_kernel_times),
     "backend": Type("object of switches", _is_switches),
     "repetitions": Type("list of repetitions", _is_repetitions),

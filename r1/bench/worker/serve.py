@@ -13,7 +13,7 @@ import torch
 
 from r1.bench import compiler_checks
 from r1.bench.process import Answer, answer_commands, end_with_parent
-from r1.bench.worker import profiling, reading, reference, timing
+from r1.bench.worker import energy, profiling, reading, reference, timing
 from r1.bench.worker.accuracy import accuracy
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., Answer]] = {
     "parity": reading.check,
     "kernels": profiling.kernels,
     "moe_layer": timing.moe_layer,
+    "energy": energy.energy,
     "trace": profiling.trace,
     "accuracy": accuracy,
 }

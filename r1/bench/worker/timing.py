@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -31,7 +32,8 @@ def measure(subject: Subject) -> Answer:
     """One repetition.
 
     Answers the seconds to the first token ("ttft"), to the last ("total") and of each step
-    ("gaps"); the steps of rows that were not done ("turns") and their accepted drafts; memory.
+    ("gaps"); the steps of rows that were not done ("turns"), their accepted drafts, and how many
+    steps accepted how many ("accepted_counts"); memory.
     """
     w = subject.workload
     subject.fill()
@@ -50,11 +52,12 @@ def measure(subject: Subject) -> Answer:
     subject.text = [
         [token for step in written for token in step[row]][: w.new] for row in range(w.batch)
     ]
-    turns, accepted = _turns(written, w.batch, w.new)
+    counts = _turns(written, w.batch, w.new)
     return {
         "tokens": w.new,
-        "turns": turns,
-        "accepted": accepted,
+        "turns": sum(counts.values()),
+        "accepted": sum(number * count for number, count in counts.items()),
+        "accepted_counts": dict(counts),
         "ttft": arrivals[0],
         "total": arrivals[-1],
         "gaps": gaps,
@@ -63,19 +66,19 @@ def measure(subject: Subject) -> Answer:
     } | clocks_and_power()
 
 
-def _turns(written: list[list[list[int]]], batch: int, new: int) -> tuple[int, int]:
-    """How many steps the rows took after the first token, and how many drafts they accepted.
+def _turns(written: list[list[list[int]]], batch: int, new: int) -> Counter[int]:
+    """How many of the rows' steps after the first token accepted so many drafts, by that number.
 
     A row that has all its new tokens is done: its further steps do not count.
     """
-    turns = accepted = 0
+    counts = Counter[int]()
     for row in range(batch):
         done = 1
         for step in written[1:]:
             if done < new:
-                turns, accepted = turns + 1, accepted + len(step[row]) - 1
+                counts[len(step[row]) - 1] += 1
                 done += len(step[row])
-    return turns, accepted
+    return counts
 
 
 def memory(subject: Subject) -> dict[str, Any]:

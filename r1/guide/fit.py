@@ -1,0 +1,65 @@
+"""Does a model fit: the layout, the fewest GPUs, the largest batch and the longest context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from r1.footprint import Sizes
+from r1.guide.gpus import Gpu
+from r1.guide.setup import COUNTS, Setup, computes, precisions, setups
+from r1.model.config import Config
+
+MOST_ROWS = 256
+"""The largest batch that is looked at: measured rows end at 32."""
+
+
+def fitting(
+    name: str, config: Config, gpu: Gpu, quant: str | None, count: int | None, sizes: Sizes
+) -> list[Setup]:
+    """The layouts on the fewest machines that hold the model; empty if no number of them does.
+
+    `quant` None: the most exact storage that fits on these fewest. `count` None: any number.
+    """
+    kinds = [quant] if quant and computes(gpu, quant) else []
+    kinds = kinds if quant else precisions(config, gpu)
+    if gpu.device == "cpu":
+        count = 1
+    for number in COUNTS if count is None else (count,):
+        for kind in kinds:
+            if number > 1 and not _could_fit(name, config, gpu, kind, number):
+                continue
+            found = [s for s in setups(name, config, gpu, kind, number) if s.fits(sizes)]
+            if found:
+                return found
+    return []
+
+
+def _could_fit(name: str, config: Config, gpu: Gpu, quant: str, count: int) -> bool:
+    """Whether the weights alone would fit, if they could be shared evenly."""
+    whole = next(setups(name, config, gpu, quant, 1), None)
+    return whole is not None and whole.memory(Sizes()).weights <= count * gpu.capacity
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` for which `fits`; 0 if 1 does not."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def most_rows(setup: Setup, sizes: Sizes) -> int:
+    """The largest batch of such rows, at most MOST_ROWS."""
+    return largest(lambda rows: setup.fits(replace(sizes, rows=rows)), MOST_ROWS)
+
+
+def longest(setup: Setup, rows: int) -> int:
+    """The most tokens of each of `rows` rows, within the model's context."""
+    return largest(
+        lambda tokens: setup.fits(Sizes(rows, tokens)), setup.config.max_position_embeddings
+    )

@@ -1,0 +1,125 @@
+"""The machines that the guide knows: published figures, each with a source and a date (gpus.json).
+
+A figure without a source is not there, and what needs it is not computed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from r1.errors import InputError
+from r1.switches.machine import Machine
+
+FILE = Path(__file__).parent / "gpus.json"
+FIGURES = {
+    "memory_gb": "memory of one GPU, in 10^9 bytes",
+    "bandwidth_gb_s": "of its memory, as the maker says it",
+    "bf16_tflop_s": "matrix products, dense, with fp32 sums",
+    "fp8_tflop_s": "the same for FP8",
+    "int8_top_s": "the same for INT8",
+    "board_w": "the most power that the board takes",
+    "link_both_ways_gb_s": "between GPUs of one host, both directions together",
+    "link_latency_us": "of one small all-reduce between GPUs of one host",
+    "purchase_usd": "price of one",
+    "rent_usd_per_hour": "price of an hour of one",
+}
+"""The figures that a machine may have, and what they mean."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a figure stands, and when it was published; "read DATE" where no date was given."""
+
+    url: str
+    date: str
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Gpu:
+    """One kind of machine."""
+
+    name: str
+    title: str
+    device: str
+    """The switch `device` that r1 runs with on it."""
+    figures: dict[str, float]
+    sources: dict[str, Source]
+    """By the name of the figure."""
+    machine: str | None = None
+    """The name that torch has for it, and so bench.py's result files."""
+    capability: tuple[int, int] = (0, 0)
+    arch: str = ""
+
+    def get(self, figure: str) -> float | None:
+        """A figure; None if there is no source for it."""
+        assert figure in FIGURES
+        return self.figures.get(figure)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that a model may use.
+
+        A card of N GB has N GiB, which is 7% more than N x 10^9 bytes. That rest is left to the
+        driver, to the context of each process and to gaps between blocks.
+        """
+        return int(self.figures["memory_gb"] * 1e9)
+
+    def as_machine(self) -> Machine:
+        """What this machine can do, for the switches."""
+        if self.device == "cpu":
+            return Machine(name=self.title, memory=self.capacity)
+        hip = "7" if self.device == "rocm" else None
+        return Machine(
+            True, hip, name=self.title, capability=self.capability, arch=self.arch,
+            memory=self.capacity,
+        )  # fmt: skip
+
+
+@cache
+def read() -> dict[str, Any]:
+    """The file's content."""
+    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return found
+
+
+@cache
+def source(name: str) -> Source:
+    """A source by its name in the file."""
+    return Source(**read()["sources"][name])
+
+
+@cache
+def all_gpus() -> dict[str, Gpu]:
+    """Every machine, by the name that --gpu takes."""
+    gpus = {}
+    for name, given in read()["gpus"].items():
+        figures = {key: value for key, value in given.items() if key in FIGURES}
+        gpus[name] = Gpu(
+            name,
+            given["title"],
+            given["device"],
+            {key: float(value) for key, (value, _) in figures.items()},
+            {key: source(origin) for key, (_, origin) in figures.items()},
+            given.get("machine"),
+            tuple(given.get("capability", (0, 0))),
+            given.get("arch", ""),
+        )
+    return gpus
+
+
+def gpu(name: str) -> Gpu:
+    """The machine of this name. Raises InputError."""
+    if name not in all_gpus():
+        raise InputError(f"--gpu {name}: give all, or one of {', '.join(all_gpus())}")
+    return all_gpus()[name]
+
+
+def electricity() -> tuple[float, Source]:
+    """The price of a kilowatt-hour in US dollars."""
+    value, origin = read()["electricity"]["usd_per_kwh"]
+    return float(value), source(origin)

@@ -1,0 +1,253 @@
+"""Rows that bench.py measured, as predictions need them.
+
+measured.json holds those of the committed results (tools/measure/make_guide.py writes it). A file
+of the user's own machine gives more: --calibrate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from r1 import roofline
+from r1.bench.load_result import load
+from r1.bench.rates import Rates
+from r1.files.config_json import parse_config
+from r1.model.config import AttentionShape, Config
+from r1.model.layers import Linear
+from r1.model.moe import Experts
+from r1.model.transformer import Transformer
+from r1.switches.backend import Backend
+
+FILE = Path(__file__).parent / "measured.json"
+GAP_US = 1.16
+"""Microseconds between two kernels of a CUDA graph: what one more tiny kernel costs on an H100
+(tools/measure/results/README.md)."""
+PLAIN_SHARE = 0.9
+"""The share of a copy's rate that fused kernels over plain numbers reach at batch 1 on an H100."""
+LEAST_NEW = 16
+"""Fewer new tokens measure prompts: they are too few for the time of a step."""
+LEAST_STEP_GB = 0.1
+"""A smaller model waits for launches, not for memory: it says nothing about larger ones."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of a result: what ran, and how long it took."""
+
+    file: str
+    """The result's name."""
+    machine: str
+    model: str
+    arm: str
+    quant: str
+    """The resolved switch: none, fp8, int4, ..."""
+    latent: bool
+    """Latent attention, not grouped-query attention."""
+    ranks: int
+    device: str
+    captured: bool
+    """Steps ran as CUDA graphs."""
+    fused: bool
+    """Steps ran in hand-written blocks: kernels=triton."""
+    prompt_captured: bool
+    batch: int
+    prompt: int
+    new: int
+    layers: int
+    copy_gb_s: float
+    matmul_tflop_s: float
+    tpot_ms: float | None
+    floor_ms: float
+    ttft_ms: float
+    prompt_floor_ms: float
+    step_gb: float
+    packed_gb: float
+    """Of these, the bytes of packed weights."""
+    packed_giga_elements: float
+    """How many numbers these are, in 10^9."""
+    kernels: int | None
+    """Of one decode step."""
+    mean_power_w: float | None = None
+    """Over decode steps; None in older results."""
+
+    @property
+    def gaps_ms(self) -> float:
+        """The time between kernels in a step: known for captured steps."""
+        return (self.kernels or 0) * GAP_US / 1e3 if self.captured else 0.0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it tells the speed of decode steps. On a GPU, uncaptured ones wait for a host."""
+        runs = self.captured or self.device == "cpu"
+        large = self.new >= LEAST_NEW and self.step_gb >= LEAST_STEP_GB
+        return bool(self.tpot_ms) and runs and large
+
+    @property
+    def share(self) -> float:
+        """The floor's share of a step's time, without the gaps between its kernels."""
+        assert self.tpot_ms
+        return self.floor_ms / (self.tpot_ms - self.gaps_ms)
+
+    @property
+    def unpacked_per_ms(self) -> float:
+        """How many 10^9 packed numbers a step read in a millisecond.
+
+        Gaps between kernels are taken off, and the time of plain numbers, at their usual share.
+        """
+        assert self.tpot_ms
+        plain_ms = 1e3 * (self.step_gb - self.packed_gb) / self.copy_gb_s / PLAIN_SHARE
+        unpacking_ms = self.tpot_ms - self.gaps_ms - plain_ms
+        return self.packed_giga_elements / unpacking_ms if unpacking_ms > 0 else math.inf
+
+    @property
+    def prompt_share(self) -> float:
+        """The floor's share of the time to the first token."""
+        return self.prompt_floor_ms / self.ttft_ms
+
+    @property
+    def work(self) -> tuple[Any, ...]:
+        """What was to be done, and whether by fused blocks, whatever the other switches were."""
+        return (self.machine, self.model, self.quant, self.ranks, self.batch, self.fused)
+
+    def describe(self) -> str:
+        """The row in words."""
+        stored = "" if self.quant == "none" else f", {self.quant}"
+        return (
+            f"{self.model}{stored}, batch {self.batch}, prompt {self.prompt}, new {self.new}: "
+            f"{self.arm} ({self.machine}, {self.file})"
+        )
+
+
+def rows_of(path: Path) -> list[Measured]:
+    """The rows of a result file that pass parity, without speculation. Raises InputError."""
+    found = load(path, complete=True)
+    config = parse_config(found["config"], f"{path}: config")
+    machine, model = found["machine"], str(found["workload"]).split(": batch")[0]
+    return [
+        _row(path.stem, machine, model, config, row)
+        for row in found["rows"]
+        if not row["refused"] and row["parity"] and row["acceptance"] is None
+    ]
+
+
+def _row(
+    file: str, machine: dict[str, Any], model: str, config: Config, row: dict[str, Any]
+) -> Measured:
+    known = {name: value for name, value in row["backend"].items() if hasattr(Backend, name)}
+    backend = Backend(**known)
+    copy = machine["copy_gb_s"]
+    matmul = machine["matmul_tflop_s"].get(backend.compute) or max(
+        machine["matmul_tflop_s"].values()
+    )
+    rates = Rates(copy * 1e9, matmul * 1e12, 0.0, 0.0)
+    read = packed(config, backend, row["experts_hit"])
+    prompt = prompt_work(config, backend, row["batch"], row["prompt"], row["depth"])
+    return Measured(
+        file,
+        machine["name"],
+        model,
+        row["arm"],
+        "none" if backend.quant == "auto" else backend.quant,
+        isinstance(config.attention, AttentionShape),
+        backend.ranks,
+        backend.device,
+        backend.cuda_graphs,
+        backend.kernels == "triton",
+        backend.prefill_graphs,
+        row["batch"],
+        row["prompt"],
+        row["new"],
+        config.num_hidden_layers,
+        round(copy, 1),
+        round(matmul, 1),
+        row["tpot_ms"],
+        row["floor_ms"],
+        row["ttft_ms"],
+        round(1e3 * rates.seconds(prompt), 4),
+        row["step_gb"],
+        round(read.nbytes / 1e9, 5),
+        round(read.elements / 1e9, 5),
+        row["kernels"],
+        row["mean_power_w"],
+    )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed weights: their bytes, and how many numbers they are."""
+
+    nbytes: float = 0.0
+    elements: float = 0.0
+
+    def __add__(self, other: Packed) -> Packed:
+        return Packed(self.nbytes + other.nbytes, self.elements + other.elements)
+
+    def __mul__(self, times: float) -> Packed:
+        return Packed(self.nbytes * times, self.elements * times)
+
+
+def packed(config: Config, backend: Backend, experts_hit: float) -> Packed:
+    """The packed weights that one step reads, on the device with the largest share."""
+    always, expert = _packed(roofline.model_of(config, backend, False))
+    return always + expert * (experts_hit / backend.ep)
+
+
+@cache
+def _packed(model: Transformer) -> tuple[Packed, Packed]:
+    """Of a kept model: what every token reads, and one expert of each layer."""
+    always = expert = Packed()
+    for module in model.modules():
+        if isinstance(module, Linear) and module.matrix.unpacked_bytes:
+            always += Packed(module.matrix.nbytes, module.matrix.shape.numel())
+        elif isinstance(module, Experts) and module.gate_proj.unpacked_bytes:
+            for stack in (module.gate_proj, module.up_proj, module.down_proj):
+                expert += Packed(stack.nbytes, stack.shape.numel()) * (1 / module.count)
+    return always, expert
+
+
+def prompt_work(
+    config: Config, backend: Backend, rows: int, prompt: int, depth: int = 0
+) -> roofline.Work:
+    """The work of reading prompts, if each token chooses its experts uniformly."""
+    hit = roofline.expected_experts(config, rows * prompt)
+    return roofline.step_work(config, backend, rows, prompt, depth, hit)
+
+
+def best(rows: Iterable[Measured]) -> list[Measured]:
+    """Of the rows that tell a step's speed, the fastest for each work."""
+    fastest: dict[Any, Measured] = {}
+    for row in rows:
+        if row.decodes:
+            kept = fastest.get(row.work)
+            if kept is None or (row.tpot_ms or 0) < (kept.tpot_ms or 0):
+                fastest[row.work] = row
+    return list(fastest.values())
+
+
+def best_prompts(rows: Iterable[Measured]) -> list[Measured]:
+    """The fastest for each work and length of prompt, of those that were not captured."""
+    fastest: dict[Any, Measured] = {}
+    for row in rows:
+        if not row.prompt_captured and row.step_gb >= LEAST_STEP_GB:
+            key = (*row.work, row.prompt)
+            if key not in fastest or row.ttft_ms < fastest[key].ttft_ms:
+                fastest[key] = row
+    return list(fastest.values())
+
+
+@cache
+def committed() -> tuple[Measured, ...]:
+    """The rows of the committed results."""
+    return tuple(Measured(**each) for each in json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def dump(rows: Iterable[Measured]) -> str:
+    """Rows as the file's text."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    return f"[\n{lines}\n]\n"

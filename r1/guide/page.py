@@ -1,0 +1,211 @@
+"""Answers as Markdown, and as rows that bench.py --compare reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from r1.bench.report.fields import SCHEMA
+from r1.files.config_json import dump_config
+from r1.guide.answer import Answer, Speed
+from r1.guide.cost import Cost
+from r1.guide.gpus import Gpu
+from r1.guide.predict import Predictor
+from r1.guide.setup import HOST
+
+MEMORY = ("weights", "cache", "activations", "graphs", "libraries", "total")
+RANKED = (
+    "machine", "model", "layout", "stored", "GB of GB", "tok/s, one row: floor", "expected",
+    "best batch", "tok/s", "USD/M tokens: rent", "own", "J/token, at most",
+)  # fmt: skip
+PREDICTED = "Every time here is predicted; none was measured on this machine with this model."
+
+
+def one(answer: Answer, predictor: Predictor) -> str:
+    """All about one answer."""
+    gpu, setup = answer.gpu, answer.setup
+    if setup is None or answer.memory is None:
+        return (
+            f"{answer.name} does not fit {gpu.title}, in any layout and precision that these flags "
+            f"allow. `python -m r1.guide --model {answer.name}` ranks the machines that hold it."
+        )
+    sizes = answer.first.sizes
+    title = f"# {answer.name} on {machines(answer)}, {setup.stored}, {setup.layout}"
+    limits = (
+        f"Largest batch of such rows: {answer.most_rows}. Longest row at batch {sizes.rows}: "
+        f"{answer.longest:,} tokens."
+    )
+    total = "on each, " if setup.count > 1 else ""
+    lines = [
+        title, "", f"{sizes.prompt:,} tokens of prompt, {sizes.new:,} new ones. {PREDICTED}", "",
+        f"## Memory, GB ({total}{gpu.capacity / 1e9:.0f} may be used)", "",
+        *table([MEMORY, [f"{getattr(answer.memory, name) / 1e9:.2f}" for name in MEMORY]]), "",
+        limits, "", "## Speed and cost", "", *table(speed_table(answer)), "",
+        *notes(answer, predictor), "", "## Sources", "", *sources(gpu),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def machines(answer: Answer) -> str:
+    """How many of which machine."""
+    count = answer.setup.count if answer.setup else 1
+    return answer.gpu.title if count == 1 else f"{count} x {answer.gpu.title}"
+
+
+def speed_table(answer: Answer) -> list[Sequence[str]]:
+    """Floors and expected times, a column for each batch."""
+    heads = [f"batch {speed.sizes.rows}" for speed in answer.speeds]
+    rows: dict[str, list[str]] = {
+        name: []
+        for name in (
+            "TTFT ms, floor", "TTFT ms, expected", "TPOT ms, floor", "TPOT ms, expected",
+            "tokens/s, floor", "tokens/s, expected", "rent, USD per million tokens",
+            "own, USD per million tokens", "joules per token, at most",
+            "joules per token, expected",
+        )
+    }  # fmt: skip
+    for speed in answer.speeds:
+        t, c = speed.times, speed.cost
+        cells = (
+            t.floor_ttft_ms, t.expected_ttft_ms, t.floor_tpot_ms, t.expected_tpot_ms,
+            speed.floor_tokens_per_s, speed.tokens_per_s, *(_prices(c)),
+            c.expected_joules_per_token if c else None,
+        )  # fmt: skip
+        for name, value in zip(rows, cells, strict=True):
+            rows[name].append(number(value))
+    assert answer.setup
+    watts = number(answer.gpu.figures["board_w"] * answer.setup.count)
+    power = ("watts, at most", *[watts] * len(heads))
+    known = {name: cells for name, cells in rows.items() if any(cells)}
+    return [("", *heads), *((name, *cells) for name, cells in known.items()), power]
+
+
+def notes(answer: Answer, predictor: Predictor) -> list[str]:
+    """What the numbers start from, and what they leave out."""
+    gpu, setup, times = answer.gpu, answer.setup, answer.first.times
+    assert setup
+    rates = predictor.rates(gpu)
+    products = f"{rates.matmul / 1e12:.0f} TFLOP/s in bf16" if times.floor_ttft_ms else "unknown"
+    lines = [f"- Floor: copy {rates.copy / 1e9:.0f} GB/s, matrix products {products}."]
+    word = "Calibrated: " if predictor.calibrated else ""
+    for speed in answer.speeds:
+        row, prompt = speed.times.step_row, speed.times.prompt_row
+        if row:
+            lines.append(
+                f"- {word}TPOT at batch {speed.sizes.rows} starts from the measured row "
+                f"{row.describe()}: {row.share:.0%} of the floor's rates while kernels run."
+            )
+        if prompt:
+            lines.append(
+                f"- {word}TTFT at batch {speed.sizes.rows} starts from {prompt.describe()}, which "
+                f"took {prompt.ttft_ms:.1f} ms, {prompt.prompt_share:.0%} of the floor's rates."
+            )
+    if not times.step_row:
+        lines.append(
+            "- Nothing is expected: no row was measured on such a device. Give one of your own "
+            "with --calibrate FILE.json."
+        )
+    if gpu.device == "cpu" and "Mac" in gpu.title:
+        lines.append("- r1 has no Metal backend: the floor is the memory's, r1 runs on the CPU.")
+    if gpu.device == "rocm":
+        lines.append("- No AMD GPU has run these kernels yet; they are compiled for it.")
+    if setup.count > 1:
+        lines.append("- r1's tensor and expert parallel are tested on CPUs only.")
+    if setup.count > HOST:
+        lines.append(f"- More than {HOST} GPUs are several hosts: their network is not counted.")
+    return lines
+
+
+def sources(gpu: Gpu) -> list[str]:
+    """Each figure with its source and its date."""
+    return [
+        f"- {name} {value:g}: {origin.url} ({origin.date}{'; ' * bool(origin.note)}{origin.note})"
+        for name, value in gpu.figures.items()
+        if (origin := gpu.sources[name])
+    ]
+
+
+def ranking(answers: Sequence[Answer]) -> list[str]:
+    """A table of answers, in their order."""
+    return table([RANKED, *map(_ranked, answers)])
+
+
+def _ranked(answer: Answer) -> list[str]:
+    if answer.setup is None or answer.memory is None:
+        return [answer.gpu.title, answer.name, "does not fit", *[""] * (len(RANKED) - 3)]
+    first, best = answer.first, answer.best
+    return [
+        machines(answer), answer.name, answer.setup.layout, answer.setup.stored,
+        f"{answer.memory.total / 1e9:.1f} of {answer.gpu.capacity / 1e9:.0f}",
+        number(first.floor_tokens_per_s / first.sizes.rows), number(_one_row(first)),
+        str(best.sizes.rows), number(best.tokens_per_s),
+        *map(number, _prices(best.cost)),
+    ]  # fmt: skip
+
+
+def _prices(cost: Cost | None) -> tuple[float | None, float | None, float | None]:
+    """Rent, own, joules."""
+    if cost is None:
+        return None, None, None
+    rent, own = cost.rent_usd_per_million_tokens, cost.own_usd_per_million_tokens
+    return rent, own, cost.joules_per_token
+
+
+def _one_row(speed: Speed) -> float | None:
+    return speed.tokens_per_s and speed.tokens_per_s / speed.sizes.rows
+
+
+def number(value: float | None) -> str:
+    """About three digits; nothing for what is not known."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; the first row is the heading. Words stand left, numbers right."""
+    heads, *body = rows
+    cells = [[row[i] for row in body if row[i]] for i in range(len(heads))]
+    words = [not all(cell[0].isdigit() for cell in column) for column in cells]
+    rule = ["---" if word else "---:" for word in words]
+    return [f"| {' | '.join(row)} |" for row in (heads, rule, *body)]
+
+
+def as_result(answer: Answer) -> dict[str, Any]:
+    """The answer as a file that bench.py --compare reads, every row marked as a prediction."""
+    setup = answer.setup
+    assert setup
+    return {
+        "schema": SCHEMA,
+        "machine": {
+            "name": f"{machines(answer)} (PREDICTED)",
+            "memory_gb": setup.gpu.figures["memory_gb"],
+        },
+        "config": dump_config(setup.config),
+        "workload": answer.name,
+        "notes": [PREDICTED],
+        "rows": [_as_row(answer, speed) for speed in answer.speeds],
+    }
+
+
+def _as_row(answer: Answer, speed: Speed) -> dict[str, Any]:
+    setup, times, memory = answer.setup, speed.times, answer.memory
+    assert setup and memory
+    return {
+        "arm": f"PREDICTED: {setup.stored}, {setup.layout}",
+        "kind": "predicted",
+        "predicted": True,
+        "model": answer.name,
+        "batch": speed.sizes.rows,
+        "prompt": speed.sizes.prompt,
+        "new": speed.sizes.new,
+        "depth": speed.sizes.depth,
+        "refused": None,
+        "tpot_ms": times.expected_tpot_ms,
+        "ttft_ms": times.expected_ttft_ms,
+        "floor_ms": times.floor_tpot_ms,
+        "decode_tok_s": speed.tokens_per_s,
+        "allocated_gb": setup.memory(speed.sizes).total / 1e9,
+        "starts_from": times.step_row and times.step_row.describe(),
+        "backend": vars(setup.backend),
+    }

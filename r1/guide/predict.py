@@ -1,0 +1,233 @@
+"""The least time of a step and of a prompt, and the time to expect.
+
+The floor is bench.py's: bytes or operations of roofline.py, over the rates of rates.py. A machine
+that was measured has its measured rates. Of another one the published rates are known, and the
+measured machine's share of its own published ones is taken as this machine's too.
+
+The time to expect of a step is
+
+    floor / share + kernels x gap + exchanges
+
+where share and kernels are those of the nearest measured row (measured.py): the floor's share of
+the time that its kernels ran, and kernels a layer. So a prediction starts from one row, and says
+which. Nothing predicted is shown as measured. Where both are packed, the first term has two parts:
+plain numbers, by their bytes, and packed ones, by their bytes or by the rate at which the row
+unpacked numbers, whichever takes longer. That rate is taken as it is for other machines too:
+unpacking is the work of processors, which differ less than memories do.
+
+A prompt that is not captured takes the longer of two times: the device's, floor / share of the
+nearest row that waited for the device, and the host's, a layer's launches in the nearest row that
+waited for the host, times the layers.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from r1.bench.rates import Rates
+from r1.footprint import Sizes
+from r1.guide import measured
+from r1.guide.gpus import Gpu, all_gpus
+from r1.guide.measured import GAP_US, PLAIN_SHARE, Measured, Packed
+from r1.guide.setup import Setup
+from r1.model.config import AttentionShape
+from r1.roofline import expected_experts, step_work
+from r1.run.runner import round_rows
+from r1.storage.kinds import kind_of
+
+DEVICE_SHARE = 0.5
+"""A prompt that reached less of the floor's rates than that waited for the host."""
+LATENCY_FROM = "h100"
+"""The machine whose measured latency of an all-reduce stands in where another has none."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds: the least, and the ones to expect, with the rows that these start from."""
+
+    floor_tpot_ms: float
+    floor_ttft_ms: float | None
+    """None: the machine's rate of matrix products is not known."""
+    expected_tpot_ms: float | None
+    """None: nothing was measured on such a device."""
+    expected_ttft_ms: float | None
+    step_row: Measured | None
+    prompt_row: Measured | None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts from some measured rows."""
+
+    rows: Sequence[Measured]
+    calibrated: bool = False
+    """Whether rows of the user's own machine are among them."""
+
+    def rates(self, gpu: Gpu) -> Rates:
+        """A machine's rates: measured where it was, else published ones times a measured share."""
+        own = [row for row in self.rows if row.machine == gpu.machine]
+        if own:
+            copy = statistics.median(row.copy_gb_s for row in own)
+            matmul = statistics.median(row.matmul_tflop_s for row in own)
+            return Rates(copy * 1e9, matmul * 1e12, 0.0, GAP_US / 1e6)
+        copy_share, matmul_share = self.shares()
+        products = gpu.get("bf16_tflop_s")
+        return Rates(
+            gpu.figures["bandwidth_gb_s"] * 1e9 * copy_share,
+            products * 1e12 * matmul_share if products else math.inf,
+            0.0,
+            GAP_US / 1e6,
+        )
+
+    def shares(self) -> tuple[float, float]:
+        """Measured rates over published ones: of copies, of bf16 products."""
+        known = {gpu.machine: gpu for gpu in all_gpus().values() if gpu.machine}
+        pairs = [(row, known[row.machine]) for row in self.rows if row.machine in known]
+        pairs = pairs or [(row, known[row.machine]) for row in measured.committed()]
+        copy = (row.copy_gb_s / gpu.figures["bandwidth_gb_s"] for row, gpu in pairs)
+        matmul = (row.matmul_tflop_s / gpu.figures["bf16_tflop_s"] for row, gpu in pairs)
+        return statistics.median(copy), statistics.median(matmul)
+
+    def times(self, setup: Setup, sizes: Sizes) -> Times:
+        """Both times of a model with these rows, as floor and as expected."""
+        rates, backend, config = self.rates(setup.gpu), setup.backend, setup.config
+        rows = round_rows(sizes.rows) if backend.cuda_graphs else sizes.rows
+        context = sizes.depth + sizes.prompt + sizes.new / 2
+        hit = expected_experts(config, sizes.rows)
+        step = step_work(config, backend, sizes.rows, 1, context, hit)
+        floor = 1e3 * rates.seconds(step)
+        prompt_work = measured.prompt_work(config, backend, sizes.rows, sizes.prompt, sizes.depth)
+        prompt_floor = None if rates.matmul == math.inf else 1e3 * rates.seconds(prompt_work)
+        like, known = Like.of(setup), self._of_device(setup)
+        row = nearest(measured.best(known), like, rows, step.nbytes)
+        exchange = 1e3 * exchange_seconds(setup, rows)
+        read = Read(step.nbytes, measured.packed(config, backend, hit), rates.copy)
+        expected = step_ms(floor, read, row, like) + exchange if row else None
+        first, tokens, like_prompt = None, rows * sizes.prompt, None
+        prompts = measured.best_prompts(known)
+        if prompts and prompt_floor:
+            first, like_prompt = prompt_ms(prompt_floor, prompts, like, tokens)
+            first += 1e3 * exchange_seconds(setup, tokens)
+        return Times(floor, prompt_floor, expected, first, row, like_prompt)
+
+    def _of_device(self, setup: Setup) -> list[Measured]:
+        """The rows of such a device: a CPU's say nothing about a GPU, nor the other way round."""
+        cpu = setup.gpu.device == "cpu"
+        return [row for row in self.rows if (row.device == "cpu") == cpu]
+
+
+@dataclass(frozen=True)
+class Like:
+    """What a row to start from should be like, but for its sizes."""
+
+    quant: str
+    machine: str | None
+    fused: bool
+    latent: bool
+    layers: int
+
+    @staticmethod
+    def of(setup: Setup) -> Like:
+        """As a model on a machine is."""
+        backend, config = setup.backend, setup.config
+        latent = isinstance(config.attention, AttentionShape)
+        fused = backend.kernels == "triton"
+        layers = config.num_hidden_layers
+        return Like(backend.quant, setup.gpu.machine, fused, latent, layers)
+
+    def distance(self, row: Measured) -> float:
+        """How unlike a row is."""
+        kinds = kind_of(row.quant), kind_of(self.quant)
+        other, far = kinds[0] != kinds[1], (kinds[0] is None) != (kinds[1] is None)
+        machine, fused = row.machine != self.machine, row.fused != self.fused
+        return 8 * other + 4 * far + 6 * machine + 6 * fused + 1.0 * (row.latent != self.latent)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a step reads, and at which rate."""
+
+    nbytes: float
+    packed: Packed
+    """Of these."""
+    copy: float
+    """Bytes a second of a copy."""
+
+    @staticmethod
+    def of(row: Measured) -> Read:
+        """Of a measured row."""
+        packed = Packed(row.packed_gb * 1e9, row.packed_giga_elements * 1e9)
+        return Read(row.step_gb * 1e9, packed, row.copy_gb_s * 1e9)
+
+    def busy_ms(self, unpacked_per_ms: float) -> float:
+        """The time of both parts, if 10^9 packed numbers are read at such a rate."""
+        rate = self.copy * PLAIN_SHARE / 1e3  # bytes a millisecond
+        plain = (self.nbytes - self.packed.nbytes) / rate
+        return plain + max(self.packed.nbytes / rate, self.packed.elements / 1e9 / unpacked_per_ms)
+
+
+def step_ms(floor_ms: float, read: Read, row: Measured, like: Like) -> float:
+    """A step's time, if it has the row's share of the floor, and its kernels a layer.
+
+    If both are packed, it has the row's rate of unpacking instead, and is never below the floor.
+    """
+    busy = floor_ms / row.share
+    if "none" not in (row.quant, like.quant):
+        busy = max(floor_ms, read.busy_ms(row.unpacked_per_ms))
+    return busy + row.gaps_ms / row.layers * like.layers
+
+
+def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float) -> Measured | None:
+    """The row to start from: of like storage, machine, kernels and attention, then of like sizes.
+
+    Bytes a layer decide how long a kernel runs, and so what its start and end weigh. Of two rows
+    as far away, the one of the more similar batch is taken.
+    """
+
+    def far(row: Measured) -> float:
+        own, theirs = step_bytes / like.layers, row.step_gb * 1e9 / row.layers
+        sizes = abs(math.log2(own / theirs)) + 0.1 * abs(math.log2(batch / row.batch))
+        return like.distance(row) + sizes
+
+    return min(rows, key=far, default=None)
+
+
+def prompt_ms(
+    floor_ms: float, rows: Sequence[Measured], like: Like, tokens: int
+) -> tuple[float, Measured]:
+    """The time to the first token of a prompt, and the row that it starts from.
+
+    `tokens`: how many all rows have together. By these the nearest rows are chosen.
+    """
+
+    def far(row: Measured) -> float:
+        return like.distance(row) + abs(math.log2(tokens / (row.batch * row.prompt)))
+
+    times = []
+    if device := [row for row in rows if row.prompt_share >= DEVICE_SHARE]:
+        row = min(device, key=far)
+        times.append((floor_ms / min(1.0, row.prompt_share), row))
+    if host := [row for row in rows if row.prompt_share < DEVICE_SHARE]:
+        row = min(host, key=far)
+        times.append((max(floor_ms, row.ttft_ms / row.layers * like.layers), row))
+    return max(times, key=lambda each: each[0])
+
+
+def exchange_seconds(setup: Setup, tokens: int) -> float:
+    """What devices exchange in one call: two sums a layer, each of every token's hidden state.
+
+    A sum takes the latency, and 2 (n - 1) / n of its bytes over one direction of the link. A
+    machine whose link is not known takes the latency alone, so its time is too short.
+    """
+    n = setup.count
+    if n == 1:
+        return 0.0
+    latency = setup.gpu.get("link_latency_us") or all_gpus()[LATENCY_FROM].get("link_latency_us")
+    assert latency
+    link = setup.gpu.get("link_both_ways_gb_s")
+    nbytes = tokens * setup.config.hidden_size * 2
+    moving = 2 * (n - 1) / n * nbytes / (link * 1e9 / 2) if link else 0.0
+    return 2 * setup.config.num_hidden_layers * (latency / 1e6 + moving)

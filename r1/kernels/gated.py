@@ -1,0 +1,90 @@
+"""The first half of a dense feed-forward: h = silu(gate(x)) up(x), where x is normed first.
+
+For one token a single kernel reads a few rows of `gate` and as many of `up`, so SwiGLU is computed
+once for each inner value. In the kernel after it, `down`, every program would compute it for all of
+them.
+Several tokens multiply by both matrices with linear.py's tiles, and a small kernel computes SwiGLU.
+
+Shapes: N tokens, D hidden_size, I intermediate_size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r1.kernels.chip import Chip, ceil_div, let_next_start, wait_for_previous
+from r1.kernels.linear import LinearLaunch, linear, linear_torch, prepare
+from r1.kernels.tiles import load, matrix_of, operand, packed_bits, times
+from r1.model.layers import MLP, swiglu
+from r1.storage.joined import products
+
+
+def gated(
+    chip: Chip, x: Tensor, mlp: MLP, norm: Tensor, eps: float, launch: LinearLaunch | None = None
+) -> Tensor:
+    """x (N, D), RMS-normed with the gain `norm` (D,) -> SwiGLU's inner values (N, I)."""
+    gate, up = mlp.gate_proj.matrix, mlp.up_proj.matrix
+    tokens, (inner, inputs) = x.shape[0], gate.shape
+    sizes = (tokens, inputs, 2 * inner, x.itemsize, *packed_bits(gate))
+    use = launch or chip.launch(LinearLaunch, *sizes)
+    if use.rows == 1:
+        h, block = x.new_empty(tokens, inner), max(1, use.outputs // 2)
+        chip.run(
+            gated_kernel, (ceil_div(inner, block), tokens), x, operand(gate, chip.ptx),
+            operand(up, chip.ptx), norm, eps, h, inner, INPUTS=inputs, BLOCK_OUT=block,
+            BLOCK_IN=use.inputs, warps=use.warps, stages=use.stages,
+        )  # fmt: skip
+        return h
+    normed = partial(linear, chip, x, norm=norm, eps=eps, launch=launch)
+    gates, ups = products(normed, gate, up)  # (N, I) each
+    return prepare(chip, gates, up=ups)
+
+
+def gated_torch(x: Tensor, mlp: MLP, norm: Tensor, eps: float) -> Tensor:
+    """The twin."""
+    normed = partial(linear_torch, x, norm=norm, eps=eps)
+    return swiglu(*products(normed, mlp.gate_proj.matrix, mlp.up_proj.matrix))
+
+
+GATED = {"torch": gated_torch, "triton": gated}
+
+
+@triton.jit
+def gated_kernel(
+    x, gate, up, norm, eps, h, outputs, INPUTS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token, BLOCK_OUT inner values: as linear.py's `vector_kernel`, with rows of two matrices.
+
+    Weights depend on no kernel, so the first tiles are loaded before the wait.
+    """
+    let_next_start(PDL)
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK_IN)
+    gates, ups = matrix_of(gate, 0), matrix_of(up, 0)
+    w_row, real = out.to(tl.int64)[:, None], (out < outputs)[:, None]
+    g = load(gates, w_row, real, columns[None, :], 0, INPUTS, gate)  # (BLOCK_OUT, BLOCK_IN)
+    u = load(ups, w_row, real, columns[None, :], 0, INPUTS, up)  # (BLOCK_OUT, BLOCK_IN)
+    wait_for_previous(PDL)
+    x += row * INPUTS
+    gate_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(gate.TOGETHER, BLOCK_IN)), tl.float32)
+    up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(up.TOGETHER, BLOCK_IN)), tl.float32)
+    squares = tl.zeros((BLOCK_IN,), tl.float32)
+    for start in range(0, INPUTS, BLOCK_IN):
+        at = start + columns
+        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+        squares += v * v
+        v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+        gate_sums += times(g, v[None, :], gate)
+        g = load(gates, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, gate)
+        up_sums += times(u, v[None, :], up)
+        u = load(ups, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, up)
+    factor = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
+    a, b = tl.sum(gate_sums, axis=1) * factor, tl.sum(up_sums, axis=1) * factor  # (BLOCK_OUT,)
+    inner = a * tl.sigmoid(a) * b
+    tl.store(h + row * outputs + out, inner.to(h.dtype.element_ty), mask=out < outputs)

@@ -1,0 +1,147 @@
+"""`python -m r1.guide`: what it prints, draws and refuses, and bench.py --compare of its answers.
+
+Holds to account: r1/guide/__main__.py, page.py, picture.py, calibrate.py; r1/bench/merge.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from refusals import check_sentence
+
+import bench
+from r1.guide import gpus, measured
+from r1.guide.__main__ import main
+
+RESULTS = Path(__file__).parents[1] / "tools" / "measure" / "results" / "h100"
+SMALL = ["--prompt", "128", "--new", "256"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_one_model_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where each gigabyte goes, floor and expected apart, the row it starts from, the sources."""
+    text = printed(capsys, "--model", "moonlight-16b", "--gpu", "4090", *SMALL)
+    assert text.startswith("# moonlight-16b on RTX 4090, fp8, one device\n")
+    for line in (
+        "| weights | cache | activations | graphs | libraries | total |", "| TPOT ms, floor |",
+        "| TPOT ms, expected |", "Largest batch of such rows:", "Longest row at batch 1: 8,192",
+        "| watts, at most | 450 |", "Every time here is predicted",
+        "starts from the measured row moonlight-16b",
+    ):  # fmt: skip
+        assert line in text
+    gpu = gpus.gpu("4090")
+    for name, source in gpu.sources.items():
+        assert f"- {name} {gpu.figures[name]:g}: {source.url} ({source.date}" in text
+
+
+def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "r1 does not fit RTX 3060 12GB" in printed(capsys, "--model", "r1", "--gpu", "3060")
+
+
+def test_a_folder_is_a_model_too(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(__file__).parents[1] / "weights" / "tiny-r1"
+    for model in (folder, folder / "config.json"):
+        text = printed(capsys, "--model", str(model), "--gpu", "h100")
+        assert text.startswith("# tiny-r1 on H100 80GB SXM")
+
+
+def test_a_ranking_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """All machines, the cheapest first; those that can't hold it are named in the picture."""
+    picture = tmp_path / "all.png"
+    arguments = ["--model", "r1-distill-qwen-32b", "--count", "1", *SMALL, "--plot", str(picture)]
+    text = printed(capsys, *arguments)
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(gpus.all_gpus())
+    assert "RTX 3060" in rows[-1] and "does not fit" in rows[-1]
+    assert picture.stat().st_size > 10_000
+    drawn = picture.with_suffix(".svg").read_text(encoding="utf-8")
+    for words in ("can't hold it: RTX 3060", "rented", "RTX 4090, int4", "predicted"):
+        assert f"<!-- {words}" in drawn or words in drawn
+
+
+def test_limits_of_a_ranking(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "youtu-2b", *SMALL, "--budget", "1600"]
+    text = printed(capsys, *arguments, "--min-tokens-per-s", "150")
+    assert "RTX 3090" in text and "RTX 3060" not in text and "H100" not in text
+
+
+def test_predictions_beside_measured_rows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """--compare marks them; --show, which shows measurements, refuses them."""
+    file = tmp_path / "predicted.json"
+    text = printed(capsys, "--model", "moonlight-16b", "--gpu", "4090", *SMALL, "-o", "json")
+    file.write_text(text)
+    row = json.loads(text)["rows"][0]
+    assert row["predicted"] and "parity" not in row and row["starts_from"]
+    assert bench.main(["--compare", str(file), str(RESULTS / "kernels" / "batch-1.json")]) == 0
+    out = capsys.readouterr().out
+    assert "| RTX 4090 (PREDICTED)  | 24        | PREDICTED: fp8, one device" in out
+    assert "| NVIDIA H100 80GB HBM3 | 85        | baseline" in out
+    assert bench.main(["--show", str(file)]) == 2
+    assert "holds predictions of r1.guide: --compare shows them" in capsys.readouterr().err
+
+
+def test_calibrating(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Rows of a machine of one's own: the error of each, and predictions start from them."""
+    found = json.loads((RESULTS / "kernels" / "batch-8.json").read_text(encoding="utf-8"))
+    found["machine"]["name"] = "my card"
+    for row in found["rows"]:
+        row["tpot_ms"] *= 2
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(found))
+    text = printed(capsys, "--calibrate", str(file))
+    (line,) = [line for line in text.splitlines() if "my card" in line]
+    assert "moonlight-16b" in line and "| 13.5 |" in line and "-50%" in line
+    arguments = ["--calibrate", str(file), "--model", "moonlight-16b", *SMALL, "--batch", "8"]
+    text = printed(capsys, *arguments, "--gpu", "m3-ultra", "--quant", "none")
+    assert "Nothing is expected" in text, "a GPU's rows say nothing about a CPU"
+    text = printed(capsys, *arguments, "--gpu", "orin", "--quant", "none")
+    assert "Calibrated: TPOT at batch 8 starts from" in text and "(my card, mine)" in text
+    copy = found["machine"]["copy_gb_s"]
+    assert f"- Floor: copy {copy:.0f} GB/s" in text
+    (tpot,) = [line for line in text.splitlines() if line.startswith("| TPOT ms, expected")]
+    assert tpot.split("|")[2].strip() == f"{2 * 6.75:.3g}"
+    assert main(["--calibrate", str(RESULTS / "ladder.json"), "--gpu", "4090"]) == 2
+    assert "rows of NVIDIA H100 80GB HBM3, so use --gpu h100" in capsys.readouterr().err
+
+
+BAD = {
+    "nothing": ([], "give --model M, --gpu G or both"),
+    "a model": (["--model", "/nowhere"], "--model /nowhere is no folder: give one, or a shape: r1"),
+    "a machine": (["--gpu", "voodoo"], "--gpu voodoo: give all, or one of 3060"),
+    "a filter": (["--model", "r1", "--gpu", "h100", "--budget", "5"], "--budget goes with a rank"),
+    "a picture": (["--model", "r1", "--plot", "x.gif"], "is written as .png"),
+    "too little": (["--model", "youtu-2b", "--budget", "1"], "nothing is cheap and fast enough"),
+    "calibrate": (["--calibrate", "/nowhere.json"], "can't be read"),
+    "prompts": (["--calibrate", str(RESULTS / "prefill.json")], "no row of it tells a step's time"),
+    "json": (["--model", "r1", "--gpu", "3060", "-o", "json"], "nothing fits"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, said = BAD[case]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("r1.guide: ") and err.count("\n") == 1
+    check_sentence(err.removeprefix("r1.guide: ").rstrip("\n"))
+    assert said in err
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--budget", "--years", "--busy-share", "--count"])
+def test_bad_numbers(flag: str) -> None:
+    for value in ("0", "-1", "x", "nan", "1e99"):
+        with pytest.raises(SystemExit) as ended:
+            main(["--model", "tiny", flag, value])
+        assert ended.value.code == 2
+
+
+def test_committed_rows_name_no_path() -> None:
+    assert all("/" not in row.file for row in measured.committed())

@@ -1,0 +1,159 @@
+"""The attention kernels that bench_kernels.py times, of latent and of grouped-query attention."""
+
+from __future__ import annotations
+
+import torch
+from kernel_cases import EPS, Case, Place, randn
+from torch import Tensor
+
+from r1 import Config
+from r1.model.step import Step
+
+
+def latent_case(place: Place, c: Config, tokens: int, context: int) -> Case:
+    from r1.kernels.latent import LatentLaunch, latent, latent_torch
+
+    heads, rank, r, nope = (
+        c.attention.num_attention_heads,
+        c.attention.kv_lora_rank,
+        c.attention.qk_rope_head_dim,
+        c.attention.qk_nope_head_dim,
+    )
+    q, kv, gain = (
+        randn(tokens, heads * c.attention.qk_head_dim),
+        randn(tokens, c.attention.latent_dim),
+        randn(rank),
+    )
+    angle = torch.rand(tokens, 1, 1, r)
+    positions = torch.full((tokens, 1), context - 1)
+    cache = randn(tokens, context, c.attention.latent_dim)
+
+    def run(weight: Tensor, use: LatentLaunch | None) -> tuple[Tensor, Tensor]:
+        w_uk = weight[:, :nope]
+        return latent(
+            place.chip, q, kv, w_uk, gain, EPS, angle, angle, positions, cache, launch=use
+        )
+
+    def twin(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return latent_torch(q, kv, weight[:, :nope], gain, EPS, angle, angle, positions, cache)
+
+    def outputs(queries: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """The queries and the new cache entries. They are cleared here, so that the next kernel
+        compared must write them itself.
+        """
+        written = cache[:, context - 1].clone()
+        cache[:, context - 1] = 0
+        return [*queries, written]
+
+    nbytes = 2 * heads * nope * rank
+    weights = [
+        randn(heads, nope + c.attention.v_head_dim, rank, scale=0.02)
+        for _ in range(place.copies(nbytes))
+    ]
+    moved = nbytes + 2 * (q.numel() + kv.numel() * 2 + tokens * heads * c.attention.latent_dim)
+    default = LatentLaunch.default((tokens, heads, nope, rank, 2), place.chip)
+    return Case("latent", moved, nbytes * tokens, weights, run, twin, default, outputs)
+
+
+def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:
+    from r1.kernels.attention import AttentionLaunch, attention, attention_torch
+
+    heads, rank, nope = (
+        c.attention.num_attention_heads,
+        c.attention.kv_lora_rank,
+        c.attention.qk_nope_head_dim,
+    )
+    q_c, q_pe = (
+        randn(tokens, heads, rank, scale=0.1),
+        randn(tokens, heads, c.attention.qk_rope_head_dim),
+    )
+    positions = torch.full((tokens, 1), context - 1)
+
+    def run(cold: tuple[Tensor, Tensor], use: AttentionLaunch | None) -> Tensor:
+        return attention(place.chip, q_c, q_pe, cold[0], positions, cold[1][:, nope:], 0.07, use)
+
+    def twin(cold: tuple[Tensor, Tensor]) -> Tensor:
+        return attention_torch(q_c, q_pe, cold[0], positions, cold[1][:, nope:], 0.07)
+
+    nbytes = (
+        2 * tokens * context * c.attention.latent_dim + 2 * heads * c.attention.v_head_dim * rank
+    )
+    kv_b = (heads, nope + c.attention.v_head_dim, rank)
+    cold = [
+        (randn(tokens, context, c.attention.latent_dim), randn(*kv_b, scale=0.02))
+        for _ in range(place.copies(nbytes))
+    ]
+    flops = 2 * tokens * heads * context * (c.attention.latent_dim + rank)
+    default = AttentionLaunch.default(
+        (tokens, heads, rank, c.attention.qk_rope_head_dim, context, 2), place.chip
+    )
+    return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default)
+
+
+def heads_case(place: Place, c: Config, tokens: int, context: int) -> Case:
+    """Biases, norms, rotation, and the new entries of the cache. It has no launch parameters."""
+    from r1.kernels.grouped import heads, heads_torch
+    from r1.model.gqa import GQA
+
+    a = c.grouped
+    with torch.device("meta"):
+        layer = GQA(c).bfloat16().requires_grad_(False)
+    for module in layer.children():
+        for name, vector in module.named_parameters():
+            if vector.dim() == 1:
+                setattr(module, name, torch.nn.Parameter(randn(*vector.shape), requires_grad=False))
+    sizes = [n * a.head_dim for n in (a.num_attention_heads, *[a.num_key_value_heads] * 2)]
+    angle = torch.rand(tokens, 1, 1, a.head_dim)
+    positions = torch.full((tokens, 1), context - 1)
+    step = Step("decode", positions, angle, angle, torch.arange(tokens)[:, None])
+    cache = grouped_cache(c, tokens, context)
+
+    def run(joined: Tensor, _use: None) -> Tensor:
+        q, k, v = joined.split(sizes, dim=-1)
+        return heads(place.chip, q, k, v, layer, step, cache)
+
+    def twin(joined: Tensor) -> Tensor:
+        q, k, v = joined.split(sizes, dim=-1)
+        return heads_torch(q, k, v, layer, step, cache)
+
+    def outputs(queries: Tensor) -> list[Tensor]:
+        """As of `latent_case`: the new entries are cleared, so that each kernel must write them."""
+        written = [each[:, context - 1].clone() for each in cache]
+        for each in cache:
+            each[:, context - 1] = 0
+        return [queries, *written]
+
+    moved = 2 * 2 * tokens * sum(sizes)  # read and written, 2 bytes each
+    copies = [randn(tokens, sum(sizes)) for _ in range(8)]
+    return Case("heads", moved, 4 * tokens * sum(sizes), copies, run, twin, None, outputs)
+
+
+def grouped_cache(c: Config, tokens: int, context: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, T, U, A), whose heads lie before slots, as in a model's cache."""
+    shape = (tokens, c.grouped.num_key_value_heads, context, c.grouped.head_dim)
+    return randn(*shape).transpose(1, 2), randn(*shape).transpose(1, 2)
+
+
+def grouped_case(place: Place, c: Config, tokens: int, context: int) -> Case:
+    from r1.kernels.grouped import GroupedLaunch, grouped, grouped_torch
+
+    heads, groups, size = (
+        c.grouped.num_attention_heads,
+        c.grouped.num_key_value_heads,
+        c.grouped.head_dim,
+    )
+    q = randn(tokens, heads, size, scale=0.5)
+    positions = torch.full((tokens, 1), context - 1)
+
+    def run(cache: tuple[Tensor, Tensor], use: GroupedLaunch | None) -> Tensor:
+        return grouped(place.chip, q, cache, positions, size**-0.5, use)
+
+    def twin(cache: tuple[Tensor, Tensor]) -> Tensor:
+        return grouped_torch(q, cache, positions, size**-0.5)
+
+    nbytes = 2 * 2 * tokens * context * groups * size
+    cold = [grouped_cache(c, tokens, context) for _ in range(place.copies(nbytes))]
+    default = GroupedLaunch.default((tokens, heads, groups, size, context, 2), place.chip)
+    flops = 2 * 2 * tokens * heads * context * size
+    nbytes += 2 * 2 * q.numel()
+    return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default)
