@@ -25,6 +25,7 @@ from r1.files.load import Report
 from r1.files.tokenizer import tokenizer_of
 from r1.model.config import Config
 from r1.model.transformer import Transformer
+from r1.placement.alike import check_weights
 from r1.run.completion import Completion
 from r1.run.engine import Engine
 from r1.switches.backend import Backend
@@ -51,8 +52,8 @@ def load(
     given later. `mtp` loads the multi-token-prediction layers too, which `speculate="mtp"` does by
     itself. `draft_model` is the folder of the model that drafts under `speculate="draft"`; the same
     id must have the same text in its tokenizer, and ids that one of the two lacks are not drafted.
-    Where devices share the model (`tp`, `ep`), each is a process that calls this, and calls the
-    engine alike; torch.distributed must connect them before. Raises InputError, with one
+    Where devices share the model (`tp`, `ep`, `pp`), each is a process that calls this, and calls
+    the engine alike; torch.distributed must connect them before. Raises InputError, with one
     sentence, for a folder or switch that can't be used: if one process does, all do.
     """
     directory, asked = Path(directory), backend or Backend()
@@ -78,9 +79,7 @@ def load(
         )
 
     model, report = mesh.together(fill)
-    if mesh.ranks > 1:
-        found = build.fingerprint(model)
-        mesh.check_alike("its weights", found, "give every rank the same checkpoint")
+    check_weights(model, mesh)
     draft, more = small.load(quiet=quiet) if small else (None, [])
     notes, cautions = [*report.sentences(), *more], _cautions(tokenizer, backend)
     return Engine(model, backend, tokenizer, stop_ids, notes, cautions, mesh, draft)

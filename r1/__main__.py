@@ -102,7 +102,7 @@ def talk(arguments: argparse.Namespace, crew: ranks.Crew) -> int:
     question = check(arguments) if crew.leads else None
     domain = domain_of(arguments.model)
     asked = r1.Backend(**flags.given(arguments))
-    crew.check(asked.tp, asked.ep)
+    crew.check(asked.tp, asked.ep, asked.pp)
     kind = Machine.here().device if asked.device == "auto" else asked.device
     with crew.connected(torch_device(kind).type):
         engine = r1.load(arguments.model, asked, draft_model=arguments.draft_model)

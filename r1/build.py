@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from r1.footprint import HEADROOM, least
 from r1.model import gqa
 from r1.model.config import Config
 from r1.model.gqa import GQA
-from r1.model.layers import RMSNorm
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
 from r1.model.mtp import MTPLayer
@@ -31,6 +29,7 @@ from r1.placement.mesh import Mesh
 from r1.placement.offload import Offloaded, Slotted
 from r1.placement.parallel import Parallel
 from r1.placement.placement import Placement
+from r1.placement.stages import Stages
 from r1.storage import int4_cpu
 from r1.storage.kinds import kind_of
 from r1.storing import join_matrices, quantize_matrices, share_matrices
@@ -91,28 +90,19 @@ def from_shape(
 
 def connected(backend: Backend) -> Mesh:
     """The processes that share the model. Raises InputError if they are more or fewer."""
-    return Mesh.here(backend.tp, backend.ep, torch_device(backend.device).type)
-
-
-def fingerprint(model: Transformer) -> int:
-    """A checksum of the weights that every device holds whole: norms and routers."""
-    total = 0
-    for module in model.modules():
-        if isinstance(module, (RMSNorm, Router)):
-            numbers = module.weight.detach().float().cpu().contiguous()
-            total = zlib.crc32(numbers.numpy().tobytes(), total)
-    return total
+    return Mesh.here(backend.tp, backend.ep, torch_device(backend.device).type, backend.pp)
 
 
 def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> Placement:
     """Where the parts of the model lie, as a resolved `backend` says.
 
-    Without a mesh it tells sizes only, those of the device with the largest share.
+    Without a mesh it tells sizes only, those of the first stage's device with the largest share.
     """
     placement = Placement()
     if backend.ranks > 1:
-        mesh = mesh or Mesh(backend.tp, backend.ep)
-        placement = Parallel(config, mesh, specs_of(config.files, backend.quant))
+        mesh = mesh or Mesh(backend.tp, backend.ep, pp=backend.pp)
+        kind = Stages if mesh.pp > 1 else Parallel
+        placement = kind(config, mesh, specs_of(config.files, backend.quant))
     if backend.experts == "device":
         return placement
     how = Slotted(
@@ -130,7 +120,8 @@ def sketch(
 ) -> Transformer:
     """The model without memory: modules, storage and dtypes are as they will be.
 
-    Of a model that devices share, it is the largest share, unless `placement` tells another.
+    Of a model that devices share, it is the part of rank 0, unless `placement` tells another. No
+    rank of the first stage has more.
     """
     placement = placement or placement_of(config, backend)
     with torch.device("meta"):
@@ -251,7 +242,14 @@ def count_parameters(config: Config, *, mtp: bool = False) -> int:
 
 
 def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:
-    """Bytes of the device for all tensors, as a resolved `backend` places and stores them."""
-    placement, device = placement_of(config, backend), torch_device(backend.device)
-    model = sketch(config, backend, mtp=mtp, placement=placement)
-    return placement.sizes(model, device)[device.type]
+    """Bytes of the device for all tensors, as a resolved `backend` places and stores them.
+
+    Where devices share the model: of the one with the largest share.
+    """
+    device, most = torch_device(backend.device), 0
+    for stage in range(backend.pp):
+        first = Mesh(backend.tp, backend.ep, stage * backend.tp * backend.ep, pp=backend.pp)
+        placement = placement_of(config, backend, first)
+        model = sketch(config, backend, mtp=mtp, placement=placement)
+        most = max(most, placement.sizes(model, device)[device.type])
+    return most

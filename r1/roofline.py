@@ -4,7 +4,9 @@ Counted from the model as it is stored, each input read once: the weights of wha
 routed experts only those really hit), the cache that attention reads, one new entry written.
 Activations are left out: where memory bounds a step they are small beside the weights. So the time
 that results is a floor. Where devices share the model, all numbers are one device's, the one with
-the largest share; what devices exchange is not counted.
+the largest share; what devices exchange is not counted. Stages that hold a range of layers each
+(`pp`) compute a token one after the other, so a decode step's work is that of all stages. A prompt
+keeps them busy at a time, so its work is divided by them.
 
 Shapes: B rows of a step, S tokens of a row, E experts, K experts per token.
 """
@@ -131,7 +133,8 @@ def step_work(
     is resolved. `verify`: a decode step over drafts (speculate.py), in which every token gets
     logits; otherwise only the last of each row does.
     """
-    model = model_of(config, backend, False)  # where devices share it, one device's part
+    # Of all stages. Where devices share a layer, one device's part.
+    model = model_of(config, replace(backend, pp=1), False)
     layers, head = _layers(model), model.lm_head.matrix
     # A model without layers stands for what is left when its only one is taken away.
     first = cast(Block, model.layers[0]) if len(model.layers) else None
@@ -150,7 +153,9 @@ def step_work(
     flops += pairs * attention.flops(shape)
     entry = attention.entry(shape)
     per_token = bytes_per_token(entry, DTYPES[backend.dtype], config.num_hidden_layers)
-    return Work(weight_bytes, (rows * context + n) * per_token, flops)
+    share = 1 if decode else backend.pp
+    cache_bytes = (rows * context + n) * per_token
+    return Work(weight_bytes / share, cache_bytes / share, flops / share)
 
 
 def embedding_row_bytes(model: Transformer) -> float:
@@ -249,7 +254,7 @@ def draft_work(config: Config, backend: Backend, rows: int, context: float) -> W
 
     The MTP layer reads the k + 1 judged tokens in one pass, and one token in each of k - 1 more.
     """
-    model = model_of(config, backend, True)
+    model = model_of(config, replace(backend, pp=1), True)
     layer, head = weights_of(model.mtp[0]), model.lm_head.matrix
     attention = attention_of(config.attention)[backend.attention]
     shape = cast(Block, model.layers[0]).self_attn.shape

@@ -210,7 +210,7 @@ def test_what_cannot_draft_is_refused(tmp_path: Path) -> None:
         load(None)
     with refused("draft_model is of no use without drafts: add speculate=draft"):
         load(TINY, speculate="mtp")
-    with refused("speculate=draft runs on one device, and tp=2 and ep=1 ask for more"):
+    with refused("speculate=draft runs on one device, and tp=2 asks for more"):
         load(TINY, tp=2)
     with refused("^draft_model=.*nowhere: there is no folder"):
         load(tmp_path / "nowhere")

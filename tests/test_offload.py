@@ -369,6 +369,11 @@ def test_its_switches_need_it(switches: dict[str, Any]) -> None:
         resolve(Backend(device="cpu", **switches), TINY)
 
 
+def test_stages_keep_no_experts_elsewhere() -> None:
+    with refused("experts=host keeps experts of all layers, and pp=2 splits these"):
+        resolve(Backend(device="cpu", pp=2, **HOST), TINY)
+
+
 def test_a_model_without_experts() -> None:
     with refused("experts=host: this model has no routed experts"):
         resolve(Backend(device="cpu", **HOST), TINY.change(n_routed_experts=0))

@@ -1,12 +1,13 @@
 """Several processes share a model (gloo on a CPU): what they compute is what one process computes.
 
 Holds r1/placement to account: the cuts, the sums, what each rank reads and holds, and the same
-tokens on every rank. tests/test_torchrun.py starts the commands.
+tokens on every rank. tests/test_stages.py has pipelines, tests/test_torchrun.py the commands.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from r1.placement.cuts import ALIGNMENT, COLUMNS, CUTS, block_of, span
 from r1.run.engine import Engine
 from r1.run.runner import Runner
 from r1.storage.spec import Spec
+from r1.switches.backend import SHARING
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
@@ -131,12 +133,13 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(ranks: Ranks, switches: dict[str, Any], call: Any, *arguments: Any) -> list[Any]:
     """On as many processes as the switches ask for."""
-    return ranks.run(switches.get("tp", 1) * switches.get("ep", 1), call, *arguments)
+    count = math.prod(switches.get(name, 1) for name in SHARING)
+    return ranks.run(count, call, *arguments)
 
 
 def check_logits(ranks: Ranks, folder: Path, switches: dict[str, Any], row: str) -> None:
     """The same logits as in one process, on each rank the very same."""
-    alone = {name: value for name, value in switches.items() if name not in ("tp", "ep")}
+    alone = {name: value for name, value in switches.items() if name not in SHARING}
     text, right = decoded(folder, None, alone)
     found = run(ranks, switches, decoded, folder, text, switches)
     assert not any(isinstance(each, Refused) for each in found), found
@@ -370,7 +373,7 @@ def test_what_devices_can_not_share_is_refused(case: str) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
-@pytest.mark.parametrize("name", ["tp", "ep"])
+@pytest.mark.parametrize("name", SHARING)
 def test_a_number_of_devices(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{name}={value!r}: give a whole number of at least 1"):
         Backend(**{name: value})

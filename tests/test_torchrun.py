@@ -69,30 +69,37 @@ def children(pid: int) -> list[int]:
 
 
 # ---------------------------- what ends well
-def test_a_question() -> None:
+@pytest.mark.parametrize("sharing", ["--tp", "--pp"])
+def test_a_question(sharing: str) -> None:
     """The answer of one process, once, with one line of timings."""
     right = command(*QUESTION)
-    with torchrun("-m", "r1", "--tp", "2", *QUESTION) as process:
+    with torchrun("-m", "r1", sharing, "2", *QUESTION) as process:
         stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0 and stdout == right.stdout
     (line,) = ours(stderr)
     assert TIMING.fullmatch(line)
 
 
-def test_a_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharing", ["tp", "pp"])
+def test_a_table(tmp_path: Path, sharing: str) -> None:
     """One table: the baseline on one process, and the shared arm, which passes parity."""
     kept = tmp_path / "result.json"
     sizes = ("--prompt", "8", "--new", "6", "-r", "1", "--problems", "0")
     with torchrun(
-        "bench.py", "--tp", "2", "--device", "cpu", *sizes, "--output-file", str(kept)
+        "bench.py", f"--{sharing}", "2", "--device", "cpu", *sizes, "--output-file", str(kept)
     ) as process:
         stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
     assert len(re.findall(r"^\| arm", stdout, re.MULTILINE)) == 1
     rows = {row["arm"]: row for row in json.loads(kept.read_text())["rows"]}
-    assert rows.keys() == {"baseline", "tp=2"} and all(row["parity"] for row in rows.values())
-    assert rows["tp=2"]["backend"]["tp"] == 2
-    assert rows["tp=2"]["step_gb"] < 0.7 * rows["baseline"]["step_gb"], "one device's bytes"
+    shared = f"{sharing}=2"
+    assert rows.keys() == {"baseline", shared} and all(row["parity"] for row in rows.values())
+    assert rows[shared]["backend"][sharing] == 2
+    bytes_of_a_step = rows[shared]["step_gb"] / rows["baseline"]["step_gb"]
+    if sharing == "tp":
+        assert bytes_of_a_step < 0.7, "one device's bytes"
+    else:
+        assert bytes_of_a_step == pytest.approx(1, abs=0.05), "stages read one after the other"
 
 
 # ---------------------------- what ends early
@@ -105,10 +112,11 @@ def test_a_refusal_is_one_sentence() -> None:
     assert process.returncode == 1 and not stdout
 
 
-@pytest.mark.parametrize("how", ["a rank dies", "Ctrl-C"])
+@pytest.mark.parametrize("how", ["a rank dies", "a stage dies", "Ctrl-C"])
 def test_all_end_together(how: str) -> None:
     """In the middle of an answer: one sentence, and soon nobody is there."""
-    with torchrun("-m", "r1", "--tp", "2", "--device", "cpu") as process:
+    sharing = "--pp" if how == "a stage dies" else "--tp"
+    with torchrun("-m", "r1", sharing, "2", "--device", "cpu") as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write("12+30=?\n" * 200)
         process.stdin.flush()
@@ -150,6 +158,9 @@ def test_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("count", "tp", "ep"), [(1, 2, 1), (2, 1, 1), (2, 2, 2)])
 def test_as_many_processes_as_devices(count: int, tp: int, ep: int) -> None:
     Crew(count=4).check(2, 2)
+    Crew(count=8).check(2, 2, 2)
+    with pytest.raises(InputError, match="2 processes were .*pp=2 use 4: .*--nproc-per-node 4"):
+        Crew(count=2).check(2, 1, 2)
     with pytest.raises(
         InputError, match=f"torchrun --nproc-per-node {tp * ep}, or give tp={count}"
     ):

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from r1.bench.arms import KINDS, Arm, Settings, common_settings, label, textbook
 from r1.model.config import Config
 from r1.model.shapes import R1
-from r1.switches.backend import Backend
+from r1.switches.backend import SHARING, Backend
 from r1.switches.machine import Machine
 from r1.switches.resolve import BEST_ATTENTION
 from r1.switches.strategies import attention_of
 
-READ = {"device", "dtype", "amp", "quant", "quant_head", "tp", "ep"}
+READ = {"device", "dtype", "amp", "quant", "quant_head", *SHARING}
 """The switches of the command line that the ladder depends on; it sets all others itself."""
 
 
@@ -55,7 +55,7 @@ def ladder_steps(
     if given.get("quant_head", "none") != "none":
         steps += [{"quant_head": given["quant_head"]}]
     # Several devices are there only if torchrun started a process for each.
-    return steps + [{name: given[name]} for name in ("tp", "ep") if given.get(name, 1) > 1]
+    return steps + [{name: given[name]} for name in SHARING if given.get(name, 1) > 1]
 
 
 def ablation(

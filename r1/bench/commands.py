@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str], crew: Crew) -> int:
     _check_flags(arguments)
     if not (arguments.explain or arguments.compare or arguments.show):
         given = Backend(**given_switches(arguments))
-        crew.check(given.tp, given.ep)
+        crew.check(given.tp, given.ep, given.pp)
     if crew.count == 1:
         return _run(arguments, argv, Lead())
     team.check_host(crew)

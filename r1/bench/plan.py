@@ -17,7 +17,7 @@ from r1.files.config_json import load_config
 from r1.files.tokenizer import tokenizer_of
 from r1.model.config import Config
 from r1.switches import flags
-from r1.switches.backend import Backend
+from r1.switches.backend import SHARING, Backend
 from r1.switches.draft import check_given
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
@@ -132,11 +132,11 @@ def arms_of(
 
 
 def shared_by_all(given: Settings, machine: Machine, workload: Workload) -> Settings:
-    """tp, ep and experts, where they are given and a device could not hold the baseline's model.
+    """tp, ep, pp and experts, where they are given and no device could hold the baseline's model.
 
     Then devices share the model, or experts lie elsewhere, in all arms, and in the reference.
     """
-    spread = {name: given[name] for name in ("tp", "ep") if given.get(name, 1) > 1}
+    spread = {name: given[name] for name in SHARING if given.get(name, 1) > 1}
     if given.get("experts", "device") != "device":
         spread |= {name: given[name] for name in arms.PLACES if name in given}
     if not spread:

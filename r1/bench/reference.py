@@ -16,11 +16,11 @@ from r1.bench.worker.serve import Setup, serve
 from r1.bench.workload import Workload
 from r1.errors import InputError
 from r1.model.config import Config
-from r1.switches.backend import Backend
+from r1.switches.backend import SHARING, Backend
 from r1.switches.resolve import resolve
 
 NAME = "fp32 reference"
-SAME = ("device", "quant", "tp", "ep", "experts", "expert_slots", "expert_cache_gb")
+SAME = ("device", "quant", *SHARING, "experts", "expert_slots", "expert_cache_gb")
 """The baseline's switches that the reference has too."""
 
 

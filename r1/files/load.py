@@ -92,10 +92,11 @@ def survey(model: Transformer, directory: str | Path, placement: Placement | Non
     wanted, report, placement = slots(model), Report(), placement or Placement()
     files = recognize(entries, declared)
     files.keep_biases(wanted)
+    files.biases = [entry for entry in files.biases if placement.holds(entry.key)]
     if files.unused:
         report.skipped["r1 does not quantize activations or the cache"] = files.unused
     _check_biases(files)
-    for key, reason in _left_out(files.keys(), wanted, model).items():
+    for key, reason in _left_out(files.keys(), wanted, model, placement).items():
         report.skipped.setdefault(reason, []).extend(files.remove(key))
     _check_keys(directory, files, wanted)
     readings = {}
@@ -132,11 +133,16 @@ def read(found: Survey, wanted: dict[str, Slot], *, quiet: bool = False) -> None
             check_finite(key, slot, mains[key].path)
 
 
-def _left_out(keys: Collection[str], wanted: Collection[str], model: Transformer) -> dict[str, str]:
+def _left_out(
+    keys: Collection[str], wanted: Collection[str], model: Transformer, placement: Placement
+) -> dict[str, str]:
     """The keys that this model has no place for and may go without, with the reason."""
     surplus = [key for key in keys if key not in wanted]
     others = elsewhere(model) if surplus else set()
-    reasons = {key: _why_skipped(key, model, others) for key in surplus}
+    reasons = {
+        key: _why_skipped(key, model, others) if placement.holds(key) else "other stages hold them"
+        for key in surplus
+    }
     return {key: reason for key, reason in reasons.items() if reason}
 
 

@@ -77,7 +77,8 @@ def _slots(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, S
     matrix = getattr(module, "matrix", None)
     if isinstance(matrix, Matrix) and id(matrix) not in seen:
         seen.add(id(matrix))
-        yield f"{key}.weight", _slot(matrix, matrix.stored())
+        if stored_here := matrix.stored():  # not of a matrix that another device holds
+            yield f"{key}.weight", _slot(matrix, stored_here)
     for name, parameter in module.named_parameters(recurse=False):
         yield f"{key}.{name}", Slot({name: parameter.data}, tuple(parameter.shape))
     for name, tensor in module.named_buffers(recurse=False):
@@ -110,6 +111,9 @@ def key_of(name: str, model: Transformer) -> str:
         _, depth, *rest = name.split(".", 2)
         layer = model.config.num_hidden_layers + int(depth)
         name = ".".join([f"layers.{layer}", *rest]).replace(".block", "", 1)
+    elif name.startswith("layers.") and model.first_layer:
+        _, place, *rest = name.split(".", 2)
+        name = ".".join([f"layers.{model.first_layer + int(place)}", *rest])
     return name if name.startswith("lm_head") else f"model.{name}"
 
 

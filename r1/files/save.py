@@ -46,7 +46,8 @@ def save(
     with the folder before it appears, to put more files into it. Raises InputError if the folder
     exists, or can't be written, and for a model of which other processes or files hold a part.
     """
-    if model.embed_tokens.matrix.shape[0] != model.config.vocab_size:
+    layers = len(model.layers) == model.config.num_hidden_layers
+    if not layers or model.embed_tokens.matrix.shape[0] != model.config.vocab_size:
         raise InputError("this process holds a part of the model: load it whole to save it")
     if any(view.is_meta for slot in slots(model).values() for view in slot.views.values()):
         other = f"{setting('experts', 'device')} or {setting('experts', 'host')}"

@@ -54,6 +54,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """R1's decoder. Weights carry the checkpoint's names, without its leading `model.`."""
 
+    # Layers may be spread over devices, which hand hidden states on: r1/placement/stages.py
+    receive: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
+    send: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
+    first_layer = 0  # the checkpoint's number of layers[0]
+
     frequency: Tensor  # fp32 (R/2,): the angle of one position for each rotated pair, see rope.py
 
     def __init__(self, config: Config) -> None:
@@ -101,8 +106,8 @@ class Transformer(nn.Module):
         `cache` has one entry for each layer. Unless the step starts its rows, it has as many slots
         as the step has keys. `blocks` stand in for `layers`: the same ones compiled, or fused ones.
         """
-        x = self.embed_tokens(tokens)  # (B, S, D)
+        x = self.receive(self.embed_tokens(tokens))  # (B, S, D)
         calls: Sequence[Callable[..., Tensor]] = blocks or list(self.layers)
         for layer, block in enumerate(calls):
             x = block(x, step, cache[layer] if cache is not None else None)  # (B, S, D)
-        return self.norm(x)
+        return self.norm(self.send(x))

@@ -8,8 +8,10 @@ streamed     one layer's experts there: passes over the slots of the device
 sources      where a missing expert comes from: host memory, or files with a cache before them
 slots        which expert lies in which slot, and which one gives its slot away
 link         pinned memory, and copies on a stream of their own
+stages       pipeline parallel: each rank's range of layers
 collectives  what ranks exchange: sums, and rows put together
 mesh         the ranks that share a model, in a grid, and what they agree on
+alike        whether they loaded the same checkpoint
 ranks        the processes of one command: how they meet, speak, listen and end
 
 Tested in tests/: test_placement.py, test_offload.py, test_disk.py, test_parallel.py and

@@ -100,8 +100,8 @@ def block_of(specs: Iterable[Spec]) -> int:
     return math.lcm(ALIGNMENT, *sides)
 
 
-def why_not(config: Config, tp: int, ep: int) -> str | None:
-    """Why a model can't be cut for `tp` x `ep` devices, in one sentence; None where it can.
+def why_not(config: Config, tp: int, ep: int, pp: int = 1) -> str | None:
+    """Why a model can't be cut for `pp` stages of `tp` x `ep` devices; None where it can.
 
     Blocks of a storage are not looked at here: making the model does (parallel.py).
     """
@@ -116,6 +116,9 @@ def why_not(config: Config, tp: int, ep: int) -> str | None:
     if ep > 1 and experts % ep:
         has = f"this model has {experts} experts, which {ep} devices can't share evenly"
         return f"{setting('ep', ep)}: {has}: use {_divisors('ep', experts)}"
+    if pp > (layers := config.num_hidden_layers):
+        has = f"this model has {layers} layers, and each stage needs one"
+        return f"{setting('pp', pp)}: {has}: use at most {setting('pp', layers)}"
     for size in (config.vocab_size, config.hidden_size):
         if size % (tp * ep):
             both = f"{setting('tp', tp)} and {setting('ep', ep)}"

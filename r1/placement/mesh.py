@@ -1,8 +1,8 @@
-"""The processes that share a model, in a grid of `ep` x `tp`, and what they agree on.
+"""The processes that share a model, in a grid of `pp` x `ep` x `tp`, and what they agree on.
 
-Rank r is number r % tp among those that share a layer's heads, and number r // tp among those that
-share its experts. The grid is made of the process group that is there (ranks.py): importing r1
-starts nothing.
+Consecutive ranks share a layer, ep x tp of them: these are a stage. Number `part` of a stage is
+number part % tp among those that share heads, and number part // tp among those that share experts.
+The grid is made of the process group that is there (ranks.py): importing r1 starts nothing.
 """
 
 from __future__ import annotations
@@ -35,39 +35,62 @@ class Mesh:
     tp_group: Any = None
     group: Any = None
     """All ranks."""
+    pp: int = 1
+    stage_group: Any = None
+    """The ranks of this stage, which share each of its layers."""
+    pp_group: Any = None
+    """The ranks of all stages that have this one's number in theirs, by stage."""
 
     @property
     def ranks(self) -> int:
+        return self.pp * self.parts
+
+    @property
+    def parts(self) -> int:
+        """The ranks of a stage."""
         return self.tp * self.ep
 
     @property
+    def stage(self) -> int:
+        return self.rank // self.parts
+
+    @property
+    def part(self) -> int:
+        """This rank's number in its stage."""
+        return self.rank % self.parts
+
+    @property
     def tp_rank(self) -> int:
-        return self.rank % self.tp
+        return self.part % self.tp
 
     @property
     def ep_rank(self) -> int:
-        return self.rank // self.tp
+        return self.part // self.tp
 
     @staticmethod
-    def here(tp: int, ep: int, device: str) -> Mesh:
+    def here(tp: int, ep: int, device: str, pp: int = 1) -> Mesh:
         """The grid of the processes that torch.distributed connects. `device` is torch's name.
 
         Raises InputError if they are more or fewer than the grid has places.
         """
-        ranks = tp * ep
+        ranks = pp * ep * tp
         if ranks == 1:  # whoever else is there goes on alone, too
             return Mesh()
         there = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if there != ranks:
-            asked = " and ".join(setting(n, v) for n, v in (("tp", tp), ("ep", ep)) if v > 1)
+            given = {"tp": tp, "ep": ep, "pp": pp}
+            asked = " and ".join(setting(name, n) for name, n in given.items() if n > 1)
             raise InputError(
                 f"{asked} needs {ranks} processes, and {there} {'were' if there > 1 else 'was'} "
                 f"started: use torchrun --nproc-per-node {ranks}"
             )
         from torch.distributed.device_mesh import init_device_mesh  # some builds of torch lack it
 
-        grid = init_device_mesh(device, (ep, tp), mesh_dim_names=("ep", "tp"))
-        return Mesh(tp, ep, dist.get_rank(), grid.get_group("tp"), dist.group.WORLD)
+        heads = init_device_mesh(device, (pp * ep, tp)).get_group(1)
+        if pp == 1:
+            return Mesh(tp, ep, dist.get_rank(), heads, dist.group.WORLD, 1, dist.group.WORLD)
+        across, stage = init_device_mesh(device, (pp, ep * tp)).get_all_groups()
+        return Mesh(tp, ep, dist.get_rank(), heads, dist.group.WORLD, pp, stage, across)
 
     def shared(self, value: T) -> T:
         """Rank 0's value, on every rank. (It is pickled: only ranks of one command talk here.)"""
@@ -86,20 +109,24 @@ class Mesh:
             result = call()
         except InputError as error:
             wrong = str(error)
-        for rank, sentence in enumerate(self._all(wrong)):
+        for rank, sentence in enumerate(self.gather(wrong)):
             if sentence is not None:
                 raise SharedError(sentence if rank == 0 else f"rank {rank}: {sentence}")
         return result
 
-    def check_alike(self, what: str, value: object, advice: str) -> None:
+    def check_alike(
+        self, what: str, value: object, advice: str, *, in_stages: bool = False
+    ) -> None:
         """Raise InputError on every rank where a rank has another value than rank 0.
+
+        With `in_stages` each rank is compared with the first one of its stage.
 
         `what` has the value, as in "the prompts". Of two dicts the sentence shows what differs.
         """
-        if self.ranks == 1:
-            return
-        first, *others = self._all(value)
-        for rank, other in enumerate(others, 1):
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            leader = rank - rank % self.parts if in_stages else 0
+            first = values[leader]
             if other != first:
                 told = ""
                 if isinstance(first, dict) and isinstance(other, dict):
@@ -109,10 +136,14 @@ class Mesh:
                         for each in (other, first)
                     )
                     told = f" ({ours}, and not {theirs})"
-                raise SharedError(f"rank {rank} differs from rank 0 in {what}{told}: {advice}")
+                raise SharedError(
+                    f"rank {rank} differs from rank {leader} in {what}{told}: {advice}"
+                )
 
-    def _all(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
+        if self.ranks == 1:
+            return [value]
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value, group=self.group)
         return values

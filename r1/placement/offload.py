@@ -62,6 +62,9 @@ class Offloaded(Placement):
     def matrix(self, path: str, matrix: Matrix) -> Matrix:
         return self.base.matrix(path, matrix)
 
+    def holds(self, key: str) -> bool:
+        return self.base.holds(key)
+
     def part(self, key: str, shape: tuple[int, ...]) -> Part:
         return self.base.part(key, shape)
 

@@ -70,8 +70,9 @@ class Parallel(Placement):
             if isinstance(module, Block):
                 if mesh.tp > 1:
                     module.sum_heads = Sum(mesh.tp_group)
-                module.sum_inner = Sum(mesh.group)
-                module.leads_heads, module.leads_inner = mesh.tp_rank == 0, mesh.rank == 0
+                if mesh.parts > 1:
+                    module.sum_inner = Sum(mesh.stage_group)
+                module.leads_heads, module.leads_inner = mesh.tp_rank == 0, mesh.part == 0
             elif isinstance(module, MLA):
                 heads = self.config.attention.num_attention_heads // mesh.tp
                 module.shape = dataclasses.replace(module.shape, num_attention_heads=heads)
@@ -105,7 +106,7 @@ class Parallel(Placement):
             part = share(name, tuple(matrix.shape), rank, ranks, self.block)
             small = _empty(path, matrix, tuple(cut.stop - cut.start for cut in part))
             if CUTS[name].of in ("words", "outputs"):
-                group = self.mesh.group
+                group = self.mesh.stage_group
                 small = SpreadRows(small, rank, Sum(group), Gather(group, ranks))
             self.cut[id(matrix)] = small
             self.whole.append(matrix)
@@ -123,7 +124,7 @@ class Parallel(Placement):
         mesh, name = self.mesh, path.rpartition(".")[2]
         if ".experts." in path or (name in CUTS and CUTS[name].of == "heads"):
             return mesh.tp_rank, mesh.tp
-        return mesh.rank, mesh.ranks
+        return mesh.part, mesh.parts
 
 
 def _empty(path: str, matrix: Matrix, shape: tuple[int, ...]) -> Matrix:

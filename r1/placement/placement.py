@@ -51,6 +51,10 @@ class Placement:
         for name, module in model.named_modules():
             module.to_empty(device=places[name], recurse=False)
 
+    def holds(self, key: str) -> bool:
+        """Whether this process holds the checkpoint's tensor `key`, or a part of it."""
+        return True
+
     def part(self, key: str, shape: tuple[int, ...]) -> Part:
         """The part of the checkpoint's tensor `key` that this process holds."""
         return tuple(slice(0, size) for size in shape)

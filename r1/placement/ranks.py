@@ -95,15 +95,16 @@ class Crew:
         """This process as one of the first `count`, which meet by themselves."""
         return replace(self, count=count, here=min(count, self.here), part=part)
 
-    def check(self, tp: int, ep: int) -> None:
+    def check(self, tp: int, ep: int, pp: int = 1) -> None:
         """Raise InputError unless the switches use as many processes as there are."""
-        if self.count == tp * ep:
+        ranks = tp * ep * pp
+        if self.count == ranks:
             return
-        use = f"{setting('tp', tp)} and {setting('ep', ep)} use {tp * ep}"
+        use = f"{setting('tp', tp)}, {setting('ep', ep)} and {setting('pp', pp)} use {ranks}"
         were = "process was" if self.count == 1 else "processes were"
         raise InputError(
             f"{self.count} {were} started, and {use}: start the command with torchrun "
-            f"--nproc-per-node {tp * ep}, or give {setting('tp', self.count)}"
+            f"--nproc-per-node {ranks}, or give {setting('tp', self.count)}"
         )
 
     def complain(self, speaker: str, why: object) -> None:

@@ -16,6 +16,7 @@ from r1.model.cache import Cache, LayerCache
 from r1.model.mtp import MTPLayer
 from r1.model.step import Step
 from r1.run.runner import Runner
+from r1.run.ways import Block
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,16 @@ class MTPDrafter:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.count = runner, runner.backend.draft_tokens
-        layer = cast(MTPLayer, runner.model.mtp[0])
-        self.layers = {phase: way.mtp(layer) for phase, way in runner.ways.items()}
+        self.layers: dict[str, Block] = {}
+        """By phase. Empty where another stage has the layer: of it, only logits come from there."""
+        if len(runner.model.mtp):
+            layer = cast(MTPLayer, runner.model.mtp[0])
+            self.layers = {phase: way.mtp(layer) for phase, way in runner.ways.items()}
 
     def cache(self, rows: int, tokens: int) -> Cache:
         """See Drafter, as for the other methods."""
-        return self.runner.cache(rows, tokens + self.count, extra_layers=1)
+        extra_layers = 1 if self.layers else 0
+        return self.runner.cache(rows, tokens + self.count, extra_layers)
 
     def cache_size(self, rows: int, tokens: int) -> tuple[int, int]:
         return self.runner.cache_size(rows, tokens + self.count)
@@ -121,5 +126,7 @@ class MTPDrafter:
         Returns hidden states (B, S, D), of which `logits` makes logits for the token after it.
         `layers` are the cache's; the drafter's is the last.
         """
+        if not self.layers:
+            return hidden
         embedding = self.runner.model.embed_tokens(following)
         return self.layers[step.phase](embedding, hidden, step, layers[-1])

@@ -12,6 +12,9 @@ from r1.placement.slots import POLICIES
 from r1.storage.kinds import USUAL
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED
 
+SHARING = ("tp", "ep", "pp")
+"""The switches by which devices share a model, each a number of them."""
+
 
 def choices() -> dict[str, tuple[str, ...]]:
     """The values of each switch that is a choice; a strategy that was registered is one of them."""
@@ -105,6 +108,9 @@ class Backend:
     ep: int = 1
     """expert parallel: devices that share each layer's experts, likewise; together with `tp` as
     many devices as both multiplied"""
+    pp: int = 1
+    """pipeline parallel: stages that each hold a range of the layers; each stage has the devices of
+    `tp` and `ep`"""
 
     experts: str = "device"
     """where routed experts lie; host: in the CPU's memory, and those that are chosen are copied to
@@ -130,7 +136,7 @@ class Backend:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InputError(f"{setting(name, repr(value))}: choose True or False")
-        for name in ("draft_tokens", "tp", "ep"):
+        for name in ("draft_tokens", *SHARING):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 asked = setting(name, repr(value))
@@ -153,7 +159,13 @@ class Backend:
     @property
     def ranks(self) -> int:
         """Devices, each with a process, that share the model."""
-        return self.tp * self.ep
+        return self.tp * self.ep * self.pp
+
+    @property
+    def sharing(self) -> str:
+        """The switches by which devices share the model, as one would type them."""
+        values = {name: getattr(self, name) for name in SHARING}
+        return " and ".join(setting(name, value) for name, value in values.items() if value > 1)
 
     @property
     def compute(self) -> str:

@@ -31,8 +31,7 @@ def check_given(backend: Backend, given: bool) -> None:
     if given and backend.speculate != "draft":
         raise InputError(f"{setting('draft_model')} is of no use without drafts: add {asked}")
     if given and backend.ranks > 1:
-        spread = " and ".join(setting(n, getattr(backend, n)) for n in ("tp", "ep"))
-        raise InputError(f"{asked} runs on one device, and {spread} ask for more")
+        raise InputError(f"{asked} runs on one device, and {backend.sharing} asks for more")
 
 
 def resolve_draft(

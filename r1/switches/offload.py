@@ -38,6 +38,11 @@ def check(backend: Backend, config: Config) -> None:
     asked = setting("experts", backend.experts)
     if not config.experts.n_routed_experts:
         raise InputError(f"{asked}: this model has no routed experts: leave it out")
+    if backend.pp > 1:
+        pp = setting("pp", backend.pp)
+        raise InputError(
+            f"{asked} keeps experts of all layers, and {pp} splits these: leave one out"
+        )
     for name in CAN_NOT_WAIT:
         if getattr(backend, name):
             raise InputError(

@@ -11,11 +11,11 @@ from r1.device import DTYPES
 from r1.errors import InputError, setting
 from r1.model.config import Config, Yarn
 from r1.model.strategy import Strategy, Use
-from r1.placement import cuts
 from r1.storage import int4_cpu
 from r1.storage.kinds import kind_of
 from r1.switches import offload
 from r1.switches.backend import Backend
+from r1.switches.devices import check_devices
 from r1.switches.machine import Machine
 from r1.switches.precision import spec_of
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED, attention_of, check_tables
@@ -40,7 +40,7 @@ def resolve(
     machine = machine if device != "cpu" else machine.without_gpu()
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
-    _check_devices(backend, config)
+    check_devices(backend, config)
     offload.check_strategies(backend, config)
     backend = _kernels(backend, machine)
     _check_fused(backend, config)
@@ -110,17 +110,6 @@ def _check_machine(backend: Backend, machine: Machine) -> None:
         raise InputError(
             f"{setting('amp', backend.amp)} casts fp32 weights as it goes, but {asked_dtype}: use "
             f"{setting('dtype', 'fp32')}, or {setting('amp', 'off')}"
-        )
-
-
-def _check_devices(backend: Backend, config: Config) -> None:
-    """Whether so many devices can share this model."""
-    if why := cuts.why_not(config, backend.tp, backend.ep):
-        raise InputError(why)
-    if backend.ranks > 1 and backend.tune:
-        raise InputError(
-            f"{setting('tune')} times one process's kernels, and devices that share a layer "
-            "wait for each other: leave it out"
         )
 
 

@@ -102,10 +102,14 @@ def memory(subject: Subject) -> dict[str, Any]:
 
 
 def moe_layer(subject: Subject) -> Answer:
-    """Seconds of one MoE layer in a decode step, from the time of all MoE layers in a row."""
-    config = subject.engine.config
-    layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
-    if not layers:
+    """Seconds of one MoE layer in a decode step, from the time of all MoE layers in a row.
+
+    Of a model on several stages: of this stage's layers, None if it has no such layer.
+    """
+    config, model = subject.engine.config, subject.engine.model
+    first = model.first_layer
+    layers = [n for n in range(len(model.layers)) if config.is_moe(first + n)]
+    if not config.is_moe(config.num_hidden_layers - 1):
         return {"seconds": None}
     chain = steps.moe_chain(subject, layers)
     calls, times = 8, []
@@ -117,4 +121,4 @@ def moe_layer(subject: Subject) -> Answer:
             chain()
         synchronize(subject.device)
         times.append((time.perf_counter() - start) / calls)
-    return {"seconds": statistics.median(times[2:]) / len(layers)}
+    return {"seconds": statistics.median(times[2:]) / len(layers) if layers else None}

@@ -1,0 +1,30 @@
+"""Whether several devices can share a model, under the other switches."""
+
+from __future__ import annotations
+
+from r1.errors import InputError, setting
+from r1.model.config import Config
+from r1.placement import cuts
+from r1.switches.backend import Backend
+
+
+def check_devices(backend: Backend, config: Config) -> None:
+    """Raise InputError unless so many devices can share this model."""
+    if why := cuts.why_not(config, backend.tp, backend.ep, backend.pp):
+        raise InputError(why)
+    if backend.ranks > 1 and backend.tune:
+        raise InputError(
+            f"{setting('tune')} times one process's kernels, and devices that share a layer "
+            "wait for each other: leave it out"
+        )
+    if backend.pp == 1:
+        return
+    splits = f"{setting('pp', backend.pp)} splits it into stages that wait for each other"
+    whole = {
+        setting("cuda_graphs"): backend.cuda_graphs,
+        setting("prefill_graphs"): backend.prefill_graphs,
+        setting("kernels", "triton"): backend.kernels == "triton",
+    }
+    for switch, asked in whole.items():
+        if asked:
+            raise InputError(f"{switch} takes a step as a whole, and {splits}: leave one out")
