@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import TINY
+from models import TINY, for_experts
 from safetensors.torch import load_file
 from tolerances import atol
 from torch import Tensor
@@ -58,10 +58,8 @@ def _model(case: str) -> Transformer:
 
 
 def _resolved(case: str, switches: dict[str, Any]) -> Backend:
-    return resolve(
-        Backend(**{"device": "cpu", "dtype": "fp32", "prefill_moe": "loop", **switches}),
-        config(case),
-    )
+    asked = {"device": "cpu", "dtype": "fp32", "prefill_moe": "loop", **switches}
+    return resolve(Backend(**for_experts(config(case), asked)), config(case))
 
 
 def runner(case: str, **switches: Any) -> Runner:

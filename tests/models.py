@@ -242,13 +242,19 @@ def loop_over_experts(config: Config) -> dict[str, Any]:
     return {"moe": "loop", "prefill_moe": "loop"} if config.experts.n_routed_experts else {}
 
 
+def for_experts(config: Config, switches: dict[str, Any]) -> dict[str, Any]:
+    """The switches, without those of experts where a model has none: they are refused to it."""
+    absent = () if config.experts.n_routed_experts else ("moe", "prefill_moe")
+    return {name: value for name, value in switches.items() if name not in absent}
+
+
 # ---------------------------- runners
 def runner(made: Transformer, chunk: int = 2048, dtype: str = "fp32", **switches: Any) -> Runner:
-    """Runs `made` on the CPU; by default through the loop over experts.
+    """Runs `made` on the CPU; by default through the loop over experts, if it has some.
 
     The model's slots are refilled: use one runner of a model at a time.
     """
-    asked = {**loop_over_experts(made.config), **switches}
+    asked = for_experts(made.config, {**loop_over_experts(made.config), **switches})
     backend = resolve(Backend(device="cpu", dtype=dtype, **asked), made.config)
     return Runner(build.finish(made, backend), backend, prefill_chunk=chunk)
 

@@ -1117,6 +1117,7 @@ ORDERS = {
     # is older, behind its wait.
     *(
         ("vector_kernel", True, "let wait write"),
+        ("gated_kernel", True, "let wait write"),
         ("latent_kernel", True, "let wait write wait write"),
     ),
     *(

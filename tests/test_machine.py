@@ -22,6 +22,7 @@ from r1 import Backend, build, device
 from r1.device import available_bytes
 from r1.switches import machine
 from r1.switches.machine import Machine, clocks_and_power, cpu_name, explain
+from r1.switches.resolve import resolve
 
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -86,7 +87,8 @@ def test_only_the_switch_lets_segments_grow(monkeypatch: pytest.MonkeyPatch) -> 
     kept: list[str] = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", kept.append)
     for memory, times in (("default", 0), ("empty-cache", 0), ("expandable", 1)):
-        backend = Backend(device="cpu", dtype="fp32", quant="none", join="off", memory=memory)
+        backend = resolve(Backend(device="cpu", dtype="fp32", join="off"), TINY)
+        backend = replace(backend, memory=memory)  # which `resolve` refuses to a CPU
         build.allocate(TINY, backend, mtp=False)
         assert len(kept) == times
 

@@ -37,6 +37,13 @@ from r1.run.runner import Runner
 from r1.run.trace import Difference, compare, first_divergence, trace
 
 WITH_ATTENTION = [(case, attention) for case in CASES for attention in attention_names(case)]
+EXPERTS = ("loop", "gather", "grouped")
+PAIRS = [
+    (case, attention, moe)
+    for case, attention in WITH_ATTENTION
+    for moe in (EXPERTS if config(case).experts.n_routed_experts else EXPERTS[:1])
+]
+"""Every pair of strategies. Models without experts have none of them."""
 LATENT = [case for case in CASES if isinstance(config(case).attention, AttentionShape)]
 SISTERS = ("glm", "glm-hf5", "youtu", "sarvam", "mistral4", "v32")
 """Cases of other families with latent attention."""
@@ -45,8 +52,7 @@ DECODED += ["qwen2-biases", "llama-scaled", "qwen3-yarn"]
 
 
 # ---------------------------- prefill
-@pytest.mark.parametrize("moe", ["loop", "gather", "grouped"])
-@pytest.mark.parametrize(("case", "attention"), WITH_ATTENTION)
+@pytest.mark.parametrize(("case", "attention", "moe"), PAIRS)
 def test_every_layer_agrees(case: str, attention: str, moe: str) -> None:
     """Logits, each layer's attention, feed-forward and output, and the router's choices, for each
     pair of strategies.
@@ -116,9 +122,8 @@ def test_the_grouped_cases_cover_what_is_promised() -> None:
 
 
 # ---------------------------- decode
-@pytest.mark.parametrize("moe", ["loop", "gather", "grouped"])
 @pytest.mark.parametrize(
-    ("case", "attention"), [pair for pair in WITH_ATTENTION if pair[0] in DECODED]
+    ("case", "attention", "moe"), [pair for pair in PAIRS if pair[0] in DECODED]
 )
 def test_decoding_agrees(case: str, attention: str, moe: str) -> None:
     """One token after the other through the cache gives the reference's logits too."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from models import TINY
 
 from r1.bench.arms import Arm
@@ -205,7 +206,7 @@ def subject_of(written: list[list[list[int]]], new: int) -> Any:
     """A subject that writes these steps, by step and row."""
     return SimpleNamespace(
         workload=dataclasses.replace(WORK, new=new),
-        engine=SimpleNamespace(steps=lambda *_: iter(written)),
+        engine=SimpleNamespace(steps=lambda *_: iter(written), model=torch.nn.Module()),
         fill=lambda: None, device=SimpleNamespace(type="cpu"), prompts=[], cache=None, text=[],
     )  # fmt: skip
 
@@ -243,7 +244,9 @@ def test_the_time_of_a_moe_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     Clock(monkeypatch, itertools.chain.from_iterable((0.0, seconds) for seconds in rounds))
     subject: Any = Subject(Backend(device="cpu"), WORK, tmp_path)
     subject.engine = SimpleNamespace(
-        config=TINY, runner=SimpleNamespace(device=SimpleNamespace(type="cpu"))
+        config=TINY,
+        model=SimpleNamespace(first_layer=0, layers=range(TINY.num_hidden_layers)),
+        runner=SimpleNamespace(device=SimpleNamespace(type="cpu")),
     )
     sparse = TINY.num_hidden_layers - TINY.experts.first_k_dense_replace
     assert timing.moe_layer(subject)["seconds"] == pytest.approx(8.8 / 8 / sparse)
