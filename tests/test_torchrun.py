@@ -133,7 +133,31 @@ def test_all_end_together(how: str) -> None:
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     told = [line for line in ours(stderr) if not line.startswith("[")]
     why = "interrupted" if how == "Ctrl-C" else "another process has ended"
-    assert len(told) == 1 and why in told[0] and process.returncode == 1
+    assert len(told) == 1 and why in told[0] and process.returncode == 1, stderr
+
+
+def test_one_thread_lets_the_other_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may come while another thread asks who speaks first: the sentence is not lost."""
+    asking, answer, said = threading.Event(), threading.Event(), list[str]()
+
+    def first() -> bool:
+        asking.set()
+        return answer.wait(SECONDS)
+
+    monkeypatch.setattr(ranks, "_spoken", threading.Event())
+    monkeypatch.setattr(ranks, "first_to_speak", first)
+    monkeypatch.setattr(ranks.streams, "complain", said.append)
+    crew = Crew(0, 2, 0, 2)
+    threads = [threading.Thread(target=crew.complain, args=("r1", why)) for why in ("one", "two")]
+    threads[0].start()
+    assert asking.wait(SECONDS)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive() and not said
+    answer.set()
+    for thread in threads:
+        thread.join()
+    assert said == ["r1: one"]
 
 
 # ---------------------------- without a command

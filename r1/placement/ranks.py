@@ -39,8 +39,9 @@ GRACE = 1.0
 """Seconds for which the other ranks let rank 0 speak first."""
 SILENCE = timedelta(days=30)
 """How long the others wait for what is asked next."""
-_spoken = threading.Lock()
-"""Held from when this process has tried to say why it ends: two of its threads may notice."""
+_speaking, _spoken = threading.Lock(), threading.Event()
+"""Held while this process says why it ends, and set when it has tried. Two of its threads may
+notice, and then one must not end the process while the other speaks."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,11 @@ class Crew:
             time.sleep(GRACE)
             if isinstance(why, SharedError):
                 return
-        if self.count == 1 or (_spoken.acquire(blocking=False) and first_to_speak()):
-            where = f"rank {self.rank}: " if self.rank else ""
-            streams.complain(f"{speaker}: {where}{why}")
+        with _speaking:
+            if self.count == 1 or (not _spoken.is_set() and first_to_speak()):
+                where = f"rank {self.rank}: " if self.rank else ""
+                streams.complain(f"{speaker}: {where}{why}")
+            _spoken.set()
 
     def ends_together(self, speaker: str) -> None:
         """End this process at once when a signal comes, wherever it waits.
