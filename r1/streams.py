@@ -6,8 +6,9 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable
 
-from r1.errors import InputError, hung_up
+from r1.errors import InputError, flags_spelling, hung_up
 
 
 def prepare() -> None:
@@ -61,3 +62,22 @@ def complain(sentence: str, end: str = "\n") -> None:
     """Print to stderr, if somebody is there: a terminal may be closed."""
     with contextlib.suppress(OSError):
         print(sentence, end=end, file=sys.stderr, flush=True)
+
+
+def ended(speaker: str, work: Callable[[], object]) -> int:
+    """Do the work of a command of one process, and return its exit status.
+
+    0: success. 1: the reader of stdout closed it. 2: unusable input. 130: interrupted by Ctrl-C.
+    """
+    prepare()
+    try:
+        with flags_spelling():
+            work()
+    except InputError as error:
+        complain(f"{speaker}: {error}")
+        return 2
+    except BrokenPipeError:
+        return hung_up()
+    except KeyboardInterrupt:
+        return 130
+    return 0

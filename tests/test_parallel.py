@@ -148,6 +148,16 @@ def check_logits(ranks: Ranks, folder: Path, switches: dict[str, Any], row: str)
         torch.testing.assert_close(logits, right, atol=atol(row), rtol=0)
 
 
+def check_quantized(
+    ranks: Ranks, source: Path, folder: Path, grid: dict[str, int], name: str
+) -> None:
+    """The same logits of a checkpoint in a quantized format: packed, and dequantized in loading."""
+    shutil.copytree(source, folder)
+    writers.write(folder, name)
+    for quant in (writers.FORMATS[name][0].kind, "none"):
+        check_logits(ranks, folder, {**grid, "quant": quant}, "algebra fp32")
+
+
 # ---------------------------- the same logits
 @pytest.mark.parametrize("way", WAYS, ids=named)
 @pytest.mark.parametrize("grid", GRIDS, ids=named)
@@ -199,11 +209,7 @@ def test_quantized_checkpoints(
     ranks: Ranks, plain: Path, tmp_path: Path, grid: dict[str, int], name: str
 ) -> None:
     """Packed as they are, and dequantized while loading: the numbers of one process."""
-    folder = Path(shutil.copytree(plain, tmp_path / "model"))
-    writers.write(folder, name)
-    kind = writers.FORMATS[name][0].kind
-    check_logits(ranks, folder, {**grid, "quant": kind}, "algebra fp32")
-    check_logits(ranks, folder, {**grid, "quant": "none"}, "algebra fp32")
+    check_quantized(ranks, plain, tmp_path / "model", grid, name)
 
 
 def test_quantized_while_loading(ranks: Ranks, plain: Path) -> None:

@@ -27,6 +27,7 @@ from test_parallel import (
     SPREAD,
     answered,
     check_logits,
+    check_quantized,
     decoded,
     drawn,
     engine_of,
@@ -109,11 +110,7 @@ def test_quantized_checkpoints(
     ranks: Ranks, deep: Path, tmp_path: Path, grid: dict[str, int], name: str
 ) -> None:
     """Packed as they are, and dequantized while loading."""
-    folder = Path(shutil.copytree(deep, tmp_path / "model"))
-    writers.write(folder, name)
-    kind = writers.FORMATS[name][0].kind
-    check_logits(ranks, folder, {**grid, "quant": kind}, "algebra fp32")
-    check_logits(ranks, folder, {**grid, "quant": "none"}, "algebra fp32")
+    check_quantized(ranks, deep, tmp_path / "model", grid, name)
 
 
 def test_quantized_while_loading(ranks: Ranks, deep: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import r1
 from r1 import starting, streams
 from r1.bench.plot import figure
-from r1.errors import InputError, flags_spelling, hung_up
+from r1.errors import InputError
 from r1.footprint import Sizes
 from r1.guide import calibrate, gpus, measured, page, picture, ranking
 from r1.guide.answer import Answer, Question
@@ -25,22 +25,8 @@ MOST = 10**9
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status.
-
-    0: success. 1: the reader of stdout closed it. 2: unusable input. 130: interrupted by Ctrl-C.
-    """
-    streams.prepare()
-    try:
-        with flags_spelling():
-            run(parser().parse_args(argv))
-    except InputError as error:
-        streams.complain(f"r1.guide: {error}")
-        return 2
-    except BrokenPipeError:
-        return hung_up()
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Run the command and return its exit status (streams.ended)."""
+    return streams.ended("r1.guide", lambda: run(parser().parse_args(argv)))
 
 
 def parser() -> flags.Parser:

@@ -10,7 +10,6 @@ import torch
 
 import r1
 from r1 import starting, streams, threads
-from r1.errors import flags_spelling, hung_up
 from r1.files.config_json import load_config
 from r1.files.embedded import EMBEDDED
 from r1.run.prompts import check_conversation
@@ -28,24 +27,14 @@ DEFAULTS = {"device": "cpu", "dtype": "fp32", "moe": "gather"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit status.
+    """Run the command and return its exit status (streams.ended)."""
 
-    0: success. 1: the reader of stdout closed it. 2: unusable input. 130: interrupted by Ctrl-C.
-    """
-    streams.prepare()
-    try:
-        with flags_spelling():
-            own_files.run_given(argv)
-            for line in lines(parser().parse_args(argv)):
-                streams.write(line)
-    except r1.InputError as error:
-        streams.complain(f"r1.tour: {error}")
-        return 2
-    except BrokenPipeError:
-        return hung_up()
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    def tour() -> None:
+        own_files.run_given(argv)
+        for line in lines(parser().parse_args(argv)):
+            streams.write(line)
+
+    return streams.ended("r1.tour", tour)
 
 
 def parser() -> flags.Parser:
