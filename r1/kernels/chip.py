@@ -51,6 +51,8 @@ class Chip:
     (programmatic dependent launch), and may prefetch into the second-level cache (prefetch.py)."""
     ptx: bool = False
     """True for NVIDIA chips from sm_89 on: their own instructions unpack numbers (packed.py)."""
+    byte_products: bool = False
+    """True for NVIDIA chips: one instruction adds up four products of bytes (fixed.py)."""
     tuned: dict[str, Launch] = field(default_factory=dict, compare=False)
     """By `key`: parameters that a search found here. Kernels without an entry use their default."""
     asked: dict[str, tuple[type[Launch], Sizes]] = field(default_factory=dict, compare=False)
@@ -70,7 +72,7 @@ class Chip:
         hopper = (facts.major, facts.minor) >= (9, 0)
         ptx = (facts.major, facts.minor) >= (8, 9)
         shared = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in stubs
-        return Chip(facts.multi_processor_count, shared, hopper, ptx)
+        return Chip(facts.multi_processor_count, shared, hopper, ptx, byte_products=True)
 
     def launch(self, kind: type[AnyLaunch], *sizes: int) -> AnyLaunch:
         """A kernel's launch parameters, for its sizes."""

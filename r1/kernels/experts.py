@@ -21,6 +21,7 @@ from torch import Tensor
 from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, power_of_two
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
+from r1.kernels.fixed import fits, fix
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
 from r1.kernels.tiles import Operand, operand, packed_bits, tensor_of
 from r1.model.dispatch import Gather
@@ -182,14 +183,17 @@ def _launch(
         )
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h, out = x.new_empty(tokens, chosen + more, inner), torch.empty_like(x)
+    fixed = fits(chip, x, routed.gate, routed.up, shared_gate, shared_up)
     chip.run(
-        up_vector_kernel, (ceil_div(inner, use.up_outputs), chosen + more, tokens), x, indices,
-        routed.gate, routed.up, shared_gate, shared_up, residual, norm, eps, h, **names, **use.up,
+        up_vector_kernel, (ceil_div(inner, use.up_outputs), chosen + more, tokens),
+        fix(chip, x) if fixed else x, indices, routed.gate, routed.up, shared_gate, shared_up,
+        residual, norm, eps, h, FIXED=fixed, **names, **use.up,
     )  # fmt: skip
+    fixed = fits(chip, h, routed.down, shared_down)
     chip.run(
-        down_vector_kernel, (ceil_div(dim, use.down_outputs), tokens), h, indices, weights,
-        routed.down, shared_down, residual, out, CHOSEN_PAD=power_of_two(chosen), **names,
-        **use.down,
+        down_vector_kernel, (ceil_div(dim, use.down_outputs), tokens),
+        fix(chip, h.flatten(1)) if fixed else h, indices, weights, routed.down, shared_down,
+        residual, out, CHOSEN_PAD=power_of_two(chosen), FIXED=fixed, **names, **use.down,
     )  # fmt: skip
     return out
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from r1.kernels.chip import let_next_start, wait_for_previous
+from r1.kernels.fixed import columns_fixed, slots_fixed, times_fixed
 from r1.kernels.tiles import load, matrix_of, times
 
 
@@ -20,34 +21,40 @@ from r1.kernels.tiles import load, matrix_of, times
 def up_vector_kernel(
     x, indices, gate, up, shared_gate, shared_up, residual, norm, eps, h,
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT inner values of one slot's expert, silu(gate) * up, into h (N, J, I).
 
     Shared experts start first: they do not depend on the router. With `norm` (x is then the
     residual's norm) they norm the residual themselves, so they don't wait for the router's x.
+    With FIXED x is a `Fixed`, and they wait.
     """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     slot = CHOSEN + SHARED - 1 - tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
-    x += token * DIM
     h += (token * (CHOSEN + SHARED) + slot) * INNER + out
     if slot < CHOSEN:
         wait_for_previous(PDL)
         # So late, because down_vector_kernel reads the choice before its own wait.
         let_next_start(PDL)
         expert = tl.load(indices + token * CHOSEN + slot).to(tl.int64)
-        inner = gated(x, None, eps, gate, up, expert, 0, out, DIM, INNER, BLOCK_OUT, BLOCK_IN)
+        inner = gated(
+            x, token, None, eps, gate, up, expert, 0, out, DIM, INNER, FIXED, BLOCK_OUT, BLOCK_IN
+        )
         tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
     elif SHARED > 0:
         row = (slot - CHOSEN) * INNER  # where this shared expert begins
-        if norm is not None:
-            x = residual + token * DIM
-        else:
+        if norm is None or FIXED:
             wait_for_previous(PDL)
-        inner = gated(
-            x, norm, eps, shared_gate, shared_up, 0, row, out, DIM, INNER, BLOCK_OUT, BLOCK_IN
-        )
+            inner = gated(
+                x, token, None, eps, shared_gate, shared_up, 0, row, out, DIM, INNER, FIXED,
+                BLOCK_OUT, BLOCK_IN,
+            )  # fmt: skip
+        else:
+            inner = gated(
+                residual, token, norm, eps, shared_gate, shared_up, 0, row, out, DIM, INNER, False,
+                BLOCK_OUT, BLOCK_IN,
+            )  # fmt: skip
         wait_for_previous(PDL)
         let_next_start(PDL)
         tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
@@ -55,8 +62,8 @@ def up_vector_kernel(
 
 @triton.jit
 def gated(
-    x, norm, eps, gates, ups, expert, row, out,
-    DIM: tl.constexpr, INNER: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    x, token, norm, eps, gates, ups, expert, row, out, DIM: tl.constexpr, INNER: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     """silu(gate x) * (up x) for rows `out` of an expert that begins at `row`, fp32 (BLOCK_OUT,).
 
@@ -69,15 +76,22 @@ def gated(
     squares = tl.zeros((BLOCK_IN,), tl.float32)
     real, d_row = (out < INNER)[:, None], d[None, :]
     for start in range(0, DIM, BLOCK_IN):
-        at = start + d
-        v = tl.load(x + at, mask=at < DIM, other=0.0).to(tl.float32)
-        if norm is not None:
-            squares += v * v
-            v *= tl.load(norm + at, mask=at < DIM, other=0.0).to(tl.float32)
-        w = load(gate_matrix, out[:, None], real, d_row, start, DIM, gates)
-        gate += times(w, v[None, :], gates)
-        w = load(up_matrix, out[:, None], real, d_row, start, DIM, ups)
-        up += times(w, v[None, :], ups)
+        if FIXED:
+            v = columns_fixed(x, token, start, DIM, BLOCK_IN)
+            w = load(gate_matrix, out[:, None], real, d_row, start, DIM, gates)
+            gate += times_fixed(w, v, gates)
+            w = load(up_matrix, out[:, None], real, d_row, start, DIM, ups)
+            up += times_fixed(w, v, ups)
+        else:
+            at = start + d
+            v = tl.load(x + token * DIM + at, mask=at < DIM, other=0.0).to(tl.float32)
+            if norm is not None:
+                squares += v * v
+                v *= tl.load(norm + at, mask=at < DIM, other=0.0).to(tl.float32)
+            w = load(gate_matrix, out[:, None], real, d_row, start, DIM, gates)
+            gate += times(w, v[None, :], gates)
+            w = load(up_matrix, out[:, None], real, d_row, start, DIM, ups)
+            up += times(w, v[None, :], ups)
     gate_sum, up_sum = tl.sum(gate, axis=1), tl.sum(up, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
@@ -88,10 +102,11 @@ def gated(
 @triton.jit
 def down_vector_kernel(
     h, indices, weights, down, shared_down, residual, y, DIM: tl.constexpr, INNER: tl.constexpr,
-    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr, FIXED: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT of a token's outputs: the weighted sum over all of its slots, and the residual.
+    With FIXED h is a `Fixed`, of a token's slots side by side.
 
     The choice is older than the previous kernel, so the chosen experts' first weights are loaded
     before the wait.
@@ -107,14 +122,18 @@ def down_vector_kernel(
     w = load(matrices, row, real, column, 0, INNER, down)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
     wait_for_previous(PDL)
     let_next_start(PDL)
-    h += token * (CHOSEN + SHARED) * INNER
+    length: tl.constexpr = (CHOSEN + SHARED) * INNER
     wide: tl.constexpr = BLOCK_IN // min(down.TOGETHER, BLOCK_IN)
     sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, wide), tl.float32)
     for start in range(0, INNER, BLOCK_IN):
-        mask = (slot < CHOSEN)[:, None] & (start + i < INNER)[None, :]
-        v = tl.load(h + slot[:, None] * INNER + start + i[None, :], mask=mask, other=0.0)
-        v = v.to(tl.float32) * weight[:, None]
-        sums += times(w, v[None, :, :], down)
+        if FIXED:
+            v = slots_fixed(h, token, slot, start, length, CHOSEN, INNER, BLOCK_IN)
+            sums += times_fixed(w, v, down) * weight[None, :, None]
+        else:
+            mask = (slot < CHOSEN)[:, None] & (start + i < INNER)[None, :]
+            place = h + token * length + slot[:, None] * INNER + start + i[None, :]
+            v = tl.load(place, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
+            sums += times(w, v[None, :, :], down)
         w = load(matrices, row, real, column, start + BLOCK_IN, INNER, down)
     total = tl.sum(tl.reshape(sums, (BLOCK_OUT, CHOSEN_PAD * wide)), axis=1)  # (BLOCK_OUT,)
     if SHARED > 0:
@@ -126,9 +145,15 @@ def down_vector_kernel(
         inside = (out < DIM)[:, None]
         for start in range(0, columns, CHOSEN_PAD * BLOCK_IN):
             at = start + block
-            v = tl.load(h + CHOSEN * INNER + at, mask=at < columns, other=0.0).to(tl.float32)
             u = load(matrix, out[:, None], inside, block[None, :], start, columns, shared_down)
-            rest += times(u, v[None, :], shared_down)
+            if FIXED:
+                first = CHOSEN * INNER + start
+                v = columns_fixed(h, token, first, length, CHOSEN_PAD * BLOCK_IN)
+                rest += times_fixed(u, v, shared_down)
+            else:
+                place = h + token * length + CHOSEN * INNER + at
+                v = tl.load(place, mask=at < columns, other=0.0).to(tl.float32)
+                rest += times(u, v[None, :], shared_down)
         total += tl.sum(rest, axis=1)
     if residual is not None:
         total += tl.load(residual + token * DIM + out, mask=out < DIM, other=0.0).to(tl.float32)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, wait_for_previous
+from r1.kernels.fixed import columns_fixed, fits, fix, times_fixed
 from r1.kernels.linear import LinearLaunch, linear, linear_torch, prepare
 from r1.kernels.tiles import load, matrix_of, operand, packed_bits, times
 from r1.model.layers import MLP, swiglu
@@ -33,10 +34,13 @@ def gated(
     use = launch or chip.launch(LinearLaunch, *sizes)
     if use.rows == 1:
         h, block = x.new_empty(tokens, inner), max(1, use.outputs // 2)
+        matrices = (operand(gate, chip.ptx), operand(up, chip.ptx))
+        fixed = fits(chip, x, *matrices)
+        given = fix(chip, x, norm, eps, early=True) if fixed else x
         chip.run(
-            gated_kernel, (ceil_div(inner, block), tokens), x, operand(gate, chip.ptx),
-            operand(up, chip.ptx), norm, eps, h, inner, INPUTS=inputs, BLOCK_OUT=block,
-            BLOCK_IN=use.inputs, warps=use.warps, stages=use.stages,
+            gated_kernel, (ceil_div(inner, block), tokens), given, *matrices, norm, eps, h, inner,
+            INPUTS=inputs, FIXED=fixed, BLOCK_OUT=block, BLOCK_IN=use.inputs, warps=use.warps,
+            stages=use.stages,
         )  # fmt: skip
         return h
     normed = partial(linear, chip, x, norm=norm, eps=eps, launch=launch)
@@ -55,8 +59,8 @@ GATED = {"torch": gated_torch, "triton": gated}
 
 @triton.jit
 def gated_kernel(
-    x, gate, up, norm, eps, h, outputs, INPUTS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    x, gate, up, norm, eps, h, outputs, INPUTS: tl.constexpr, FIXED: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, BLOCK_OUT inner values: as linear.py's `vector_kernel`, with rows of two matrices.
 
@@ -71,20 +75,24 @@ def gated_kernel(
     g = load(gates, w_row, real, columns[None, :], 0, INPUTS, gate)  # (BLOCK_OUT, BLOCK_IN)
     u = load(ups, w_row, real, columns[None, :], 0, INPUTS, up)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
-    x += row * INPUTS
     gate_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(gate.TOGETHER, BLOCK_IN)), tl.float32)
     up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(up.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
-        at = start + columns
-        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        squares += v * v
-        v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        gate_sums += times(g, v[None, :], gate)
+        if FIXED:
+            v = columns_fixed(x, row, start, INPUTS, BLOCK_IN)
+            gate_sums += times_fixed(g, v, gate)
+            up_sums += times_fixed(u, v, up)
+        else:
+            at = start + columns
+            v = tl.load(x + row * INPUTS + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+            squares += v * v
+            v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+            gate_sums += times(g, v[None, :], gate)
+            up_sums += times(u, v[None, :], up)
         g = load(gates, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, gate)
-        up_sums += times(u, v[None, :], up)
         u = load(ups, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, up)
-    factor = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
+    factor = 1.0 if FIXED else tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
     a, b = tl.sum(gate_sums, axis=1) * factor, tl.sum(up_sums, axis=1) * factor  # (BLOCK_OUT,)
     inner = a * tl.sigmoid(a) * b
     tl.store(h + row * outputs + out, inner.to(h.dtype.element_ty), mask=out < outputs)

@@ -28,6 +28,7 @@ from r1.kernels.chip import (
     power_of_two,
     wait_for_previous,
 )
+from r1.kernels.fixed import columns_fixed, fits, fix, times_fixed
 from r1.kernels.tiles import add_product, load, matrix_of, operand, packed_bits, times
 from r1.storage.matrix import Matrix
 
@@ -109,9 +110,13 @@ def linear(
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     if use.rows == 1:
+        matrix = operand(weight, chip.ptx)
+        fixed = fits(chip, x, matrix)
+        given = fix(chip, x, norm, eps, early=True) if fixed else x
         chip.run(
-            vector_kernel, grid, x, x.stride(0), operand(weight, chip.ptx), norm, eps, residual, y,
-            outputs, INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
+            vector_kernel, grid, given, x.stride(0), matrix, None if fixed else norm, eps,
+            residual, y, outputs, INPUTS=inputs, FIXED=fixed, **blocks, warps=use.warps,
+            stages=use.stages,
         )  # fmt: skip
         return y
     if norm is not None:
@@ -155,9 +160,9 @@ LINEAR = {"torch": linear_torch, "triton": linear}
 @triton.jit
 def vector_kernel(
     x, x_stride, weight, norm, eps, residual, y, outputs, INPUTS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token, BLOCK_OUT rows of W.
+    """One token, BLOCK_OUT rows of W. With FIXED x is a `Fixed`, and normed.
 
     Weights depend on no kernel, so the first tile is loaded before the wait.
     """
@@ -169,16 +174,18 @@ def vector_kernel(
     real = (out < outputs)[:, None]
     w = load(matrix, w_row, real, columns[None, :], 0, INPUTS, weight)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
-    x += row * x_stride
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(weight.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
     for start in range(0, INPUTS, BLOCK_IN):
-        at = start + columns
-        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        if norm is not None:
-            squares += v * v
-            v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        sums += times(w, v[None, :], weight)
+        if FIXED:
+            sums += times_fixed(w, columns_fixed(x, row, start, INPUTS, BLOCK_IN), weight)
+        else:
+            at = start + columns
+            v = tl.load(x + row * x_stride + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+            if norm is not None:
+                squares += v * v
+                v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+            sums += times(w, v[None, :], weight)
         w = load(matrix, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, weight)
     total = tl.sum(sums, axis=1)  # (BLOCK_OUT,)
     if norm is not None:

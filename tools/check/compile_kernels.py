@@ -61,7 +61,8 @@ class Target:
     def recorder(self) -> Recorder:
         """What stands in for its chip."""
         ptx = self.backend == "cuda" and int(self.arch) >= 89
-        return Recorder(self.processors, self.shared, self.dependent_launch, ptx)
+        nvidia = self.backend == "cuda"
+        return Recorder(self.processors, self.shared, self.dependent_launch, ptx, nvidia)
 
 
 TARGETS = {
@@ -110,6 +111,7 @@ class Recorder:
     shared: int
     dependent_launch: bool
     ptx: bool
+    byte_products: bool
     launches: list[Launch] = field(default_factory=list)
 
     def launch(self, kind: Any, *sizes: int) -> Any:
