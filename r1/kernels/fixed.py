@@ -107,7 +107,7 @@ def fix_kernel(
     blocks = tl.reshape(v, (BLOCKS, BLOCK))
     largest = tl.max(tl.abs(blocks), axis=1)
     scale = largest / LARGEST + tl.sum(blocks * 0.0, axis=1)  # NaN and infinity stay
-    shrink = tl.where(largest > 0.0, LARGEST / largest, 0.0)
+    shrink = LARGEST / tl.where(largest > 0.0, largest, 1.0)
     whole = tl.floor(blocks * shrink[:, None] + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
     low = whole - (high << 8)

@@ -206,6 +206,7 @@ def filled(make: Callable[[], nn.Module], scale: float, quant: str) -> Any:
 
 def experts_case(place: Place, c: Config, tokens: int) -> Case:
     from r1.kernels.experts import ExpertsLaunch, experts, experts_torch
+    from r1.kernels.tiles import packed_bits
     from r1.model.dispatch import Grouped
     from r1.model.layers import MLP
     from r1.model.moe import Experts
@@ -216,11 +217,10 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
         c.experts.n_routed_experts,
         c.experts.num_experts_per_tok,
     )
-    more, one = (
-        c.experts.n_shared_experts,
-        2 * 3 * c.hidden_size * c.experts.moe_intermediate_size,
-    )  # bytes of an expert
+    more = c.experts.n_shared_experts
     routed = filled(lambda: Experts(c), 0.02, place.quant)
+    matrices = (routed.gate_proj, routed.up_proj, routed.down_proj)
+    one = sum(matrix.nbytes for matrix in matrices) // count  # bytes of an expert
     weights, residual, gain = torch.rand(tokens, chosen), randn(tokens, dim), randn(dim)
     x = F.rms_norm(residual, (dim,), gain, EPS)
 
@@ -236,7 +236,9 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     drawn = [torch.rand(tokens, count).topk(chosen).indices for _ in range(8)]
     shared = [filled(lambda: MLP(dim, more * inner), 0.02, place.quant) for _ in drawn]
     hit = sum(i.unique().numel() for i in drawn) / len(drawn)
-    default = ExpertsLaunch.default((tokens, chosen, count, dim, inner, 2), place.chip)
-    moved, flops = int((hit + more) * one + 4 * x.numel()), tokens * (chosen + more) * one
+    sizes = (tokens, chosen, count, dim, inner, 2, *packed_bits(routed.down_proj))
+    default = ExpertsLaunch.default(sizes, place.chip)
+    moved = int((hit + more) * one + 4 * x.numel())
+    flops = tokens * (chosen + more) * 2 * 3 * dim * inner
     cold = list(zip(drawn, shared, strict=True))
     return Case(f"experts, {hit:.1f} hit", moved, flops, cold, run, twin, default)
