@@ -40,7 +40,9 @@ class Fixed(NamedTuple):
     planes: Tensor
     """int32 (N, 4, L / 8)."""
     scales: Tensor
-    """fp32 (N, 2, L / GROUP): each group's scale, and the sum of its whole numbers."""
+    """fp32 (N, L / GROUP, 2): each group's scale, and the sum of its whole numbers.
+
+    Side by side, so that a thread loads those of its own group, and not of four groups at once."""
 
 
 def fits(chip: Chip, x: Tensor, *operands: Operand | None) -> bool:
@@ -69,7 +71,7 @@ def fix(
     """
     tokens, length = x.shape
     planes = x.new_empty(tokens, 4, length // 8, dtype=torch.int32)
-    scales = x.new_empty(tokens, 2, length // GROUP.value, dtype=torch.float32)
+    scales = x.new_empty(tokens, length // GROUP.value, 2, dtype=torch.float32)
     programs = ceil_div(length, 8 * BLOCK.value)
     chip.run(
         fix_kernel, (programs, tokens), x, x.stride(0), norm, eps, planes, scales, LENGTH=length,
@@ -117,10 +119,10 @@ def fix_kernel(
     groups: tl.constexpr = BLOCK // GROUP
     total = tl.sum(tl.reshape(whole, (BLOCKS, groups, GROUP)), axis=2).to(tl.float32)
     group = first // GROUP + tl.reshape(tl.arange(0, size // GROUP), (BLOCKS, groups))
-    place = scales + token * (LENGTH // GROUP * 2) + group
+    place = scales + token * (LENGTH // GROUP * 2) + 2 * group
     inside = group < LENGTH // GROUP
     tl.store(place, tl.broadcast_to(scale[:, None], (BLOCKS, groups)), mask=inside)
-    tl.store(place + LENGTH // GROUP, total, mask=inside)
+    tl.store(place + 1, total, mask=inside)
 
 
 @triton.jit
@@ -137,14 +139,14 @@ def store_planes(place, numbers, word, LENGTH: tl.constexpr):
 def load_fixed(x, token, word, group, inside, some, LENGTH: tl.constexpr):
     """A token's words and groups, as `times_fixed` takes them; `inside` and `some` mask them."""
     place = x.planes + token * (LENGTH // 2) + word
-    scale = x.scales + token * (LENGTH // GROUP * 2) + group
+    scale = x.scales + token * (LENGTH // GROUP * 2) + 2 * group
     return (
         tl.load(place, inside, 0),
         tl.load(place + LENGTH // 8, inside, 0),
         tl.load(place + LENGTH // 4, inside, 0),
         tl.load(place + LENGTH // 8 * 3, inside, 0),
         tl.load(scale, some, 0.0),
-        tl.load(scale + LENGTH // GROUP, some, 0.0),
+        tl.load(scale + 1, some, 0.0),
     )
 
 

@@ -78,11 +78,12 @@ def gated_kernel(
     gate_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(gate.TOGETHER, BLOCK_IN)), tl.float32)
     up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(up.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
+    whole = columns_fixed(x, row, 0, INPUTS, BLOCK_IN) if FIXED else None
     for start in range(0, INPUTS, BLOCK_IN):
         if FIXED:
-            v = columns_fixed(x, row, start, INPUTS, BLOCK_IN)
-            gate_sums += times_fixed(g, v, gate)
-            up_sums += times_fixed(u, v, up)
+            gate_sums += times_fixed(g, whole, gate)
+            up_sums += times_fixed(u, whole, up)
+            whole = columns_fixed(x, row, start + BLOCK_IN, INPUTS, BLOCK_IN)
         else:
             at = start + columns
             v = tl.load(x + row * INPUTS + at, mask=at < INPUTS, other=0.0).to(tl.float32)

@@ -176,9 +176,11 @@ def vector_kernel(
     wait_for_previous(PDL)
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(weight.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
+    whole = columns_fixed(x, row, 0, INPUTS, BLOCK_IN) if FIXED else None
     for start in range(0, INPUTS, BLOCK_IN):
         if FIXED:
-            sums += times_fixed(w, columns_fixed(x, row, start, INPUTS, BLOCK_IN), weight)
+            sums += times_fixed(w, whole, weight)
+            whole = columns_fixed(x, row, start + BLOCK_IN, INPUTS, BLOCK_IN)
         else:
             at = start + columns
             v = tl.load(x + row * x_stride + at, mask=at < INPUTS, other=0.0).to(tl.float32)
