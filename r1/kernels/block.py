@@ -33,7 +33,7 @@ from r1.kernels.tiles import block_of, why_not
 from r1.model.attend import UpProjection
 from r1.model.cache import LayerCache
 from r1.model.gqa import GQA
-from r1.model.layers import MLP, Linear
+from r1.model.layers import MLP, Linear, RMSNorm
 from r1.model.mla import MLA
 from r1.model.moe import MoE
 from r1.model.step import Step
@@ -171,8 +171,13 @@ def _split_blocks(mlp: nn.Module) -> str | None:
     )
 
 
-def output_head(lm_head: Linear, chip: Chip, x: Tensor) -> Tensor:
-    """The output head of a decode step: normed hidden (B, S, D) -> fp32 logits (B, S, W)."""
-    product = partial(linear, chip, x.flatten(0, 1), dtype=torch.float32)
+def output_head(lm_head: Linear, chip: Chip, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+    """The output head of a decode step: hidden (B, S, D) -> fp32 logits (B, S, W).
+
+    Without `norm` the hidden states are normed already.
+    """
+    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    shape, x = x.shape[:-1], x.flatten(0, 1)
+    product = partial(linear, chip, x, norm=gain, eps=eps, dtype=torch.float32)
     logits = lm_head.matrix.through(product)
-    return logits.view(*x.shape[:-1], -1)
+    return logits.view(*shape, -1)

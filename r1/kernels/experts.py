@@ -52,9 +52,8 @@ class ExpertsLaunch:
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
         if tokens == 1 and packed:
-            down_inputs, warps = (512, 2) if packed == [8] else (256, 4)
-            down_inputs = min(down_inputs, power_of_two(inner, 16))
-            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs, warps)
+            down_inputs, warps = min(512, power_of_two(inner, 32)), 2 if packed == [8] else 4
+            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 32)), 4, down_inputs, warps)
         if tokens == 1:
             down_inputs = min(512, power_of_two(inner))
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, down_inputs)

@@ -49,8 +49,10 @@ class LinearLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
-        if tokens == 1 and packed == [4]:
-            return LinearLaunch(1, *_four_bit_tile(inputs, outputs, chip))
+        if tokens == 1 and packed == [4] and chip.byte_products:
+            # A warp for each 2,048 columns, and rows of 4,096 or less at once.
+            columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
+            return LinearLaunch(1, 2, columns, max(1, columns // 2048))
         if tokens == 1 and packed:
             return LinearLaunch(1, 4, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
@@ -76,21 +78,6 @@ class LinearLaunch:
             "outputs": (16, 32, 64, 128), "inputs": (64, 128, 256), "warps": (4, 8),
             "stages": (2, 3, 4, 5, 6),
         }  # fmt: skip
-
-
-def _four_bit_tile(inputs: int, outputs: int, chip: Chip) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program for one token and a matrix of 4 bits.
-
-    Chosen by the instructions of the compiled kernels; no GPU has timed it yet. A thread converts
-    its part of x once for all its rows, so it should have 4 rows: that takes a warp for each 1,024
-    columns of 4 rows, or 512 of 8. Matrices of few rows have few programs, so each of these loads
-    more at a time. Columns beyond a matrix's end cost instructions too.
-    """
-    if outputs < 32 * chip.processors:
-        return 4, min(2048, power_of_two(inputs, 16)), 2
-    columns = 512 if inputs % 1024 and outputs >= 128 * chip.processors else 1024
-    columns = min(columns, power_of_two(inputs, 16))
-    return 8, columns, 2 if columns == 1024 else 1
 
 
 def linear(

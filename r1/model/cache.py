@@ -27,7 +27,9 @@ def bytes_per_token(entry: Entry, dtype: torch.dtype, layers: int) -> int:
 
 
 class Cache:
-    """The cache of several layers. `lengths`, int64 (B,), counts the tokens of each row."""
+    """The cache of several layers. `lengths`, int64 (B,), counts the tokens of each row; `numbers`
+    (B, 1) are the rows' own.
+    """
 
     def __init__(
         self, entry: Entry, rows: int, capacity: int, layers: int, *,
@@ -35,6 +37,7 @@ class Cache:
     ) -> None:  # fmt: skip
         self.rows, self.capacity = rows, capacity
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.numbers = torch.arange(rows, device=device)[:, None]
         self.layers: list[LayerCache] = []
         self.extend(entry, layers, dtype)
         self.graphs: dict[tuple[Any, ...], Any] = {}

@@ -99,15 +99,17 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens: Tensor, step: Step, cache: Sequence[LayerCache] | None = None,
-        blocks: Sequence[Callable[..., Tensor]] | None = None,
+        blocks: Sequence[Callable[..., Tensor]] | None = None, normed: bool = True,
     ) -> Tensor:  # fmt: skip
         """int64 (B, S) -> normed hidden states (B, S, D); `lm_head` makes logits (B, S, W) of them.
 
         `cache` has one entry for each layer. Unless the step starts its rows, it has as many slots
         as the step has keys. `blocks` stand in for `layers`: the same ones compiled, or fused ones.
+        Without `normed` the last norm is left out: the output head has it.
         """
         x = self.receive(self.embed_tokens(tokens))  # (B, S, D)
         calls: Sequence[Callable[..., Tensor]] = blocks or list(self.layers)
         for layer, block in enumerate(calls):
             x = block(x, step, cache[layer] if cache is not None else None)  # (B, S, D)
-        return self.norm(self.send(x))
+        x = self.send(x)
+        return self.norm(x) if normed else x

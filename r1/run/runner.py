@@ -216,7 +216,7 @@ class Runner:
         Rows of the cache beyond B are computed and discarded.
         """
         rows = tokens.shape[0]
-        if self.backend.cuda_graphs:
+        if self.backend.cuda_graphs and cache.rows > rows:
             tokens = F.pad(tokens, (0, 0, 0, cache.rows - rows))
         key = ("decode", *tokens.shape)
         (logits,) = self.callers["decode"](key, self._decode, (tokens,), cache)
@@ -224,9 +224,9 @@ class Runner:
 
     def _decode(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, ...]:
         step = self.next_step(cache, tokens.shape[1])
-        hidden = self.model(tokens, step, cache.layers, self.blocks["decode"])
+        hidden = self.model(tokens, step, cache.layers, self.blocks["decode"], normed=False)
         cache.lengths += tokens.shape[1]
-        return (self.lm_head(hidden).float(),)
+        return (self.ways["decode"].norm_and_head(hidden).float(),)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """A decode step's output head: (B, S, D) -> (B, S, W). Prompts use the model's own."""

@@ -44,6 +44,10 @@ class Eager:
         """Normed hidden states (B, S, D) -> logits (B, S, W)."""
         return self.model.lm_head(hidden)
 
+    def norm_and_head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, S, D), not normed yet -> logits (B, S, W)."""
+        return self.head(self.model.norm(hidden))
+
     def next_step(self, cache: Cache, tokens: int) -> Step:
         """A decode step for `tokens` tokens of each row, after those that the cache holds."""
         offsets = torch.arange(tokens, device=cache.lengths.device)
@@ -95,16 +99,18 @@ class Fused(Eager):
     def head(self, hidden: Tensor) -> Tensor:
         return self.output_head(self.model.lm_head, self.chip, hidden)
 
+    def norm_and_head(self, hidden: Tensor) -> Tensor:
+        return self.output_head(self.model.lm_head, self.chip, hidden, self.model.norm)
+
     def next_step(self, cache: Cache, tokens: int) -> Step:
         frequency, factor = self.model.frequency, self.model.table_factor
         interleave = self.model.config.attention.rope_interleave
         positions, cos, sin = self.begin(
             self.chip, cache.lengths, tokens, frequency, factor, interleave
         )
-        # This torch kernel also separates begin_step from the fused blocks, which read `positions`
-        # before their wait.
-        rows = torch.arange(cache.rows, device=cache.lengths.device)[:, None]
-        return Step("decode", positions, cos, sin, rows)
+        # The fused blocks read `positions` before their wait. The embedding, a kernel of torch,
+        # separates them from begin_step.
+        return Step("decode", positions, cos, sin, cache.numbers)
 
 
 def ways_of(model: Transformer, backend: Backend, device: torch.device) -> dict[str, Eager]:

@@ -209,7 +209,7 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
     model = build.sketch(config, Backend(dtype="bf16", join="on", quant=quant))
     for block in (model.layers[0], model.layers[-1]):
         DecodeBlock(block, recorder)(x, step, cache.layers[0])  # type: ignore[arg-type]
-    output_head(model.lm_head, recorder, x)  # type: ignore[arg-type]
+    output_head(model.lm_head, recorder, x, model.norm)  # type: ignore[arg-type]
     return recorder.launches
 
 
