@@ -918,7 +918,7 @@ def test_the_fused_block_tells_of_its_norms(eps: float) -> None:
     )
 
 
-H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
+H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True)
 
 
 @pytest.mark.parametrize(
@@ -926,10 +926,12 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
     [
         (LinearLaunch, (1, 7168, 2112, 2), LinearLaunch(1, 2, 1024, 4)),
         (LinearLaunch, (1, 2048, 3072, 2), LinearLaunch(1, 2, 1024, 4)),
-        (LinearLaunch, (1, 3584, 37888, 2, 4), LinearLaunch(1, 8, 512, 1)),
-        (LinearLaunch, (1, 5120, 55296, 2, 4), LinearLaunch(1, 8, 1024, 2)),
-        (LinearLaunch, (1, 3584, 4608, 2, 4), LinearLaunch(1, 8, 1024, 2)),
-        (LinearLaunch, (1, 18944, 3584, 2, 4), LinearLaunch(1, 4, 2048, 2)),
+        (LinearLaunch, (1, 2048, 2048, 2), LinearLaunch(1, 1, 2048, 2)),
+        (LinearLaunch, (1, 4096, 28672, 2), LinearLaunch(1, 2, 2048, 8)),
+        (LinearLaunch, (1, 8192, 2048, 2), LinearLaunch(1, 2, 2048, 4)),
+        (LinearLaunch, (1, 3584, 37888, 2, 4), LinearLaunch(1, 2, 4096, 2)),
+        (LinearLaunch, (1, 18944, 3584, 2, 4), LinearLaunch(1, 2, 2048, 1)),
+        (LinearLaunch, (1, 2048, 2048, 2, 4), LinearLaunch(1, 2, 2048, 1)),
         (LinearLaunch, (32, 2048, 2048, 2), LinearLaunch(32, 16, 128, 4, 5)),
         (LinearLaunch, (32, 2048, 3648, 2), LinearLaunch(32, 32, 128, 4, 5)),
         (LinearLaunch, (8, 2048, 163840, 2), LinearLaunch(16, 64, 128, 4, 5)),
@@ -951,7 +953,7 @@ H100 = Chip(processors=132, shared=227 * 1024, dependent_launch=True)
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
     """tools/measure/bench_kernels.py --sweep on an H100, and compile_kernels.py where something
-    else spilled. Those of one token and 4 bits follow from the compiled instructions.
+    else spilled.
     """
     assert launch.default(sizes, H100) == wanted
 

@@ -56,6 +56,10 @@ class LinearLaunch:
         if tokens == 1 and packed:
             return LinearLaunch(1, 4, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
+            if inputs == 2048 >= outputs:
+                return LinearLaunch(1, 1, 2048, 2)  # few rows: a program for each
+            if inputs >= 4096 and inputs % 2048 == 0:
+                return LinearLaunch(1, 2, 2048, 4 if inputs >= 8192 else 8)
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
         # Large tiles read x less often. That pays where x is long, as long as a fifth of the

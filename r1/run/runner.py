@@ -224,8 +224,8 @@ class Runner:
 
     def _decode(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, ...]:
         step = self.next_step(cache, tokens.shape[1])
-        hidden = self.model(tokens, step, cache.layers, self.blocks["decode"], normed=False)
         cache.lengths += tokens.shape[1]
+        hidden = self.model(tokens, step, cache.layers, self.blocks["decode"], normed=False)
         return (self.ways["decode"].norm_and_head(hidden).float(),)
 
     def lm_head(self, hidden: Tensor) -> Tensor:

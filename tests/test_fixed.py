@@ -1,0 +1,183 @@
+"""One token times 4 bits by whole numbers (r1/kernels/fixed.py), against fp64 products."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from models import V3
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
+
+from r1.kernels.chip import Chip
+from r1.kernels.experts import experts
+from r1.kernels.fixed import BLOCK, GROUP, LARGEST, fits, fix
+from r1.kernels.gated import gated
+from r1.kernels.linear import LinearLaunch, linear
+from r1.kernels.tiles import operand
+from r1.model.layers import MLP, Linear
+from r1.model.moe import Experts
+from r1.storage.joined import join
+from r1.storage.kinds import KINDS
+from r1.storage.quantized import Quantized
+from r1.storage.spec import Spec
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHIP = dataclasses.replace(Chip.of(DEVICE), byte_products=True)
+SPECS = {
+    "groups of 128": Spec("int4", 1, 128),
+    "groups of 32": Spec("int4", 1, 32, scale="bf16"),
+    "zero points": Spec("int4", 1, 64, scale="fp16", zeros=True),
+    "rows": Spec("int4", 1, 0),
+}
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def stored(spec: Spec, *shape: int) -> Quantized:
+    weight = torch.randn(shape) * shape[-1] ** -0.5 + 0.01
+    return KINDS["int4"].of(weight, spec).to(DEVICE)
+
+
+def vector(columns: int) -> Tensor:
+    """bf16 (1, columns), with numbers far larger than the others in one block."""
+    x = torch.randn(1, columns, device=DEVICE)
+    x[:, 3::128] *= 200
+    x[:, BLOCK.value :] /= 200
+    return x.bfloat16()
+
+
+def error(x: Tensor) -> float:
+    """How far a sum over a token's vector may be off, for weights of about 1 / sqrt(columns)."""
+    return float(x.abs().max()) / LARGEST.value + 1e-6
+
+
+@pytest.mark.parametrize("length", [32, 352, 1408, 2080])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_vector_is_kept_to_sixteen_bits(length: int, normed: bool) -> None:
+    x, gain = torch.cat((vector(length), vector(length) * 1e-3)), None
+    right = x.double()
+    if normed:
+        gain = torch.rand(length, device=DEVICE).bfloat16()
+        right = right * (right.square().mean(1, keepdim=True) + EPS).rsqrt() * gain.double()
+    found = fix(CHIP, x, gain, EPS)
+    even_high, odd_high, even_low, odd_low = found.planes.view(torch.int8).long().unbind(1)
+    even, odd = 256 * even_high + even_low, 256 * odd_high + odd_low
+    whole = torch.stack((even, odd), 2).flatten(1)  # (2, length)
+    scale, total = found.scales.unbind(2)
+    assert torch.equal(total.double(), whole.unflatten(1, (-1, GROUP.value)).sum(2).double())
+    each = scale.repeat_interleave(GROUP.value, 1).double()
+    off = (whole * each - right).abs()
+    assert (off <= 0.51 * each + 1e-6 * right.abs()).all()
+    for start in range(0, length, BLOCK.value):  # a block's largest number takes all bits
+        block = slice(start, start + BLOCK.value)
+        assert (whole[:, block].abs().amax(1) == LARGEST.value).all()
+
+
+def test_zeros_are_zeros() -> None:
+    found = fix(CHIP, torch.zeros(1, 256, device=DEVICE, dtype=torch.bfloat16))
+    assert not found.planes.any() and not found.scales.any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_stays_none(bad: float) -> None:
+    """Elsewhere the logits of such a step are refused: here it must not become a number."""
+    x = vector(256)
+    x[0, 77] = bad
+    assert not linear(CHIP, x, stored(SPECS["groups of 128"], 8, 256)).isfinite().any()
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+@pytest.mark.parametrize("columns", [96, 352])
+@pytest.mark.parametrize("normed", [False, True])
+def test_linear(spec: Spec, columns: int, normed: bool) -> None:
+    if spec.columns and columns % spec.columns:
+        columns = -(-columns // spec.columns) * spec.columns
+    weight, x = stored(spec, 9, columns), vector(columns)
+    gain = torch.rand(columns, device=DEVICE).bfloat16() if normed else None
+    v = x.double()
+    if gain is not None:
+        v = v * (v.square().mean(1, keepdim=True) + EPS).rsqrt() * gain.double()
+    right = v @ weight.dense().double().T
+    for launch in (None, LinearLaunch(1, 4, 32, 2)):
+        y = linear(CHIP, x, weight, norm=gain, eps=EPS, dtype=torch.float32, launch=launch)
+        torch.testing.assert_close(y.double(), right, atol=error(v), rtol=1e-5)
+
+
+def test_rows_of_a_joined_matrix() -> None:
+    weight, x = stored(SPECS["groups of 32"], 40, 64), vector(64)
+    whole = linear(CHIP, x, weight, dtype=torch.float32)
+    _, part = join(stored(SPECS["groups of 32"], 8, 64), weight)
+    assert torch.equal(linear(CHIP, x, part, dtype=torch.float32), whole)
+
+
+def mlp_of(spec: Spec, dim: int, inner: int) -> MLP:
+    mlp = MLP(dim, inner).requires_grad_(False).to(DEVICE)
+    for name, layer in mlp.named_children():
+        assert isinstance(layer, Linear)
+        shape = (dim, inner) if name == "down_proj" else (inner, dim)
+        layer.matrix = stored(spec, *shape)
+    return mlp
+
+
+def by_hand(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """A feed-forward in fp64, whose inner values are rounded to bf16 as the kernels' are."""
+    a = x @ gate.double().T
+    inner = (a * torch.sigmoid(a) * (x @ up.double().T)).bfloat16().double()
+    return inner @ down.double().T
+
+
+@pytest.mark.parametrize("spec", [SPECS["groups of 32"], SPECS["zero points"]])
+def test_gated(spec: Spec) -> None:
+    mlp, x = mlp_of(spec, 192, 64), torch.randn(1, 192, device=DEVICE).bfloat16()
+    gain = torch.rand(192, device=DEVICE).bfloat16()
+    v = x.double() * (x.double().square().mean() + EPS).rsqrt() * gain.double()
+    a, b = (v @ p.matrix.dense().double().T for p in (mlp.gate_proj, mlp.up_proj))
+    right = a * torch.sigmoid(a) * b
+    h = gated(CHIP, x, mlp, gain, EPS)
+    # (Triton's interpreter cuts bf16 off, and does not round it.)
+    torch.testing.assert_close(h.double(), right, atol=1e-4, rtol=2**-7)
+
+
+@pytest.mark.parametrize("spec", [SPECS["groups of 32"], SPECS["zero points"]])
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_experts(spec: Spec, shared: int) -> None:
+    """Shared experts of several widths; `zero points` has groups that fill an expert's rows."""
+    dim, inner = 128, 64
+    c = V3.change(hidden_size=dim, moe_intermediate_size=inner, n_routed_experts=6, n_group=1)
+    c = c.change(num_experts_per_tok=3, topk_group=1)
+    routed = Experts(c).requires_grad_(False)
+    for name, shape in (("gate", (inner, dim)), ("up", (inner, dim)), ("down", (dim, inner))):
+        setattr(routed, f"{name}_proj", stored(spec, 6, *shape))
+    more = mlp_of(spec, dim, shared * inner) if shared else None
+    x = torch.randn(1, dim, device=DEVICE).bfloat16()
+    indices = torch.tensor([[4, 0, 3]], device=DEVICE)
+    weights = torch.rand(1, 3, device=DEVICE)
+    right = x.double()
+    for place, weight in zip(indices[0].tolist(), weights[0].tolist(), strict=True):
+        parts = (routed.gate_proj, routed.up_proj, routed.down_proj)
+        right = right + weight * by_hand(x.double(), *(p.dense()[place] for p in parts))
+    if more is not None:
+        layers = (more.gate_proj, more.up_proj, more.down_proj)
+        right = right + by_hand(x.double(), *(layer.matrix.dense() for layer in layers))
+    y = experts(CHIP, x, indices, weights, routed, more, x)
+    torch.testing.assert_close(y.double(), right, atol=2**-6, rtol=2**-7)
+
+
+def test_where_it_is_used() -> None:
+    x = torch.zeros(1, 64, device=DEVICE, dtype=torch.bfloat16)
+    right = operand(stored(Spec("int4", 1, 32), 8, 64))
+    assert fits(CHIP, x, right, None)
+    assert not fits(dataclasses.replace(CHIP, byte_products=False), x, right)
+    assert not fits(CHIP, x.float(), right)  # fp32 has more bits
+    assert not fits(CHIP, x, operand(stored(Spec("int4", 1, 16), 8, 64)))  # small groups
+    assert not fits(CHIP, x[:, :48], right)
+    eight = KINDS["int8"].of(torch.randn(8, 64), Spec("int8", 1, 32)).to(DEVICE)
+    assert not fits(CHIP, x, right, operand(eight))
