@@ -682,7 +682,7 @@ def test_a_grid_holds_the_longest_prompt() -> None:
         ) -> None:
             grids.append(grid)
 
-    config, chip = shape("r1"), Grids(132, 227 * 1024, dependent_launch=True, ptx=True)
+    config, chip = shape("r1"), Grids(132, 2**17, True, ptx=True, byte_products=True)
     with torch.device("meta"):
         x = torch.empty(MOST_TOKENS, config.hidden_size, dtype=torch.bfloat16)
         chosen = torch.empty(MOST_TOKENS, config.experts.num_experts_per_tok)
