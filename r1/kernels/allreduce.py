@@ -22,7 +22,7 @@ All ranks add up in the same order, in fp32, and so get the same bits.
 Rule 2 counts on what NVIDIA's GPUs do: a write to another GPU's memory arrives while the kernel
 still runs, and volatile reads see it. So there it is offered (r1/switches/allreduce.py).
 
-Shapes: E elements of a part; ranks R.
+Shapes: n ranks of a group; ... any leading dimensions.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def all_reduce_kernel(
     RANKS: tl.constexpr, PADDED: tl.constexpr, SLOT: tl.constexpr, ELEMENTS: tl.constexpr,
     EMPTY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y (E,) = the sum of all ranks' parts (E,), which are given as integers; `count` is E.
+    """y = the sum of all ranks' parts, `count` numbers; `part` is this rank's, as integers.
 
     buffer   this rank's slots, integers (TURNS, RANKS, SLOT)
     peers    int64 (RANKS,), the addresses of all ranks' buffers
@@ -105,8 +105,8 @@ def all_reduce(
 ) -> Tensor:
     """(...) on each rank -> the sum, (...), on every rank, in the same dtype: fp32, bf16, fp16.
 
-    buffer   uint8 (TURNS R slot,), this rank's: every 16 bits are EMPTY before the first call
-    peers    int64 (R,): the addresses of all ranks' buffers
+    buffer   uint8, this rank's slots: every 16 bits are EMPTY before the first call
+    peers    int64 (n,): the addresses of all ranks' buffers
     turns    int32, at least one for each PIECE of a slot: zeros before the first call
     """
     ranks, itemsize = len(peers), y.itemsize
