@@ -3,11 +3,11 @@
 One-shot: each rank writes its part into a slot of every rank's buffer, its own included, and adds
 up the slots of its own buffer. So a sum takes one crossing of the link. Others wait for a signal
 that the data has arrived, which is a second crossing at least. Here **the data is its own signal**:
-a slot holds EMPTY until it is written, and no part has EMPTY in it. (This way of NCCL's LL protocol
-is known as Lamport's.) The rules that make it safe:
+a slot holds EMPTY until it is written, and no part has EMPTY in it. (Libraries call it the Lamport
+style.) The rules that make it safe:
 
-1. EMPTY is -0.0 in each 16 bits. In a part it becomes 0.0, which changes no sum. A number is
-   written as a whole, so a reader sees EMPTY or the number.
+1. EMPTY is -0.0 in each 16 bits; in fp32 that is a number of size 5e-41. A part that has it sends
+   0.0 instead. A number is written as a whole, so a reader sees EMPTY or the number.
 2. A buffer has three sets of slots, used in turn. While a rank is in its call n, another one is in
    call n or n + 1: to end that, it needs this rank's data of n + 1. So it writes to the sets of n
    and n + 1, and meanwhile this rank empties the third set, that of n - 1, which it has read. It
