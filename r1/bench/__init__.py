@@ -28,5 +28,6 @@ merge            --compare: results of several machines, and r1.guide's predicti
 
 The hardware's limits come from r1/roofline.py.
 Tested in tests/test_bench.py, test_bench_table.py, test_gate.py (parity), test_bench_plot.py,
-test_bench_results.py, test_bench_serving.py, test_exam.py and test_torchrun.py.
+test_bench_results.py, test_bench_serving.py, test_exam.py, test_exchange.py and
+test_torchrun.py.
 """
