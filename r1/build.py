@@ -33,6 +33,7 @@ from r1.placement.stages import Stages
 from r1.storage import int4_cpu
 from r1.storage.kinds import kind_of
 from r1.storing import join_matrices, quantize_matrices, share_matrices
+from r1.switches.allreduce import ALLREDUCE
 from r1.switches.backend import Backend
 from r1.switches.precision import specs_of
 from r1.switches.strategies import EXPERTS, attention_of
@@ -94,7 +95,7 @@ def connected(backend: Backend) -> Mesh:
 
 
 def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> Placement:
-    """Where the parts of the model lie, as a resolved `backend` says.
+    """Where the parts of the model lie, as a resolved `backend` says. Raises InputError.
 
     Without a mesh it tells sizes only, those of the first stage's device with the largest share.
     """
@@ -102,7 +103,9 @@ def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> 
     if backend.ranks > 1:
         mesh = mesh or Mesh(backend.tp, backend.ep, pp=backend.pp)
         kind = Stages if mesh.pp > 1 else Parallel
-        placement = kind(config, mesh, specs_of(config.files, backend.quant))
+        shared = mesh.group is not None and mesh.parts > 1
+        make_sum = ALLREDUCE[backend.allreduce].sum if shared else None
+        placement = kind(config, mesh, specs_of(config.files, backend.quant), make_sum)
     if backend.experts == "device":
         return placement
     how = Slotted(

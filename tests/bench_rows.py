@@ -40,7 +40,7 @@ def findings(
     backend = resolve(Backend(device="cpu", compile=True), shape("tiny"), machine)
     return {
         "build": {"load_seconds": 1.0, "backend": vars(backend)}, "warm": {"start_seconds": 2.0},
-        "cold": 10.0, "parity": kl, "kernels": {"count": None, "parts": None},
+        "cold": 10.0, "parity": kl, "kernels": {"count": None, "parts": None, "exchange_us": None},
         "moe_layer": {"seconds": 5e-4}, "measure": [repetition(tpot) for tpot in tpots],
         "beside": [repetition(tpot) for tpot in beside or []],
     }  # fmt: skip

@@ -33,8 +33,9 @@ class Refused:
 class Ranks:
     """A context with up to so many processes, which start when they are first needed."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch, self.jobs = scratch, 0
+    def __init__(self, scratch: Path, *, gpus: bool = False, patience: float = PATIENCE) -> None:
+        """`gpus`: each process has one, and sums over them are NCCL's."""
+        self.scratch, self.gpus, self.patience, self.jobs = scratch, gpus, patience, 0
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
 
@@ -50,10 +51,10 @@ class Ranks:
         self.jobs += 1
         store = self.scratch / f"store-{self.jobs}"
         for rank, pipe in enumerate(self.pipes[:count]):
-            pipe.send((store, rank, count, call, arguments))
+            pipe.send((store, self.gpus, rank, count, call, arguments))
         answers = []
         for pipe in self.pipes[:count]:
-            assert pipe.poll(PATIENCE), "a rank does not answer"
+            assert pipe.poll(self.patience), "a rank does not answer"
             answers.append(pipe.recv())
         for answer in answers:
             if isinstance(answer, str):
@@ -72,8 +73,11 @@ class Ranks:
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
-        store, rank, count, call, arguments = pipe.recv()
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+        store, gpus, rank, count, call, arguments = pipe.recv()
+        engine = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        if gpus:
+            torch.cuda.set_device(rank)
+        dist.init_process_group(engine, init_method=f"file://{store}", rank=rank, world_size=count)
         try:
             pipe.send((call(*arguments),))
         except InputError as error:

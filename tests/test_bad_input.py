@@ -25,6 +25,7 @@ from r1.errors import flags_spelling
 from r1.files.embedded import EMBEDDED
 from r1.model import shapes
 from r1.run import runner
+from r1.switches.allreduce import ALLREDUCE
 from r1.switches.backend import choices
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
@@ -476,7 +477,8 @@ def test_switches_at_the_edge_are_fine() -> None:
     ):
         resolved = resolve(Backend(**switches), shape, machine)
         assert all(getattr(resolved, name) == value for name, value in switches.items())
-        assert "auto" not in vars(resolved).values()
+        left = [name for name, value in vars(resolved).items() if value == "auto"]
+        assert left == ["allreduce"], "one device has nothing to add up"
 
 
 @pytest.mark.parametrize(
@@ -535,6 +537,7 @@ def test_no_flag_always_refuses() -> None:
         "attention=naive": {"prefill_attention": "naive"},
         "prefill_attention=naive": {"attention": "naive"},
         "expert_policy=most": {"experts": "host"},
+        **{f"allreduce={kind}": {"tp": 2} for kind in ALLREDUCE},
     }
     for name, values in choices().items():
         for value in values:

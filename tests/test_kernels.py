@@ -1120,6 +1120,7 @@ ORDERS = {
     *(
         ("vector_kernel", True, "let wait write"),
         ("gated_kernel", True, "let wait write"),
+        ("all_reduce_kernel", True, "let wait write"),
         ("latent_kernel", True, "let wait write wait write"),
     ),
     *(

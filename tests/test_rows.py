@@ -64,7 +64,8 @@ def answers(arm: Backend | None = None, **more: Any) -> dict[str, Any]:
     each = zip(TTFT, GAPS, (1, 3, 2), strict=True)
     return {
         "build": {"load_seconds": 1.0, "backend": vars(arm or backend())}, "cold": None,
-        "warm": {"start_seconds": 6.0}, "parity": PARITY, "kernels": {"count": None, "parts": None},
+        "warm": {"start_seconds": 6.0}, "parity": PARITY,
+        "kernels": {"count": None, "parts": None, "exchange_us": None},
         "moe_layer": {"seconds": 5e-4}, "measure": [repetition(*it) for it in each],
         "beside": [{"ttft": 0.3, "total": 0.3 + 4 * tpot, "tokens": 5} for tpot in BASELINE],
     } | more  # fmt: skip

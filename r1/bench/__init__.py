@@ -19,6 +19,7 @@ worker/          the commands that run in the child: build, measure, parity, ene
 parity           compare logits with the reference's
 routing, upcast  changes to a model: even routing; fp32 arithmetic on bf16 weights
 timeline         the time of each kernel, from a profiler's trace
+exchange         what devices exchange in a decode step: its time, what of it is exposed, bytes
 result           a result file: how it begins, and how paths are kept out of it
 load_result      read a result file back, and check it (report/types.py has the types)
 report/          answers -> rows -> tables and text; report/speedup.py says what a speed-up is
@@ -28,5 +29,6 @@ merge            --compare: results of several machines, and r1.guide's predicti
 
 The hardware's limits come from r1/roofline.py.
 Tested in tests/test_bench.py, test_bench_table.py, test_gate.py (parity), test_bench_plot.py,
-test_bench_results.py, test_bench_serving.py, test_exam.py and test_torchrun.py.
+test_bench_results.py, test_bench_serving.py, test_exam.py, test_exchange.py and
+test_torchrun.py.
 """

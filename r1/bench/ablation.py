@@ -14,7 +14,7 @@ from r1.switches.machine import Machine
 from r1.switches.resolve import BEST_ATTENTION
 from r1.switches.strategies import attention_of
 
-READ = {"device", "dtype", "amp", "quant", "quant_head", *SHARING}
+READ = {"device", "dtype", "amp", "quant", "quant_head", *SHARING, "allreduce"}
 """The switches of the command line that the ladder depends on; it sets all others itself."""
 
 
@@ -48,14 +48,19 @@ def ladder_steps(
         steps += [{"kernels": "triton", **attention, **experts}]
         steps += [{"prefill_moe": "triton"}] if sparse else []
     steps += [{"prefill_graphs": True}] if gpu and (kernels or not sparse) else []
-    steps += [{"tune": True}] if kernels else []
+    # The search times one process's kernels, and devices that share a model wait for each other.
+    sharing = [{name: given[name]} for name in SHARING if given.get(name, 1) > 1]
+    steps += [{"tune": True}] if kernels and not sharing else []
     steps += [{"amp": "bf16"}] if amp else []
     if given.get("quant", "auto") not in ("auto", "none"):
         steps += [{"quant": given["quant"]}]
     if given.get("quant_head", "none") != "none":
         steps += [{"quant_head": given["quant_head"]}]
     # Several devices are there only if torchrun started a process for each.
-    return steps + [{name: given[name]} for name in SHARING if given.get(name, 1) > 1]
+    steps += sharing
+    adds = given.get("allreduce", "triton" if kernels else "auto")
+    shares = given.get("tp", 1) * given.get("ep", 1) > 1
+    return steps + ([{"allreduce": adds}] if shares and adds != "auto" else [])
 
 
 def ablation(
@@ -132,7 +137,10 @@ class _Ladder:
             if other is not step and not (step is self.kernels and "tune" in other)
         ]
         arm = self.arm("all-but-one", others, f"all but {step_label(step)}")
-        return dataclasses.replace(arm, without=step)
+        backend = arm.backend
+        if step.keys() & set(SHARING) and backend.tp * backend.ep == 1:
+            backend = dataclasses.replace(backend, allreduce="auto")
+        return dataclasses.replace(arm, backend=backend, without=step)
 
     def arm_with_needs(self, kind: str, *parts: Settings) -> Arm:
         """The arm with these steps, and with the steps that they need."""
@@ -146,7 +154,7 @@ class _Ladder:
         """The steps without which these can't run.
 
         A loop over experts can be neither compiled nor captured, so compile and CUDA graphs need
-        the experts' step. tune needs the kernels that it tunes.
+        the experts' step. tune needs the kernels that it tunes, and allreduce devices that share.
         """
         switches = {name for part in parts for name in part}
         needed = [self.kernels] if "tune" in switches and "kernels" not in switches else []
@@ -158,6 +166,8 @@ class _Ladder:
             and (self.prompts != self.experts or "prefill_moe" not in switches)
         ):
             needed += [self.prompts]
+        if "allreduce" in switches:
+            needed += [step for step in self.steps if step.keys() & set(SHARING)]
         return [step for step in needed if step]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1.model.config import Config
-from r1.switches.backend import Backend
+from r1.switches.backend import SHARING, Backend
 
 Settings = dict[str, Any]
 KINDS = ("alone", "together", "ladder", "all-but-one", "pairs")
@@ -112,6 +112,9 @@ def _alone(switches: Settings) -> list[Settings]:
         own: Settings = {name: switches[name] for name in PLACES if name in switches}
         others = [s for s in alone if not s.keys() & own.keys()]
         alone = [own, *({**own, **s} if s.keys() & FETCHING else s for s in others)]
+    if "allreduce" in switches:  # it adds up what several devices made
+        shared: Settings = {name: switches[name] for name in SHARING if name in switches}
+        alone = [{**shared, **s} if "allreduce" in s else s for s in alone]
     return alone
 
 
@@ -124,11 +127,24 @@ def _all_but_one(base: Backend, alone: list[Settings]) -> list[Arm]:
         if "experts" in left and not left.keys() & FETCHING:
             kept = [s for s in kept if "experts" not in s]
         left = {"tune": True} if "tune" in left else left
+        if "allreduce" in left:
+            left = {"allreduce": left["allreduce"]}
         settings = {name: value for s in kept for name, value in s.items()}
+        if left.keys() & set(SHARING):
+            settings = without_sharing(settings, left, base)
         if settings:
             backend = dataclasses.replace(base, **settings)
             arms.append(Arm(f"all but {label(left)}", "all-but-one", backend, left))
     return arms
+
+
+def without_sharing(settings: Settings, left: Settings, base: Backend) -> Settings:
+    """These settings without the sharing that is `left` out, nor an allreduce that is then idle."""
+    kept = {name: value for name, value in settings.items() if name not in left}
+    backend = dataclasses.replace(base, **{**kept, "allreduce": "auto"})
+    if backend.tp * backend.ep == 1:
+        kept.pop("allreduce", None)
+    return kept
 
 
 def label(settings: Settings) -> str:

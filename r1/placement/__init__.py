@@ -10,10 +10,11 @@ slots        which expert lies in which slot, and which one gives its slot away
 link         pinned memory, and copies on a stream of their own
 stages       pipeline parallel: each rank's range of layers
 collectives  what ranks exchange: sums, and rows put together
+symmetric    small sums over memory that GPUs map of each other
 mesh         the ranks that share a model, in a grid, and what they agree on
 alike        whether they loaded the same checkpoint
 ranks        the processes of one command: how they meet, speak, listen and end
 
-Tested in tests/: test_placement.py, test_offload.py, test_disk.py, test_parallel.py and
-test_torchrun.py.
+Tested in tests/: test_placement.py, test_offload.py, test_disk.py, test_parallel.py,
+test_allreduce.py, test_gpus.py and test_torchrun.py.
 """

@@ -18,7 +18,7 @@ half a megabyte a row, once a step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from r1.model.gqa import GQA
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Block
-from r1.placement.collectives import Gather, SpreadRows, Sum
+from r1.placement.collectives import Gather, Group, SpreadRows, Sum
 from r1.placement.cuts import CUTS, ROWS, block_of, share
 from r1.placement.mesh import Mesh
 from r1.placement.placement import Part, Placement
@@ -55,9 +55,23 @@ class RankExperts(Experts):
 class Parallel(Placement):
     """One rank's part of a model."""
 
-    def __init__(self, config: Config, mesh: Mesh, specs: Iterable[Spec]) -> None:
-        """`specs`: the formats in which the model stores matrices; their blocks stay whole."""
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        specs: Iterable[Spec],
+        make_sum: Callable[[Mesh, Group], Sum] | None = None,
+    ) -> None:
+        """`specs`: the formats in which the model stores matrices; their blocks stay whole.
+
+        `make_sum`: what adds up for a group of ranks (r1/switches/allreduce.py); None: for sizes
+        only. All layers share it, with its memory. Raises InputError.
+        """
         self.config, self.mesh, self.block = config, mesh, block_of(specs)
+        make = make_sum or (lambda _, group: Sum(group))
+        self.sum_stage = self.sum_heads = make(mesh, mesh.stage_group)
+        if 1 < mesh.tp < mesh.parts:  # else heads are shared by the same ranks
+            self.sum_heads = make(mesh, mesh.tp_group)
         self.cut: dict[int, Matrix] = {}
         """The cut matrices by the whole one's id: a tied embedding is cut once."""
         self.whole: list[Matrix] = []
@@ -69,9 +83,9 @@ class Parallel(Placement):
         for module in model.modules():
             if isinstance(module, Block):
                 if mesh.tp > 1:
-                    module.sum_heads = Sum(mesh.tp_group)
+                    module.sum_heads = self.sum_heads
                 if mesh.parts > 1:
-                    module.sum_inner = Sum(mesh.stage_group)
+                    module.sum_inner = self.sum_stage
                 module.leads_heads, module.leads_inner = mesh.tp_rank == 0, mesh.part == 0
             elif isinstance(module, MLA):
                 heads = self.config.attention.num_attention_heads // mesh.tp
@@ -107,7 +121,7 @@ class Parallel(Placement):
             small = _empty(path, matrix, tuple(cut.stop - cut.start for cut in part))
             if CUTS[name].of in ("words", "outputs"):
                 group = self.mesh.stage_group
-                small = SpreadRows(small, rank, Sum(group), Gather(group, ranks))
+                small = SpreadRows(small, rank, self.sum_stage, Gather(group, ranks))
             self.cut[id(matrix)] = small
             self.whole.append(matrix)
         return self.cut[id(matrix)]

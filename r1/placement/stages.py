@@ -24,7 +24,7 @@ Shapes: B rows, S tokens of a row, D hidden_size, W vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from r1.model.config import Config
 from r1.model.layers import Linear
+from r1.placement.collectives import Group, Sum
 from r1.placement.mesh import Mesh
 from r1.placement.parallel import Parallel
 from r1.storage.matrix import Matrix
@@ -43,8 +44,14 @@ from r1.storage.spec import Spec
 class Stages(Parallel):
     """One rank's part of a model whose layers lie on several stages."""
 
-    def __init__(self, config: Config, mesh: Mesh, specs: Iterable[Spec]) -> None:
-        super().__init__(config, mesh, specs)
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        specs: Iterable[Spec],
+        make_sum: Callable[[Mesh, Group], Sum] | None = None,
+    ) -> None:
+        super().__init__(config, mesh, specs, make_sum)
         self.first, self.last = mesh.stage == 0, mesh.stage == mesh.pp - 1
         self.layers = range(0)
         self.embeds = self.first

@@ -10,6 +10,7 @@ from r1.errors import InputError, setting
 from r1.model.strategy import Strategy
 from r1.placement.slots import POLICIES
 from r1.storage.kinds import USUAL
+from r1.switches.allreduce import ALLREDUCE
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED
 
 SHARING = ("tp", "ep", "pp")
@@ -34,6 +35,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "speculate": ("off", "mtp", "draft"),
         "experts": ("device", "host", "disk"),
         "expert_policy": tuple(POLICIES),
+        "allreduce": ("auto", *ALLREDUCE),
         "memory": ("default", "expandable", "empty-cache"),
     }
 
@@ -111,6 +113,10 @@ class Backend:
     pp: int = 1
     """pipeline parallel: stages that each hold a range of the layers; each stage has the devices of
     `tp` and `ep`"""
+    allreduce: str = "auto"
+    """how `tp` and `ep` add up what devices made of a layer; symm: torch's kernels over memory that
+    GPUs map of each other; triton: one kernel of ours over it; large sums of both are NCCL's; auto:
+    nccl (AMD: RCCL), on a CPU gloo"""
 
     experts: str = "device"
     """where routed experts lie; host: in the CPU's memory, and those that are chosen are copied to

@@ -15,7 +15,7 @@ from r1.storage import int4_cpu
 from r1.storage.kinds import kind_of
 from r1.switches import offload
 from r1.switches.backend import Backend
-from r1.switches.devices import check_devices
+from r1.switches.devices import check_devices, choose_sum
 from r1.switches.machine import Machine
 from r1.switches.precision import spec_of
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED, attention_of, check_tables
@@ -41,6 +41,7 @@ def resolve(
     backend = dataclasses.replace(backend, device=device, dtype=_dtype(backend, machine))
     _check_machine(backend, machine)
     check_devices(backend, config)
+    backend = choose_sum(backend, machine)
     offload.check_strategies(backend, config)
     backend = _kernels(backend, machine)
     _check_fused(backend, config)

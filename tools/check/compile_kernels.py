@@ -42,6 +42,8 @@ from r1.switches.strategies import attention_of
 
 CONTEXT = 4096
 """Tokens in the cache of a decode step, and tokens of a prompt."""
+DEVICES = 2
+"""How many share a layer, for the sum over them."""
 KB = 1024
 
 
@@ -192,9 +194,11 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
     """The launches of one decode step of `batch` tokens, in bf16: the first layer, which is dense,
     and the last one, which is sparse where the model has experts.
     """
+    from r1.kernels.allreduce import TURNS, all_reduce
     from r1.kernels.block import DecodeBlock, output_head
     from r1.kernels.step import begin_step
     from r1.model.step import Step
+    from r1.placement.symmetric import limit
 
     recorder = target.recorder()
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
@@ -210,6 +214,11 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
     for block in (model.layers[0], model.layers[-1]):
         DecodeBlock(block, recorder)(x, step, cache.layers[0])  # type: ignore[arg-type]
     output_head(model.lm_head, recorder, x, model.norm)  # type: ignore[arg-type]
+    with lengths.device:  # the sum over so many devices
+        peers, turns = torch.empty(DEVICES, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
+        slots = TURNS.value * DEVICES * limit("triton", DEVICES)
+        buffer = torch.empty(slots, dtype=torch.uint8)
+    all_reduce(recorder, x, buffer, peers, turns, 0)  # type: ignore[arg-type]
     return recorder.launches
 
 

@@ -116,6 +116,12 @@ FIELDS: dict[str, str] = {
         "the microseconds that each of them adds to the step (timeline.py), as profiled; null "
         "on a CPU"
     ),
+    "exchange_ms": (
+        "time of the kernels that exchange numbers among devices, in one decode step, as profiled, "
+        "waiting for the others included; null on a CPU and without several devices"
+    ),
+    "exchange_exposed": "share of the step that they add to it: no other kernel ran meanwhile",
+    "exchange_mb": "MB that a device hands to them in a decode step: its parts of sums and logits",
     "allocated_gb": "peak of the GPU's allocator; null on a CPU",
     "reserved_gb": "peak of what it took from the GPU; null on a CPU",
     "host_gb": "peak of the process's resident memory, from its start to the last repetition",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from r1.bench import exchange
 from r1.bench.arms import Arm
 from r1.bench.process import Answer
 from r1.bench.report.fields import FIELDS
@@ -46,6 +47,7 @@ def row(
             workload, backend, config, reference, built, kernels["count"], repetitions
         ),
         "kernel_times": kernels["parts"],
+        **exchange.fields(workload, config, backend, kernels),
         "moe_layer_us": moe_layer and 1e6 * moe_layer,
         **_memory(repetitions[-1]["memory"]),
         **_start_up(answers, backend),

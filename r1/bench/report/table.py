@@ -110,6 +110,12 @@ def _moe_layer(r: Row) -> str:
     return f"{r['moe_layer_us']:.0f} ({r['moe_layer_floor_us']:.0f})" if r["moe_layer_us"] else ""
 
 
+def _exchange(r: Row) -> str:
+    if not r.get("exchange_ms"):
+        return ""
+    return f"{number(r['exchange_ms'])} ({r['exchange_exposed']:.0%} exposed)"
+
+
 def _memory(r: Row) -> str:
     """The GPU's, or on a CPU the process's."""
     return f"{r['host_gb'] if r['allocated_gb'] is None else r['allocated_gb']:.2f}"
@@ -166,6 +172,8 @@ COLUMNS: dict[str, Column] = {
     "MoE layer µs (floor)": Column(_moe_layer, ("moe_layer_us", "moe_layer_floor_us")),
     "experts hit": Column(_field("experts_hit", "{:.1f}".format), ("experts_hit",)),
     "in slots": Column(_field("expert_hits", "{:.0%}".format), ("expert_hits",), wide=False),
+    "exchange ms": Column(_exchange, ("exchange_ms", "exchange_exposed"), wide=False),
+    "exchange MB/step": Column(_field("exchange_mb", number), ("exchange_mb",), wide=False),
     "link MB/step": Column(_field("link_mb", number), ("link_mb",), wide=False),
     "of the link": Column(_field("link_share", "{:.0%}".format), ("link_share",), wide=False),
     "disk MB/step": Column(_field("disk_mb", number), ("disk_mb",), wide=False),

@@ -114,7 +114,7 @@ ROW: dict[str, Type] = {
     ),
     **dict.fromkeys(
         ("acceptance", "assumed", "top1", "quant_top1", "same_text", "accuracy", "expert_hits",
-         "expert_hits_even", "guesses_right"), SHARE
+         "expert_hits_even", "guesses_right", "exchange_exposed"), SHARE
     ),
     **dict.fromkeys(
         (
@@ -137,7 +137,7 @@ ROW: dict[str, Type] = {
             "experts_hit", "allocated_gb", "reserved_gb", "host_gb", "start_cold_s",
             "start_warm_s", "load_s", "sm_mhz", "power_w", "mean_power_w", "joules_per_token",
             "link_mb", "link_share", "prompt_link_share", "disk_mb", "disk_share",
-            "prompt_disk_share",
+            "prompt_disk_share", "exchange_ms", "exchange_mb",
         ),
         NUMBER,
     ),

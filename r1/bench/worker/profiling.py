@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from r1.bench import timeline
+from r1.bench import exchange, timeline
 from r1.bench.process import Answer
 from r1.bench.worker import steps
 from r1.bench.worker.subject import Subject
@@ -14,14 +15,16 @@ from r1.device import synchronize
 
 
 def kernels(subject: Subject) -> Answer:
-    """How many kernels a decode step runs, and what each adds to it (timeline.py).
-
-    None on a CPU.
+    """How many kernels a decode step runs, what each adds to it (timeline.py), and the time of
+    those that exchange numbers among devices (exchange.py). None on a CPU.
     """
     if subject.device.type == "cpu":
-        return {"count": None, "parts": None}
-    parts = timeline.load(_export(subject, _profile(subject)))
-    return {"count": sum(part["calls"] for part in parts), "parts": parts}
+        return {"count": None, "parts": None, "exchange_us": None}
+    path = _export(subject, _profile(subject))
+    traced = json.loads(path.read_text(encoding="utf-8"))
+    parts = timeline.parts(traced)
+    count = sum(part["calls"] for part in parts)
+    return {"count": count, "parts": parts, "exchange_us": exchange.busy_us(traced)}
 
 
 def trace(subject: Subject) -> Answer:
