@@ -18,6 +18,7 @@ from r1.footprint import Sizes
 from r1.guide import calibrate, cost, fit, gpus, measured, predict, ranking
 from r1.guide.answer import Answer, Question, power_share, within
 from r1.guide.cost import Terms
+from r1.guide.links import exchange_seconds
 from r1.guide.measured import Measured, Packed
 from r1.guide.predict import Like, Predictor, Read
 from r1.guide.setup import Setup, find_model, precisions, setups
@@ -162,10 +163,11 @@ def test_nothing_is_expected_where_nothing_was_measured() -> None:
 
 def test_devices_that_share_a_model_exchange_sums() -> None:
     one, two = setup("moonlight-16b", "h100"), setup("moonlight-16b", "h100", count=2)
-    assert predict.exchange_seconds(one, 1) == 0
+    assert exchange_seconds(one.config, one.backend, one.gpu, 1) == 0
     latency = gpus.gpu("h100").figures["link_latency_us"] * 1e-6
     moved = 2048 * 2 / 450e9
-    assert predict.exchange_seconds(two, 1) == pytest.approx(2 * 27 * (latency + moved))
+    found = exchange_seconds(two.config, two.backend, two.gpu, 1)
+    assert found == pytest.approx(2 * 27 * (latency + moved))
     floor = [PREDICTOR.times(each, Sizes()).floor_tpot_ms for each in (one, two)]
     assert floor[1] < floor[0]
 

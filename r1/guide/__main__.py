@@ -18,10 +18,12 @@ from r1.guide.answer import Answer, Question
 from r1.guide.cost import Terms
 from r1.guide.measured import Measured
 from r1.guide.predict import Predictor
-from r1.guide.setup import COUNTS, QUANTS, find_model
+from r1.guide.setup import COUNTS, ON_DEVICE, QUANTS, Places, find_model
 from r1.switches import flags
+from r1.switches.backend import choices
 
 MOST = 10**9
+PLACES = choices()["experts"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +57,13 @@ def parser() -> flags.Parser:
         p.add_argument(
             name, type=_count, default=default, metavar="N", help=f"{text} (default {default})"
         )
+    text = "where routed experts lie (default: device; host where no number of GPUs is enough)"
+    p.add_argument("--experts", choices=PLACES, help=text)
+    text = "host memory for experts (default: with host what they need, with disk none)"
+    p.add_argument("--ram-gb", type=_amount, metavar="GB", help=text)
+    fast, origin = gpus.drive()
+    text = f"what the drive reads, with --experts disk (default {fast:g}: {origin.note})"
+    p.add_argument("--disk-gb-s", type=_amount, metavar="GB", help=text)
     _add_money(p)
     text = "results of bench.py on the machine of --gpu: their errors, and rows to predict from"
     p.add_argument("--calibrate", type=Path, nargs="+", metavar="JSON", help=text)
@@ -107,11 +116,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Write what the arguments ask for. Raises InputError."""
     check(arguments)
     own = calibrate.read(arguments.calibrate) if arguments.calibrate else []
-    predictor = Predictor((*measured.committed(), *own), calibrated=bool(own))
+    rows = (*measured.committed(), *own)
+    predictor = Predictor(rows, bool(own), arguments.disk_gb_s or gpus.drive()[0])
     terms = Terms(arguments.usd_per_kwh, arguments.years, arguments.busy_share)
     sizes = Sizes(arguments.batch, arguments.prompt, arguments.new)
     count = arguments.count or (1 if arguments.model is None else None)
-    question = Question(sizes, arguments.quant, count, terms, predictor)
+    question = Question(sizes, arguments.quant, count, terms, predictor, places(arguments))
     if own:
         streams.write("\n".join([*calibrate.report(own), ""]))
         if arguments.model is None and arguments.gpu == "all":
@@ -129,6 +139,14 @@ def run(arguments: argparse.Namespace) -> None:
             streams.complain(f"r1.guide: wrote {file}")
 
 
+def places(arguments: argparse.Namespace) -> tuple[Places, ...]:
+    """Where experts may lie."""
+    ram = arguments.ram_gb and arguments.ram_gb * 1e9
+    if arguments.experts:
+        return (Places(arguments.experts, ram),)
+    return ON_DEVICE, Places("host", ram)
+
+
 def check(arguments: argparse.Namespace) -> None:
     """Raise InputError for flags that would be ignored, before anything is counted."""
     single = arguments.model is not None and arguments.gpu != "all"
@@ -140,6 +158,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError("give --model M, --gpu G or both: --help lists the flags")
     if arguments.calibrate and arguments.output == "json":
         raise InputError("--calibrate prints a table first: leave -o json out")
+    if arguments.disk_gb_s and arguments.experts != "disk":
+        raise InputError("--disk-gb-s is of use with --experts disk only: add that")
+    if arguments.ram_gb and arguments.experts == "device":
+        raise InputError("--ram-gb is for experts beside the device: leave --experts device out")
     if arguments.plot:
         figure.check(arguments.plot)
 

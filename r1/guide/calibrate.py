@@ -31,17 +31,14 @@ class Check:
 
 
 def check(row: Measured, others: Sequence[Measured]) -> Check | None:
-    """Predict a row from rows of other work; None if there is none of such a device."""
-    known = [
-        each
-        for each in others
-        if each.work != row.work and (each.device == "cpu") == (row.device == "cpu")
-    ]
+    """Predict a row from rows of other work; None if there is none of its kind."""
+    known = [each for each in others if each.work != row.work and each.kind == row.kind]
     like = Like(row.quant, row.machine, row.fused, row.latent, row.layers)
     start = nearest(known, like, row.batch, row.step_gb * 1e9)
     if start is None:
         return None
-    return Check(row, start, step_ms(row.floor_ms, Read.of(row), start, like))
+    predicted = step_ms(row.floor_ms, Read.of(row), start, like) + row.exchange_ms
+    return Check(row, start, predicted)
 
 
 def read(paths: Sequence[Path]) -> list[Measured]:

@@ -18,6 +18,8 @@ from r1 import roofline
 from r1.bench.load_result import load
 from r1.bench.rates import Rates
 from r1.files.config_json import parse_config
+from r1.guide.gpus import all_gpus
+from r1.guide.links import exchange_seconds
 from r1.model.config import AttentionShape, Config
 from r1.model.layers import Linear
 from r1.model.moe import Experts
@@ -75,6 +77,19 @@ class Measured:
     """Of one decode step."""
     mean_power_w: float | None = None
     """Over decode steps; None in older results."""
+    experts: str = "device"
+    """Where routed experts lie: the switch."""
+    pp: int = 1
+    exchange_ms: float = 0.0
+    """What the sums between devices take in a step, by the link's figures."""
+
+    @property
+    def kind(self) -> tuple[bool, str, bool]:
+        """Rows of one kind only say something about each other.
+
+        A CPU or a GPU, where experts lie, and whether stages take turns.
+        """
+        return self.device == "cpu", self.experts, self.pp > 1
 
     @property
     def gaps_ms(self) -> float:
@@ -83,16 +98,19 @@ class Measured:
 
     @property
     def decodes(self) -> bool:
-        """Whether it tells the speed of decode steps. On a GPU, uncaptured ones wait for a host."""
-        runs = self.captured or self.device == "cpu"
+        """Whether it tells the speed of decode steps. On a GPU, uncaptured ones wait for a host.
+
+        Experts elsewhere, and stages, can't be captured: so that wait is a part of their speed.
+        """
+        runs = self.captured or self.kind != (False, "device", False)
         large = self.new >= LEAST_NEW and self.step_gb >= LEAST_STEP_GB
         return bool(self.tpot_ms) and runs and large
 
     @property
     def share(self) -> float:
-        """The floor's share of a step's time, without the gaps between its kernels."""
+        """The floor's share of a step's time, without the gaps between its kernels, and sums."""
         assert self.tpot_ms
-        return self.floor_ms / (self.tpot_ms - self.gaps_ms)
+        return self.floor_ms / (self.tpot_ms - self.gaps_ms - self.exchange_ms)
 
     @property
     def unpacked_per_ms(self) -> float:
@@ -102,7 +120,7 @@ class Measured:
         """
         assert self.tpot_ms
         plain_ms = 1e3 * (self.step_gb - self.packed_gb) / self.copy_gb_s / PLAIN_SHARE
-        unpacking_ms = self.tpot_ms - self.gaps_ms - plain_ms
+        unpacking_ms = self.tpot_ms - self.gaps_ms - self.exchange_ms - plain_ms
         return self.packed_giga_elements / unpacking_ms if unpacking_ms > 0 else math.inf
 
     @property
@@ -113,11 +131,13 @@ class Measured:
     @property
     def work(self) -> tuple[Any, ...]:
         """What was to be done, and whether by fused blocks, whatever the other switches were."""
-        return (self.machine, self.model, self.quant, self.ranks, self.batch, self.fused)
+        shared = (self.ranks, self.pp, self.experts)
+        return (self.machine, self.model, self.quant, shared, self.batch, self.fused)
 
     def describe(self) -> str:
         """The row in words."""
         stored = "" if self.quant == "none" else f", {self.quant}"
+        stored += "" if self.experts == "device" else f", experts on {self.experts}"
         return (
             f"{self.model}{stored}, batch {self.batch}, prompt {self.prompt}, new {self.new}: "
             f"{self.arm} ({self.machine}, {self.file})"
@@ -175,7 +195,17 @@ def _row(
         round(read.elements / 1e9, 5),
         row["kernels"],
         row["mean_power_w"],
+        backend.experts,
+        backend.pp,
+        _exchange_ms(config, backend, machine["name"], row["batch"]),
     )
+
+
+def _exchange_ms(config: Config, backend: Backend, machine: str, rows: int) -> float:
+    """Of a decode step; 0 where no link of that machine is known, for then its share has it."""
+    gpu = next((each for each in all_gpus().values() if each.machine == machine), None)
+    seconds = gpu and exchange_seconds(config, backend, gpu, rows)
+    return round(1e3 * (seconds or 0.0), 4)
 
 
 @dataclass(frozen=True)
