@@ -21,7 +21,7 @@ from r1.guide.cost import Terms
 from r1.guide.links import exchange_seconds
 from r1.guide.measured import Measured, Packed
 from r1.guide.predict import Like, Predictor, Read
-from r1.guide.setup import Setup, find_model, precisions, setups
+from r1.guide.setup import ON_DEVICE, Setup, find_model, precisions, setups
 from r1.model.shapes import SHAPES
 from r1.roofline import expected_experts, step_work
 
@@ -43,7 +43,7 @@ def setup(model: str, gpu: str, quant: str = "none", count: int = 1) -> Setup:
 def test_every_figure_has_a_source_and_a_date() -> None:
     """And a unit in its name; a source that nothing uses is not there."""
     dated = re.compile(r"(read )?20\d\d(-\d\d){0,2}")
-    used = {gpus.electricity()[1]}
+    used = {gpus.electricity()[1], gpus.drive()[1]}
     for gpu in gpus.all_gpus().values():
         assert set(gpu.figures) == set(gpu.sources)
         assert {"memory_gb", "bandwidth_gb_s", "board_w"} <= set(gpu.figures), gpu.name
@@ -181,8 +181,9 @@ def test_what_fits_and_what_does_not() -> None:
     assert 31.9 < h100.memory.weights / 1e9 < 32 and small.memory.total < small.gpu.capacity
     r1 = answer("r1", "h200", replace(QUESTION, quant="fp8"))
     assert r1.setup and (r1.setup.count, r1.setup.stored) == (8, "fp8")
-    assert answer("r1", "3060").setup is None
-    assert answer("r1", "4090", replace(QUESTION, count=1)).setup is None
+    here = replace(QUESTION, places=(ON_DEVICE,))
+    assert answer("r1", "3060", replace(here, count=16)).setup is None
+    assert answer("r1", "4090", replace(here, count=1)).setup is None
 
 
 def test_the_most_rows_and_the_longest_row_fit_and_one_more_does_not() -> None:
@@ -247,7 +248,7 @@ def test_the_power_of_a_measured_row() -> None:
 
 
 def test_rankings_and_limits() -> None:
-    one = replace(QUESTION, count=1)
+    one = replace(QUESTION, count=1, places=(ON_DEVICE,))
     answers = [answer("moonlight-16b", name, one) for name in ("h100", "3060", "epyc", "4090")]
     r1 = answer("r1", "4090", one)
     placed = ranking.ordered([r1, *answers])

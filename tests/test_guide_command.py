@@ -41,7 +41,11 @@ def test_one_model_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "r1 does not fit RTX 3060 12GB" in printed(capsys, "--model", "r1", "--gpu", "3060")
+    arguments = ["--model", "r1", "--gpu", "3060", "--count", "1"]
+    text = printed(capsys, *arguments, "--experts", "device")
+    assert "r1 does not fit RTX 3060 12GB" in text and "--experts host" in text
+    text = printed(capsys, *arguments, "--ram-gb", "64")
+    assert "r1 does not fit RTX 3060 12GB" in text, "its experts in 4 bit are 337 GB"
 
 
 def test_a_folder_is_a_model_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +125,10 @@ BAD = {
     "too little": (["--model", "youtu-2b", "--budget", "1"], "nothing is cheap and fast enough"),
     "calibrate": (["--calibrate", "/nowhere.json"], "can't be read"),
     "prompts": (["--calibrate", str(RESULTS / "prefill.json")], "no row of it tells a step's time"),
-    "json": (["--model", "r1", "--gpu", "3060", "-o", "json"], "nothing fits"),
+    "json": (
+        ["--model", "r1", "--gpu", "3060", "--count", "8", "--ram-gb", "9", "-o", "json"],
+        "nothing fits",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import r1
@@ -130,9 +131,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output == "json":
         streams.write(json.dumps(_results(answers), indent=1))
     elif len(answers) == 1:
-        streams.write(page.one(answers[0], predictor))
+        streams.write(page.one(answers[0], predictor, smaller(answers[0], question)))
     else:
-        streams.write("\n".join([*heading(arguments), "", *page.ranking(answers)]))
+        streams.write("\n".join([*heading(arguments, answers), "", *page.ranking(answers)]))
     if arguments.plot:
         title = arguments.model or gpus.gpu(arguments.gpu).title
         for file in picture.draw(answers, f"{title}: predicted", arguments.plot):
@@ -181,21 +182,35 @@ def ask(arguments: argparse.Namespace, question: Question, own: Sequence[Measure
         answers = ranking.machines(name, config, question)
     kept = ranking.enough(answers, arguments.budget, arguments.min_tokens_per_s)
     if not kept:
-        raise InputError("nothing is cheap and fast enough: allow more, or ask for less")
+        unknown = sum(not (a.purchase_usd and a.speeds and a.first.tokens_per_s) for a in answers)
+        raise InputError(
+            "nothing is cheap and fast enough: allow more, or ask for less "
+            f"({unknown} of {len(answers)} answers lack a price or an expected time, or do not fit)"
+        )
     return kept
 
 
-def heading(arguments: argparse.Namespace) -> list[str]:
+def smaller(answer: Answer, question: Question) -> Answer | None:
+    """One GPU with experts in RAM instead of several, if nobody said where they lie."""
+    if answer.setup is None or answer.setup.count == 1 or len(question.places) == 1:
+        return None
+    less = replace(question, count=1, places=question.places[1:])
+    return less.ask(answer.name, answer.setup.config, answer.gpu)
+
+
+def heading(arguments: argparse.Namespace, answers: Sequence[Answer]) -> list[str]:
     """What a ranking is about, and what its prices mean."""
+    cut = " (cut to a model's context where that is shorter)" * any(a.cut for a in answers)
     what = arguments.model or f"What {gpus.gpu(arguments.gpu).title} runs"
     return [
         f"# {what}",
         "",
-        f"{arguments.prompt:,} tokens of prompt, {arguments.new:,} new ones; "
+        f"{arguments.prompt:,} tokens of prompt, {arguments.new:,} new ones{cut}; "
         f"{'one machine' if arguments.model is None else 'the fewest machines that hold it'}. "
         f"{page.PREDICTED} Rented or owned for {arguments.years:g} years, at "
         f"{arguments.usd_per_kwh:g} USD a kWh, at the best batch, and busy "
-        f"{arguments.busy_share:.0%} of the time. Sources: r1/guide/gpus.json.",
+        f"{arguments.busy_share:.0%} of the time. ≤ and ≥ are "
+        "bounds of the floor, where nothing is expected. Sources: r1/guide/gpus.json.",
     ]
 
 

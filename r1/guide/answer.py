@@ -55,6 +55,8 @@ class Answer:
     """The most tokens of one row."""
     speeds: tuple[Speed, ...] = ()
     """At the batch that was asked for and, if that is another one, at the best batch."""
+    cut: bool = False
+    """The rows that were asked for are longer than the model's context."""
 
     @property
     def first(self) -> Speed:
@@ -101,7 +103,7 @@ class Question:
         speeds = [self.speed(setup, replace(sizes, rows=each)) for each in rows]
         return Answer(
             name, gpu, setup, setup.memory(sizes), most, fit.longest(setup, sizes.rows),
-            _two(speeds),
+            _two(speeds), sizes != self.sizes,
         )  # fmt: skip
 
     def speed(self, setup: Setup, sizes: Sizes) -> Speed:

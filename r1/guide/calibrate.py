@@ -9,6 +9,7 @@ from pathlib import Path
 from r1.errors import InputError
 from r1.guide import measured
 from r1.guide.gpus import Gpu, all_gpus
+from r1.guide.links import LEAST_STEP_GB
 from r1.guide.measured import Measured
 from r1.guide.page import table
 from r1.guide.predict import Like, Read, nearest, step_ms
@@ -50,7 +51,7 @@ def read(paths: Sequence[Path]) -> list[Measured]:
             raise InputError(
                 f"--calibrate {path}: no row of it tells a step's time: it takes a passing arm "
                 f"with --new {measured.LEAST_NEW} or more, on a GPU with --cuda-graphs, of a model "
-                f"that reads {measured.LEAST_STEP_GB:g} GB a step"
+                f"that reads {LEAST_STEP_GB:g} GB a step"
             )
         rows += measured.rows_of(path)
     return rows

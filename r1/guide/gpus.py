@@ -64,6 +64,9 @@ class Gpu:
     computer: bool = False
     """A whole computer, whose processors share its memory: there is no other memory beside it."""
 
+    linked: int = IN_HOST
+    """So many of them has a direct link between each other; the A40's joins two."""
+
     @property
     def most_in_host(self) -> int:
         """How many of them work in one host."""
@@ -123,6 +126,7 @@ def all_gpus() -> dict[str, Gpu]:
             tuple(given.get("capability", (0, 0))),
             given.get("arch", ""),
             given.get("computer", False),
+            given.get("linked", IN_HOST),
         )
     return gpus
 

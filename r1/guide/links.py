@@ -17,6 +17,10 @@ from r1.roofline import Work
 from r1.switches.backend import Backend
 
 
+LEAST_STEP_GB = 0.1
+"""A step that reads less waits for launches, not for memory: it says nothing about larger ones."""
+
+
 def host_rate(gpu: Gpu) -> float:
     """Bytes a second of copies from host memory; 0 where the link is not known."""
     measured = all_gpus()[MEASURED].figures
@@ -36,7 +40,8 @@ def with_fetches(setup: Setup, work: Work, experts_hit: float, slots: int) -> Wo
     lacking = setup.config.experts.n_routed_experts - slots
     from_files = setup.places.experts == "disk" and lacking > 0
     missed = 1 - min(1.0, setup.cached() / lacking) if from_files else 0.0
-    return replace(work, link_bytes=link, disk_bytes=link * missed)
+    read = link * missed * setup.file_bytes / setup.expert_bytes
+    return replace(work, link_bytes=link, disk_bytes=read)
 
 
 def parts_ms(setup: Setup, work: Work, rates: Rates, tokens: int) -> dict[str, float]:
@@ -65,15 +70,18 @@ def exchange_seconds(config: Config, backend: Backend, gpu: Gpu, tokens: int) ->
         return 0.0
     link = gpu.get("link_both_ways_gb_s")
     latency = gpu.get("link_latency_us") or all_gpus()[MEASURED].get("link_latency_us")
-    if not link or not latency:
+    if not link or not latency or n > gpu.linked:
         return None
     nbytes = tokens * config.hidden_size * 2
     moving = 2 * (n - 1) / n * nbytes / (link * 1e9 / 2)
     return 2 * config.num_hidden_layers * (latency / 1e6 + moving)
 
 
-def only_floor(setup: Setup) -> str | None:
-    """Why no time can be expected of this layout, whatever was measured; None if one can."""
+def only_floor(setup: Setup, work: Work) -> str | None:
+    """Why no time can be expected of this step, whatever was measured; None if one can."""
+    if work.nbytes < LEAST_STEP_GB * 1e9:
+        least = f"less than {LEAST_STEP_GB:g} GB"
+        return f"a step reads {least}, so it waits for launches, and no such row is kept"
     if setup.hosts > 1:
         return f"{setup.hosts} hosts are needed, and the network between them has no figure here"
     if exchange_seconds(setup.config, setup.backend, setup.gpu, 1) is None:

@@ -19,7 +19,7 @@ from r1.bench.load_result import load
 from r1.bench.rates import Rates
 from r1.files.config_json import parse_config
 from r1.guide.gpus import all_gpus
-from r1.guide.links import exchange_seconds
+from r1.guide.links import LEAST_STEP_GB, exchange_seconds
 from r1.model.config import AttentionShape, Config
 from r1.model.layers import Linear
 from r1.model.moe import Experts
@@ -34,8 +34,6 @@ PLAIN_SHARE = 0.9
 """The share of a copy's rate that fused kernels over plain numbers reach at batch 1 on an H100."""
 LEAST_NEW = 16
 """Fewer new tokens measure prompts: they are too few for the time of a step."""
-LEAST_STEP_GB = 0.1
-"""A smaller model waits for launches, not for memory: it says nothing about larger ones."""
 
 
 @dataclass(frozen=True)

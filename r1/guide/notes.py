@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from r1.guide import links
 from r1.guide.answer import Answer, Speed
 from r1.guide.gpus import MEASURED
 from r1.guide.predict import Predictor
 from r1.guide.setup import Setup
 
 
-def notes(answer: Answer, predictor: Predictor) -> list[str]:
-    """All of them, as items of a list."""
+def number(value: float | None) -> str:
+    """About three digits; nothing for what is not known."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def notes(answer: Answer, predictor: Predictor, smaller: Answer | None) -> list[str]:
+    """All of them, as items of a list. `smaller`: one GPU for the same model, if that was asked."""
     setup = answer.setup
     assert setup
     lines = [_floor(answer, predictor), *(_slowest(speed) for speed in answer.speeds)]
     lines += [*_experts(setup, answer.first), *_sharing(setup, answer)]
     for speed in answer.speeds:
         lines += _starts(speed, "Calibrated: " if predictor.calibrated else "")
-    return [f"- {line}" for line in [*lines, *_lacking(setup, answer.first)]]
+    return [f"- {line}" for line in [*lines, *_lacking(setup, answer.first), *_instead(smaller)]]
 
 
 def _floor(answer: Answer, predictor: Predictor) -> str:
@@ -36,7 +42,7 @@ def _floor(answer: Answer, predictor: Predictor) -> str:
 
 def _slowest(speed: Speed) -> str:
     times = speed.times
-    each = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.parts_ms.items())
+    each = ", ".join(f"{name} {number(ms)} ms" for name, ms in times.parts_ms.items())
     return (
         f"A step at batch {speed.sizes.rows} takes at least: {each}. "
         f"The slowest is: {times.slowest}."
@@ -49,8 +55,9 @@ def _experts(setup: Setup, speed: Speed) -> list[str]:
         return []
     slots, experts = speed.times.slots, setup.config.experts.n_routed_experts // setup.backend.ep
     where = f"{setup.elsewhere_bytes / 1e9:.0f} GB of host memory"
+    whole = setup.file_bytes * setup.backend.tp * setup.config.experts.n_routed_experts
     if setup.places.experts == "disk":
-        where = f"{setup.elsewhere_bytes / 1e9:.0f} GB of files, with a cache in host memory of "
+        where = f"{whole / 1e9:.0f} GB of files, with a cache in host memory of "
         where += f"{setup.cached()} of {experts} experts a layer"
     return [
         f"Experts take {where}; the GPU has slots for {slots} of {experts} in each layer "
@@ -95,7 +102,7 @@ def _starts(speed: Speed, word: str) -> list[str]:
 def _lacking(setup: Setup, speed: Speed) -> list[str]:
     """Why something is not expected, or is an assumption."""
     lines, gpu = [], setup.gpu
-    if why := links.only_floor(setup):
+    if why := speed.times.only_floor:
         lines.append(f"Floor only: {why}.")
     elif not speed.times.step_row:
         what = "such a device"
@@ -114,3 +121,15 @@ def _lacking(setup: Setup, speed: Speed) -> list[str]:
     if gpu.device == "rocm":
         lines.append("No AMD GPU has run these kernels yet; they are compiled for it.")
     return lines
+
+
+def _instead(smaller: Answer | None) -> list[str]:
+    """One GPU with experts in RAM, instead of several."""
+    if smaller is None or smaller.setup is None:
+        return []
+    rate = number(smaller.first.floor_tokens_per_s / smaller.first.sizes.rows)
+    return [
+        f"Or one {smaller.gpu.title}, {smaller.setup.stored}, "
+        f"{smaller.setup.layout.partition(', ')[2]}: at most {rate} tokens/s of each row at batch "
+        f"{smaller.first.sizes.rows} (`--count 1 --experts host` tells more)."
+    ]

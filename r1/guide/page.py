@@ -10,8 +10,9 @@ from r1.bench.report.fields import SCHEMA
 from r1.files.config_json import dump_config
 from r1.guide.answer import Answer, Speed
 from r1.guide.cost import Cost
+from r1.guide.fit import MOST_ROWS
 from r1.guide.gpus import Gpu
-from r1.guide.notes import notes
+from r1.guide.notes import notes, number
 from r1.guide.predict import Predictor
 
 MEMORY = ("weights", "cache", "activations", "graphs", "libraries", "total")
@@ -19,32 +20,41 @@ RANKED = (
     "machine", "model", "layout", "stored", "GB of GB", "tok/s, one row: floor", "expected",
     "best batch", "tok/s", "USD/M tokens: rent", "own", "J/token, at most",
 )  # fmt: skip
-PREDICTED = "Every time here is predicted; none was measured on this machine with this model."
+PREDICTED = "Every time here is predicted; none is a measurement."
 
 
-def one(answer: Answer, predictor: Predictor) -> str:
-    """All about one answer."""
+def one(answer: Answer, predictor: Predictor, smaller: Answer | None = None) -> str:
+    """All about one answer. `smaller`: see notes."""
     gpu, setup = answer.gpu, answer.setup
     if setup is None or answer.memory is None:
         return (
             f"{answer.name} does not fit {gpu.title}, in any layout and precision that these flags "
-            f"allow. `python -m r1.guide --model {answer.name}` ranks the machines that hold it."
+            f"allow. `python -m r1.guide --model {answer.name}` ranks the machines that hold it; "
+            "with --experts host, experts lie in RAM beside the GPU."
         )
     sizes = answer.first.sizes
     title = f"# {answer.name} on {machines(answer)}, {setup.stored}, {setup.layout}"
+    whole = ", the model's context" * (answer.longest == setup.config.max_position_embeddings)
     limits = (
-        f"Largest batch of such rows: {answer.most_rows}. Longest row at batch {sizes.rows}: "
-        f"{answer.longest:,} tokens."
+        f"Largest batch of such rows: {most_rows(answer)}. Longest row at batch {sizes.rows}: "
+        f"{answer.longest:,} tokens{whole}."
     )
     total = "on each, " if setup.count > 1 else ""
+    cut = ", cut to the model's context" * answer.cut
     lines = [
-        title, "", f"{sizes.prompt:,} tokens of prompt, {sizes.new:,} new ones. {PREDICTED}", "",
+        title, "", f"{sizes.prompt:,} tokens of prompt, {sizes.new:,} new ones{cut}. {PREDICTED}",
+        "",
         f"## Memory, GB ({total}{gpu.capacity / 1e9:.0f} may be used)", "",
         *table([MEMORY, [f"{getattr(answer.memory, name) / 1e9:.2f}" for name in MEMORY]]), "",
         limits, "", "## Speed and cost", "", *table(speed_table(answer)), "",
-        *notes(answer, predictor), "", "## Sources", "", *sources(gpu),
+        *notes(answer, predictor, smaller), "", "## Sources", "", *sources(gpu),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def most_rows(answer: Answer) -> str:
+    """The largest batch; larger ones than MOST_ROWS were not looked at."""
+    return f"{answer.most_rows}{' or more' * (answer.most_rows == MOST_ROWS)}"
 
 
 def machines(answer: Answer) -> str:
@@ -124,13 +134,6 @@ def _prices(cost: Cost | None) -> tuple[float | None, float | None, float | None
 
 def _one_row(speed: Speed) -> float | None:
     return speed.tokens_per_s and speed.tokens_per_s / speed.sizes.rows
-
-
-def number(value: float | None) -> str:
-    """About three digits; nothing for what is not known."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

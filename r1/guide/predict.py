@@ -58,6 +58,8 @@ class Times:
     """What each part of the machine takes for a step, at the least."""
     slots: int = 0
     """Experts of each layer on the device, where the others lie elsewhere."""
+    only_floor: str | None = None
+    """Why nothing is expected, whatever was measured."""
     staged_floor_ms: float | None = None
     """The least, if stages worked on parts of the batch at a time; None without stages."""
 
@@ -114,7 +116,8 @@ class Predictor:
         step = self._step(setup, sizes, sizes.rows, slots)
         floor = 1e3 * rates.seconds(step)
         prompt_floor = self._prompt_floor(setup, sizes, slots, rates)
-        like, known = Like.of(setup), self._of_kind(setup)
+        like, why = Like.of(setup), links.only_floor(setup, step)
+        known = [] if why else self._of_kind(setup)
         row = nearest(measured.best(known), like, rows, step.nbytes)
         read = Read(step.nbytes, measured.packed(config, backend, hit), rates.copy)
         expected = step_ms(floor, read, row, like) + _exchange_ms(setup, rows) if row else None
@@ -126,7 +129,7 @@ class Predictor:
         staged = self._step(setup, sizes, math.ceil(sizes.rows / backend.pp), slots)
         return Times(
             floor, prompt_floor, expected, first, row, like_prompt,
-            links.parts_ms(setup, step, rates, rows), slots,
+            links.parts_ms(setup, step, rates, rows), slots, why,
             1e3 * rates.seconds(staged) if backend.pp > 1 else None,
         )  # fmt: skip
 
@@ -147,8 +150,6 @@ class Predictor:
 
     def _of_kind(self, setup: Setup) -> list[Measured]:
         """The rows that say something about such a layout on such a device."""
-        if links.only_floor(setup):
-            return []
         kind = setup.gpu.device == "cpu", setup.places.experts, setup.backend.pp > 1
         return [row for row in self.rows if row.kind == kind]
 

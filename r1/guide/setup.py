@@ -81,7 +81,8 @@ class Setup:
         parts = [f"{word} {n}" for name, word in ways.items() if (n := _of(self.backend, name)) > 1]
         layout = " x ".join(parts) or "one device"
         if self.streams:
-            layout += f", experts {'in RAM' if self.places.experts == 'host' else 'on disk'}"
+            ram = f"in {self.elsewhere_bytes / 1e9:.0f} GB of RAM"
+            layout += f", experts {ram if self.places.experts == 'host' else 'on disk'}"
         return layout
 
     @property
@@ -103,6 +104,12 @@ class Setup:
     def expert_bytes(self) -> int:
         """Of one expert of each layer, on the device with the largest share."""
         return expert_width(model_of(self.config, self.on_device, False))
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the same in the checkpoint's files, as they are published: `quant` packs them anew."""
+        files = replace(self.on_device, quant=published(self.config) or "none")
+        return expert_width(model_of(self.config, files, False))
 
     @property
     def elsewhere_bytes(self) -> int:
@@ -179,12 +186,17 @@ def find_model(name: str) -> tuple[str, Config]:
     return path.resolve().name, load_config(path)
 
 
+def published(config: Config) -> str | None:
+    """How the checkpoint's files store most matrices; None: as plain numbers."""
+    return config.files.kind or ("fp8" if config.files.fp8_block else None)
+
+
 def precisions(config: Config, gpu: Gpu) -> list[str]:
     """The ways to store a model that this machine computes with, the most exact first.
 
     What is published as FP8 gains nothing by plain numbers.
     """
-    kind = config.files.kind or ("fp8" if config.files.fp8_block else None)
+    kind = published(config)
     found = PRECISIONS[PRECISIONS.index(kind) :] if kind in PRECISIONS else PRECISIONS
     return [each for each in found if computes(gpu, each)]
 
