@@ -43,7 +43,7 @@ def test_one_model_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "r1", "--gpu", "3060", "--count", "1"]
     text = printed(capsys, *arguments, "--experts", "device")
-    assert "r1 does not fit RTX 3060 12GB" in text and "--experts host" in text
+    assert "r1 does not fit RTX 3060 12GB" in text and "ranks the machines" in text
     text = printed(capsys, *arguments, "--ram-gb", "64")
     assert "r1 does not fit RTX 3060 12GB" in text, "its experts in 4 bit are 337 GB"
 

@@ -55,6 +55,8 @@ class Answer:
     """The most tokens of one row."""
     speeds: tuple[Speed, ...] = ()
     """At the batch that was asked for and, if that is another one, at the best batch."""
+    why_not: str = ""
+    """Why it does not fit, if that is not the memory."""
     cut: bool = False
     """The rows that were asked for are longer than the model's context."""
 
@@ -95,7 +97,8 @@ class Question:
         for places in self.places:
             found = found or fit.fitting(name, config, gpu, self.quant, self.count, sizes, places)
         if not found:
-            return Answer(name, gpu, None)
+            why = fit.why_not(config, gpu, self.quant, self.places)
+            return Answer(name, gpu, None, why_not=why)
         setup = min(found, key=lambda each: self._order(each, sizes))
         most = fit.most_rows(setup, sizes)
         known = most if gpu.get("bf16_tflop_s") else min(most, MEASURED_ROWS)
@@ -103,7 +106,7 @@ class Question:
         speeds = [self.speed(setup, replace(sizes, rows=each)) for each in rows]
         return Answer(
             name, gpu, setup, setup.memory(sizes), most, fit.longest(setup, sizes.rows),
-            _two(speeds), sizes != self.sizes,
+            _two(speeds), cut=sizes != self.sizes,
         )  # fmt: skip
 
     def speed(self, setup: Setup, sizes: Sizes) -> Speed:

@@ -64,6 +64,19 @@ def _elsewhere(
     return []
 
 
+def why_not(config: Config, gpu: Gpu, quant: str | None, places: Sequence[Places]) -> str:
+    """Why nothing was found, if more memory would not help; empty if it would."""
+    if quant and not computes(gpu, quant):
+        return f"it does not multiply by {quant}, so use another --quant"
+    if places[0].experts == "device":
+        return ""
+    if not config.experts.n_routed_experts:
+        return "this model has no routed experts, so leave --experts out"
+    if places[0].experts == "host" and not gpu.get("host_link_gb_s"):
+        return "there is no RAM beside this memory, so leave --experts host out"
+    return ""
+
+
 def _could_fit(name: str, config: Config, gpu: Gpu, quant: str, count: int) -> bool:
     """Whether the weights alone would fit, if they could be shared evenly."""
     whole = next(setups(name, config, gpu, quant, 1), None)

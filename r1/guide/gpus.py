@@ -132,10 +132,11 @@ def all_gpus() -> dict[str, Gpu]:
 
 
 def gpu(name: str) -> Gpu:
-    """The machine of this name. Raises InputError."""
-    if name not in all_gpus():
+    """The machine of this name, as in 4090, H100 or "RTX 4090". Raises InputError."""
+    asked = name.lower().replace(" ", "").removeprefix("rtx").removeprefix("rx")
+    if asked not in all_gpus():
         raise InputError(f"--gpu {name}: give all, or one of {', '.join(all_gpus())}")
-    return all_gpus()[name]
+    return all_gpus()[asked]
 
 
 def electricity() -> tuple[float, Source]:

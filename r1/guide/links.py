@@ -16,7 +16,6 @@ from r1.model.config import Config
 from r1.roofline import Work
 from r1.switches.backend import Backend
 
-
 LEAST_STEP_GB = 0.1
 """A step that reads less waits for launches, not for memory: it says nothing about larger ones."""
 
@@ -36,10 +35,12 @@ def with_fetches(setup: Setup, work: Work, experts_hit: float, slots: int) -> Wo
     """
     if not setup.streams:
         return work
-    link = roofline.fetched_bytes(setup.config, setup.on_device, experts_hit, slots)
-    lacking = setup.config.experts.n_routed_experts - slots
-    from_files = setup.places.experts == "disk" and lacking > 0
-    missed = 1 - min(1.0, setup.cached() / lacking) if from_files else 0.0
+    ep = setup.backend.ep
+    here = setup.config.experts.n_routed_experts // ep  # experts of a device
+    found = slots / here
+    link = roofline.fetched_bytes(setup.config, setup.on_device, experts_hit, slots, found)
+    from_files = setup.places.experts == "disk" and slots < here
+    missed = 1 - min(1.0, setup.cached() / ep / (here - slots)) if from_files else 0.0
     read = link * missed * setup.file_bytes / setup.expert_bytes
     return replace(work, link_bytes=link, disk_bytes=read)
 

@@ -60,7 +60,7 @@ def _experts(setup: Setup, speed: Speed) -> list[str]:
         where = f"{whole / 1e9:.0f} GB of files, with a cache in host memory of "
         where += f"{setup.cached()} of {experts} experts a layer"
     return [
-        f"Experts take {where}; the GPU has slots for {slots} of {experts} in each layer "
+        f"Experts take {where}; each GPU has slots for {slots} of {experts} in each layer "
         f"(`--experts {setup.places.experts} --expert-slots {slots}`). If routing is even, "
         f"{1 - min(1.0, slots / experts):.0%} of the experts that a step visits have to be "
         "copied. Real routing repeats experts, and then fewer are."
@@ -130,6 +130,6 @@ def _instead(smaller: Answer | None) -> list[str]:
     rate = number(smaller.first.floor_tokens_per_s / smaller.first.sizes.rows)
     return [
         f"Or one {smaller.gpu.title}, {smaller.setup.stored}, "
-        f"{smaller.setup.layout.partition(', ')[2]}: at most {rate} tokens/s of each row at batch "
+        f"experts {smaller.setup.place}: at most {rate} tokens/s of each row at batch "
         f"{smaller.first.sizes.rows} (`--count 1 --experts host` tells more)."
     ]

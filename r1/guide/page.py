@@ -27,11 +27,7 @@ def one(answer: Answer, predictor: Predictor, smaller: Answer | None = None) -> 
     """All about one answer. `smaller`: see notes."""
     gpu, setup = answer.gpu, answer.setup
     if setup is None or answer.memory is None:
-        return (
-            f"{answer.name} does not fit {gpu.title}, in any layout and precision that these flags "
-            f"allow. `python -m r1.guide --model {answer.name}` ranks the machines that hold it; "
-            "with --experts host, experts lie in RAM beside the GPU."
-        )
+        return unfit(answer)
     sizes = answer.first.sizes
     title = f"# {answer.name} on {machines(answer)}, {setup.stored}, {setup.layout}"
     whole = ", the model's context" * (answer.longest == setup.config.max_position_embeddings)
@@ -50,6 +46,15 @@ def one(answer: Answer, predictor: Predictor, smaller: Answer | None = None) -> 
         *notes(answer, predictor, smaller), "", "## Sources", "", *sources(gpu),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def unfit(answer: Answer) -> str:
+    """Why there is no answer, and what to ask instead."""
+    begin = f"{answer.name} does not fit {answer.gpu.title}"
+    if answer.why_not:
+        return f"{answer.name} can't run on {answer.gpu.title} like this: {answer.why_not}."
+    ranks = f"`python -m r1.guide --model {answer.name}` ranks the machines that hold it"
+    return f"{begin}, in any layout and precision that these flags allow. {ranks}."
 
 
 def most_rows(answer: Answer) -> str:

@@ -81,9 +81,14 @@ class Setup:
         parts = [f"{word} {n}" for name, word in ways.items() if (n := _of(self.backend, name)) > 1]
         layout = " x ".join(parts) or "one device"
         if self.streams:
-            ram = f"in {self.elsewhere_bytes / 1e9:.0f} GB of RAM"
-            layout += f", experts {ram if self.places.experts == 'host' else 'on disk'}"
+            layout += f", experts {self.place}"
         return layout
+
+    @property
+    def place(self) -> str:
+        """Where experts lie that are not on the device, in words."""
+        ram = f"in {self.elsewhere_bytes / 1e9:.0f} GB of RAM"
+        return ram if self.places.experts == "host" else "on disk"
 
     @property
     def hosts(self) -> int:
@@ -103,13 +108,13 @@ class Setup:
     @property
     def expert_bytes(self) -> int:
         """Of one expert of each layer, on the device with the largest share."""
-        return expert_width(model_of(self.config, self.on_device, False))
+        return _expert_bytes(model_of(self.config, self.on_device, False))
 
     @property
     def file_bytes(self) -> int:
         """Of the same in the checkpoint's files, as they are published: `quant` packs them anew."""
         files = replace(self.on_device, quant=published(self.config) or "none")
-        return expert_width(model_of(self.config, files, False))
+        return _expert_bytes(model_of(self.config, files, False))
 
     @property
     def elsewhere_bytes(self) -> int:
@@ -168,6 +173,12 @@ def _rest(model: Transformer) -> int:
 
 
 @cache
+def _expert_bytes(model: Transformer) -> int:
+    """The bytes of one expert of each layer, counted once."""
+    return expert_width(model)
+
+
+@cache
 def _largest_stage(config: Config, backend: Backend) -> int:
     """The weights of the stage that has most of them."""
     return weight_bytes(config, backend)
@@ -175,11 +186,11 @@ def _largest_stage(config: Config, backend: Backend) -> int:
 
 def find_model(name: str) -> tuple[str, Config]:
     """A named shape, a folder with config.json, or that file. Raises InputError."""
-    if name in SHAPES:
-        return name, SHAPES[name]
     path = Path(name)
     if path.name == "config.json":
         path = path.parent
+    if name in SHAPES or (name.lower() in SHAPES and not path.exists()):
+        return name.lower(), SHAPES[name.lower()]
     if not path.exists():
         shapes = ", ".join(SHAPES)
         raise InputError(f"--model {name} is no folder: give one, or a shape: {shapes}")
