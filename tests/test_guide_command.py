@@ -69,6 +69,26 @@ def test_a_ranking_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path:
         assert f"<!-- {words}" in drawn or words in drawn
 
 
+def test_bounds_are_marked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where only the floor is known: in the table, and as hollow dots of the picture."""
+    picture = tmp_path / "two.png"
+    arguments = ["--model", "r1-distill-qwen-7b", "--count", "2", *SMALL, "--budget", "4000"]
+    text = printed(capsys, *arguments, "--plot", str(picture))
+    (row,) = [line for line in text.splitlines() if "2 x RTX 4090" in line]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[7] == "" and cells[9].startswith("≤ ") and cells[10].startswith("≥ ")
+    drawn = picture.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "hollow" in drawn
+    one = printed(capsys, "--model", "r1-distill-qwen-7b", "--gpu", "RTX 4090", "--count", "2")
+    assert "USD per million tokens, at least" in one and "joules" not in one
+
+
+def test_rows_are_cut_to_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "youtu-2b", "--gpu", "H100", "--prompt", "999999999"]
+    assert "new ones, cut to the model's context" in printed(capsys, *arguments)
+    assert "cut to" not in printed(capsys, *arguments[:4], *SMALL)
+
+
 def test_limits_of_a_ranking(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "youtu-2b", *SMALL, "--budget", "1600"]
     text = printed(capsys, *arguments, "--min-tokens-per-s", "150")
