@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -35,8 +36,8 @@ def layouts(
     return setups(model, SHAPES[model], gpus.gpu(gpu), quant, count, places)
 
 
-def ask(model: str, gpu: str, **changes: object) -> Answer:
-    return replace(QUESTION, **changes).ask(model, SHAPES[model], gpus.gpu(gpu))  # type: ignore[arg-type]
+def ask(model: str, gpu: str, **changes: Any) -> Answer:
+    return replace(QUESTION, **changes).ask(model, SHAPES[model], gpus.gpu(gpu))
 
 
 # ---------------------------- experts elsewhere

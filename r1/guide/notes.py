@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from r1.guide.answer import Answer, Speed
 from r1.guide.gpus import MEASURED
 from r1.guide.predict import Predictor
@@ -30,7 +32,7 @@ def _floor(answer: Answer, predictor: Predictor) -> str:
     setup, rates = answer.setup, predictor.rates(answer.gpu)
     assert setup
     products = "unknown"
-    if answer.first.times.floor_ttft_ms:
+    if rates.matmul < math.inf:
         products = f"{rates.matmul / 1e12:.0f} TFLOP/s in bf16"
     line = f"Floor: copy {rates.copy / 1e9:.0f} GB/s, matrix products {products}"
     if setup.streams and rates.link:

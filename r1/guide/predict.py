@@ -48,7 +48,7 @@ class Times:
 
     floor_tpot_ms: float
     floor_ttft_ms: float | None
-    """None: the machine's rate of matrix products is not known."""
+    """None: the machine's rate of matrix products is not known, and nothing else is slower."""
     expected_tpot_ms: float | None
     """None: nothing was measured of such a layout on such a device."""
     expected_ttft_ms: float | None
@@ -141,12 +141,16 @@ class Predictor:
         return links.with_fetches(setup, work, hit, slots)
 
     def _prompt_floor(self, setup: Setup, sizes: Sizes, slots: int, rates: Rates) -> float | None:
-        """Milliseconds. None where arithmetic bounds it, and the rate of that is not known."""
+        """Milliseconds. None where arithmetic bounds it, and the rate of that is not known.
+
+        Experts that are copied bound a prompt too.
+        """
         config, backend = setup.config, setup.on_device
         work = measured.prompt_work(config, backend, sizes.rows, sizes.prompt, sizes.depth)
         hit = expected_experts(config, sizes.rows * sizes.prompt)
         work = links.with_fetches(setup, work, hit, slots)
-        return None if rates.matmul == math.inf else 1e3 * rates.seconds(work)
+        unknown = rates.matmul == math.inf and not setup.streams
+        return None if unknown else 1e3 * rates.seconds(work)
 
     def _of_kind(self, setup: Setup) -> list[Measured]:
         """The rows that say something about such a layout on such a device."""
