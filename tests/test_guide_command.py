@@ -9,11 +9,14 @@ import json
 from pathlib import Path
 
 import pytest
-from refusals import check_sentence
+from refusals import check_sentence, refused
 
 import bench
+from r1.files.config_json import dump_config
 from r1.guide import gpus, measured
 from r1.guide.__main__ import main
+from r1.guide.setup import find_model
+from r1.model.shapes import SHAPES
 
 RESULTS = Path(__file__).parents[1] / "tools" / "measure" / "results" / "h100"
 SMALL = ["--prompt", "128", "--new", "256"]
@@ -67,6 +70,25 @@ def test_a_ranking_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path:
     drawn = picture.with_suffix(".svg").read_text(encoding="utf-8")
     for words in ("can't hold it: RTX 3060", "rented", "RTX 4090, int4", "predicted"):
         assert f"<!-- {words}" in drawn or words in drawn
+
+
+def test_a_picture_of_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each has a label of its own, and is named where it does not fit."""
+    picture = tmp_path / "card.png"
+    printed(capsys, "--gpu", "3060", *SMALL, "--experts", "device", "--plot", str(picture))
+    drawn = picture.with_suffix(".svg").read_text(encoding="utf-8")
+    for model in ("youtu-2b, bf16", "r1-distill-qwen-1.5b, bf16", "do not fit: r1, kimi-k2"):
+        assert model in drawn
+
+
+def test_a_quantized_model_without_its_files(tmp_path: Path) -> None:
+    """config.json does not tell the format: the guide does not guess one."""
+    raw = dump_config(SHAPES["moonlight-16b"])
+    raw["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with refused(r"is quantized \(gptq\), and only the headers of its files tell how"):
+        find_model(str(tmp_path))
+    assert find_model(str(tmp_path), "int4")[1].hidden_size == 2048
 
 
 def test_bounds_are_marked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

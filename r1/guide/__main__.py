@@ -176,7 +176,7 @@ def ask(arguments: argparse.Namespace, question: Question, own: Sequence[Measure
         assert gpu
         answers = ranking.models(gpu, question)
     else:
-        name, config = find_model(arguments.model)
+        name, config = find_model(arguments.model, arguments.quant)
         if gpu:
             return [question.ask(name, config, gpu)]
         answers = ranking.machines(name, config, question)

@@ -16,13 +16,12 @@ from r1.bench.plot.style import BASELINE, FAILED, FASTER, GHOST, GREY, STYLE, ti
 from r1.errors import InputError
 from r1.guide.answer import Answer, Speed
 from r1.guide.page import machines
-from r1.guide.setup import ON_DEVICE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMN = 0.72
+COLUMN = 0.7
 """Where the labels begin, as a part of the width."""
 LINE = 0.036
 """The height of a label, as a part of the height."""
@@ -37,13 +36,14 @@ def draw(answers: Sequence[Answer], title: str, path: Path) -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    points = [each for answer in answers for each in dots(answer)]
+    models = len({answer.name for answer in answers}) > 1
+    points = [each for answer in answers for each in dots(answer, models)]
     if not points:
         raise InputError(f"--plot {path}: no machine that holds it has a price")
     files = [path.with_suffix(".png"), path.with_suffix(".svg")]
     with matplotlib.rc_context(cast(Any, STYLE)):
         figure = Figure(figsize=(10, 6.4), layout="constrained")
-        _draw(figure, points, _without_place(answers), title)
+        _draw(figure, points, _without_place(answers, models), title)
         for file in files:
             try:
                 dated: Any = {} if file.suffix == ".png" else {"Date": None}
@@ -53,8 +53,11 @@ def draw(answers: Sequence[Answer], title: str, path: Path) -> list[Path]:
     return files
 
 
-def dots(answer: Answer) -> list[dict[str, Any]]:
-    """The points of one answer: at the best batch, for each way to pay."""
+def dots(answer: Answer, models: bool) -> list[dict[str, Any]]:
+    """The points of one answer: at the best batch, for each way to pay.
+
+    `models`: the answers are of several models, not of several machines.
+    """
     cost = answer.best.cost or answer.best.least_cost if answer.setup else None
     if cost is None:
         return []
@@ -64,25 +67,29 @@ def dots(answer: Answer) -> list[dict[str, Any]]:
         money = getattr(cost, way)
         if money:
             place = {"usd": money, "tokens_per_s": rate, "way": way, "bound": not best.cost}
-            found.append({**place, "label": label(answer, best)})
+            found.append({**place, "label": label(answer, best, models)})
     return found
 
 
-def label(answer: Answer, speed: Speed) -> str:
-    """The machine, how the model is stored, and the batch."""
+def label(answer: Answer, speed: Speed, models: bool) -> str:
+    """The machine or the model, how it is stored, and the batch."""
     assert answer.setup
-    where = "" if answer.setup.places == ON_DEVICE else f", experts {answer.setup.place}"
-    return f"{machines(answer)}, {answer.setup.stored}{where}, batch {speed.sizes.rows}"
+    what = answer.name if models else machines(answer)
+    places = {"device": "", "host": ", experts in RAM", "disk": ", experts on disk"}
+    where = places[answer.setup.places.experts]
+    return f"{what}, {answer.setup.stored}{where}, batch {speed.sizes.rows}"
 
 
-def _without_place(answers: Sequence[Answer]) -> dict[str, list[str]]:
-    """Machines without a dot, by the reason."""
+def _without_place(answers: Sequence[Answer], models: bool) -> dict[str, list[str]]:
+    """Machines or models without a dot, by the reason."""
     found: dict[str, list[str]] = {}
     for answer in answers:
+        what = answer.name if models else answer.gpu.title
         if answer.setup is None:
-            found.setdefault("can't hold it", []).append(answer.gpu.title)
-        elif not dots(answer):
-            found.setdefault("no price with a source", []).append(answer.gpu.title)
+            why = "do not fit" if models else "can't hold it"
+            found.setdefault(why, []).append(what)
+        elif not dots(answer, models):
+            found.setdefault("no price with a source", []).append(what)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from r1.build import weight_bytes
 from r1.errors import InputError
 from r1.files.config_json import load_config
+from r1.files.quantized import methods
 from r1.footprint import Footprint, Sizes, footprint, module_bytes
 from r1.guide.gpus import Gpu
 from r1.model.config import Config
@@ -184,8 +185,11 @@ def _largest_stage(config: Config, backend: Backend) -> int:
     return weight_bytes(config, backend)
 
 
-def find_model(name: str) -> tuple[str, Config]:
-    """A named shape, a folder with config.json, or that file. Raises InputError."""
+def find_model(name: str, quant: str | None = None) -> tuple[str, Config]:
+    """A named shape, a folder with config.json, or that file. Raises InputError.
+
+    `quant`: what was asked for. A quantized checkpoint's config.json alone does not tell its own.
+    """
     path = Path(name)
     if path.name == "config.json":
         path = path.parent
@@ -194,7 +198,14 @@ def find_model(name: str) -> tuple[str, Config]:
     if not path.exists():
         shapes = ", ".join(SHAPES)
         raise InputError(f"--model {name} is no folder: give one, or a shape: {shapes}")
-    return path.resolve().name, load_config(path)
+    config = load_config(path)
+    declared = methods.declared_in(path)
+    if declared and not quant and published(config) is None:
+        raise InputError(
+            f"--model {name} is quantized ({declared.method}), and only the headers of its files "
+            "tell how: give a folder with *.safetensors, or --quant"
+        )
+    return path.resolve().name, config
 
 
 def published(config: Config) -> str | None:
