@@ -18,10 +18,11 @@ from r1.footprint import Sizes
 from r1.guide import calibrate, cost, fit, gpus, measured, predict, ranking
 from r1.guide.answer import Answer, Question, power_share, within
 from r1.guide.cost import Terms
+from r1.guide.layouts import setups
 from r1.guide.links import exchange_seconds
 from r1.guide.measured import Measured, Packed
 from r1.guide.predict import Like, Predictor, Read
-from r1.guide.setup import ON_DEVICE, Setup, find_model, precisions, setups
+from r1.guide.setup import ON_DEVICE, Setup, find_model, precisions
 from r1.model.shapes import SHAPES
 from r1.roofline import expected_experts, step_work
 
@@ -241,6 +242,9 @@ def test_the_arithmetic_of_cost() -> None:
     hourly = 2 * h100.figures["rent_usd_per_hour"]
     assert both.rent_usd_per_million_tokens == pytest.approx(hourly / 3.6)
     assert both.joules_per_token == pytest.approx(1.4), "two boards of 700 W"
+    price = 2 * h100.figures["purchase_usd"]
+    own = cost.own_usd_per_million_tokens(price, 1400, 1000, terms)
+    assert both.own_usd_per_million_tokens == own
     nothing = cost.cost(gpus.gpu("orin"), 1, 1000, terms)
     assert nothing.rent_usd_per_million_tokens is nothing.own_usd_per_million_tokens is None
     assert nothing.least_usd_per_million_tokens is None

@@ -1,6 +1,6 @@
 """What the guide says of experts in host memory or on disk, of stages, and of links.
 
-Holds to account: r1/guide/links.py, setup.py, notes.py.
+Holds to account: r1/guide/links.py, setup.py, layouts.py, notes.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from r1.footprint import Sizes
 from r1.guide import fit, gpus, links, measured
 from r1.guide.answer import Answer, Question
 from r1.guide.cost import Terms
+from r1.guide.layouts import setups
 from r1.guide.notes import notes
 from r1.guide.predict import Predictor
-from r1.guide.setup import ON_DEVICE, Places, Setup, setups
+from r1.guide.setup import ON_DEVICE, Places, Setup
 from r1.model.shapes import SHAPES
 from r1.roofline import Work, step_work
 
@@ -137,6 +138,9 @@ def test_a_time_is_expected_from_rows_of_the_same_kind() -> None:
     assert after.expected_tpot_ms == pytest.approx(2 * after.floor_tpot_ms)
     device = ask("moonlight-16b", "4090", predictor=predictor).first.times
     assert device.step_row and device.step_row.experts == "device"
+    first = after.floor_ttft_ms or 0.0
+    share = streamed.prompt_floor_ms / streamed.ttft_ms
+    assert after.expected_ttft_ms == pytest.approx(first / share)
     assert streamed.decodes and not replace(streamed, experts="device").decodes
 
 
@@ -195,6 +199,17 @@ def test_a_row_of_several_devices_has_its_sums_taken_off() -> None:
     assert row.tpot_ms
     shared = replace(row, ranks=2, tpot_ms=row.tpot_ms + 1.5, exchange_ms=1.5)
     assert shared.share == pytest.approx(row.share) and shared.work != row.work
+
+
+def test_a_result_tells_its_link() -> None:
+    """110 MB in 4 ms at half the link's rate: 55 GB/s. A prompt's floor counts its copies too."""
+    row = {"link_share": 0.5, "link_mb": 110.0, "tpot_ms": 4.0, "ttft_ms": 80.0}
+    assert measured._link_gb_s(row) == 55.0
+    assert measured._prompt_link_ms({**row, "prompt_link_share": 0.25}) == 20.0
+    assert measured._link_gb_s({"tpot_ms": 4.0}) is None
+    known = replace(measured.committed()[0], machine="NVIDIA H100 80GB HBM3", link_gb_s=50.0)
+    assert Predictor((known,)).rates(gpus.gpu("h100")).link == 50e9
+    assert Predictor((known,)).rates(gpus.gpu("h200")).link == pytest.approx(55e9)
 
 
 def test_every_card_has_a_link_and_no_computer_has() -> None:

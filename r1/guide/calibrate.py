@@ -50,8 +50,8 @@ def read(paths: Sequence[Path]) -> list[Measured]:
         if not found:
             raise InputError(
                 f"--calibrate {path}: no row of it tells a step's time: it takes a passing arm "
-                f"with --new {measured.LEAST_NEW} or more, on a GPU with --cuda-graphs, of a model "
-                f"that reads {LEAST_STEP_GB:g} GB a step"
+                f"with --new {measured.LEAST_NEW} or more, on a GPU with --cuda-graphs "
+                f"(or --experts host, or --pp), of a model that reads {LEAST_STEP_GB:g} GB a step"
             )
         rows += measured.rows_of(path)
     return rows

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from r1.footprint import Sizes
 from r1.guide.gpus import Gpu
-from r1.guide.setup import COUNTS, ON_DEVICE, Places, Setup, computes, precisions, setups
+from r1.guide.layouts import setups
+from r1.guide.setup import COUNTS, ON_DEVICE, Places, Setup, computes, precisions
 from r1.model.config import Config
 
 MOST_ROWS = 256

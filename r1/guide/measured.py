@@ -80,6 +80,8 @@ class Measured:
     pp: int = 1
     exchange_ms: float = 0.0
     """What the sums between devices take in a step, by the link's figures."""
+    link_gb_s: float | None = None
+    """Measured copies from host memory, where experts come from there."""
 
     @property
     def kind(self) -> tuple[bool, str, bool]:
@@ -187,7 +189,7 @@ def _row(
         row["tpot_ms"],
         row["floor_ms"],
         row["ttft_ms"],
-        round(1e3 * rates.seconds(prompt), 4),
+        round(max(1e3 * rates.seconds(prompt), _prompt_link_ms(row)), 4),
         row["step_gb"],
         round(read.nbytes / 1e9, 5),
         round(read.elements / 1e9, 5),
@@ -196,7 +198,19 @@ def _row(
         backend.experts,
         backend.pp,
         _exchange_ms(config, backend, machine["name"], row["batch"]),
+        _link_gb_s(row),
     )
+
+
+def _prompt_link_ms(row: dict[str, Any]) -> float:
+    """How long a prompt's copies take at the link's rate."""
+    return (row.get("prompt_link_share") or 0.0) * float(row["ttft_ms"])
+
+
+def _link_gb_s(row: dict[str, Any]) -> float | None:
+    """The link's measured rate, of which a step's copies reached a share."""
+    share, mega = row.get("link_share"), row.get("link_mb")
+    return round(mega / row["tpot_ms"] / share, 2) if share and mega else None
 
 
 def _exchange_ms(config: Config, backend: Backend, machine: str, rows: int) -> float:

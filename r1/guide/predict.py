@@ -86,6 +86,8 @@ class Predictor:
         if own:
             copy = statistics.median(row.copy_gb_s for row in own)
             matmul = statistics.median(row.matmul_tflop_s for row in own)
+            rates = [row.link_gb_s for row in own if row.link_gb_s]
+            host = statistics.median(rates) * 1e9 if rates else host
             return Rates(copy * 1e9, matmul * 1e12, 0.0, GAP_US / 1e6, host, drive)
         copy_share, matmul_share = self.shares()
         products = gpu.get("bf16_tflop_s")
@@ -253,10 +255,12 @@ def prompt_ms(
         return like.distance(row) + abs(math.log2(tokens / (row.batch * row.prompt)))
 
     times = []
-    if device := [row for row in rows if row.prompt_share >= DEVICE_SHARE]:
+    elsewhere = [row for row in rows if row.experts != "device"]  # it waits for copies
+    if device := elsewhere or [row for row in rows if row.prompt_share >= DEVICE_SHARE]:
         row = min(device, key=far)
         times.append((floor_ms / min(1.0, row.prompt_share), row))
-    if host := [row for row in rows if row.prompt_share < DEVICE_SHARE]:
+    host = [row for row in rows if row.prompt_share < DEVICE_SHARE]
+    if host and not elsewhere:
         row = min(host, key=far)
         times.append((max(floor_ms, row.ttft_ms / row.layers * like.layers), row))
     return max(times, key=lambda each: each[0])

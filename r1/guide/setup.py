@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from r1.build import weight_bytes
+from r1.build import placement_of, weight_bytes
+from r1.device import torch_device
 from r1.errors import InputError
 from r1.files.config_json import load_config
 from r1.files.quantized import methods
@@ -18,12 +17,10 @@ from r1.guide.gpus import Gpu
 from r1.model.config import Config
 from r1.model.shapes import SHAPES
 from r1.model.transformer import Transformer
-from r1.placement import cuts
-from r1.placement.offload import expert_width, rest_bytes
+from r1.placement.offload import expert_width
 from r1.roofline import model_of
 from r1.storage.kinds import USUAL
 from r1.switches.backend import Backend
-from r1.switches.resolve import resolve
 
 PRECISIONS = ("none", "fp8", "int8", "int4")
 """How matrices are stored if nobody says how, the most exact first. none: plain, in bf16."""
@@ -31,12 +28,6 @@ QUANTS = ("none", *USUAL)
 """All that may be asked for."""
 COUNTS = (1, 2, 4, 8, 16, 32)
 """How many GPUs may share a model."""
-FASTEST: tuple[dict[str, Any], ...] = (
-    {"kernels": "triton", "prefill_moe": "triton"},
-    {"attention": "triton", "moe": "triton", "prefill_moe": "triton"},
-    {},
-)
-"""Switches for GPUs, the fastest first. They capture their steps where a step can be captured."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +115,12 @@ class Setup:
 
     def slots(self, sizes: Sizes) -> int:
         """Experts of each layer that the device has room for, beside everything else."""
-        free = self.gpu.capacity - self._memory(sizes, 0).total
+        one = self.gpu.capacity - self._memory(sizes, 1).total
         experts = self.config.experts.n_routed_experts // self.backend.ep
-        return max(0, min(experts, free // self.expert_bytes))
+        slots = max(0, min(experts, 1 + one // self.expert_bytes))
+        while slots > 1 and self._memory(sizes, slots).total > self.gpu.capacity:
+            slots -= 1  # what the placement keeps beside them
+        return slots
 
     def cached(self) -> int:
         """Experts of each layer that host memory holds, before the files on disk."""
@@ -142,7 +136,7 @@ class Setup:
     def _memory(self, sizes: Sizes, slots: int) -> Footprint:
         model = model_of(self.config, self.on_device, False)
         if self.streams:
-            weights = _rest(model) + slots * self.expert_bytes
+            weights = _placed(self.config, replace(self.backend, expert_slots=slots))
         elif self.backend.pp > 1:
             weights = _largest_stage(self.config, self.backend)
         else:
@@ -168,9 +162,11 @@ def _weights(model: Transformer) -> int:
 
 
 @cache
-def _rest(model: Transformer) -> int:
-    """The bytes of all but routed experts, counted once."""
-    return rest_bytes(model)
+def _placed(config: Config, backend: Backend) -> int:
+    """The bytes on the device where experts lie elsewhere, as the loader counts them."""
+    model = model_of(config, replace(backend, experts="device", expert_slots=0), False)
+    device = torch_device(backend.device)
+    return placement_of(config, backend).sizes(model, device)[device.type]
 
 
 @cache
@@ -226,68 +222,3 @@ def precisions(config: Config, gpu: Gpu) -> list[str]:
 def computes(gpu: Gpu, quant: str) -> bool:
     """Whether this machine multiplies by matrices that are stored so."""
     return quant != "fp8" or gpu.as_machine().why_not("fp8") is None
-
-
-def setups(
-    name: str, config: Config, gpu: Gpu, quant: str, count: int, places: Places = ON_DEVICE
-) -> Iterator[Setup]:
-    """Every layout of a model on `count` machines of a kind, stored as `quant` says.
-
-    Layers are shared inside a host only. Hosts, and GPUs that can't share a layer, are stages.
-    """
-    inside = min(count, gpu.most_in_host)
-    for parts in (n for n in range(inside, 0, -1) if count % n == 0 and _is_power(n)):
-        found = list(_cut(name, config, gpu, quant, (parts, count // parts), places))
-        yield from found
-        if found:
-            return
-
-
-def _cut(
-    name: str, config: Config, gpu: Gpu, quant: str, sizes: tuple[int, int], places: Places
-) -> Iterator[Setup]:
-    """The layouts of `sizes`: devices that share a layer, and stages."""
-    parts, pp = sizes
-    for tp in (2**n for n in range(parts.bit_length()) if parts % 2**n == 0):
-        ep = parts // tp
-        if ep > 1 and (config.experts.n_routed_experts == 0 or gpu.device == "cpu"):
-            continue
-        if cuts.why_not(config, tp, ep, pp):
-            continue
-        shares = Shares(quant, tp, ep, pp, places.experts)
-        if backend := switches(config, gpu, shares):
-            yield Setup(name, config, gpu, backend, places)
-
-
-def _is_power(n: int) -> bool:
-    return n & (n - 1) == 0
-
-
-@dataclass(frozen=True)
-class Shares:
-    """The switches that say how a model is stored, and where."""
-
-    quant: str
-    tp: int
-    ep: int
-    pp: int
-    experts: str
-
-
-@cache
-def switches(config: Config, gpu: Gpu, shares: Shares) -> Backend | None:
-    """The switches to expect of somebody who wants speed; None where the storage can't be cut."""
-    machine = gpu.as_machine()
-    common: dict[str, Any] = {"dtype": "bf16", **vars(shares)}
-    fastest = FASTEST if machine.cuda else ({},)
-    graphs = machine.cuda and shares.pp == 1 and shares.experts == "device"
-    for fast in fastest:
-        sparse = config.experts.n_routed_experts > 0
-        more = {name: value for name, value in fast.items() if sparse or "moe" not in name}
-        try:
-            backend = resolve(Backend(cuda_graphs=graphs, **common, **more), config, machine)
-            model_of(config, replace(backend, experts="device"), False)  # can it be cut so?
-            return backend
-        except InputError:  # the next ones ask for less
-            continue
-    return None

@@ -12,9 +12,10 @@ from r1.footprint import Sizes
 from r1.guide import calibrate, fit, gpus, measured, page, ranking
 from r1.guide.answer import Question, Speed
 from r1.guide.cost import Terms
+from r1.guide.layouts import Shares, setups, switches
 from r1.guide.page import number
 from r1.guide.predict import Predictor
-from r1.guide.setup import Places, Setup, Shares, setups, switches
+from r1.guide.setup import Places, Setup
 from r1.model.shapes import SHAPES
 from r1.roofline import expected_tokens, speculation
 
