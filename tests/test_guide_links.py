@@ -5,8 +5,11 @@ Holds to account: r1/guide/links.py, setup.py, layouts.py, notes.py.
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from r1.guide.setup import ON_DEVICE, Places, Setup
 from r1.model.shapes import SHAPES
 from r1.roofline import Work, step_work
 
+RESULTS = Path(__file__).parents[1] / "tools" / "measure" / "results" / "h100"
 SIZES = Sizes(1, 128, 128)
 HOST, DISK = Places("host"), Places("disk")
 PREDICTOR = Predictor(measured.committed(), drive_gb_s=5.0)
@@ -86,7 +90,7 @@ def test_slots_are_as_many_as_fit_and_cost_what_the_loader_counts(model: str, gp
     (setup,) = layouts(model, gpu, "int8" if gpu == "3060" else "int4", places=HOST)
     slots, memory = setup.slots(SIZES), setup.memory(SIZES)
     assert 0 < slots < setup.config.experts.n_routed_experts
-    assert memory.total <= setup.gpu.capacity < memory.total + setup.expert_bytes
+    assert memory.total <= setup.gpu.capacity < setup.with_slots(SIZES, slots + 1).total
     asked = replace(setup.backend, expert_slots=slots)
     assert memory.weights == build.weight_bytes(setup.config, asked)
     long = replace(SIZES, prompt=4096)
@@ -122,6 +126,9 @@ def test_experts_in_ram_are_the_last_resort() -> None:
     one = ask("r1", "4090", count=1)
     assert one.setup and one.setup.places == HOST and one.setup.stored == "int4"
     assert one.first.times.slowest == "host link"
+    small = ask("moonlight-16b", "3060", places=(HOST,))
+    assert small.setup and small.setup.stored == "int4", "the smallest, for the link is slow"
+    assert ask("r1", "5090", count=1).first.times.floor_ttft_ms, "its copies bound a prompt"
     many = ask("r1", "4090")
     assert many.setup and many.setup.places == ON_DEVICE and many.setup.count == 16
 
@@ -201,15 +208,23 @@ def test_a_row_of_several_devices_has_its_sums_taken_off() -> None:
     assert shared.share == pytest.approx(row.share) and shared.work != row.work
 
 
-def test_a_result_tells_its_link() -> None:
-    """110 MB in 4 ms at half the link's rate: 55 GB/s. A prompt's floor counts its copies too."""
-    row = {"link_share": 0.5, "link_mb": 110.0, "tpot_ms": 4.0, "ttft_ms": 80.0}
-    assert measured._link_gb_s(row) == 55.0
-    assert measured._prompt_link_ms({**row, "prompt_link_share": 0.25}) == 20.0
-    assert measured._link_gb_s({"tpot_ms": 4.0}) is None
-    known = replace(measured.committed()[0], machine="NVIDIA H100 80GB HBM3", link_gb_s=50.0)
-    assert Predictor((known,)).rates(gpus.gpu("h100")).link == 50e9
-    assert Predictor((known,)).rates(gpus.gpu("h200")).link == pytest.approx(55e9)
+def test_a_result_tells_its_link(tmp_path: Path) -> None:
+    """110 MB a step at half the link's rate; a prompt that copies for most of its time."""
+    found = json.loads((RESULTS / "kernels" / "batch-8.json").read_text(encoding="utf-8"))
+    for row in found["rows"]:
+        row["backend"] |= {"experts": "host", "cuda_graphs": False}
+        row |= {"link_share": 0.5, "link_mb": 110.0, "prompt_link_share": 0.75}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(found))
+    rows = measured.rows_of(file)
+    for row in rows:
+        assert row.kind == (False, "host", False) and row.decodes and row.tpot_ms
+        assert row.link_gb_s == pytest.approx(110 / row.tpot_ms / 0.5, rel=0.01)
+        assert row.prompt_share == pytest.approx(0.75)
+        assert "experts on host" in row.describe()
+    link = statistics.median(row.link_gb_s or 0.0 for row in rows) * 1e9
+    assert Predictor(rows).rates(gpus.gpu("h100")).link == pytest.approx(link)
+    assert Predictor(rows).rates(gpus.gpu("h200")).link == pytest.approx(55e9)
 
 
 def test_every_card_has_a_link_and_no_computer_has() -> None:

@@ -115,10 +115,10 @@ class Setup:
 
     def slots(self, sizes: Sizes) -> int:
         """Experts of each layer that the device has room for, beside everything else."""
-        one = self.gpu.capacity - self._memory(sizes, 1).total
+        one = self.gpu.capacity - self.with_slots(sizes, 1).total
         experts = self.config.experts.n_routed_experts // self.backend.ep
         slots = max(0, min(experts, 1 + one // self.expert_bytes))
-        while slots > 1 and self._memory(sizes, slots).total > self.gpu.capacity:
+        while slots > 1 and self.with_slots(sizes, slots).total > self.gpu.capacity:
             slots -= 1  # what the placement keeps beside them
         return slots
 
@@ -131,9 +131,10 @@ class Setup:
 
     def memory(self, sizes: Sizes) -> Footprint:
         """On the device with the largest share, as the loader counts it."""
-        return self._memory(sizes, self.slots(sizes) if self.streams else 0)
+        return self.with_slots(sizes, self.slots(sizes) if self.streams else 0)
 
-    def _memory(self, sizes: Sizes, slots: int) -> Footprint:
+    def with_slots(self, sizes: Sizes, slots: int) -> Footprint:
+        """The same with so many slots a layer, where experts lie elsewhere."""
         model = model_of(self.config, self.on_device, False)
         if self.streams:
             weights = _placed(self.config, replace(self.backend, expert_slots=slots))
