@@ -18,9 +18,11 @@ from r1.footprint import Sizes
 from r1.guide import calibrate, cost, fit, gpus, measured, predict, ranking
 from r1.guide.answer import Answer, Question, power_share, within
 from r1.guide.cost import Terms
+from r1.guide.layouts import setups
+from r1.guide.links import exchange_seconds
 from r1.guide.measured import Measured, Packed
 from r1.guide.predict import Like, Predictor, Read
-from r1.guide.setup import Setup, find_model, precisions, setups
+from r1.guide.setup import ON_DEVICE, Setup, find_model, precisions
 from r1.model.shapes import SHAPES
 from r1.roofline import expected_experts, step_work
 
@@ -42,7 +44,7 @@ def setup(model: str, gpu: str, quant: str = "none", count: int = 1) -> Setup:
 def test_every_figure_has_a_source_and_a_date() -> None:
     """And a unit in its name; a source that nothing uses is not there."""
     dated = re.compile(r"(read )?20\d\d(-\d\d){0,2}")
-    used = {gpus.electricity()[1]}
+    used = {gpus.electricity()[1], gpus.drive()[1]}
     for gpu in gpus.all_gpus().values():
         assert set(gpu.figures) == set(gpu.sources)
         assert {"memory_gb", "bandwidth_gb_s", "board_w"} <= set(gpu.figures), gpu.name
@@ -68,7 +70,16 @@ def test_measured_rows_are_those_of_the_committed_results() -> None:
 
 
 # ---------------------------- time
-@pytest.mark.parametrize("row", BEST, ids=Measured.describe)
+CHECKED = [row for row in BEST if calibrate.check(row, BEST)]
+"""A row that is the first of its kind can't be predicted from others."""
+
+
+def test_rows_of_every_storage_are_checked() -> None:
+    assert len(CHECKED) >= 9 and {row.quant for row in CHECKED} >= {"none", "fp8", "int4"}
+    assert {row.batch for row in CHECKED} >= {1, 8, 32}
+
+
+@pytest.mark.parametrize("row", CHECKED, ids=Measured.describe)
 def test_a_row_is_predicted_from_the_others(row: Measured) -> None:
     """Within 15%, from rows of other work: the batch, the model, the storage or the kernels."""
     found = calibrate.check(row, BEST)
@@ -162,10 +173,11 @@ def test_nothing_is_expected_where_nothing_was_measured() -> None:
 
 def test_devices_that_share_a_model_exchange_sums() -> None:
     one, two = setup("moonlight-16b", "h100"), setup("moonlight-16b", "h100", count=2)
-    assert predict.exchange_seconds(one, 1) == 0
+    assert exchange_seconds(one.config, one.backend, one.gpu, 1) == 0
     latency = gpus.gpu("h100").figures["link_latency_us"] * 1e-6
     moved = 2048 * 2 / 450e9
-    assert predict.exchange_seconds(two, 1) == pytest.approx(2 * 27 * (latency + moved))
+    found = exchange_seconds(two.config, two.backend, two.gpu, 1)
+    assert found == pytest.approx(2 * 27 * (latency + moved))
     floor = [PREDICTOR.times(each, Sizes()).floor_tpot_ms for each in (one, two)]
     assert floor[1] < floor[0]
 
@@ -179,8 +191,9 @@ def test_what_fits_and_what_does_not() -> None:
     assert 31.9 < h100.memory.weights / 1e9 < 32 and small.memory.total < small.gpu.capacity
     r1 = answer("r1", "h200", replace(QUESTION, quant="fp8"))
     assert r1.setup and (r1.setup.count, r1.setup.stored) == (8, "fp8")
-    assert answer("r1", "3060").setup is None
-    assert answer("r1", "4090", replace(QUESTION, count=1)).setup is None
+    here = replace(QUESTION, places=(ON_DEVICE,))
+    assert answer("r1", "3060", replace(here, count=16)).setup is None
+    assert answer("r1", "4090", replace(here, count=1)).setup is None
 
 
 def test_the_most_rows_and_the_longest_row_fit_and_one_more_does_not() -> None:
@@ -229,6 +242,9 @@ def test_the_arithmetic_of_cost() -> None:
     hourly = 2 * h100.figures["rent_usd_per_hour"]
     assert both.rent_usd_per_million_tokens == pytest.approx(hourly / 3.6)
     assert both.joules_per_token == pytest.approx(1.4), "two boards of 700 W"
+    price = 2 * h100.figures["purchase_usd"]
+    own = cost.own_usd_per_million_tokens(price, 1400, 1000, terms)
+    assert both.own_usd_per_million_tokens == own
     nothing = cost.cost(gpus.gpu("orin"), 1, 1000, terms)
     assert nothing.rent_usd_per_million_tokens is nothing.own_usd_per_million_tokens is None
     assert nothing.least_usd_per_million_tokens is None
@@ -245,7 +261,7 @@ def test_the_power_of_a_measured_row() -> None:
 
 
 def test_rankings_and_limits() -> None:
-    one = replace(QUESTION, count=1)
+    one = replace(QUESTION, count=1, places=(ON_DEVICE,))
     answers = [answer("moonlight-16b", name, one) for name in ("h100", "3060", "epyc", "4090")]
     r1 = answer("r1", "4090", one)
     placed = ranking.ordered([r1, *answers])

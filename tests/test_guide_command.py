@@ -9,11 +9,14 @@ import json
 from pathlib import Path
 
 import pytest
-from refusals import check_sentence
+from refusals import check_sentence, refused
 
 import bench
+from r1.files.config_json import dump_config
 from r1.guide import gpus, measured
 from r1.guide.__main__ import main
+from r1.guide.setup import find_model
+from r1.model.shapes import SHAPES
 
 RESULTS = Path(__file__).parents[1] / "tools" / "measure" / "results" / "h100"
 SMALL = ["--prompt", "128", "--new", "256"]
@@ -41,7 +44,11 @@ def test_one_model_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "r1 does not fit RTX 3060 12GB" in printed(capsys, "--model", "r1", "--gpu", "3060")
+    arguments = ["--model", "r1", "--gpu", "3060", "--count", "1"]
+    text = printed(capsys, *arguments, "--experts", "device")
+    assert "r1 does not fit RTX 3060 12GB" in text and "ranks the machines" in text
+    text = printed(capsys, *arguments, "--ram-gb", "64")
+    assert "r1 does not fit RTX 3060 12GB" in text, "its experts in 4 bit are 337 GB"
 
 
 def test_a_folder_is_a_model_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +70,45 @@ def test_a_ranking_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path:
     drawn = picture.with_suffix(".svg").read_text(encoding="utf-8")
     for words in ("can't hold it: RTX 3060", "rented", "RTX 4090, int4", "predicted"):
         assert f"<!-- {words}" in drawn or words in drawn
+
+
+def test_a_picture_of_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each has a label of its own, and is named where it does not fit."""
+    picture = tmp_path / "card.png"
+    printed(capsys, "--gpu", "3060", *SMALL, "--experts", "device", "--plot", str(picture))
+    drawn = picture.with_suffix(".svg").read_text(encoding="utf-8")
+    for model in ("youtu-2b, bf16", "r1-distill-qwen-1.5b, bf16", "do not fit: r1, kimi-k2"):
+        assert model in drawn
+
+
+def test_a_quantized_model_without_its_files(tmp_path: Path) -> None:
+    """config.json does not tell the format: the guide does not guess one."""
+    raw = dump_config(SHAPES["moonlight-16b"])
+    raw["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with refused(r"is quantized \(gptq\), and only the headers of its files tell how"):
+        find_model(str(tmp_path))
+    assert find_model(str(tmp_path), "int4")[1].hidden_size == 2048
+
+
+def test_bounds_are_marked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where only the floor is known: in the table, and as hollow dots of the picture."""
+    picture = tmp_path / "two.png"
+    arguments = ["--model", "r1-distill-qwen-7b", "--count", "2", *SMALL, "--budget", "4000"]
+    text = printed(capsys, *arguments, "--plot", str(picture))
+    (row,) = [line for line in text.splitlines() if "2 x RTX 4090" in line]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[7] == "" and cells[9].startswith("≤ ") and cells[10].startswith("≥ ")
+    drawn = picture.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "hollow" in drawn
+    one = printed(capsys, "--model", "r1-distill-qwen-7b", "--gpu", "RTX 4090", "--count", "2")
+    assert "USD per million tokens, at least" in one and "joules" not in one
+
+
+def test_rows_are_cut_to_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "youtu-2b", "--gpu", "H100", "--prompt", "999999999"]
+    assert "new ones, cut to the model's context" in printed(capsys, *arguments)
+    assert "cut to" not in printed(capsys, *arguments[:4], *SMALL)
 
 
 def test_limits_of_a_ranking(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +167,10 @@ BAD = {
     "too little": (["--model", "youtu-2b", "--budget", "1"], "nothing is cheap and fast enough"),
     "calibrate": (["--calibrate", "/nowhere.json"], "can't be read"),
     "prompts": (["--calibrate", str(RESULTS / "prefill.json")], "no row of it tells a step's time"),
-    "json": (["--model", "r1", "--gpu", "3060", "-o", "json"], "nothing fits"),
+    "json": (
+        ["--model", "r1", "--gpu", "3060", "--count", "8", "--ram-gb", "9", "-o", "json"],
+        "nothing fits",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import r1
@@ -18,10 +19,11 @@ from r1.guide.answer import Answer, Question
 from r1.guide.cost import Terms
 from r1.guide.measured import Measured
 from r1.guide.predict import Predictor
-from r1.guide.setup import COUNTS, QUANTS, find_model
+from r1.guide.setup import COUNTS, ON_DEVICE, QUANTS, Places, find_model
 from r1.switches import flags
 
 MOST = 10**9
+PLACES = ("device", "host", "disk")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +57,13 @@ def parser() -> flags.Parser:
         p.add_argument(
             name, type=_count, default=default, metavar="N", help=f"{text} (default {default})"
         )
+    text = "where routed experts lie (default: device; host where no number of GPUs is enough)"
+    p.add_argument("--experts", choices=PLACES, help=text)
+    text = "host memory for experts (default: with host what they need, with disk none)"
+    p.add_argument("--ram-gb", type=_amount, metavar="GB", help=text)
+    fast, origin = gpus.drive()
+    text = f"what the drive reads, with --experts disk (default {fast:g}: {origin.note})"
+    p.add_argument("--disk-gb-s", type=_amount, metavar="GB", help=text)
     _add_money(p)
     text = "results of bench.py on the machine of --gpu: their errors, and rows to predict from"
     p.add_argument("--calibrate", type=Path, nargs="+", metavar="JSON", help=text)
@@ -107,11 +116,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Write what the arguments ask for. Raises InputError."""
     check(arguments)
     own = calibrate.read(arguments.calibrate) if arguments.calibrate else []
-    predictor = Predictor((*measured.committed(), *own), calibrated=bool(own))
+    rows = (*measured.committed(), *own)
+    predictor = Predictor(rows, bool(own), arguments.disk_gb_s or gpus.drive()[0])
     terms = Terms(arguments.usd_per_kwh, arguments.years, arguments.busy_share)
     sizes = Sizes(arguments.batch, arguments.prompt, arguments.new)
     count = arguments.count or (1 if arguments.model is None else None)
-    question = Question(sizes, arguments.quant, count, terms, predictor)
+    question = Question(sizes, arguments.quant, count, terms, predictor, places(arguments))
     if own:
         streams.write("\n".join([*calibrate.report(own), ""]))
         if arguments.model is None and arguments.gpu == "all":
@@ -120,13 +130,21 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output == "json":
         streams.write(json.dumps(_results(answers), indent=1))
     elif len(answers) == 1:
-        streams.write(page.one(answers[0], predictor))
+        streams.write(page.one(answers[0], predictor, smaller(answers[0], question)))
     else:
-        streams.write("\n".join([*heading(arguments), "", *page.ranking(answers)]))
+        streams.write("\n".join([*heading(arguments, answers), "", *page.ranking(answers)]))
     if arguments.plot:
         title = arguments.model or gpus.gpu(arguments.gpu).title
         for file in picture.draw(answers, f"{title}: predicted", arguments.plot):
             streams.complain(f"r1.guide: wrote {file}")
+
+
+def places(arguments: argparse.Namespace) -> tuple[Places, ...]:
+    """Where experts may lie."""
+    ram = arguments.ram_gb and arguments.ram_gb * 1e9
+    if arguments.experts:
+        return (Places(arguments.experts, ram),)
+    return ON_DEVICE, Places("host", ram)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -140,6 +158,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError("give --model M, --gpu G or both: --help lists the flags")
     if arguments.calibrate and arguments.output == "json":
         raise InputError("--calibrate prints a table first: leave -o json out")
+    if arguments.disk_gb_s and arguments.experts != "disk":
+        raise InputError("--disk-gb-s is of use with --experts disk only: add that")
+    if arguments.ram_gb and arguments.experts == "device":
+        raise InputError("--ram-gb is for experts beside the device: leave --experts device out")
     if arguments.plot:
         figure.check(arguments.plot)
 
@@ -153,27 +175,41 @@ def ask(arguments: argparse.Namespace, question: Question, own: Sequence[Measure
         assert gpu
         answers = ranking.models(gpu, question)
     else:
-        name, config = find_model(arguments.model)
+        name, config = find_model(arguments.model, arguments.quant)
         if gpu:
             return [question.ask(name, config, gpu)]
         answers = ranking.machines(name, config, question)
     kept = ranking.enough(answers, arguments.budget, arguments.min_tokens_per_s)
     if not kept:
-        raise InputError("nothing is cheap and fast enough: allow more, or ask for less")
+        unknown = sum(not (a.purchase_usd and a.speeds and a.first.tokens_per_s) for a in answers)
+        raise InputError(
+            "nothing is cheap and fast enough: allow more, or ask for less "
+            f"({unknown} of {len(answers)} answers lack a price or an expected time, or do not fit)"
+        )
     return kept
 
 
-def heading(arguments: argparse.Namespace) -> list[str]:
+def smaller(answer: Answer, question: Question) -> Answer | None:
+    """One GPU with experts in RAM instead of several, if nobody said where they lie."""
+    if answer.setup is None or answer.setup.count == 1 or len(question.places) == 1:
+        return None
+    less = replace(question, count=1, places=question.places[1:])
+    return less.ask(answer.name, answer.setup.config, answer.gpu)
+
+
+def heading(arguments: argparse.Namespace, answers: Sequence[Answer]) -> list[str]:
     """What a ranking is about, and what its prices mean."""
+    cut = " (cut to a model's context where that is shorter)" * any(a.cut for a in answers)
     what = arguments.model or f"What {gpus.gpu(arguments.gpu).title} runs"
     return [
         f"# {what}",
         "",
-        f"{arguments.prompt:,} tokens of prompt, {arguments.new:,} new ones; "
+        f"{arguments.prompt:,} tokens of prompt, {arguments.new:,} new ones{cut}; "
         f"{'one machine' if arguments.model is None else 'the fewest machines that hold it'}. "
         f"{page.PREDICTED} Rented or owned for {arguments.years:g} years, at "
         f"{arguments.usd_per_kwh:g} USD a kWh, at the best batch, and busy "
-        f"{arguments.busy_share:.0%} of the time. Sources: r1/guide/gpus.json.",
+        f"{arguments.busy_share:.0%} of the time. ≤ and ≥ are "
+        "bounds of the floor, where nothing is expected. Sources: r1/guide/gpus.json.",
     ]
 
 

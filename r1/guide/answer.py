@@ -11,7 +11,7 @@ from r1.guide.cost import Cost, Terms, cost
 from r1.guide.gpus import Gpu, all_gpus
 from r1.guide.measured import Measured
 from r1.guide.predict import Predictor, Times
-from r1.guide.setup import Setup
+from r1.guide.setup import ON_DEVICE, Places, Setup
 from r1.model.config import Config
 
 MEASURED_ROWS = 32
@@ -26,7 +26,9 @@ class Speed:
     sizes: Sizes
     times: Times
     cost: Cost | None
-    """None: no time is expected, for nothing was measured on such a device."""
+    """None: no time is expected, for nothing was measured of such a layout and device."""
+    least_cost: Cost | None = None
+    """At the floor: what it costs if nothing is lost."""
 
     @property
     def floor_tokens_per_s(self) -> float:
@@ -53,6 +55,10 @@ class Answer:
     """The most tokens of one row."""
     speeds: tuple[Speed, ...] = ()
     """At the batch that was asked for and, if that is another one, at the best batch."""
+    why_not: str = ""
+    """Why it does not fit, if that is not the memory."""
+    cut: bool = False
+    """The rows that were asked for are longer than the model's context."""
 
     @property
     def first(self) -> Speed:
@@ -80,13 +86,19 @@ class Question:
     count: int | None
     terms: Terms
     predictor: Predictor
+    places: Sequence[Places] = (ON_DEVICE, Places("host"))
+    """Where experts may lie: the first that fits. In RAM beside one GPU if no number of them is
+    enough."""
 
     def ask(self, name: str, config: Config, gpu: Gpu) -> Answer:
         """The answer for one model and one kind of machine."""
         sizes = within(self.sizes, config)
-        found = fit.fitting(name, config, gpu, self.quant, self.count, sizes)
+        found: list[Setup] = []
+        for places in self.places:
+            found = found or fit.fitting(name, config, gpu, self.quant, self.count, sizes, places)
         if not found:
-            return Answer(name, gpu, None)
+            why = fit.why_not(config, gpu, self.quant, self.places)
+            return Answer(name, gpu, None, why_not=why)
         setup = min(found, key=lambda each: self._order(each, sizes))
         most = fit.most_rows(setup, sizes)
         known = most if gpu.get("bf16_tflop_s") else min(most, MEASURED_ROWS)
@@ -94,17 +106,18 @@ class Question:
         speeds = [self.speed(setup, replace(sizes, rows=each)) for each in rows]
         return Answer(
             name, gpu, setup, setup.memory(sizes), most, fit.longest(setup, sizes.rows),
-            _two(speeds),
+            _two(speeds), cut=sizes != self.sizes,
         )  # fmt: skip
 
     def speed(self, setup: Setup, sizes: Sizes) -> Speed:
         """Times and cost of one batch."""
         speed = Speed(sizes, self.predictor.times(setup, sizes), None)
+        least = cost(setup.gpu, setup.count, speed.floor_tokens_per_s, self.terms)
         if speed.tokens_per_s is None:
-            return speed
+            return replace(speed, least_cost=least)
         share = power_share(speed.times.step_row)
         found = cost(setup.gpu, setup.count, speed.tokens_per_s, self.terms, share)
-        return replace(speed, cost=found)
+        return replace(speed, cost=found, least_cost=least)
 
     def _order(self, setup: Setup, sizes: Sizes) -> float:
         times = self.predictor.times(setup, sizes)

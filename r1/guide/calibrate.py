@@ -9,6 +9,7 @@ from pathlib import Path
 from r1.errors import InputError
 from r1.guide import measured
 from r1.guide.gpus import Gpu, all_gpus
+from r1.guide.links import LEAST_STEP_GB
 from r1.guide.measured import Measured
 from r1.guide.page import table
 from r1.guide.predict import Like, Read, nearest, step_ms
@@ -31,17 +32,14 @@ class Check:
 
 
 def check(row: Measured, others: Sequence[Measured]) -> Check | None:
-    """Predict a row from rows of other work; None if there is none of such a device."""
-    known = [
-        each
-        for each in others
-        if each.work != row.work and (each.device == "cpu") == (row.device == "cpu")
-    ]
+    """Predict a row from rows of other work; None if there is none of its kind."""
+    known = [each for each in others if each.work != row.work and each.kind == row.kind]
     like = Like(row.quant, row.machine, row.fused, row.latent, row.layers)
     start = nearest(known, like, row.batch, row.step_gb * 1e9)
     if start is None:
         return None
-    return Check(row, start, step_ms(row.floor_ms, Read.of(row), start, like))
+    predicted = step_ms(row.floor_ms, Read.of(row), start, like) + row.exchange_ms
+    return Check(row, start, predicted)
 
 
 def read(paths: Sequence[Path]) -> list[Measured]:
@@ -52,8 +50,8 @@ def read(paths: Sequence[Path]) -> list[Measured]:
         if not found:
             raise InputError(
                 f"--calibrate {path}: no row of it tells a step's time: it takes a passing arm "
-                f"with --new {measured.LEAST_NEW} or more, on a GPU with --cuda-graphs, of a model "
-                f"that reads {measured.LEAST_STEP_GB:g} GB a step"
+                f"with --new {measured.LEAST_NEW} or more, on a GPU with --cuda-graphs "
+                f"(or --experts host, or --pp), of a model that reads {LEAST_STEP_GB:g} GB a step"
             )
         rows += measured.rows_of(path)
     return rows

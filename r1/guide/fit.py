@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from r1.footprint import Sizes
 from r1.guide.gpus import Gpu
-from r1.guide.setup import COUNTS, Setup, computes, precisions, setups
+from r1.guide.layouts import setups
+from r1.guide.setup import COUNTS, ON_DEVICE, Places, Setup, computes, precisions
 from r1.model.config import Config
 
 MOST_ROWS = 256
@@ -15,16 +16,25 @@ MOST_ROWS = 256
 
 
 def fitting(
-    name: str, config: Config, gpu: Gpu, quant: str | None, count: int | None, sizes: Sizes
+    name: str,
+    config: Config,
+    gpu: Gpu,
+    quant: str | None,
+    count: int | None,
+    sizes: Sizes,
+    places: Places = ON_DEVICE,
 ) -> list[Setup]:
     """The layouts on the fewest machines that hold the model; empty if no number of them does.
 
-    `quant` None: the most exact storage that fits on these fewest. `count` None: any number.
+    `quant` None: the most exact storage that fits on these fewest; the smallest where experts lie
+    elsewhere, for there the way to the device takes longest. `count` None: any number.
     """
     kinds = [quant] if quant and computes(gpu, quant) else []
     kinds = kinds if quant else precisions(config, gpu)
     if gpu.device == "cpu":
         count = 1
+    if places.experts != "device":
+        return _elsewhere(name, config, gpu, kinds[::-1], count or 1, sizes, places)
     for number in COUNTS if count is None else (count,):
         for kind in kinds:
             if number > 1 and not _could_fit(name, config, gpu, kind, number):
@@ -33,6 +43,39 @@ def fitting(
             if found:
                 return found
     return []
+
+
+def _elsewhere(
+    name: str,
+    config: Config,
+    gpu: Gpu,
+    kinds: Sequence[str],
+    count: int,
+    sizes: Sizes,
+    places: Places,
+) -> list[Setup]:
+    """The same with experts elsewhere. A computer's memory is its GPU's: RAM beside it is none."""
+    needs_link = places.experts == "host"
+    if not config.experts.n_routed_experts or (needs_link and not gpu.get("host_link_gb_s")):
+        return []
+    for kind in kinds:
+        found = [s for s in setups(name, config, gpu, kind, count, places) if s.fits(sizes)]
+        if found:
+            return found
+    return []
+
+
+def why_not(config: Config, gpu: Gpu, quant: str | None, places: Sequence[Places]) -> str:
+    """Why nothing was found, if more memory would not help; empty if it would."""
+    if quant and not computes(gpu, quant):
+        return f"it does not multiply by {quant}, so use another --quant"
+    if places[0].experts == "device":
+        return ""
+    if not config.experts.n_routed_experts:
+        return "this model has no routed experts, so leave --experts out"
+    if places[0].experts == "host" and not gpu.get("host_link_gb_s"):
+        return "there is no RAM beside this memory, so leave --experts host out"
+    return ""
 
 
 def _could_fit(name: str, config: Config, gpu: Gpu, quant: str, count: int) -> bool:

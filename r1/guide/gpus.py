@@ -24,10 +24,17 @@ FIGURES = {
     "board_w": "the most power that the board takes",
     "link_both_ways_gb_s": "between GPUs of one host, both directions together",
     "link_latency_us": "of one small all-reduce between GPUs of one host",
+    "host_link_gb_s": "from host memory to one GPU: 16 lanes of PCIe 4.0 move 32 GB/s, of 5.0 64",
+    "host_copy_gb_s": "measured copies over that link",
     "purchase_usd": "price of one",
     "rent_usd_per_hour": "price of an hour of one",
 }
 """The figures that a machine may have, and what they mean."""
+MEASURED = "h100"
+"""The machine whose measured links stand in where another has none: the share of its host link that
+copies reach, and the latency of a sum."""
+IN_HOST = 8
+"""So many GPUs are in one host, if they are not computers themselves."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,16 @@ class Gpu:
     """The name that torch has for it, and so bench.py's result files."""
     capability: tuple[int, int] = (0, 0)
     arch: str = ""
+    computer: bool = False
+    """A whole computer, whose processors share its memory: there is no other memory beside it."""
+
+    linked: int = IN_HOST
+    """So many of them has a direct link between each other; the A40's joins two."""
+
+    @property
+    def most_in_host(self) -> int:
+        """How many of them work in one host."""
+        return 1 if self.computer else IN_HOST
 
     def get(self, figure: str) -> float | None:
         """A figure; None if there is no source for it."""
@@ -108,18 +125,27 @@ def all_gpus() -> dict[str, Gpu]:
             given.get("machine"),
             tuple(given.get("capability", (0, 0))),
             given.get("arch", ""),
+            given.get("computer", False),
+            given.get("linked", IN_HOST),
         )
     return gpus
 
 
 def gpu(name: str) -> Gpu:
-    """The machine of this name. Raises InputError."""
-    if name not in all_gpus():
+    """The machine of this name, as in 4090, H100 or "RTX 4090". Raises InputError."""
+    asked = name.lower().replace(" ", "").removeprefix("rtx").removeprefix("rx")
+    if asked not in all_gpus():
         raise InputError(f"--gpu {name}: give all, or one of {', '.join(all_gpus())}")
-    return all_gpus()[name]
+    return all_gpus()[asked]
 
 
 def electricity() -> tuple[float, Source]:
     """The price of a kilowatt-hour in US dollars."""
     value, origin = read()["electricity"]["usd_per_kwh"]
+    return float(value), source(origin)
+
+
+def drive() -> tuple[float, Source]:
+    """GB a second that a fast drive reads."""
+    value, origin = read()["drive"]["read_gb_s"]
     return float(value), source(origin)

@@ -18,6 +18,8 @@ from r1 import roofline
 from r1.bench.load_result import load
 from r1.bench.rates import Rates
 from r1.files.config_json import parse_config
+from r1.guide.gpus import all_gpus
+from r1.guide.links import LEAST_STEP_GB, exchange_seconds
 from r1.model.config import AttentionShape, Config
 from r1.model.layers import Linear
 from r1.model.moe import Experts
@@ -32,8 +34,6 @@ PLAIN_SHARE = 0.9
 """The share of a copy's rate that fused kernels over plain numbers reach at batch 1 on an H100."""
 LEAST_NEW = 16
 """Fewer new tokens measure prompts: they are too few for the time of a step."""
-LEAST_STEP_GB = 0.1
-"""A smaller model waits for launches, not for memory: it says nothing about larger ones."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,21 @@ class Measured:
     """Of one decode step."""
     mean_power_w: float | None = None
     """Over decode steps; None in older results."""
+    experts: str = "device"
+    """Where routed experts lie: the switch."""
+    pp: int = 1
+    exchange_ms: float = 0.0
+    """What the sums between devices take in a step, by the link's figures."""
+    link_gb_s: float | None = None
+    """Measured copies from host memory, where experts come from there."""
+
+    @property
+    def kind(self) -> tuple[bool, str, bool]:
+        """Rows of one kind only say something about each other.
+
+        A CPU or a GPU, where experts lie, and whether stages take turns.
+        """
+        return self.device == "cpu", self.experts, self.pp > 1
 
     @property
     def gaps_ms(self) -> float:
@@ -83,16 +98,19 @@ class Measured:
 
     @property
     def decodes(self) -> bool:
-        """Whether it tells the speed of decode steps. On a GPU, uncaptured ones wait for a host."""
-        runs = self.captured or self.device == "cpu"
+        """Whether it tells the speed of decode steps. On a GPU, uncaptured ones wait for a host.
+
+        Experts elsewhere, and stages, can't be captured: so that wait is a part of their speed.
+        """
+        runs = self.captured or self.kind != (False, "device", False)
         large = self.new >= LEAST_NEW and self.step_gb >= LEAST_STEP_GB
         return bool(self.tpot_ms) and runs and large
 
     @property
     def share(self) -> float:
-        """The floor's share of a step's time, without the gaps between its kernels."""
+        """The floor's share of a step's time, without the gaps between its kernels, and sums."""
         assert self.tpot_ms
-        return self.floor_ms / (self.tpot_ms - self.gaps_ms)
+        return self.floor_ms / (self.tpot_ms - self.gaps_ms - self.exchange_ms)
 
     @property
     def unpacked_per_ms(self) -> float:
@@ -102,7 +120,7 @@ class Measured:
         """
         assert self.tpot_ms
         plain_ms = 1e3 * (self.step_gb - self.packed_gb) / self.copy_gb_s / PLAIN_SHARE
-        unpacking_ms = self.tpot_ms - self.gaps_ms - plain_ms
+        unpacking_ms = self.tpot_ms - self.gaps_ms - self.exchange_ms - plain_ms
         return self.packed_giga_elements / unpacking_ms if unpacking_ms > 0 else math.inf
 
     @property
@@ -113,11 +131,13 @@ class Measured:
     @property
     def work(self) -> tuple[Any, ...]:
         """What was to be done, and whether by fused blocks, whatever the other switches were."""
-        return (self.machine, self.model, self.quant, self.ranks, self.batch, self.fused)
+        shared = (self.ranks, self.pp, self.experts)
+        return (self.machine, self.model, self.quant, shared, self.batch, self.fused)
 
     def describe(self) -> str:
         """The row in words."""
         stored = "" if self.quant == "none" else f", {self.quant}"
+        stored += "" if self.experts == "device" else f", experts on {self.experts}"
         return (
             f"{self.model}{stored}, batch {self.batch}, prompt {self.prompt}, new {self.new}: "
             f"{self.arm} ({self.machine}, {self.file})"
@@ -169,13 +189,35 @@ def _row(
         row["tpot_ms"],
         row["floor_ms"],
         row["ttft_ms"],
-        round(1e3 * rates.seconds(prompt), 4),
+        round(max(1e3 * rates.seconds(prompt), _prompt_link_ms(row)), 4),
         row["step_gb"],
         round(read.nbytes / 1e9, 5),
         round(read.elements / 1e9, 5),
         row["kernels"],
         row["mean_power_w"],
+        backend.experts,
+        backend.pp,
+        _exchange_ms(config, backend, machine["name"], row["batch"]),
+        _link_gb_s(row),
     )
+
+
+def _prompt_link_ms(row: dict[str, Any]) -> float:
+    """How long a prompt's copies take at the link's rate."""
+    return (row.get("prompt_link_share") or 0.0) * float(row["ttft_ms"])
+
+
+def _link_gb_s(row: dict[str, Any]) -> float | None:
+    """The link's measured rate, of which a step's copies reached a share."""
+    share, mega = row.get("link_share"), row.get("link_mb")
+    return round(mega / row["tpot_ms"] / share, 2) if share and mega else None
+
+
+def _exchange_ms(config: Config, backend: Backend, machine: str, rows: int) -> float:
+    """Of a decode step; 0 where no link of that machine is known, for then its share has it."""
+    gpu = next((each for each in all_gpus().values() if each.machine == machine), None)
+    seconds = gpu and exchange_seconds(config, backend, gpu, rows)
+    return round(1e3 * (seconds or 0.0), 4)
 
 
 @dataclass(frozen=True)

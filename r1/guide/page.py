@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from r1.bench.report.fields import SCHEMA
 from r1.files.config_json import dump_config
 from r1.guide.answer import Answer, Speed
 from r1.guide.cost import Cost
+from r1.guide.fit import MOST_ROWS
 from r1.guide.gpus import Gpu
+from r1.guide.notes import notes, number
 from r1.guide.predict import Predictor
-from r1.guide.setup import HOST
 
 MEMORY = ("weights", "cache", "activations", "graphs", "libraries", "total")
 RANKED = (
     "machine", "model", "layout", "stored", "GB of GB", "tok/s, one row: floor", "expected",
     "best batch", "tok/s", "USD/M tokens: rent", "own", "J/token, at most",
 )  # fmt: skip
-PREDICTED = "Every time here is predicted; none was measured on this machine with this model."
+PREDICTED = "Every time here is predicted; none is a measurement."
 
 
-def one(answer: Answer, predictor: Predictor) -> str:
-    """All about one answer."""
+def one(answer: Answer, predictor: Predictor, smaller: Answer | None = None) -> str:
+    """All about one answer. `smaller`: see notes."""
     gpu, setup = answer.gpu, answer.setup
     if setup is None or answer.memory is None:
-        return (
-            f"{answer.name} does not fit {gpu.title}, in any layout and precision that these flags "
-            f"allow. `python -m r1.guide --model {answer.name}` ranks the machines that hold it."
-        )
+        return unfit(answer)
     sizes = answer.first.sizes
     title = f"# {answer.name} on {machines(answer)}, {setup.stored}, {setup.layout}"
+    whole = ", the model's context" * (answer.longest == setup.config.max_position_embeddings)
     limits = (
-        f"Largest batch of such rows: {answer.most_rows}. Longest row at batch {sizes.rows}: "
-        f"{answer.longest:,} tokens."
+        f"Largest batch of such rows: {most_rows(answer)}. Longest row at batch {sizes.rows}: "
+        f"{answer.longest:,} tokens{whole}."
     )
     total = "on each, " if setup.count > 1 else ""
+    cut = ", cut to the model's context" * answer.cut
     lines = [
-        title, "", f"{sizes.prompt:,} tokens of prompt, {sizes.new:,} new ones. {PREDICTED}", "",
+        title, "", f"{sizes.prompt:,} tokens of prompt, {sizes.new:,} new ones{cut}. {PREDICTED}",
+        "",
         f"## Memory, GB ({total}{gpu.capacity / 1e9:.0f} may be used)", "",
         *table([MEMORY, [f"{getattr(answer.memory, name) / 1e9:.2f}" for name in MEMORY]]), "",
         limits, "", "## Speed and cost", "", *table(speed_table(answer)), "",
-        *notes(answer, predictor), "", "## Sources", "", *sources(gpu),
+        *notes(answer, predictor, smaller), "", "## Sources", "", *sources(gpu),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def unfit(answer: Answer) -> str:
+    """Why there is no answer, and what to ask instead."""
+    begin = f"{answer.name} does not fit {answer.gpu.title}"
+    if answer.why_not:
+        return f"{answer.name} can't run on {answer.gpu.title} like this: {answer.why_not}."
+    ranks = f"`python -m r1.guide --model {answer.name}` ranks the machines that hold it"
+    return f"{begin}, in any layout and precision that these flags allow. {ranks}."
+
+
+def most_rows(answer: Answer) -> str:
+    """The largest batch; larger ones than MOST_ROWS were not looked at."""
+    return f"{answer.most_rows}{' or more' * (answer.most_rows == MOST_ROWS)}"
 
 
 def machines(answer: Answer) -> str:
@@ -61,7 +77,8 @@ def speed_table(answer: Answer) -> list[Sequence[str]]:
             "TTFT ms, floor", "TTFT ms, expected", "TPOT ms, floor", "TPOT ms, expected",
             "tokens/s, floor", "tokens/s, expected", "rent, USD per million tokens",
             "own, USD per million tokens", "joules per token, at most",
-            "joules per token, expected",
+            "joules per token, expected", "rent, USD per million tokens, at least",
+            "own, USD per million tokens, at least",
         )
     }  # fmt: skip
     for speed in answer.speeds:
@@ -70,6 +87,7 @@ def speed_table(answer: Answer) -> list[Sequence[str]]:
             t.floor_ttft_ms, t.expected_ttft_ms, t.floor_tpot_ms, t.expected_tpot_ms,
             speed.floor_tokens_per_s, speed.tokens_per_s, *(_prices(c)),
             c.expected_joules_per_token if c else None,
+            *_prices(None if c else speed.least_cost)[:2],
         )  # fmt: skip
         for name, value in zip(rows, cells, strict=True):
             rows[name].append(number(value))
@@ -78,42 +96,6 @@ def speed_table(answer: Answer) -> list[Sequence[str]]:
     power = ("watts, at most", *[watts] * len(heads))
     known = {name: cells for name, cells in rows.items() if any(cells)}
     return [("", *heads), *((name, *cells) for name, cells in known.items()), power]
-
-
-def notes(answer: Answer, predictor: Predictor) -> list[str]:
-    """What the numbers start from, and what they leave out."""
-    gpu, setup, times = answer.gpu, answer.setup, answer.first.times
-    assert setup
-    rates = predictor.rates(gpu)
-    products = f"{rates.matmul / 1e12:.0f} TFLOP/s in bf16" if times.floor_ttft_ms else "unknown"
-    lines = [f"- Floor: copy {rates.copy / 1e9:.0f} GB/s, matrix products {products}."]
-    word = "Calibrated: " if predictor.calibrated else ""
-    for speed in answer.speeds:
-        row, prompt = speed.times.step_row, speed.times.prompt_row
-        if row:
-            lines.append(
-                f"- {word}TPOT at batch {speed.sizes.rows} starts from the measured row "
-                f"{row.describe()}: {row.share:.0%} of the floor's rates while kernels run."
-            )
-        if prompt:
-            lines.append(
-                f"- {word}TTFT at batch {speed.sizes.rows} starts from {prompt.describe()}, which "
-                f"took {prompt.ttft_ms:.1f} ms, {prompt.prompt_share:.0%} of the floor's rates."
-            )
-    if not times.step_row:
-        lines.append(
-            "- Nothing is expected: no row was measured on such a device. Give one of your own "
-            "with --calibrate FILE.json."
-        )
-    if gpu.device == "cpu" and "Mac" in gpu.title:
-        lines.append("- r1 has no Metal backend: the floor is the memory's, r1 runs on the CPU.")
-    if gpu.device == "rocm":
-        lines.append("- No AMD GPU has run these kernels yet; they are compiled for it.")
-    if setup.count > 1:
-        lines.append("- r1's tensor and expert parallel are tested on CPUs only.")
-    if setup.count > HOST:
-        lines.append(f"- More than {HOST} GPUs are several hosts: their network is not counted.")
-    return lines
 
 
 def sources(gpu: Gpu) -> list[str]:
@@ -134,12 +116,16 @@ def _ranked(answer: Answer) -> list[str]:
     if answer.setup is None or answer.memory is None:
         return [answer.gpu.title, answer.name, "does not fit", *[""] * (len(RANKED) - 3)]
     first, best = answer.first, answer.best
+    rate, prices = number(best.tokens_per_s), [number(each) for each in _prices(best.cost)]
+    if not best.cost:  # bounds are marked as such
+        rate = f"≤ {number(best.floor_tokens_per_s)}"
+        least = [number(each) for each in _prices(best.least_cost)[:2]]
+        prices = [each and f"≥ {each}" for each in least] + [""]
     return [
         machines(answer), answer.name, answer.setup.layout, answer.setup.stored,
         f"{answer.memory.total / 1e9:.1f} of {answer.gpu.capacity / 1e9:.0f}",
         number(first.floor_tokens_per_s / first.sizes.rows), number(_one_row(first)),
-        str(best.sizes.rows), number(best.tokens_per_s),
-        *map(number, _prices(best.cost)),
+        str(best.sizes.rows), rate, *prices,
     ]  # fmt: skip
 
 
@@ -155,18 +141,11 @@ def _one_row(speed: Speed) -> float | None:
     return speed.tokens_per_s and speed.tokens_per_s / speed.sizes.rows
 
 
-def number(value: float | None) -> str:
-    """About three digits; nothing for what is not known."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of Markdown; the first row is the heading. Words stand left, numbers right."""
     heads, *body = rows
     cells = [[row[i] for row in body if row[i]] for i in range(len(heads))]
-    words = [not all(cell[0].isdigit() for cell in column) for column in cells]
+    words = [not all(cell.lstrip("≤≥ ")[0].isdigit() for cell in column) for column in cells]
     rule = ["---" if word else "---:" for word in words]
     return [f"| {' | '.join(row)} |" for row in (heads, rule, *body)]
 
@@ -206,6 +185,8 @@ def _as_row(answer: Answer, speed: Speed) -> dict[str, Any]:
         "floor_ms": times.floor_tpot_ms,
         "decode_tok_s": speed.tokens_per_s,
         "allocated_gb": setup.memory(speed.sizes).total / 1e9,
+        "experts": setup.places.experts,
+        "slowest": times.slowest,
         "starts_from": times.step_row and times.step_row.describe(),
-        "backend": vars(setup.backend),
+        "backend": vars(replace(setup.backend, expert_slots=times.slots)),
     }

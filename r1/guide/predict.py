@@ -6,7 +6,7 @@ measured machine's share of its own published ones is taken as this machine's to
 
 The time to expect of a step is
 
-    floor / share + kernels x gap + exchanges
+    floor / share + kernels x gap + sums between devices (links.py)
 
 where share and kernels are those of the nearest measured row (measured.py): the floor's share of
 the time that its kernels ran, and kernels a layer. So a prediction starts from one row, and says
@@ -29,19 +29,17 @@ from dataclasses import dataclass
 
 from r1.bench.rates import Rates
 from r1.footprint import Sizes
-from r1.guide import measured
+from r1.guide import links, measured
 from r1.guide.gpus import Gpu, all_gpus
 from r1.guide.measured import GAP_US, PLAIN_SHARE, Measured, Packed
 from r1.guide.setup import Setup
 from r1.model.config import AttentionShape
-from r1.roofline import expected_experts, step_work
+from r1.roofline import Work, expected_experts, step_work
 from r1.run.runner import round_rows
 from r1.storage.kinds import kind_of
 
 DEVICE_SHARE = 0.5
 """A prompt that reached less of the floor's rates than that waited for the host."""
-LATENCY_FROM = "h100"
-"""The machine whose measured latency of an all-reduce stands in where another has none."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,25 @@ class Times:
 
     floor_tpot_ms: float
     floor_ttft_ms: float | None
-    """None: the machine's rate of matrix products is not known."""
+    """None: the machine's rate of matrix products is not known, and nothing else is slower."""
     expected_tpot_ms: float | None
-    """None: nothing was measured on such a device."""
+    """None: nothing was measured of such a layout on such a device."""
     expected_ttft_ms: float | None
     step_row: Measured | None
     prompt_row: Measured | None
+    parts_ms: dict[str, float]
+    """What each part of the machine takes for a step, at the least."""
+    slots: int = 0
+    """Experts of each layer on the device, where the others lie elsewhere."""
+    only_floor: str | None = None
+    """Why nothing is expected, whatever was measured."""
+    staged_floor_ms: float | None = None
+    """The least, if stages worked on parts of the batch at a time; None without stages."""
+
+    @property
+    def slowest(self) -> str:
+        """The part of the machine that takes longest."""
+        return max(self.parts_ms, key=lambda name: self.parts_ms[name])
 
 
 @dataclass(frozen=True)
@@ -65,14 +76,19 @@ class Predictor:
     rows: Sequence[Measured]
     calibrated: bool = False
     """Whether rows of the user's own machine are among them."""
+    drive_gb_s: float = 0.0
+    """What the drive reads, for experts on disk."""
 
     def rates(self, gpu: Gpu) -> Rates:
         """A machine's rates: measured where it was, else published ones times a measured share."""
+        host, drive = links.host_rate(gpu), self.drive_gb_s * 1e9
         own = [row for row in self.rows if row.machine == gpu.machine]
         if own:
             copy = statistics.median(row.copy_gb_s for row in own)
             matmul = statistics.median(row.matmul_tflop_s for row in own)
-            return Rates(copy * 1e9, matmul * 1e12, 0.0, GAP_US / 1e6)
+            rates = [row.link_gb_s for row in own if row.link_gb_s]
+            host = statistics.median(rates) * 1e9 if rates else host
+            return Rates(copy * 1e9, matmul * 1e12, 0.0, GAP_US / 1e6, host, drive)
         copy_share, matmul_share = self.shares()
         products = gpu.get("bf16_tflop_s")
         return Rates(
@@ -80,6 +96,8 @@ class Predictor:
             products * 1e12 * matmul_share if products else math.inf,
             0.0,
             GAP_US / 1e6,
+            host,
+            drive,
         )
 
     def shares(self) -> tuple[float, float]:
@@ -93,30 +111,60 @@ class Predictor:
 
     def times(self, setup: Setup, sizes: Sizes) -> Times:
         """Both times of a model with these rows, as floor and as expected."""
-        rates, backend, config = self.rates(setup.gpu), setup.backend, setup.config
+        rates, backend, config = self.rates(setup.gpu), setup.on_device, setup.config
+        slots = setup.slots(sizes) if setup.streams else 0
         rows = round_rows(sizes.rows) if backend.cuda_graphs else sizes.rows
-        context = sizes.depth + sizes.prompt + sizes.new / 2
         hit = expected_experts(config, sizes.rows)
-        step = step_work(config, backend, sizes.rows, 1, context, hit)
+        step = self._step(setup, sizes, sizes.rows, slots)
         floor = 1e3 * rates.seconds(step)
-        prompt_work = measured.prompt_work(config, backend, sizes.rows, sizes.prompt, sizes.depth)
-        prompt_floor = None if rates.matmul == math.inf else 1e3 * rates.seconds(prompt_work)
-        like, known = Like.of(setup), self._of_device(setup)
+        prompt_floor = self._prompt_floor(setup, sizes, slots, rates)
+        like, why = Like.of(setup), links.only_floor(setup, step)
+        known = [] if why else self._of_kind(setup)
         row = nearest(measured.best(known), like, rows, step.nbytes)
-        exchange = 1e3 * exchange_seconds(setup, rows)
         read = Read(step.nbytes, measured.packed(config, backend, hit), rates.copy)
-        expected = step_ms(floor, read, row, like) + exchange if row else None
+        expected = step_ms(floor, read, row, like) + _exchange_ms(setup, rows) if row else None
         first, tokens, like_prompt = None, rows * sizes.prompt, None
         prompts = measured.best_prompts(known)
         if prompts and prompt_floor:
             first, like_prompt = prompt_ms(prompt_floor, prompts, like, tokens)
-            first += 1e3 * exchange_seconds(setup, tokens)
-        return Times(floor, prompt_floor, expected, first, row, like_prompt)
+            first += _exchange_ms(setup, tokens)
+        staged = self._step(setup, sizes, math.ceil(sizes.rows / backend.pp), slots)
+        return Times(
+            floor, prompt_floor, expected, first, row, like_prompt,
+            links.parts_ms(setup, step, rates, rows), slots, why,
+            1e3 * rates.seconds(staged) if backend.pp > 1 else None,
+        )  # fmt: skip
 
-    def _of_device(self, setup: Setup) -> list[Measured]:
-        """The rows of such a device: a CPU's say nothing about a GPU, nor the other way round."""
-        cpu = setup.gpu.device == "cpu"
-        return [row for row in self.rows if (row.device == "cpu") == cpu]
+    def _step(self, setup: Setup, sizes: Sizes, rows: int, slots: int) -> Work:
+        """A decode step's work, in the middle of the answer."""
+        context = sizes.depth + sizes.prompt + sizes.new / 2
+        hit = expected_experts(setup.config, rows)
+        work = step_work(setup.config, setup.on_device, rows, 1, context, hit)
+        return links.with_fetches(setup, work, hit, slots)
+
+    def _prompt_floor(self, setup: Setup, sizes: Sizes, slots: int, rates: Rates) -> float | None:
+        """Milliseconds. None where arithmetic bounds it, and the rate of that is not known.
+
+        Experts that are copied bound a prompt too.
+        """
+        config, backend = setup.config, setup.on_device
+        work = measured.prompt_work(config, backend, sizes.rows, sizes.prompt, sizes.depth)
+        hit = expected_experts(config, sizes.rows * sizes.prompt)
+        work = links.with_fetches(setup, work, hit, slots)
+        unknown = rates.matmul == math.inf and not setup.streams
+        return None if unknown else 1e3 * rates.seconds(work)
+
+    def _of_kind(self, setup: Setup) -> list[Measured]:
+        """The rows that say something about such a layout on such a device."""
+        kind = setup.gpu.device == "cpu", setup.places.experts, setup.backend.pp > 1
+        return [row for row in self.rows if row.kind == kind]
+
+
+def _exchange_ms(setup: Setup, tokens: int) -> float:
+    """Of a layout for which a time is expected: its links are known."""
+    seconds = links.exchange_seconds(setup.config, setup.backend, setup.gpu, tokens)
+    assert seconds is not None
+    return 1e3 * seconds
 
 
 @dataclass(frozen=True)
@@ -175,7 +223,7 @@ def step_ms(floor_ms: float, read: Read, row: Measured, like: Like) -> float:
     If both are packed, it has the row's rate of unpacking instead, and is never below the floor.
     """
     busy = floor_ms / row.share
-    if "none" not in (row.quant, like.quant):
+    if "none" not in (row.quant, like.quant) and row.experts == "device":
         busy = max(floor_ms, read.busy_ms(row.unpacked_per_ms))
     return busy + row.gaps_ms / row.layers * like.layers
 
@@ -207,27 +255,12 @@ def prompt_ms(
         return like.distance(row) + abs(math.log2(tokens / (row.batch * row.prompt)))
 
     times = []
-    if device := [row for row in rows if row.prompt_share >= DEVICE_SHARE]:
+    elsewhere = [row for row in rows if row.experts != "device"]  # it waits for copies
+    if device := elsewhere or [row for row in rows if row.prompt_share >= DEVICE_SHARE]:
         row = min(device, key=far)
         times.append((floor_ms / min(1.0, row.prompt_share), row))
-    if host := [row for row in rows if row.prompt_share < DEVICE_SHARE]:
+    host = [row for row in rows if row.prompt_share < DEVICE_SHARE]
+    if host and not elsewhere:
         row = min(host, key=far)
         times.append((max(floor_ms, row.ttft_ms / row.layers * like.layers), row))
     return max(times, key=lambda each: each[0])
-
-
-def exchange_seconds(setup: Setup, tokens: int) -> float:
-    """What devices exchange in one call: two sums a layer, each of every token's hidden state.
-
-    A sum takes the latency, and 2 (n - 1) / n of its bytes over one direction of the link. A
-    machine whose link is not known takes the latency alone, so its time is too short.
-    """
-    n = setup.count
-    if n == 1:
-        return 0.0
-    latency = setup.gpu.get("link_latency_us") or all_gpus()[LATENCY_FROM].get("link_latency_us")
-    assert latency
-    link = setup.gpu.get("link_both_ways_gb_s")
-    nbytes = tokens * setup.config.hidden_size * 2
-    moving = 2 * (n - 1) / n * nbytes / (link * 1e9 / 2) if link else 0.0
-    return 2 * setup.config.num_hidden_layers * (latency / 1e6 + moving)

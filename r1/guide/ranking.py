@@ -19,9 +19,18 @@ def machines(name: str, config: Config, question: Question) -> list[Answer]:
 
 
 def models(gpu: Gpu, question: Question) -> list[Answer]:
-    """The answer of one machine for every model; the largest model that fits comes first."""
+    """The answer of one machine for every model.
+
+    The largest model that fits comes first, then those whose experts lie elsewhere.
+    """
     answers = [question.ask(name, SHAPES[name], gpu) for name in FAMILY]
-    return sorted(answers, key=lambda answer: -(answer.memory.weights if answer.memory else 0))
+
+    def place(answer: Answer) -> tuple[bool, bool, int]:
+        if answer.setup is None or answer.memory is None:
+            return True, True, 0
+        return False, answer.setup.streams, -answer.memory.weights
+
+    return sorted(answers, key=place)
 
 
 def ordered(answers: Iterable[Answer]) -> list[Answer]:
