@@ -6,6 +6,7 @@ the device are tested in test_offload.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -313,15 +314,22 @@ def readers() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name.startswith("experts")]
 
 
+SHARED = Path("/dev/shm")
+
+
 def test_a_killed_process_leaves_nothing(plain: Path, tmp_path: Path) -> None:
-    """Nothing is written beside the checkpoint, to /dev/shm, or to the folder for such files."""
+    """Nothing is written beside the checkpoint, to /dev/shm, or to the folder for such files.
+
+    Other processes use /dev/shm meanwhile. A file there is the killed one's only if it is new and
+    no living process has it open or mapped, and none comes to remove it.
+    """
     lines = (
         "import r1",
         f"e = r1.load({str(plain)!r}, r1.Backend(device='cpu', experts='disk'), quiet=True)",
         "print('ready', flush=True)",
         "e.generate([[1, 2]], 60, ignore_stop=True, on_tokens=lambda _: print(1, flush=True))",
     )
-    before = snapshot(plain), set(os.listdir("/dev/shm"))
+    before, shared = snapshot(plain), own_files(SHARED)
     process = subprocess.Popen(
         [sys.executable, "-c", "\n".join(lines)],
         stdout=subprocess.PIPE,
@@ -333,8 +341,64 @@ def test_a_killed_process_leaves_nothing(plain: Path, tmp_path: Path) -> None:
         assert process.stdout.readline() == b"ready\n" and process.stdout.readline() == b"1\n"
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert (snapshot(plain), set(os.listdir("/dev/shm"))) == before
-    assert not any(tmp_path.iterdir())
+    assert snapshot(plain) == before and not any(tmp_path.iterdir())
+    assert not abandoned(shared)
+
+
+def test_an_abandoned_file_is_seen() -> None:
+    """One that a process leaves, and none that a living one has open or mapped."""
+    shared = own_files(SHARED)
+    script = (
+        "import mmap, os, sys; f = open(sys.argv[1], 'w+b'); f.write(b'1' * 4096); f.flush()\n"
+        "m = mmap.mmap(f.fileno(), 4096); f.close(); print('ready', flush=True); input()"
+    )
+    path = SHARED / f"r1-test-{os.getpid()}"
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            assert path.name in held(SHARED)
+            assert path.name not in abandoned(shared, wait=0)
+            process.kill()
+            process.wait()
+            assert path.name in abandoned(shared, wait=0)
+        finally:
+            process.kill()
+            path.unlink(missing_ok=True)
+
+
+def own_files(folder: Path) -> set[str]:
+    """The names of this user's files."""
+    found = set()
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # it has gone
+            if entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                found.add(entry.name)
+    return found
+
+
+def held(folder: Path) -> set[str]:
+    """The names of a folder's files that a living process has open or mapped."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            lines = (process / "maps").read_text().splitlines()
+            places = {line.split(maxsplit=5)[-1] for line in lines}
+            places |= {os.readlink(each) for each in (process / "fd").iterdir()}
+            found |= {Path(place).name for place in places if Path(place).parent == folder}
+    return found
+
+
+def abandoned(before: set[str], wait: float = 10) -> set[str]:
+    """New files in SHARED that no living process has. Those of an end under way go in `wait` s."""
+    deadline = time.monotonic() + wait
+    while found := own_files(SHARED) - before - held(SHARED):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    return found
 
 
 # ---------------------------- memory and refusals

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1.errors import InputError
+from r1.storage import fp8
 from r1.storage.codes import Codes, dequantize, part
 from r1.storage.dense import Dense
 from r1.storage.int4 import Int4
@@ -68,6 +70,39 @@ def test_the_numbers_are_their_definition(spec: Spec, shape: tuple[int, int]) ->
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(matrix.dense(dtype), right.to(dtype))
     assert matrix.dense().dtype == weight.dtype
+
+
+class Divisors(TorchDispatchMode):
+    """Notes by what tensors are divided: by tensors, or by Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[type] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.seen.add(type(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=Spec.describe)
+def test_every_device_rounds_alike(spec: Spec) -> None:
+    """A GPU multiplies by the reciprocal of a Python number, which is another rounding.
+
+    FP8 numbers are few, so of a block of them many lie halfway between two of int8.
+    """
+    weight = random(256, 96).to(fp8.E4M3).float()
+    with Divisors() as divisors:
+        packed = KINDS[spec.kind].quantize(weight, spec)
+    assert divisors.seen == {Tensor}
+    with Divisors() as divisors:
+        weight / 127
+    assert Tensor not in divisors.seen
+    if torch.cuda.is_available():
+        for name, tensor in KINDS[spec.kind].quantize(weight.cuda(), spec).items():
+            assert torch.equal(tensor.cpu().view(torch.uint8), packed[name].view(torch.uint8))
 
 
 @settings(max_examples=60, deadline=None)

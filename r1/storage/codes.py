@@ -83,16 +83,25 @@ def _round_band(w: Tensor, spec: Spec) -> tuple[Tensor, ...]:
     int4 = spec.kind == "int4"
     low, high = (0, 15) if int4 else (-128, 127)
     if not spec.zeros:
-        scale = (_of_blocks(w.abs(), block, "amax") / TOP[spec.kind]).clamp(min=TINY)
+        scale = quotient(_of_blocks(w.abs(), block, "amax"), TOP[spec.kind]).clamp(min=TINY)
         scale = scale.to(SCALES[spec.scale])
         q = (w / _spread(scale.float(), block, w.shape)).round() + (8 if int4 else 0)
         return _numbers(q.clamp(low, high) if int4 else q.clamp(-127, 127), int4), scale
     top, bottom = _of_blocks(w, block, "amax").clamp(min=0), _of_blocks(w, block, "amin")
     bottom = bottom.clamp(max=0)
-    scale = ((top - bottom) / (high - low)).clamp(min=TINY).to(SCALES[spec.scale])
+    scale = quotient(top - bottom, high - low).clamp(min=TINY).to(SCALES[spec.scale])
     zero = (low - bottom / scale.float()).round().clamp(low, high)
     q = (w / _spread(scale.float(), block, w.shape)).round() + _spread(zero, block, w.shape)
     return _numbers(q.clamp(low, high), int4), scale, zero.to(zero_dtype(spec.kind))
+
+
+def quotient(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once on every device.
+
+    Where the number is Python's, torch multiplies by its rounded reciprocal on a GPU. The scales
+    are then one bit off those of a CPU, and numbers halfway between two go the other way.
+    """
+    return x / x.new_full((), number)
 
 
 def _numbers(q: Tensor, int4: bool) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.errors import InputError
-from r1.storage.codes import Codes
+from r1.storage.codes import Codes, quotient
 from r1.storage.quantized import Quantized
 from r1.storage.spec import Spec
 
@@ -81,7 +81,7 @@ def quantize(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
         w = weight[start:stop].float().unflatten(0, (-1, height))  # (blocks, height, in)
         amax = F.pad(w.abs().amax(dim=1), (0, -columns % block[1]))  # (blocks, padded in)
         amax = amax.unflatten(1, (-1, block[1])).amax(dim=2)  # (blocks, grid columns)
-        s = amax.clamp(min=1e-12) / E4M3_MAX
+        s = quotient(amax.clamp(min=1e-12), E4M3_MAX)
         first = start // block[0]
         scale[first : first + s.shape[0]] = s
         wide = s.repeat_interleave(block[1], dim=1)[:, None, :columns]  # (blocks, 1, in)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r1.storage.codes import SCRATCH, TINY, Codes, zero_dtype
+from r1.storage.codes import SCRATCH, TINY, Codes, quotient, zero_dtype
 from r1.storage.spec import SCALES, Spec
 
 BITS = (2, 3, 4, 8)
@@ -236,8 +236,8 @@ def _range(w: Tensor, grid: Grid, part: float) -> tuple[Tensor, Tensor]:
     dtype, (low, high) = SCALES[grid.scale], grid.ends
     least = LEAST_FP16 if grid.scale == "fp16" else TINY  # a scale is never 0
     if not grid.zeros:
-        scale = (w.abs().amax(-1) * part / grid.top).clamp(min=least).to(dtype).float()
+        scale = quotient(w.abs().amax(-1) * part, grid.top).clamp(min=least).to(dtype).float()
         return scale, torch.full_like(scale, grid.middle)
     top, bottom = w.amax(-1).clamp(min=0) * part, w.amin(-1).clamp(max=0) * part
-    scale = ((top - bottom) / (high - low)).clamp(min=least).to(dtype).float()
+    scale = quotient(top - bottom, high - low).clamp(min=least).to(dtype).float()
     return scale, (low - bottom / scale).round().clamp(low, high)
