@@ -6,6 +6,8 @@ parallel     tensor and expert parallel: each rank's part of every layer
 offload      experts in host memory or files: what lies where, and how much memory that takes
 streamed     one layer's experts there: passes over the slots of the device
 sources      where a missing expert comes from: host memory, or files with a cache before them
+staging      places that layers share, for a prompt's experts of the next layer
+traffic      counts: experts that were wanted, found and copied
 slots        which expert lies in which slot, and which one gives its slot away
 link         pinned memory, and copies on a stream of their own
 stages       pipeline parallel: each rank's range of layers

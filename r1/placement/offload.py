@@ -9,18 +9,19 @@ import dataclasses
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from r1.device import available_bytes
 from r1.errors import InputError, setting
-from r1.model.moe import MoE
+from r1.model.moe import Experts, MoE
 from r1.placement.link import Link, host_rows
 from r1.placement.placement import Part, Placement
 from r1.placement.slots import POLICIES
 from r1.placement.sources import THREADS, InFiles, InMemory
+from r1.placement.staging import Staging, places_for
 from r1.placement.streamed import StreamedExperts
 from r1.storage.matrix import Matrix
 from r1.storage.rows import Rows
@@ -71,6 +72,7 @@ class Offloaded(Placement):
     def sizes(self, model: nn.Module, device: torch.device) -> Counter[str]:
         """The device has the fewest slots that are asked for, one if their number is free."""
         needed = Counter({device.type: rest_bytes(model)})
+        needed[device.type] += staging_bytes(model, self.how.slots or 1)
         for layer in sparse(model):
             width = Rows(layer.experts).width
             needed[device.type] += (self.how.slots or 1) * width
@@ -86,7 +88,11 @@ class Offloaded(Placement):
         if self.how.slots:
             return min(self.how.slots, most)
         free -= rest_bytes(model) + max(LEFT, int(SHARE * free))
-        return max(1, min(most, free // expert_width(model)))
+        each = expert_width(model)
+        slots = max(1, min(most, free // each))
+        while slots > 1 and slots * each + staging_bytes(model, slots) > free:
+            slots -= 1
+        return slots
 
     def cached(self, model: nn.Module, free: int) -> int:
         """Experts of each layer in the cache of a host with so many bytes free. Raises InputError.
@@ -109,26 +115,41 @@ class Offloaded(Placement):
     def allocate(self, model: Any, device: torch.device) -> None:
         """Memory for the tensors; each layer's experts become StreamedExperts."""
         count = self.slots(model, self.free(model, device))
-        taken = rest_bytes(model) + count * expert_width(model) if device == CPU else 0
+        half, ahead = staging_places(model, count), staging_bytes(model, count)
+        taken = rest_bytes(model) + count * expert_width(model) + ahead if device == CPU else 0
         for module in _rest(model):
             module.to_empty(device=device, recurse=False)
         link, policy = Link(device), POLICIES[self.how.policy]
         cached = self.cached(model, available_bytes(CPU) - taken)
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="experts")
+        bares: list[Experts] = []
         for layer in sparse(model):
             whole, slots = layer.experts, policy(count, layer.experts.count)
+            bare = copy.deepcopy(whole)
             rows = host_rows(min(cached, whole.count), Rows(whole).width, device)
             source = InMemory(rows)
             held = copy.deepcopy(whole) if self.how.files else whole
             Rows(held).place(rows)
             if self.how.files:
                 source = InFiles(held, rows, policy(len(rows), whole.count), slots, pool)
-            layer.experts = StreamedExperts(whole, slots, source, device, link)
+            layer.experts = StreamedExperts(bare, whole, slots, source, device, link)
+            bares.append(bare)
+        self._chain(model, bares, Staging(bares[0], half, device) if half else None)
         link.begin()
-        if self.how.guess:
-            for layer, following in pairwise(sparse(model.layers)):
-                streamed, other = layer.experts, following.experts
-                assert isinstance(streamed, StreamedExperts) and isinstance(other, StreamedExperts)
+
+    def _chain(self, model: Any, bares: list[Experts], staging: Staging | None) -> None:
+        """Tell each layer the next one, and give them the staging that they share.
+
+        `bares`: the layers' stacks without memory.
+        """
+        layers = sparse(model.layers)
+        for (layer, following), bare in zip(pairwise(layers), bares[1:], strict=False):
+            streamed, other = layer.experts, following.experts
+            assert isinstance(streamed, StreamedExperts) and isinstance(other, StreamedExperts)
+            streamed.following = (other,)
+            if staging and Rows(bare).layout == staging.layout:
+                other.staging = (staging,)
+            if self.how.guess:
                 streamed.next = (following.gate, other)
 
     def free(self, model: nn.Module, device: torch.device) -> int:
@@ -147,6 +168,20 @@ def sparse(model: nn.Module) -> list[MoE]:
 def expert_width(model: nn.Module) -> int:
     """Bytes of one expert of each layer."""
     return sum(Rows(layer.experts).width for layer in sparse(model))
+
+
+def staging_places(model: nn.Module, slots: int) -> int:
+    """How many experts of the next layer a prompt copies ahead, beside those in free slots."""
+    layers = sparse(cast(nn.Module, model.layers))
+    if len(layers) < 2:
+        return 0
+    return places_for(slots, layers[0].experts.count, Rows(layers[0].experts).width)
+
+
+def staging_bytes(model: nn.Module, slots: int) -> int:
+    """Bytes of the device for these: of two layers at a time."""
+    layers = sparse(cast(nn.Module, model.layers))
+    return 2 * staging_places(model, slots) * Rows(layers[0].experts).width if layers else 0
 
 
 def _rest(model: nn.Module) -> list[nn.Module]:

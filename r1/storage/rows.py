@@ -33,6 +33,15 @@ class Rows:
             nbytes = each[0].numel() * each.itemsize
             self.width += -(-nbytes // ALIGNMENT) * ALIGNMENT
 
+    @property
+    def layout(self) -> list[tuple[object, ...]]:
+        """What two modules must have in common for a row of one to be a row of the other."""
+        tensors = [(module, name, getattr(module, name)) for module, name in _tensors(self.experts)]
+        return [
+            (type(module), getattr(module, "spec", None), name, tensor.shape[1:], tensor.dtype)
+            for module, name, tensor in tensors
+        ]
+
     def place(self, buffer: Tensor) -> None:
         """Make the tensors views of `buffer`, uint8 (E, width); E may be another one than before.
 
