@@ -25,6 +25,7 @@ from r1.model.rope import rotate_each, rotate_jointly
 from r1.model.router import Router
 from r1.model.temper import tempered
 from r1.model.transformer import Transformer
+from r1.placement import profile
 from r1.placement.mesh import Mesh
 from r1.placement.offload import Offloaded, Slotted
 from r1.placement.parallel import Parallel
@@ -108,6 +109,7 @@ def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> 
     how = Slotted(
         backend.expert_slots,
         backend.expert_policy,
+        profile.load(backend.expert_profile, config) if backend.expert_profile else None,
         backend.guess_experts,
         backend.experts == "disk",
         int(backend.expert_cache_gb * 1e9),

@@ -535,6 +535,7 @@ def test_no_flag_always_refuses() -> None:
         "attention=naive": {"prefill_attention": "naive"},
         "prefill_attention=naive": {"attention": "naive"},
         "expert_policy=most": {"experts": "host"},
+        "expert_policy=pinned": {"experts": "host", "expert_profile": "routing.json"},
     }
     for name, values in choices().items():
         for value in values:

@@ -9,6 +9,7 @@ sources      where a missing expert comes from: host memory, or files with a cac
 staging      places that layers share, for a prompt's experts of the next layer
 traffic      counts: experts that were wanted, found and copied
 slots        which expert lies in which slot, and which one gives its slot away
+profile      a recording: how often each expert was chosen
 link         pinned memory, and copies on a stream of their own
 stages       pipeline parallel: each rank's range of layers
 collectives  what ranks exchange: sums, and rows put together
@@ -16,6 +17,6 @@ mesh         the ranks that share a model, in a grid, and what they agree on
 alike        whether they loaded the same checkpoint
 ranks        the processes of one command: how they meet, speak, listen and end
 
-Tested in tests/: test_placement.py, test_offload.py, test_disk.py, test_parallel.py and
-test_torchrun.py.
+Tested in tests/: test_placement.py, test_offload.py, test_disk.py, test_routing.py,
+test_parallel.py and test_torchrun.py.
 """

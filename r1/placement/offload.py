@@ -19,7 +19,8 @@ from r1.errors import InputError, setting
 from r1.model.moe import Experts, MoE
 from r1.placement.link import Link, host_rows
 from r1.placement.placement import Part, Placement
-from r1.placement.slots import POLICIES
+from r1.placement.profile import Profile
+from r1.placement.slots import POLICIES, Recorded, Slots
 from r1.placement.sources import THREADS, InFiles, InMemory
 from r1.placement.staging import Staging, places_for
 from r1.placement.streamed import StreamedExperts
@@ -40,6 +41,8 @@ class Slotted:
     slots: int = 0
     """Of each layer; 0: as many as the device has memory for."""
     policy: str = "last"
+    profile: Profile | None = None
+    """What the policy "pinned" keeps."""
     guess: bool = False
     files: bool = False
     """Experts stay in the checkpoint's files."""
@@ -119,23 +122,33 @@ class Offloaded(Placement):
         taken = rest_bytes(model) + count * expert_width(model) + ahead if device == CPU else 0
         for module in _rest(model):
             module.to_empty(device=device, recurse=False)
-        link, policy = Link(device), POLICIES[self.how.policy]
+        link = Link(device)
         cached = self.cached(model, available_bytes(CPU) - taken)
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="experts")
         bares: list[Experts] = []
         for layer in sparse(model):
-            whole, slots = layer.experts, policy(count, layer.experts.count)
+            whole, slots = layer.experts, self._slots(count, layer, model)
             bare = copy.deepcopy(whole)
             rows = host_rows(min(cached, whole.count), Rows(whole).width, device)
             source = InMemory(rows)
             held = copy.deepcopy(whole) if self.how.files else whole
             Rows(held).place(rows)
             if self.how.files:
-                source = InFiles(held, rows, policy(len(rows), whole.count), slots, pool)
+                cache = POLICIES[self.how.policy](len(rows), whole.count)
+                source = InFiles(held, rows, cache, slots, pool)
             layer.experts = StreamedExperts(bare, whole, slots, source, device, link)
             bares.append(bare)
         self._chain(model, bares, Staging(bares[0], half, device) if half else None)
         link.begin()
+
+    def _slots(self, count: int, layer: MoE, model: Any) -> Slots:
+        """The slots of one layer, with what the policy knows of its experts."""
+        slots = POLICIES[self.how.policy](count, layer.experts.count)
+        number = next((n for n, block in enumerate(model.layers) if block.mlp is layer), None)
+        if isinstance(slots, Recorded) and self.how.profile and number is not None:
+            counts = self.how.profile.counts[number]
+            slots.expect([counts[expert] for expert in layer.experts.ids])
+        return slots
 
     def _chain(self, model: Any, bares: list[Experts], staging: Staging | None) -> None:
         """Tell each layer the next one, and give them the staging that they share.

@@ -17,10 +17,10 @@ class Slots:
         self.slot: dict[int, int] = {}
         """By expert, of those that lie in one."""
         self.used, self.clock = [0] * slots, 0
-        self.counts = [0] * experts
+        self.counts: list[float] = [0] * experts
         """Tokens that chose each expert."""
 
-    def worth(self, slot: int) -> tuple[int, ...]:
+    def worth(self, slot: int) -> tuple[float, ...]:
         """The slot with the least worth is given away first."""
         return (self.used[slot],)
 
@@ -47,7 +47,7 @@ class Slots:
         Experts that lie `elsewhere` too give theirs first.
         """
 
-        def worth(slot: int) -> tuple[int, ...]:
+        def worth(slot: int) -> tuple[float, ...]:
             held = self.expert[slot]
             return (held is not None, held not in elsewhere, *self.worth(slot))
 
@@ -70,7 +70,7 @@ class MostUsed(Slots):
     A prompt's tokens count, so an answer begins with the experts that its prompt used most.
     """
 
-    def worth(self, slot: int) -> tuple[int, ...]:
+    def worth(self, slot: int) -> tuple[float, ...]:
         expert = self.expert[slot]
         return (0 if expert is None else self.counts[expert], self.used[slot])
 
@@ -78,5 +78,19 @@ class MostUsed(Slots):
         return sorted(missing, key=lambda expert: self.counts[expert])
 
 
-POLICIES: dict[str, type[Slots]] = {"last": Slots, "most": MostUsed}
+class Recorded(MostUsed):
+    """The expert that was chosen least in a recording (profile.py) is given up first.
+
+    So the most chosen ones stay, once they have come, and the others take turns.
+    """
+
+    def expect(self, counts: list[float]) -> None:
+        """How often each expert was chosen there."""
+        self.counts = counts
+
+    def count(self, chosen: Iterable[int], tokens: Iterable[int]) -> None:
+        pass
+
+
+POLICIES: dict[str, type[Slots]] = {"last": Slots, "most": MostUsed, "pinned": Recorded}
 """By the value of the switch expert_policy."""

@@ -6,7 +6,7 @@ from r1.errors import InputError, setting
 from r1.model.config import Config
 from r1.switches.backend import Backend
 
-OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "guess_experts")
+OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "expert_profile", "guess_experts")
 """The switches that say how experts are fetched."""
 CAN_NOT_WAIT = ("compile", "cuda_graphs", "prefill_graphs", "tune")
 """Switches under which nothing may wait for a number in the middle of a step."""
@@ -27,6 +27,11 @@ def check(backend: Backend, config: Config) -> None:
         cache = setting("expert_cache_gb", backend.expert_cache_gb)
         disk = setting("experts", "disk")
         raise InputError(f"{cache} is of no use without {disk}: add that, or leave it out")
+    pinned, file = setting("expert_policy", "pinned"), setting("expert_profile", "FILE")
+    if backend.expert_profile and backend.expert_policy != "pinned":
+        raise InputError(f"{file} is of no use without {pinned}: add that, or leave it out")
+    if backend.expert_policy == "pinned" and not backend.expert_profile:
+        raise InputError(f"{pinned} needs a recording: add {file}")
     if backend.experts == "device":
         for name in OWN:
             value = getattr(backend, name)
