@@ -240,10 +240,8 @@ def test_what_came_early_changes_no_number(moe: str, slots: int) -> None:
 
 @pytest.mark.parametrize("slots", [2, 6])
 def test_a_prompts_copies_run_ahead(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer n + 1's first experts are copied before layer n's last ones are computed.
-
-    Also where all slots hold experts that are needed: they go to the staging, and are not copied
-    again. The numbers are those of all experts on the device.
+    """Layer n + 1's first experts are copied before layer n's last ones are computed, and so before
+    its router has chosen. Also where all slots hold experts that are needed: these stay there.
     """
     run = even(sharp_logits(**HOST, expert_slots=slots))
     events: list[tuple[Any, Any]] = []
@@ -267,23 +265,33 @@ def test_a_prompts_copies_run_ahead(slots: int, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(link.Link, "copy", copied)
     monkeypatch.setattr(Gather, "__call__", computed)
-    for module in run.model.modules():
-        if isinstance(module, MoE):
-            module.dispatch["prefill"] = Gather()
+    for number, module in enumerate(sparse(run.model)):
+        module.dispatch["prefill"] = Gather()
+        module.gate.register_forward_hook(lambda *_, n=number: events.append(("route", n)))
     for cold in (True, False):
         events.clear()
+        held = [set(layer.slots.slot) for layer in layers]
         run.prefill([list(range(60))], run.cache(1, 64))
-        for n in range(1, len(layers)):
-            before = events.index((n, "slots" if cold else "staging"))
-            last = max(i for i, each in enumerate(events) if each[0] == n - 1)
-            assert last < before and "compute" in [each[0] for each in events[before:]]
-            begin = next(i for i in range(before, len(events)) if events[i][0] == "compute")
-            assert events[begin] == ("compute", slots), "the rest of the layer before"
-            ahead = sum(each == (n, "staging") for each in events)
-            assert ahead == slots
         for n in range(len(layers)):
-            copies = sum(each[0] == n for each in events)
-            assert copies == EXPERTS - (0 if cold else slots), "each once"
+            copies = [i for i, each in enumerate(events) if each[0] == n]
+            assert len(copies) == EXPERTS - (0 if cold else slots), "each once"
+            early = [i for i in copies if i < events.index(("route", n))]
+            assert len(early) == (0 if n == 0 else 2 * slots if cold else slots)
+            assert all(events[i][1] == "staging" for i in early[-slots:])
+            kinds = [each[0] for each in events[early[-1] if early else 0 :]]
+            assert not early or kinds.index("compute") < kinds.index("route")
+        assert cold or [set(layer.slots.slot) for layer in layers] == held
+
+
+def test_a_prompt_leaves_its_most_used_in_slots() -> None:
+    """Under "most", whether it is read at once or in chunks; slots that hold better are left."""
+    for chunk in (200, 50):
+        run = even(sharp_logits(**HOST, expert_slots=4, expert_policy="most"))
+        run.prefill_chunk = chunk
+        run.prefill([list(range(200))], run.cache(1, 256))
+        for layer in streamed_layers(run.model):
+            held = sorted(layer.slots.counts[expert] for expert in layer.slots.slot)
+            assert held == sorted(layer.slots.counts)[-4:]
 
 
 def test_what_lies_in_a_slot_is_not_copied() -> None:

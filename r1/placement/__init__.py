@@ -6,7 +6,8 @@ parallel     tensor and expert parallel: each rank's part of every layer
 offload      experts in host memory or files: what lies where, and how much memory that takes
 streamed     one layer's experts there: passes over the slots of the device
 sources      where a missing expert comes from: host memory, or files with a cache before them
-staging      places that layers share, for a prompt's experts of the next layer
+holding      what of it lies on the device or is on its way: slots, copies, passes
+staging      places that layers share, through which a prompt's experts pass
 traffic      counts: experts that were wanted, found and copied
 slots        which expert lies in which slot, and which one gives its slot away
 profile      a recording: how often each expert was chosen

@@ -156,12 +156,13 @@ class Offloaded(Placement):
         `bares`: the layers' stacks without memory.
         """
         layers = sparse(model.layers)
-        for (layer, following), bare in zip(pairwise(layers), bares[1:], strict=False):
+        for layer, bare in zip(sparse(model), bares, strict=True):
+            if staging and Rows(bare).layout == staging.layout:
+                cast(StreamedExperts, layer.experts).staging = (staging,)
+        for layer, following in pairwise(layers):
             streamed, other = layer.experts, following.experts
             assert isinstance(streamed, StreamedExperts) and isinstance(other, StreamedExperts)
             streamed.following = (other,)
-            if staging and Rows(bare).layout == staging.layout:
-                other.staging = (staging,)
             if self.how.guess:
                 streamed.next = (following.gate, other)
 
@@ -184,17 +185,14 @@ def expert_width(model: nn.Module) -> int:
 
 
 def staging_places(model: nn.Module, slots: int) -> int:
-    """How many experts of the next layer a prompt copies ahead, beside those in free slots."""
-    layers = sparse(cast(nn.Module, model.layers))
-    if len(layers) < 2:
-        return 0
-    return places_for(slots, layers[0].experts.count, Rows(layers[0].experts).width)
+    """How many experts of a prompt pass through the staging at a time."""
+    experts = sparse(model)[0].experts
+    return places_for(slots, experts.count, Rows(experts).width)
 
 
 def staging_bytes(model: nn.Module, slots: int) -> int:
-    """Bytes of the device for these: of two layers at a time."""
-    layers = sparse(cast(nn.Module, model.layers))
-    return 2 * staging_places(model, slots) * Rows(layers[0].experts).width if layers else 0
+    """Bytes of the device for these: one half is copied while the other is computed."""
+    return 2 * staging_places(model, slots) * Rows(sparse(model)[0].experts).width
 
 
 def _rest(model: nn.Module) -> list[nn.Module]:

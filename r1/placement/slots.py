@@ -28,6 +28,13 @@ class Slots:
         """The order in which experts are fetched. What comes last stays longest."""
         return list(missing)
 
+    def stay(self, missing: list[int]) -> list[int]:
+        """Those of the experts of a prompt that shall lie in slots after it, where not all can.
+
+        Here: as many as slots are empty.
+        """
+        return missing[: len(self.expert) - len(self.slot)]
+
     def count(self, chosen: Iterable[int], tokens: Iterable[int]) -> None:
         """So many tokens chose each of these experts."""
         for expert, number in zip(chosen, tokens, strict=True):
@@ -76,6 +83,11 @@ class MostUsed(Slots):
 
     def order(self, missing: Iterable[int]) -> list[int]:
         return sorted(missing, key=lambda expert: self.counts[expert])
+
+    def stay(self, missing: list[int]) -> list[int]:
+        every = sorted([*self.slot, *missing], key=lambda expert: -self.counts[expert])
+        best = set(every[: len(self.expert)])
+        return [expert for expert in missing if expert in best]
 
 
 class Recorded(MostUsed):

@@ -1,8 +1,9 @@
-"""Places on the device for a prompt's next experts, shared by all layers.
+"""Places on the device for a prompt's experts that are not to stay, shared by all layers.
 
-A prompt uses nearly all experts of every layer. While one layer is computed, the next one's first
-experts are copied here, so the link has work during that layer's attention and router too. They
-can't take the next layer's own slots: what lies there is needed as well.
+A prompt uses nearly all experts of every layer, more than the slots hold. They pass through here:
+some are copied while others are computed. While a layer's last ones are computed, the next layer's
+first ones are copied, so the link has work during that layer's attention and router too. They can't
+take its own slots: what lies there is needed as well.
 
 Shapes: E experts, W bytes of an expert (storage/rows.py).
 """
@@ -19,9 +20,9 @@ from r1.placement.link import Event
 from r1.storage.rows import Rows
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
-AHEAD = 2**26
-"""Bytes of a layer that are copied before its router has chosen: a link's work of a millisecond,
-which is what the layer's attention takes."""
+AHEAD = 2**27
+"""Bytes that are copied at a time: a link's work of two milliseconds, which is more than a layer's
+attention takes."""
 
 
 def places_for(slots: int, experts: int, width: int) -> int:
