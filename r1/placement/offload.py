@@ -1,4 +1,4 @@
-"""The placement of `experts=host` and `experts=disk`: routed experts in host memory, or in files
+"""The placement of `experts=host`, `cpu` and `disk`: routed experts in host memory, or in files
 behind a cache there. Everything else lies as before.
 """
 
@@ -17,6 +17,7 @@ from torch import nn
 from r1.device import available_bytes
 from r1.errors import InputError, setting
 from r1.model.moe import Experts, MoE
+from r1.placement import host
 from r1.placement.link import Link, host_rows
 from r1.placement.placement import Part, Placement
 from r1.placement.profile import Profile
@@ -46,6 +47,10 @@ class Slotted:
     guess: bool = False
     files: bool = False
     """Experts stay in the checkpoint's files."""
+    host: bool = False
+    """What a decode step misses is multiplied in host memory."""
+    repacked: bool = False
+    """It is int4 there, in the order of the CPU's operator (host.py), once it is loaded."""
     cache: int = 0
     """Bytes of host memory in front of them; 0: what is free."""
 
@@ -79,7 +84,11 @@ class Offloaded(Placement):
         for layer in sparse(model):
             width = Rows(layer.experts).width
             needed[device.type] += (self.how.slots or 1) * width
-            needed["cpu"] += (1 if self.how.files else layer.experts.count) * width
+            more = host.order_bytes(layer.experts) if self.how.repacked else 0
+            needed["cpu"] += (1 if self.how.files else layer.experts.count) * (width + more)
+        if self.how.repacked:  # the layer that is being repacked; and where experts arrive
+            needed["cpu"] += 2 * layer.experts.count * (width + more)
+            needed[device.type] += self._landing(model, self.how.slots or 1)
         if self.how.files and self.how.cache:
             needed["cpu"] += (self.cached(model, 0) - 1) * expert_width(model)
         return needed
@@ -93,9 +102,19 @@ class Offloaded(Placement):
         free -= rest_bytes(model) + max(LEFT, int(SHARE * free))
         each = expert_width(model)
         slots = max(1, min(most, free // each))
-        while slots > 1 and slots * each + staging_bytes(model, slots) > free:
+        while slots > 1 and (
+            slots * each + staging_bytes(model, slots) + self._landing(model, slots) > free
+        ):
             slots -= 1
         return slots
+
+    def _landing(self, model: nn.Module, slots: int) -> int:
+        """Bytes of the device where experts in the host's order arrive."""
+        if not self.how.repacked:
+            return 0
+        experts = sparse(model)[0].experts
+        half = host.landing_places(slots, staging_places(model, slots))
+        return 2 * half * (Rows(experts).width + host.order_bytes(experts))
 
     def cached(self, model: nn.Module, free: int) -> int:
         """Experts of each layer in the cache of a host with so many bytes free. Raises InputError.
@@ -129,14 +148,17 @@ class Offloaded(Placement):
         for layer in sparse(model):
             whole, slots = layer.experts, self._slots(count, layer, model)
             bare = copy.deepcopy(whole)
-            rows = host_rows(min(cached, whole.count), Rows(whole).width, device)
+            near = CPU if self.how.repacked else device  # what is given back is not pinned
+            rows = host_rows(min(cached, whole.count), Rows(whole).width, near)
             source = InMemory(rows)
             held = copy.deepcopy(whole) if self.how.files else whole
             Rows(held).place(rows)
             if self.how.files:
                 cache = POLICIES[self.how.policy](len(rows), whole.count)
                 source = InFiles(held, rows, cache, slots, pool)
-            layer.experts = StreamedExperts(bare, whole, slots, source, device, link)
+            streamed = StreamedExperts(bare, whole, slots, source, device, link)
+            streamed.multiply = host.multiply if self.how.host else None
+            layer.experts = streamed
             bares.append(bare)
         self._chain(model, bares, Staging(bares[0], half, device) if half else None)
         link.begin()

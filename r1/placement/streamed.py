@@ -14,7 +14,7 @@ Shapes: N tokens, K experts per token, E experts, D hidden_size, M choices of a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -31,6 +31,8 @@ from r1.storage.matrix import Matrix
 
 FEW = 64
 """Tokens of a call up to which the next layer's experts are guessed: a prompt uses nearly all."""
+Multiply = Callable[[Experts, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Experts, x, and of each choice its token, its expert and its weight -> fp32 sums: host.py."""
 MANY = 0.875
 """A call that chooses this share of a layer's experts will choose nearly all of the next one's."""
 
@@ -57,6 +59,13 @@ class StreamedExperts(Holding):
         self.next: tuple[Router, StreamedExperts] | None = None
         """The next sparse layer, where its experts are to be guessed."""
         self.guess: Tensor | None = None
+        self.multiply: Multiply | None = None
+        """Multiplies on the host what a step misses, where that is asked for."""
+        self.sent: tuple[Tensor, Tensor] | None = None
+        """A step's input (N, D) and weights (N, K), on the host."""
+        self.input: Tensor | None = None
+        self.back: Tensor | None = None
+        """What the host has made, fp32 (N, D), on the device."""
         self.following: tuple[StreamedExperts] | None = None
         """The next sparse layer, for prompts; in a tuple: no part of this module."""
         self.fetched: set[int] = set()
@@ -66,11 +75,15 @@ class StreamedExperts(Holding):
         return cast(Matrix, getattr(self.outside[0], name))
 
     def combine(self, y: Tensor) -> Tensor:
-        return self.outside[0].combine(y)
+        back, self.back = self.back, None
+        return self.outside[0].combine(y if back is None else (y + back).to(y.dtype))
 
     # ------------------------- one call
     def look_ahead(self, x: Tensor) -> None:
-        """Ask the next layer's router for this layer's input: hidden states change slowly."""
+        """Ask the next layer's router for this layer's input: hidden states change slowly. Keep
+        the input of a step whose missing experts the host multiplies.
+        """
+        self.input = x if self.multiply and len(x) <= FEW else None
         if self.next is not None and len(x) <= FEW:
             self.guess = self.next[0](x)[0]  # (N, K)
 
@@ -115,11 +128,16 @@ class StreamedExperts(Holding):
     def _read(self, indices: Tensor, weights: Tensor) -> Tensor:
         """The choices on the host, int64 (N, K); E where another device has the expert.
 
-        The guess of the next layer's experts is read with them, in the same wait.
+        The guess of the next layer's experts is read with them, in the same wait; so is what the
+        host needs to multiply.
         """
         if not self.every:  # weight 0: RankExperts' mark of what another rank holds
             indices = indices.masked_fill(weights == 0, len(self.ids))
         guess, self.guess = self.guess, None
+        self.sent = self.back = None
+        if self.input is not None:
+            x = self.input.to("cpu", non_blocking=True)
+            self.sent = x, weights.to("cpu", non_blocking=True)
         if guess is None:
             self.expected: list[int] = []
             return indices.cpu()
@@ -140,14 +158,39 @@ class StreamedExperts(Holding):
         staged = {e: place for e, place in came.items() if e in counted and e not in current}
         note, source = self.traffic[len(choices)], self.source
         missing = source.begin(slots.order(e for e in chosen if e not in current | staged))
+        there: list[int] = []
+        if self.sent is not None:
+            missing, there = self._divide(missing)
         held, width = current.keys() | staged, self.places.shape[1]
-        note.add(chosen, held, self.early, self.fetched, width)
+        note.add(chosen, held, missing, self.early, self.fetched, width)
         if apart and self.staging and (staged or len(missing) > self.count - len(current)):
             ahead = len(chosen) >= MANY * len(self.ids)
             yield from self._stream(current, staged, missing, len(choices) if ahead else 0)
         else:
             yield from self._in_slots(current, missing, note)
         note.read += source.read_bytes()
+        if there:
+            self._multiply(choices, there)
+            note.computed += len(there)
+            note.multiplied += len(there) * source.rows.shape[1]
+
+    def _divide(self, missing: list[int]) -> tuple[list[int], list[int]]:
+        """Of a step's missing experts: those that empty slots get, and those for the host."""
+        empty = min(self.free, self.landing[0].half) if self.landing else self.free
+        best = sorted(missing, key=lambda expert: -self.slots.counts[expert])[:empty]
+        return best, [expert for expert in missing if expert not in best]
+
+    def _multiply(self, choices: Tensor, experts: list[int]) -> None:
+        """On the host, while the device computes what it has. `combine` adds the result."""
+        assert self.multiply is not None and self.sent is not None
+        marked = torch.zeros(len(self.ids) + 1, dtype=torch.bool)
+        marked[experts] = True
+        token, place = marked[choices].nonzero().unbind(dim=1)  # (M,) each
+        x, weights = self.sent
+        y = self.multiply(
+            self.outside[0], x, token, choices[token, place], weights[token, place]
+        )  # (N, D)
+        self.back = y.to(self.places.device)
 
     def _in_slots(
         self, current: dict[int, int], missing: list[int], note: Traffic
@@ -156,6 +199,8 @@ class StreamedExperts(Holding):
         most = self.count - len(current)
         if len(missing) > most:
             most = max(1, self.count // 2)
+        if self.landing:
+            most = min(most, self.landing[0].half)
         while True:
             room = min(most, self.count - len(current))
             coming, missing = self.fetch(missing[:room], current.values()), missing[room:]

@@ -19,23 +19,28 @@ class Traffic:
     """Bytes that were copied to the device."""
     read: int = 0
     """Bytes that were read from files."""
+    computed: int = 0
+    """Of the visits, those that the host multiplied where the experts lie."""
+    multiplied: int = 0
+    """Bytes of host memory that it read for them."""
     guessed: int = 0
     """Experts of the next layer that were fetched early."""
     right: int = 0
     """Of the experts fetched early for this layer, those that were chosen."""
 
     def add(
-        self, chosen: Collection[int], held: Collection[int], early: set[int], fetched: set[int],
-        width: int,
+        self, chosen: Collection[int], held: Collection[int], missing: Collection[int],
+        early: set[int], fetched: set[int], width: int,
     ) -> None:  # fmt: skip
-        """One call. `held`: the chosen experts that need no copy any more.
+        """One call. `held`: the chosen experts that need no copy any more; `missing`: those that
+        do.
 
         `early`: those that came before a prompt's choices; `fetched`: those that were guessed. Both
         are emptied. `width`: bytes of an expert.
         """
         self.calls, self.visits = self.calls + 1, self.visits + len(chosen)
         self.hits += len(set(held) - early)
-        self.copied += (len(chosen) - len(held)) * width
+        self.copied += len(missing) * width
         self.right += len(fetched.intersection(chosen))
         fetched.clear()
         early.clear()

@@ -32,7 +32,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "quant": ("auto", "none", *USUAL),
         "quant_head": ("none", "fp8", "int8"),
         "speculate": ("off", "mtp", "draft"),
-        "experts": ("device", "host", "disk"),
+        "experts": ("device", "host", "cpu", "disk"),
         "expert_policy": tuple(POLICIES),
         "memory": ("default", "expandable", "empty-cache"),
     }
@@ -113,8 +113,9 @@ class Backend:
     `tp` and `ep`"""
 
     experts: str = "device"
-    """where routed experts lie; host: in the CPU's memory, and those that are chosen are copied to
-    slots of the device; disk: in the checkpoint's files, with a cache in the CPU's memory"""
+    """where routed experts lie; host: in the CPU's memory, chosen ones are copied to slots of the
+    device; cpu: the same, but the CPU multiplies what a step misses; disk: in the checkpoint's
+    files, behind a cache in the CPU's memory"""
     expert_slots: int = 0
     """experts of each layer that the device holds with `experts=host` or disk; 0: as many as fit
     into what is free"""
