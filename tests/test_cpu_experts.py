@@ -39,7 +39,7 @@ WIDE = TINY.change(moe_intermediate_size=64, hidden_size=192)
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "fp32"}, "bf16": {"dtype": "bf16"},
     "int8": {"dtype": "fp32", "quant": "int8"}, "int8 bf16": {"dtype": "bf16", "quant": "int8"},
-    "int4": {"dtype": "bf16", "quant": "int4-g64"},
+    "int4": {"dtype": "bf16", "quant": "int4-g64"}, "padded": {"dtype": "bf16", "quant": "int4"},
     "int4 apart": {"dtype": "bf16", "quant": "int4-g32", "join": "off"},
 }  # fmt: skip
 

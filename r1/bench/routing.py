@@ -113,14 +113,19 @@ ROUTINGS = {"uniform": make_uniform, "fresh": make_fresh}
 """By the value of --routing; "model" changes nothing, and any other value is a recording's file."""
 
 
+def is_file(routing: str) -> bool:
+    """Whether a value of --routing is a recording's path."""
+    return routing not in ("model", *ROUTINGS)
+
+
 def named(routing: str) -> str:
     """A value of --routing as a row names it: a file by its own name alone."""
-    return routing if routing in ("model", *ROUTINGS) else os.path.basename(routing)
+    return os.path.basename(routing) if is_file(routing) else routing
 
 
 def make(routing: str, model: Transformer, seed: int) -> None:
     """Let a model choose as a value of --routing says. Raises InputError for a wrong recording."""
     if routing in ROUTINGS:
         ROUTINGS[routing](model, seed)
-    elif routing != "model":
+    elif is_file(routing):
         make_recorded(model, seed, load(routing, model.config))
