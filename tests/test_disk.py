@@ -28,7 +28,7 @@ from folders import rewrite
 from models import TINY, V3, model
 from refusals import check_sentence, refused, snapshot
 from test_families import stack
-from test_offload import GPU, streamed_layers
+from test_offload import GPU, even, streamed_layers
 from tolerances import atol
 
 import r1
@@ -109,6 +109,20 @@ def test_the_same_text(quant: str, held: int) -> None:
         prompts = [engine.encode(each) for each in ("17 * 23 = ?", "9 + 8")]
         answers.append([done.tokens for done in engine.generate(prompts, 12, temperature=0.0)])
     assert answers[1] == answers[0]
+
+
+@pytest.mark.parametrize("held", [1, 3, 0])
+@pytest.mark.parametrize("policy", ["last", "most"])
+def test_long_prompts(policy: str, held: int) -> None:
+    """Nearly all experts are needed: they pass through the staging, and what empty rows can hold is
+    read before a layer has chosen.
+    """
+    right = even(loaded().runner)
+    run = even(loaded(held=held, **DISK, expert_policy=policy).runner)
+    for chunk in (90, 50):
+        run.prefill_chunk = right.prefill_chunk = chunk
+        ours, theirs = (each.prefill([list(range(90))], each.cache(1, 96)) for each in (run, right))
+        torch.testing.assert_close(ours, theirs, atol=atol("algebra fp32"), rtol=0)
 
 
 @pytest.mark.parametrize("name", writers.FORMATS)

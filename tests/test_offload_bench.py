@@ -71,6 +71,15 @@ def test_its_switches_go_with_it() -> None:
     assert found[5].backend.experts == "device" and found[6].backend.experts == "host"
 
 
+def test_a_profile_goes_with_its_policy() -> None:
+    """One optimization, two switches; a row names the file, and no folder."""
+    given = {**HOST, "expert_policy": "pinned", "expert_profile": "/data/skew.json"}
+    found = arms.from_switches(given, ("alone", "together"))
+    pinned = "experts=host + expert_slots=4 + expert_policy=pinned + expert_profile=skew.json"
+    assert [arm.name for arm in found] == ["baseline", "experts=host + expert_slots=4", pinned]
+    assert found[2].backend.expert_profile == "/data/skew.json"
+
+
 def test_a_baseline_that_does_not_fit_streams_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """As devices share it: in all arms and in the reference."""
     given = {"device": "cpu", **HOST, "guess_experts": True}

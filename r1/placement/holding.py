@@ -175,6 +175,8 @@ class Holding(Stack):
         yield staging.stack, self.table(places)
         for expert in stay:
             slot = self.slots.take(expert, ())
+            self.link.wait(self.arrived[slot])  # of what is given up, which nobody used
+            self.arrived[slot] = None
             self.places[slot].copy_(staging.rows[places[expert]])
             self.used[slot] = self.link.now()
         done = self.link.now()

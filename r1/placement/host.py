@@ -110,3 +110,4 @@ def repack(layers: list[StreamedExperts], device: torch.device) -> None:
             half = landing_places(layer.count, layer.staging[0].half if layer.staging else 0)
             landing = landing or Landing(whole, half, device)
             layer.landing = (landing,)
+    layers[0].link.begin()  # copies start when the landing's zeros are written
