@@ -25,14 +25,17 @@ from r1.model.rope import rotate_each, rotate_jointly
 from r1.model.router import Router
 from r1.model.temper import tempered
 from r1.model.transformer import Transformer
+from r1.placement import host, profile
 from r1.placement.mesh import Mesh
 from r1.placement.offload import Offloaded, Slotted
 from r1.placement.parallel import Parallel
 from r1.placement.placement import Placement
 from r1.placement.stages import Stages
+from r1.placement.streamed import StreamedExperts
 from r1.storage import int4_cpu
 from r1.storage.kinds import kind_of
 from r1.storing import join_matrices, quantize_matrices, share_matrices
+from r1.switches import offload
 from r1.switches.allreduce import ALLREDUCE
 from r1.switches.backend import Backend
 from r1.switches.precision import specs_of
@@ -108,12 +111,16 @@ def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> 
         placement = kind(config, mesh, specs_of(config.files, backend.quant), make_sum)
     if backend.experts == "device":
         return placement
+    recorded = backend.expert_profile
     how = Slotted(
         backend.expert_slots,
         backend.expert_policy,
+        profile.load(recorded, config) if recorded else None,
         backend.guess_experts,
-        backend.experts == "disk",
-        int(backend.expert_cache_gb * 1e9),
+        files=backend.experts == "disk",
+        host=backend.experts == "cpu",
+        repacked=backend.experts == "cpu" and offload.stored_kind(backend, config) == "int4",
+        cache=int(backend.expert_cache_gb * 1e9),
     )
     return Offloaded(placement, how)
 
@@ -208,6 +215,9 @@ def _repack(model: Transformer, backend: Backend) -> None:
     if backend.device == "cpu" and backend.compute == "bf16":
         streamed = () if backend.experts == "device" else (Experts,)  # they stay rows of bytes
         int4_cpu.repack(model, leave=streamed)
+    if backend.experts == "cpu":
+        layers = [each for each in model.modules() if isinstance(each, StreamedExperts)]
+        host.repack(layers, torch_device(backend.device))
 
 
 def finish(model: Transformer, backend: Backend) -> Transformer:

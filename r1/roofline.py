@@ -43,6 +43,8 @@ class Work:
     """Experts that are copied from host memory."""
     disk_bytes: float = 0.0
     """Experts that are read from files."""
+    host_bytes: float = 0.0
+    """Experts that the host multiplies, where they lie in its memory."""
 
     @property
     def nbytes(self) -> float:
@@ -55,6 +57,7 @@ class Work:
             self.flops + other.flops,
             self.link_bytes + other.link_bytes,
             self.disk_bytes + other.disk_bytes,
+            self.host_bytes + other.host_bytes,
         )
 
     def __sub__(self, other: Work) -> Work:
@@ -64,6 +67,7 @@ class Work:
             self.flops - other.flops,
             self.link_bytes - other.link_bytes,
             self.disk_bytes - other.disk_bytes,
+            self.host_bytes - other.host_bytes,
         )
 
 
@@ -173,7 +177,8 @@ def expected_experts(config: Config, rows: int) -> float:
 def fetched_bytes(
     config: Config, backend: Backend, experts_hit: float, slots: int, found: float | None = None
 ) -> float:
-    """Bytes of experts that a step copies to a device with so many slots a layer.
+    """Bytes of experts that a step copies to a device with so many slots a layer; or, with
+    `experts=cpu`, that the host reads to multiply.
 
     `found`: the share of visited experts that lie in a slot. None: as for choices that are even
     and independent, of which slots hold their share whatever the policy, slots / E.

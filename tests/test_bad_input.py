@@ -538,6 +538,7 @@ def test_no_flag_always_refuses() -> None:
         "prefill_attention=naive": {"attention": "naive"},
         "expert_policy=most": {"experts": "host"},
         **{f"allreduce={kind}": {"tp": 2} for kind in ALLREDUCE},
+        "expert_policy=pinned": {"experts": "host", "expert_profile": "routing.json"},
     }
     for name, values in choices().items():
         for value in values:

@@ -23,7 +23,7 @@ from r1.bench import arms, plan, rates
 from r1.bench.arms import Arm
 from r1.bench.flags import parser
 from r1.bench.process import Answer
-from r1.bench.rates import Rates, bottleneck, disk_rate, link_rate
+from r1.bench.rates import Rates, bottleneck, disk_rate, link_rate, ram_rate
 from r1.bench.report.rows import row
 from r1.bench.report.table import COLUMNS
 from r1.bench.routing import make_fresh
@@ -34,6 +34,7 @@ from r1.bench.workload import Workload
 from r1.files.embedded import EMBEDDED
 from r1.model.router import Router
 from r1.model.shapes import shape
+from r1.placement.profile import Profile
 from r1.placement.streamed import StreamedExperts
 from r1.roofline import Work, fetched_bytes
 from r1.run.runner import Runner
@@ -70,6 +71,15 @@ def test_its_switches_go_with_it() -> None:
     assert found[5].backend.experts == "device" and found[6].backend.experts == "host"
 
 
+def test_a_profile_goes_with_its_policy() -> None:
+    """One optimization, two switches; a row names the file, and no folder."""
+    given = {**HOST, "expert_policy": "pinned", "expert_profile": "/data/skew.json"}
+    found = arms.from_switches(given, ("alone", "together"))
+    pinned = "experts=host + expert_slots=4 + expert_policy=pinned + expert_profile=skew.json"
+    assert [arm.name for arm in found] == ["baseline", "experts=host + expert_slots=4", pinned]
+    assert found[2].backend.expert_profile == "/data/skew.json"
+
+
 def test_a_baseline_that_does_not_fit_streams_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """As devices share it: in all arms and in the reference."""
     given = {"device": "cpu", **HOST, "guess_experts": True}
@@ -77,6 +87,8 @@ def test_a_baseline_that_does_not_fit_streams_too(monkeypatch: pytest.MonkeyPatc
     shared = plan.shared_by_all(given, Machine(), WORK)
     assert shared == HOST
     assert arms.from_switches(given, shared=shared)[0].backend.experts == "host"
+    shared = plan.shared_by_all({**given, "experts": "cpu"}, Machine(), WORK)
+    assert shared == HOST, "the host multiplies some storages only"
     monkeypatch.setattr(plan, "available_bytes", lambda _: 10**12)
     assert plan.shared_by_all(given, Machine(), WORK) == {}
 
@@ -151,11 +163,12 @@ def test_a_row() -> None:
     answers = findings([0.02, 0.02, 0.02])
     fetched = {
         "visits": 100, "hits": 25, "copied": 3 * 10**7, "guessed": 8, "right": 6, "calls": 3,
-        "prompt": 5 * 10**7, "slots": 4, "read": 6 * 10**6, "prompt_read": 10**7,
+        "prompt": 5 * 10**7, "slots": 4, "read": 6 * 10**6, "prompt_read": 10**7, "computed": 20,
+        "multiplied": 12 * 10**6,
     }  # fmt: skip
     for repetition in answers["measure"]:
         repetition["fetched"] = fetched
-    rates = {"fp32": {**REFERENCE["rates"]["fp32"], "link": 1e9, "disk": 2e8}}
+    rates = {"fp32": {**REFERENCE["rates"]["fp32"], "link": 1e9, "disk": 2e8, "ram": 1e9}}
     made = row(Arm("a", "alone", Backend()), WORK, answers, {**REFERENCE, "rates": rates}, TINY)
     assert made["expert_hits"] == 0.25 and made["guesses_right"] == 0.75
     assert made["expert_hits_even"] == 4 / 16 and made["expert_slots"] == 4
@@ -163,9 +176,14 @@ def test_a_row() -> None:
     assert made["prompt_link_share"] == pytest.approx(0.5)
     assert made["floor_ms"] == pytest.approx(10) and made["bottleneck"] == "link"
     assert made["disk_mb"] == 2 and made["disk_share"] == pytest.approx(0.5)
+    assert made["host_computed"] == 0.2 and made["host_mb"] == 4
+    assert made["host_share"] == pytest.approx(0.2)
+    assert made["expert_hits_recorded"] is None
     names = ("in slots", "link MB/step", "of the link", "disk MB/step", "of the disk")
     cells = [COLUMNS[name].cell(made) for name in names]
     assert cells == ["25%", "10.0", "50%", "2.00", "50%"]
+    columns = [COLUMNS[name] for name in ("on the host", "host MB/step", "of the RAM")]
+    assert [column.cell(made) for column in columns] == ["20%", "4.00", "20%"]
 
 
 def test_the_link_is_a_bound() -> None:
@@ -174,7 +192,11 @@ def test_the_link_is_a_bound() -> None:
     drive = dataclasses.replace(rates, disk=1e9)
     slow = dataclasses.replace(work, disk_bytes=1e9)
     assert drive.seconds(slow) == 1 and bottleneck(slow, drive, 10, False, 1) == "disk"
-    assert disk_rate(EMBEDDED) > 1e6
+    host = dataclasses.replace(rates, ram=1e9)
+    slow = dataclasses.replace(work, host_bytes=1e9)
+    assert host.seconds(slow) == 1 and bottleneck(slow, host, 10, False, 1) == "host"
+    assert (slow + slow).host_bytes == 2e9 and (slow - slow).host_bytes == 0
+    assert disk_rate(EMBEDDED) > 1e6 and ram_rate(2**22) > 1e8
     assert rates.seconds(work) == 0.02
     assert bottleneck(work, rates, 10, False, 0.02) == "link"
     assert link_rate(torch.device("cpu")) > 1e8
@@ -200,24 +222,35 @@ class Here:
         pass
 
 
-@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("where", ["host", "disk", "cpu"])
 def test_the_command(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights made in host memory, or a checkpoint; a row with its traffic; parity."""
     monkeypatch.setattr(Lead, "start", lambda _, *arguments: Here(*arguments))
     monkeypatch.setattr(rates, "_best", partial(rates._best, repeats=3))
     out = tmp_path / "result.json"
-    model = "--shape tiny --layers 2" if where == "host" else "--expert-cache-gb 0.003"
+    model = "--expert-cache-gb 0.003" if where == "disk" else "--shape tiny --layers 2"
+    recorded = tmp_path / "made.json"
+    counts = [float(expert + 1) for expert in range(16)]
+    Profile(1000, 4, {layer: counts for layer in (1, 2, 3, 4)}).write(recorded)
+    routing = str(recorded) if where == "cpu" else "fresh"
     asked = f"{model} --device cpu --experts {where} --expert-slots 5"
-    sizes = "--routing fresh --prompt 20 --new 8 -r 1 --batch 2 --output-file"
+    sizes = f"--routing {routing} --prompt 20 --new 8 -r 1 --batch 2 --output-file"
     assert bench.main([*asked.split(), *sizes.split(), str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["machine"]["link_gb_s"] > 0
     assert ("disk_gb_s" in result["machine"]) == (where == "disk")
     baseline, made = result["rows"]
     assert baseline["expert_hits"] is None
-    assert made["parity"] and 0 < made["expert_hits"] < 1 and made["link_mb"] > 0
+    assert made["parity"] and 0 < made["expert_hits"] < 1
+    assert bool(made["link_mb"]) == (where != "cpu")
+    assert bool(made["host_mb"]) == bool(made["host_share"]) == (where == "cpu")
+    assert ("ram_gb_s" in result["machine"]) == (where == "cpu")
+    if where == "cpu":
+        assert made["host_computed"] == pytest.approx(1 - made["expert_hits"])
+        assert made["expert_hits_recorded"] > made["expert_hits_even"] == 5 / 16
+        assert result["command"].count("made.json") == 1 and str(tmp_path) not in out.read_text()
     assert bool(made["disk_mb"]) == bool(made["disk_share"]) == (where == "disk")
-    assert made["expert_slots"] == 5 and made["model"].endswith("routing fresh")
+    assert made["expert_slots"] == 5 and made["model"].endswith(f"routing {Path(routing).name}")
     assert made["floor_ms"] > 0 and made["backend"]["experts"] == where
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,10 @@ USUAL = ("alone", "together")
 """Default kinds when switches are given without --only."""
 PLACES = ("experts", "expert_slots", "expert_cache_gb")
 """Switches that say where experts lie."""
-FETCHING = {"expert_policy", "guess_experts"}
+FETCHING = {"expert_policy", "expert_profile", "guess_experts"}
 """Switches that say how experts in host memory are fetched."""
+FILES = ("expert_profile",)
+"""Switches that name a file."""
 ALL_BUT = "all-but-"
 """With a switch's name after it: only the "all-but-one" arm that leaves out this switch."""
 
@@ -111,6 +114,9 @@ def _alone(switches: Settings) -> list[Settings]:
     if "experts" in switches:  # its other switches do nothing without it
         own: Settings = {name: switches[name] for name in PLACES if name in switches}
         others = [s for s in alone if not s.keys() & own.keys()]
+        if "expert_profile" in switches:  # it and its policy are one optimization
+            pinned = {name: switches[name] for name in ("expert_policy", "expert_profile")}
+            others = [pinned, *(s for s in others if not s.keys() & pinned.keys())]
         alone = [own, *({**own, **s} if s.keys() & FETCHING else s for s in others)]
     if "allreduce" in switches:  # it adds up what several devices made
         shared: Settings = {name: switches[name] for name in SHARING if name in switches}
@@ -149,6 +155,7 @@ def without_sharing(settings: Settings, left: Settings, base: Backend) -> Settin
 
 def label(settings: Settings) -> str:
     """Switches as a row names them."""
-    return " + ".join(
-        name if value is True else f"{name}={value}" for name, value in settings.items()
-    )
+    shown = settings | {
+        name: os.path.basename(settings[name]) for name in FILES if name in settings
+    }  # no path: a result is published
+    return " + ".join(name if value is True else f"{name}={value}" for name, value in shown.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 
@@ -77,10 +78,11 @@ def _add_measurement(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--only", type=kinds, metavar="KIND,..", help=text)
     text = (
-        "uniform: experts drawn for each row, as trained weights would spread; "
-        "random weights crowd on a few; fresh: drawn anew for each token, as --experts host needs"
+        "model (default): by scores, where random weights crowd on a few; uniform: experts drawn "
+        "for each row; fresh: anew for each token, as --experts host needs; FILE: as often as "
+        "in a recording (tools/measure/record_routing.py)"
     )
-    p.add_argument("--routing", choices=("model", *ROUTINGS), default="model", help=text)
+    p.add_argument("--routing", type=routing, default="model", metavar="HOW", help=text)
     text = (
         "with --speculate: accept each draft with this probability whatever the model says "
         "(random weights draft badly; a shape without an MTP layer gets one): "
@@ -118,6 +120,16 @@ def _add_output(p: argparse.ArgumentParser) -> None:
         f"({', '.join('.' + form for form in FORMS)}), or -o; the table is printed"
     )
     p.add_argument("--output-file", type=Path, metavar="FILE", help=text)
+
+
+def routing(text: str) -> str | Path:
+    """The name of a routing, or else the path of a recording."""
+    if text in ("model", *ROUTINGS):
+        return text
+    if not os.path.exists(text):
+        names = ", ".join(("model", *ROUTINGS))
+        raise argparse.ArgumentTypeError(f"{text!r}: choose {names}, or give a recording's file")
+    return Path(text)
 
 
 def prices(text: str) -> list[float]:

@@ -101,10 +101,9 @@ def measure(
             "copy_gb_s": next(iter(rates.values()))["copy"] / 1e9,
             "matmul_tflop_s": {dtype: rate["matmul"] / 1e12 for dtype, rate in rates.items()},
         }
-        if link := next(iter(rates.values()))["link"]:
-            result["machine"]["link_gb_s"] = link / 1e9
-        if disk := next(iter(rates.values()))["disk"]:
-            result["machine"]["disk_gb_s"] = disk / 1e9
+        for name in ("link", "disk", "ram"):
+            if rate := next(iter(rates.values())).get(name):
+                result["machine"][f"{name}_gb_s"] = rate / 1e9
         comparison = Comparison(
             workload, arguments, setup, asked, result, folder, reference, config, progress, lead
         )

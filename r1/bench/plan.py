@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from pathlib import Path
 
 from r1 import drafting
 from r1.bench import ablation, arms, exam
@@ -16,6 +17,7 @@ from r1.errors import InputError
 from r1.files.config_json import load_config
 from r1.files.tokenizer import tokenizer_of
 from r1.model.config import Config
+from r1.placement import profile
 from r1.switches import flags
 from r1.switches.backend import SHARING, Backend
 from r1.switches.draft import check_given
@@ -73,7 +75,7 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
     """Every combination of the sizes in the comma lists."""
     source = (checkpoint(arguments), arguments.shape, arguments.layers)
     draft = None if arguments.draft_model is None else str(arguments.draft_model)
-    how = (arguments.seed, arguments.routing, arguments.assume_acceptance)
+    how = (arguments.seed, str(arguments.routing), arguments.assume_acceptance)
     return [
         Workload(*source, *sizes, *how, draft=draft)
         for sizes in itertools.product(
@@ -99,8 +101,12 @@ def plans(arguments: argparse.Namespace, machine: Machine, work: list[Workload])
 
 def check_of_use(arguments: argparse.Namespace, config: Config, planned: list[Arm]) -> None:
     """Raise InputError for a flag that would change nothing."""
-    if arguments.routing == "uniform" and not config.experts.n_routed_experts:
-        raise InputError("--routing uniform draws experts, and this model has none: leave it out")
+    if arguments.routing in ("uniform", "fresh") or isinstance(arguments.routing, Path):
+        if not config.experts.n_routed_experts:
+            asked = f"--routing {arguments.routing}"
+            raise InputError(f"{asked} draws experts, and this model has none: leave it out")
+        if isinstance(arguments.routing, Path):
+            profile.load(arguments.routing, config)
     if arguments.warm_start and not any(arm.backend.compile for arm in planned):
         again = "--warm-start starts arms that compile a second time, and none does"
         raise InputError(f"{again}: add --compile, or leave it out")
@@ -139,6 +145,8 @@ def shared_by_all(given: Settings, machine: Machine, workload: Workload) -> Sett
     spread = {name: given[name] for name in SHARING if given.get(name, 1) > 1}
     if given.get("experts", "device") != "device":
         spread |= {name: given[name] for name in arms.PLACES if name in given}
+        if given["experts"] == "cpu":  # for some storages only: the baseline may have another
+            spread["experts"] = "host"
     if not spread:
         return {}
     config, base = workload.config(), Backend(**arms.common_settings(given))

@@ -41,11 +41,15 @@ class Rates:
     disk: float = 0.0
     """Bytes per second of reads of the checkpoint's files; 0: not measured."""
 
+    ram: float = 0.0
+    """Bytes per second of host memory, read by torch's threads; 0: not measured."""
+
     def seconds(self, work: Work) -> float:
         """The floor for one step: bytes or operations, whichever takes longest."""
+        host = work.host_bytes / self.ram if self.ram else 0.0
         fetched = work.link_bytes / self.link if self.link else 0.0
         read = work.disk_bytes / self.disk if self.disk else 0.0
-        return max(work.nbytes / self.copy, work.flops / self.matmul, fetched, read)
+        return max(work.nbytes / self.copy, work.flops / self.matmul, fetched, read, host)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -67,6 +71,12 @@ def link_rate(device: torch.device) -> float:
             link.copy(place, row, None)
 
     return rows.nbytes / _best(copy, device)
+
+
+def ram_rate(size: int = 2**30) -> float:
+    """Bytes a second of so many in host memory, each read once by the threads that torch has."""
+    memory = torch.ones(size // 4, dtype=torch.float32)
+    return memory.nbytes / _best(memory.sum, torch.device("cpu"))
 
 
 def disk_rate(folder: str | Path) -> float:
@@ -92,11 +102,16 @@ def disk_rate(folder: str | Path) -> float:
 
 
 def measure_rates(
-    device: torch.device, dtypes: Iterable[str], link: bool = False, files: str | None = None
+    device: torch.device,
+    dtypes: Iterable[str],
+    link: bool = False,
+    files: str | None = None,
+    ram: bool = False,
 ) -> dict[str, Rates]:
     """Measure the device, matrix products in each of `dtypes` ("bf16", ...); some seconds.
 
-    With `link`, copies from host memory too; and reads of the folder `files`, if there is one.
+    With `link`, copies from host memory too; reads of the folder `files`, if there is one; and with
+    `ram` of host memory.
     """
     gpu, copy = device.type == "cuda", copy_rate(device)
     size = 8192 if gpu else 1024
@@ -107,7 +122,9 @@ def measure_rates(
     launch, replay = _launches(device) if gpu else (0.0, 0.0)
     host = link_rate(device) if link else 0.0
     disk = disk_rate(files) if files else 0.0
-    return {dtype: Rates(copy, rate, launch, replay, host, disk) for dtype, rate in matmul.items()}
+    read = ram_rate(2**30 if gpu else 2**27) if ram else 0.0
+    more = (launch, replay, host, disk, read)
+    return {dtype: Rates(copy, rate, *more) for dtype, rate in matmul.items()}
 
 
 def _launches(device: torch.device) -> tuple[float, float]:
@@ -128,7 +145,8 @@ def _launches(device: torch.device) -> tuple[float, float]:
 def bottleneck(
     work: Work, rates: Rates, kernels: int | None, captured: bool, seconds: float
 ) -> str:
-    """The bound of a step of `seconds`: the largest of memory, compute, launches, link and disk.
+    """The bound of a step of `seconds`: the largest of memory, compute, launches, link, disk and
+    the host's memory.
 
     Launches take kernels x gap. On a CPU they are not counted, and time that memory and compute do
     not explain is the framework's.
@@ -140,6 +158,8 @@ def bottleneck(
         parts["link"] = work.link_bytes / rates.link
     if work.disk_bytes and rates.disk:
         parts["disk"] = work.disk_bytes / rates.disk
+    if work.host_bytes and rates.ram:
+        parts["host"] = work.host_bytes / rates.ram
     if kernels is None and max(parts.values()) < seconds / 2:
         return "framework"
     return max(parts, key=lambda name: parts[name])

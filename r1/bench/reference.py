@@ -49,13 +49,14 @@ def make_reference(
     # A quantized arm has a reference of its own (worker/dequantized.py).
     streams = any(each.experts != "device" for each in backends)
     reads = any(each.experts == "disk" for each in backends)
+    multiplies = any(each.experts == "cpu" for each in backends)
     rounding = {rounds_by(each) for each in backends if not each.quantized}
     answers: Answer = {}
     name = "inductor-reference"
     process = lead.start(plain.ranks, serve, plain, workload, folder, name, setup)
     try:
         if keep(answers, process, NAME, "build_reference") and keep(
-            answers, process, NAME, "rates", dtypes, streams, reads
+            answers, process, NAME, "rates", dtypes, streams, reads, multiplies
         ):
             checks.start()
             keep(answers, process, NAME, "reference", sorted(filter(None, rounding)))

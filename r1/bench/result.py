@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from r1 import threads
+from r1.bench.arms import FILES
 from r1.bench.process import Answer
 from r1.bench.report.fields import SCHEMA
 from r1.bench.workload import Workload
@@ -66,6 +67,7 @@ def command_line(arguments: argparse.Namespace, argv: Sequence[str]) -> str:
         for value in (given if isinstance(given, list) else [given])
     ]
     paths = [value for value in values if isinstance(value, Path)]
+    paths += [Path(value) for name in FILES if (value := getattr(arguments, name, None))]
 
     def shown(word: str) -> str:
         if Path(word) in paths:

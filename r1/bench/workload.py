@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from r1.bench.routing import named
 from r1.files.config_json import load_config
 from r1.model.config import Config
 from r1.model.shapes import shape
@@ -28,7 +29,7 @@ class Workload:
     """Tokens in each row's cache before the prompt."""
     seed: int
     routing: str = "model"
-    """"uniform" or "fresh": experts are drawn evenly, see routing.py."""
+    """"uniform", "fresh" or the path of a recording: experts are drawn, see routing.py."""
     assumed: float | None = None
     """With speculation: accept each draft with this probability, whatever the model says.
 
@@ -39,7 +40,7 @@ class Workload:
     @property
     def name(self) -> str:
         """The name of the checkpoint's folder (never its path), or the shape."""
-        spread = "" if self.routing == "model" else f", routing {self.routing}"
+        spread = "" if self.routing == "model" else f", routing {named(self.routing)}"
         if self.model is not None:
             return os.path.basename(os.path.abspath(self.model)) + spread
         count = "1 layer" if self.layers == 1 else f"{self.layers} layers"

@@ -6,7 +6,11 @@ parallel     tensor and expert parallel: each rank's part of every layer
 offload      experts in host memory or files: what lies where, and how much memory that takes
 streamed     one layer's experts there: passes over the slots of the device
 sources      where a missing expert comes from: host memory, or files with a cache before them
+holding      what of it lies on the device or is on its way: slots, copies, passes
+staging      places that layers share, through which a prompt's experts pass
+traffic      counts: experts that were wanted, found and copied
 slots        which expert lies in which slot, and which one gives its slot away
+profile      a recording: how often each expert was chosen
 link         pinned memory, and copies on a stream of their own
 stages       pipeline parallel: each rank's range of layers
 collectives  what ranks exchange: sums, and rows put together
@@ -15,6 +19,6 @@ mesh         the ranks that share a model, in a grid, and what they agree on
 alike        whether they loaded the same checkpoint
 ranks        the processes of one command: how they meet, speak, listen and end
 
-Tested in tests/: test_placement.py, test_offload.py, test_disk.py, test_parallel.py,
-test_allreduce.py, test_gpus.py and test_torchrun.py.
+Tested in tests/: test_placement.py, test_offload.py, test_disk.py, test_routing.py,
+test_parallel.py, test_allreduce.py, test_gpus.py and test_torchrun.py.
 """

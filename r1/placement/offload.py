@@ -1,4 +1,4 @@
-"""The placement of `experts=host` and `experts=disk`: routed experts in host memory, or in files
+"""The placement of `experts=host`, `cpu` and `disk`: routed experts in host memory, or in files
 behind a cache there. Everything else lies as before.
 """
 
@@ -9,18 +9,21 @@ import dataclasses
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from r1.device import available_bytes
 from r1.errors import InputError, setting
-from r1.model.moe import MoE
+from r1.model.moe import Experts, MoE
+from r1.placement import host
 from r1.placement.link import Link, host_rows
 from r1.placement.placement import Part, Placement
-from r1.placement.slots import POLICIES
+from r1.placement.profile import Profile
+from r1.placement.slots import POLICIES, Recorded, Slots
 from r1.placement.sources import THREADS, InFiles, InMemory
+from r1.placement.staging import Staging, places_for
 from r1.placement.streamed import StreamedExperts
 from r1.storage.matrix import Matrix
 from r1.storage.rows import Rows
@@ -39,9 +42,15 @@ class Slotted:
     slots: int = 0
     """Of each layer; 0: as many as the device has memory for."""
     policy: str = "last"
+    profile: Profile | None = None
+    """What the policy "pinned" keeps."""
     guess: bool = False
     files: bool = False
     """Experts stay in the checkpoint's files."""
+    host: bool = False
+    """What a decode step misses is multiplied in host memory."""
+    repacked: bool = False
+    """It is int4 there, in the order of the CPU's operator (host.py), once it is loaded."""
     cache: int = 0
     """Bytes of host memory in front of them; 0: what is free."""
 
@@ -71,10 +80,15 @@ class Offloaded(Placement):
     def sizes(self, model: nn.Module, device: torch.device) -> Counter[str]:
         """The device has the fewest slots that are asked for, one if their number is free."""
         needed = Counter({device.type: rest_bytes(model)})
+        needed[device.type] += staging_bytes(model, self.how.slots or 1)
         for layer in sparse(model):
             width = Rows(layer.experts).width
             needed[device.type] += (self.how.slots or 1) * width
-            needed["cpu"] += (1 if self.how.files else layer.experts.count) * width
+            more = host.order_bytes(layer.experts) if self.how.repacked else 0
+            needed["cpu"] += (1 if self.how.files else layer.experts.count) * (width + more)
+        if self.how.repacked:  # the layer that is being repacked; and where experts arrive
+            needed["cpu"] += 2 * layer.experts.count * (width + more)
+            needed[device.type] += self._landing(model, self.how.slots or 1)
         if self.how.files and self.how.cache:
             needed["cpu"] += (self.cached(model, 0) - 1) * expert_width(model)
         return needed
@@ -86,7 +100,21 @@ class Offloaded(Placement):
         if self.how.slots:
             return min(self.how.slots, most)
         free -= rest_bytes(model) + max(LEFT, int(SHARE * free))
-        return max(1, min(most, free // expert_width(model)))
+        each = expert_width(model)
+        slots = max(1, min(most, free // each))
+        while slots > 1 and (
+            slots * each + staging_bytes(model, slots) + self._landing(model, slots) > free
+        ):
+            slots -= 1
+        return slots
+
+    def _landing(self, model: nn.Module, slots: int) -> int:
+        """Bytes of the device where experts in the host's order arrive."""
+        if not self.how.repacked:
+            return 0
+        experts = sparse(model)[0].experts
+        half = host.landing_places(slots, staging_places(model, slots))
+        return 2 * half * (Rows(experts).width + host.order_bytes(experts))
 
     def cached(self, model: nn.Module, free: int) -> int:
         """Experts of each layer in the cache of a host with so many bytes free. Raises InputError.
@@ -109,26 +137,55 @@ class Offloaded(Placement):
     def allocate(self, model: Any, device: torch.device) -> None:
         """Memory for the tensors; each layer's experts become StreamedExperts."""
         count = self.slots(model, self.free(model, device))
-        taken = rest_bytes(model) + count * expert_width(model) if device == CPU else 0
+        half, ahead = staging_places(model, count), staging_bytes(model, count)
+        taken = rest_bytes(model) + count * expert_width(model) + ahead if device == CPU else 0
         for module in _rest(model):
             module.to_empty(device=device, recurse=False)
-        link, policy = Link(device), POLICIES[self.how.policy]
+        link = Link(device)
         cached = self.cached(model, available_bytes(CPU) - taken)
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="experts")
+        bares: list[Experts] = []
         for layer in sparse(model):
-            whole, slots = layer.experts, policy(count, layer.experts.count)
-            rows = host_rows(min(cached, whole.count), Rows(whole).width, device)
+            whole, slots = layer.experts, self._slots(count, layer, model)
+            bare = copy.deepcopy(whole)
+            near = CPU if self.how.repacked else device  # what is given back is not pinned
+            rows = host_rows(min(cached, whole.count), Rows(whole).width, near)
             source = InMemory(rows)
             held = copy.deepcopy(whole) if self.how.files else whole
             Rows(held).place(rows)
             if self.how.files:
-                source = InFiles(held, rows, policy(len(rows), whole.count), slots, pool)
-            layer.experts = StreamedExperts(whole, slots, source, device, link)
+                cache = POLICIES[self.how.policy](len(rows), whole.count)
+                source = InFiles(held, rows, cache, slots, pool)
+            streamed = StreamedExperts(bare, whole, slots, source, device, link)
+            streamed.multiply = host.multiply if self.how.host else None
+            layer.experts = streamed
+            bares.append(bare)
+        self._chain(model, bares, Staging(bares[0], half, device) if half else None)
         link.begin()
-        if self.how.guess:
-            for layer, following in pairwise(sparse(model.layers)):
-                streamed, other = layer.experts, following.experts
-                assert isinstance(streamed, StreamedExperts) and isinstance(other, StreamedExperts)
+
+    def _slots(self, count: int, layer: MoE, model: Any) -> Slots:
+        """The slots of one layer, with what the policy knows of its experts."""
+        slots = POLICIES[self.how.policy](count, layer.experts.count)
+        number = next((n for n, block in enumerate(model.layers) if block.mlp is layer), None)
+        if isinstance(slots, Recorded) and self.how.profile and number is not None:
+            counts = self.how.profile.counts[number]
+            slots.expect([counts[expert] for expert in layer.experts.ids])
+        return slots
+
+    def _chain(self, model: Any, bares: list[Experts], staging: Staging | None) -> None:
+        """Tell each layer the next one, and give them the staging that they share.
+
+        `bares`: the layers' stacks without memory.
+        """
+        layers = sparse(model.layers)
+        for layer, bare in zip(sparse(model), bares, strict=True):
+            if staging and Rows(bare).layout == staging.layout:
+                cast(StreamedExperts, layer.experts).staging = (staging,)
+        for layer, following in pairwise(layers):
+            streamed, other = layer.experts, following.experts
+            assert isinstance(streamed, StreamedExperts) and isinstance(other, StreamedExperts)
+            streamed.following = (other,)
+            if self.how.guess:
                 streamed.next = (following.gate, other)
 
     def free(self, model: nn.Module, device: torch.device) -> int:
@@ -147,6 +204,17 @@ def sparse(model: nn.Module) -> list[MoE]:
 def expert_width(model: nn.Module) -> int:
     """Bytes of one expert of each layer."""
     return sum(Rows(layer.experts).width for layer in sparse(model))
+
+
+def staging_places(model: nn.Module, slots: int) -> int:
+    """How many experts of a prompt pass through the staging at a time."""
+    experts = sparse(model)[0].experts
+    return places_for(slots, experts.count, Rows(experts).width)
+
+
+def staging_bytes(model: nn.Module, slots: int) -> int:
+    """Bytes of the device for these: one half is copied while the other is computed."""
+    return 2 * staging_places(model, slots) * Rows(sparse(model)[0].experts).width
 
 
 def _rest(model: nn.Module) -> list[nn.Module]:

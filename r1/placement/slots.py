@@ -17,16 +17,23 @@ class Slots:
         self.slot: dict[int, int] = {}
         """By expert, of those that lie in one."""
         self.used, self.clock = [0] * slots, 0
-        self.counts = [0] * experts
+        self.counts: list[float] = [0] * experts
         """Tokens that chose each expert."""
 
-    def worth(self, slot: int) -> tuple[int, ...]:
+    def worth(self, slot: int) -> tuple[float, ...]:
         """The slot with the least worth is given away first."""
         return (self.used[slot],)
 
     def order(self, missing: Iterable[int]) -> list[int]:
         """The order in which experts are fetched. What comes last stays longest."""
         return list(missing)
+
+    def stay(self, missing: list[int]) -> list[int]:
+        """Those of the experts of a prompt that shall lie in slots after it, where not all can.
+
+        Here: as many as slots are empty.
+        """
+        return missing[: len(self.expert) - len(self.slot)]
 
     def count(self, chosen: Iterable[int], tokens: Iterable[int]) -> None:
         """So many tokens chose each of these experts."""
@@ -47,7 +54,7 @@ class Slots:
         Experts that lie `elsewhere` too give theirs first.
         """
 
-        def worth(slot: int) -> tuple[int, ...]:
+        def worth(slot: int) -> tuple[float, ...]:
             held = self.expert[slot]
             return (held is not None, held not in elsewhere, *self.worth(slot))
 
@@ -70,13 +77,32 @@ class MostUsed(Slots):
     A prompt's tokens count, so an answer begins with the experts that its prompt used most.
     """
 
-    def worth(self, slot: int) -> tuple[int, ...]:
+    def worth(self, slot: int) -> tuple[float, ...]:
         expert = self.expert[slot]
         return (0 if expert is None else self.counts[expert], self.used[slot])
 
     def order(self, missing: Iterable[int]) -> list[int]:
         return sorted(missing, key=lambda expert: self.counts[expert])
 
+    def stay(self, missing: list[int]) -> list[int]:
+        every = sorted([*self.slot, *missing], key=lambda expert: -self.counts[expert])
+        best = set(every[: len(self.expert)])
+        return [expert for expert in missing if expert in best]
 
-POLICIES: dict[str, type[Slots]] = {"last": Slots, "most": MostUsed}
+
+class Recorded(MostUsed):
+    """The expert that was chosen least in a recording (profile.py) is given up first.
+
+    So the most chosen ones stay, once they have come, and the others take turns.
+    """
+
+    def expect(self, counts: list[float]) -> None:
+        """How often each expert was chosen there."""
+        self.counts = counts
+
+    def count(self, chosen: Iterable[int], tokens: Iterable[int]) -> None:
+        pass
+
+
+POLICIES: dict[str, type[Slots]] = {"last": Slots, "most": MostUsed, "pinned": Recorded}
 """By the value of the switch expert_policy."""

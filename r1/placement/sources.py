@@ -32,6 +32,10 @@ class InMemory:
         """These experts are wanted. Returns the order in which they are to be taken."""
         return list(experts)
 
+    def ahead(self, experts: Collection[int]) -> list[int]:
+        """Those of these experts that are worth asking for before it is known who is chosen."""
+        return list(experts)
+
     def ready(self, expert: int) -> bool:
         """Whether `row` would not wait."""
         return True
@@ -83,6 +87,13 @@ class InFiles(InMemory):
         self.wanted = [expert for expert in experts if expert in held] + self.queue
         self._start()
         return list(self.wanted)
+
+    def ahead(self, experts: Collection[int]) -> list[int]:
+        """Those in rows, and as many as rows are empty: another's row is as likely to be needed."""
+        held = [expert for expert in experts if expert in self.cache.slot]
+        empty = len(self.rows) - len(self.cache.slot)
+        others = [expert for expert in experts if expert not in self.cache.slot]
+        return held + others[:empty]
 
     def ready(self, expert: int) -> bool:
         row = self.cache.slot.get(expert)

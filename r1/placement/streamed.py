@@ -4,92 +4,86 @@ The strategies of dispatch.py and the kernels see a stack of as many experts as 
 A call makes passes. The first one computes the chosen experts that lie in a slot already; meanwhile
 the missing ones are copied. Where they are more than the slots, they come in batches: one is
 copied while the one before is computed. So a prompt copies each expert at most once, for all its
-tokens. The host has to know the choices, so it waits for the router in each layer.
+tokens: most of them through the staging (staging.py), so that the slots keep what their policy
+wants. When its last batch of a layer is on its way, the next layer's first experts follow, before
+that layer has chosen. The host has to know the choices, so it waits for the router in each layer.
 
 Shapes: N tokens, K experts per token, E experts, D hidden_size, M choices of a pass.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from r1.model.moe import Experts, Run
 from r1.model.router import Router
-from r1.placement.link import Event, Link
+from r1.placement.holding import Arrivals, Holding, Pass
+from r1.placement.link import Link
 from r1.placement.slots import Slots
 from r1.placement.sources import InMemory
+from r1.placement.traffic import Traffic
 from r1.storage.matrix import Matrix
-from r1.storage.rows import Rows
 
-MATRICES = ("gate_proj", "up_proj", "down_proj")
 FEW = 64
 """Tokens of a call up to which the next layer's experts are guessed: a prompt uses nearly all."""
+Multiply = Callable[[Experts, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Experts, x, and of each choice its token, its expert and its weight -> fp32 sums: host.py."""
+MANY = 0.875
+"""A call that chooses this share of a layer's experts will choose nearly all of the next one's."""
 
 
-@dataclass
-class Traffic:
-    """What one layer's experts did, in calls of one number of tokens."""
-
-    calls: int = 0
-    visits: int = 0
-    """Different experts that were chosen, added up over calls."""
-    hits: int = 0
-    """Of these, the ones that lay in a slot, or were on their way."""
-    copied: int = 0
-    """Bytes that were copied to the device."""
-    read: int = 0
-    """Bytes that were read from files."""
-    guessed: int = 0
-    """Experts of the next layer that were fetched early."""
-    right: int = 0
-    """Of the experts fetched early for this layer, those that were chosen."""
-
-
-class StreamedExperts(Experts):
+class StreamedExperts(Holding):
     """The experts of one layer: all in host memory or in files, some also on the device."""
 
     def __init__(
-        self, whole: Experts, slots: Slots, source: InMemory, device: torch.device, link: Link
+        self,
+        bare: Experts,
+        whole: Experts,
+        slots: Slots,
+        source: InMemory,
+        device: torch.device,
+        link: Link,
     ) -> None:
-        """`whole` has the layer's stacks; without memory where they lie in files."""
-        nn.Module.__init__(self)
-        held = copy.deepcopy(whole)
-        for name in MATRICES:
-            setattr(self, name, getattr(held, name))
-        count = len(slots.expert)
-        self.ids, self.leads, self.inner_numbers = whole.ids, whole.leads, whole.inner_numbers
-        self.count = count
+        """`whole` has the layer's stacks; without memory where they lie in files. `bare` is the
+        same without memory.
+        """
+        super().__init__(bare, slots, source, device, link)
+        self.leads = whole.leads
         self.every = type(whole) is Experts  # no rank has only some of them
-        # Zeros: a slot that holds no expert yet must not make NaN of 0 times its numbers.
-        self.places = torch.zeros(count, source.rows.shape[1], dtype=torch.uint8, device=device)
-        Rows(self).place(self.places)
         self.outside = (whole, source)  # in a tuple: no part of this module
-        self.slots, self.link = slots, link
-        self.arrived: list[Event | None] = [None] * count
-        self.used: list[Event | None] = [None] * count
-        self.traffic: defaultdict[int, Traffic] = defaultdict(Traffic)
         self.next: tuple[Router, StreamedExperts] | None = None
         """The next sparse layer, where its experts are to be guessed."""
         self.guess: Tensor | None = None
+        self.multiply: Multiply | None = None
+        """Multiplies on the host what a step misses, where that is asked for."""
+        self.sent: tuple[Tensor, Tensor] | None = None
+        """A step's input (N, D) and weights (N, K), on the host."""
+        self.input: Tensor | None = None
+        self.back: Tensor | None = None
+        """What the host has made, fp32 (N, D), on the device."""
+        self.following: tuple[StreamedExperts] | None = None
+        """The next sparse layer, for prompts; in a tuple: no part of this module."""
         self.fetched: set[int] = set()
-        """Experts that were fetched early since this layer's last call."""
+        """Experts that were guessed and fetched since this layer's last call."""
 
     def whole(self, name: str) -> Matrix:
         return cast(Matrix, getattr(self.outside[0], name))
 
     def combine(self, y: Tensor) -> Tensor:
-        return self.outside[0].combine(y)
+        back, self.back = self.back, None
+        return self.outside[0].combine(y if back is None else (y + back).to(y.dtype))
 
     # ------------------------- one call
     def look_ahead(self, x: Tensor) -> None:
-        """Ask the next layer's router for this layer's input: hidden states change slowly."""
+        """Ask the next layer's router for this layer's input: hidden states change slowly. Keep
+        the input of a step whose missing experts the host multiplies.
+        """
+        self.input = x if self.multiply and len(x) <= FEW else None
         if self.next is not None and len(x) <= FEW:
             self.guess = self.next[0](x)[0]  # (N, K)
 
@@ -101,7 +95,8 @@ class StreamedExperts(Experts):
         """
         ((indices, weights),) = self.outside[0].here(indices, weights)
         choices, none = self._read(indices, weights), True
-        for table in self._passes(choices):
+        self.staged.clear()  # a call that failed may have left some
+        for _, table in self._passes(choices):
             none = False
             slots = table[choices]  # (N, K), -1: not in this pass
             held = (slots >= 0).to(indices.device, non_blocking=True)
@@ -117,27 +112,32 @@ class StreamedExperts(Experts):
         ((indices, weights),) = self.outside[0].here(indices, weights)
         choices, device = self._read(indices, weights), x.device
         y = torch.zeros(x.shape, dtype=torch.float32, device=device)
-        for table in self._passes(choices):
+        for stack, table in self._passes(choices, apart=True):
             slots = table[choices]  # (N, K), -1: not in this pass
             if bool((slots >= 0).all()):
-                y = run(self, x, slots.to(device, non_blocking=True), weights)
+                y = run(stack, x, slots.to(device, non_blocking=True), weights)
                 continue  # there is no other pass; but this one's end is still to be noted
             token, place = (slots >= 0).nonzero().unbind(dim=1)  # (M,) each
             chosen = slots[token, place].to(device, non_blocking=True)[:, None]  # (M, 1)
             token = token.to(device, non_blocking=True)
             place = place.to(device, non_blocking=True)
-            part = run(self, x[token], chosen, weights[token, place][:, None])  # (M, D)
+            part = run(stack, x[token], chosen, weights[token, place][:, None])  # (M, D)
             y.index_add_(0, token, part.float())
         return self.combine(y.to(x.dtype))
 
     def _read(self, indices: Tensor, weights: Tensor) -> Tensor:
         """The choices on the host, int64 (N, K); E where another device has the expert.
 
-        The guess of the next layer's experts is read with them, in the same wait.
+        The guess of the next layer's experts is read with them, in the same wait; so is what the
+        host needs to multiply.
         """
         if not self.every:  # weight 0: RankExperts' mark of what another rank holds
             indices = indices.masked_fill(weights == 0, len(self.ids))
         guess, self.guess = self.guess, None
+        self.sent = self.back = None
+        if self.input is not None:
+            x = self.input.to("cpu", non_blocking=True)
+            self.sent = x, weights.to("cpu", non_blocking=True)
         if guess is None:
             self.expected: list[int] = []
             return indices.cpu()
@@ -145,71 +145,103 @@ class StreamedExperts(Experts):
         self.expected = both[:, indices.shape[1] :].unique().tolist()
         return both[:, : indices.shape[1]]
 
-    def _passes(self, choices: Tensor) -> Iterator[Tensor]:
-        """Fetch the chosen experts. Each pass gives a table: a slot for each expert, -1 for none.
-
-        While a pass is computed, its slots stay as they are.
+    def _passes(self, choices: Tensor, apart: bool = False) -> Iterator[Pass]:
+        """Fetch the chosen experts, and give the passes. While one is computed, its places stay as
+        they are. `apart`: passes may be over other stacks than this one.
         """
         slots, counted = self.slots, Counter(choices.flatten().tolist())
         counted.pop(len(self.ids), None)
         chosen = sorted(counted)
         slots.count(chosen, (counted[expert] for expert in chosen))
         current = {expert: slots.slot[expert] for expert in chosen if expert in slots.slot}
-        source = self.outside[1]
-        missing = source.begin(slots.order(e for e in chosen if e not in current))
+        came, self.staged = self.staged, {}
+        staged = {e: place for e, place in came.items() if e in counted and e not in current}
+        note, source = self.traffic[len(choices)], self.source
+        missing = source.begin(slots.order(e for e in chosen if e not in current | staged))
+        there: list[int] = []
+        if self.sent is not None:
+            missing, there = self._divide(missing)
+        held, width = current.keys() | staged, self.places.shape[1]
+        note.add(chosen, held, missing, self.early, self.fetched, width)
+        if apart and self.staging and (staged or len(missing) > self.count - len(current)):
+            ahead = len(chosen) >= MANY * len(self.ids)
+            yield from self._stream(current, staged, missing, len(choices) if ahead else 0)
+        else:
+            yield from self._in_slots(current, missing, note)
+        note.read += source.read_bytes()
+        if there:
+            self._multiply(choices, there)
+            note.computed += len(there)
+            note.multiplied += len(there) * source.rows.shape[1]
+
+    def _divide(self, missing: list[int]) -> tuple[list[int], list[int]]:
+        """Of a step's missing experts: those that empty slots get, and those for the host."""
+        empty = min(self.free, self.landing[0].half) if self.landing else self.free
+        best = sorted(missing, key=lambda expert: -self.slots.counts[expert])[:empty]
+        return best, [expert for expert in missing if expert not in best]
+
+    def _multiply(self, choices: Tensor, experts: list[int]) -> None:
+        """On the host, while the device computes what it has. `combine` adds the result."""
+        assert self.multiply is not None and self.sent is not None
+        marked = torch.zeros(len(self.ids) + 1, dtype=torch.bool)
+        marked[experts] = True
+        token, place = marked[choices].nonzero().unbind(dim=1)  # (M,) each
+        x, weights = self.sent
+        y = self.multiply(
+            self.outside[0], x, token, choices[token, place], weights[token, place]
+        )  # (N, D)
+        self.back = y.to(self.places.device)
+
+    def _in_slots(
+        self, current: dict[int, int], missing: list[int], note: Traffic
+    ) -> Iterator[Pass]:
+        """Passes over slots only. Where the missing experts are too many, they take turns."""
         most = self.count - len(current)
         if len(missing) > most:
             most = max(1, self.count // 2)
-        self._note(len(choices), chosen, current)
+        if self.landing:
+            most = min(most, self.landing[0].half)
         while True:
             room = min(most, self.count - len(current))
-            coming, missing = self._fetch(missing[:room], current.values()), missing[room:]
+            coming, missing = self.fetch(missing[:room], current.values()), missing[room:]
             if not missing and self.next is not None and self.expected:
-                self._fetch_next(len(choices))
-            if current:
-                yield self._ready(current)
-                done = self.link.now()
-                for slot in current.values():
-                    self.used[slot] = done
+                self._fetch_next(note)
+            yield from self.compute(current)
             if not coming and not missing:
                 break
             current = coming
-        self.traffic[len(choices)].read += source.read_bytes()
 
-    def _note(self, tokens: int, chosen: Collection[int], held: Collection[int]) -> None:
-        note = self.traffic[tokens]
-        note.calls, note.visits = note.calls + 1, note.visits + len(chosen)
-        note.hits += len(held)
-        note.copied += (len(chosen) - len(held)) * self.places.shape[1]
-        note.right += len(self.fetched.intersection(chosen))
-        self.fetched.clear()
+    def _stream(
+        self, current: dict[int, int], staged: Arrivals, missing: list[int], ahead: int
+    ) -> Iterator[Pass]:
+        """Passes over more experts than fit the slots. Those that shall stay come to slots, the
+        others pass through the staging, and what is best in slots stays there.
 
-    # ------------------------- slots
-    def _ready(self, current: dict[int, int]) -> Tensor:
-        """Let the device wait for these experts' copies, and give their table, int64 (E + 1,)."""
-        self.slots.use(current.values())
-        for event in {self.arrived[slot] for slot in current.values()}:
-            self.link.wait(event)
-        table = torch.full((len(self.ids) + 1,), -1)
-        for expert, slot in current.items():
-            self.arrived[slot] = None
-            table[expert] = slot
-        return table
+        `ahead`: tokens of a call that needs nearly all experts, so the next layer will need them
+        too; else 0.
+        """
+        assert self.staging is not None
+        stay, half = set(self.slots.stay([*missing, *staged])), self.staging[0].half
+        held = self.compute(current)
+        now = [held, self.compute_staged(staged, [e for e in staged if e in stay])]
+        for first in range(0, len(missing), half):
+            to_slots: dict[int, int] = {}
+            through: Arrivals = {}
+            for expert in missing[first : first + half]:  # in the source's order
+                if expert in stay:
+                    yield from held  # what the slot holds is needed before
+                    to_slots |= self.fetch([expert], to_slots.values())
+                else:
+                    through |= self.stage([expert])
+            for each in now:
+                yield from each
+            now = [self.compute(to_slots), self.compute_staged(through)]
+        if ahead and self.following is not None:
+            self.following[0].fetch_early(ahead)
+        for each in now:
+            yield from each
 
-    def _fetch(self, experts: Collection[int], keep: Collection[int]) -> dict[int, int]:
-        """Begin to copy experts to slots other than `keep`; their slots."""
-        source, coming, kept = self.outside[1], {}, set(keep)
-        for expert in experts:
-            row = source.row(expert)  # may raise: then no slot has been taken for it
-            slot = self.slots.take(expert, kept)
-            kept.add(slot)
-            self.link.copy(self.places[slot], row, self.used[slot])
-            self.arrived[slot] = self.link.arrival()
-            source.sent(expert, self.arrived[slot])
-            coming[expert] = slot
-        return coming
-
-    def _fetch_next(self, tokens: int) -> None:
+    def _fetch_next(self, note: Traffic) -> None:
         """Fetch what the next layer is expected to choose, once."""
         assert self.next is not None
         other, expected, self.expected = self.next[1], self.expected, []
@@ -217,9 +249,7 @@ class StreamedExperts(Experts):
         held = {e: other.slots.slot[e] for e in expected if e in other.slots.slot}
         early = [expert for expert in expected if expert not in held][: other.count - len(held)]
         other.fetched.update(early)
-        note = self.traffic[tokens]
         note.guessed += len(early)
-        source = other.outside[1]
-        early = [e for e in source.begin(early) if source.ready(e)]  # none that a drive has
+        early = [e for e in other.source.begin(early) if other.source.ready(e)]  # not from a drive
         note.copied += len(early) * other.places.shape[1]
-        other._fetch(early, held.values())
+        other.fetch(early, held.values())

@@ -94,8 +94,8 @@ class CpuInt4(Matrix):
 
     def stored(self, rows: slice = slice(None)) -> dict[str, Tensor]:
         """Copies, in the order of int4.py."""
-        packed = pack_nibbles(_unpack(self.q)[..., rows, : self.shape[-1]])
-        return {"weight_packed": packed, "weight_scale": self.factors[..., 0].mT[..., rows, :]}
+        packed, scale = usual(self.q, self.factors, self.shape[-1])
+        return {"weight_packed": packed[..., rows, :], "weight_scale": scale[..., rows, :]}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"
@@ -153,6 +153,13 @@ def _pack(numbers: Tensor) -> Tensor:
     return packed
 
 
+def usual(q: Tensor, factors: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """q and factors of a CpuInt4 with so many columns, on any device, as int4.py stores them:
+    uint8 (..., out, in / 2), and scales (..., out, groups).
+    """
+    return pack_nibbles(_unpack(q)[..., :columns]), factors[..., 0].mT
+
+
 def _unpack(q: Tensor) -> Tensor:
     """The inverse, of (..., out, in / 2)."""
     layout = _layout()
@@ -163,7 +170,7 @@ def _unpack(q: Tensor) -> Tensor:
     blocks = q.unflatten(-2, (-1, tall)).flatten(-2).unflatten(-1, (columns, tall // 2))
     across = blocks.mT.contiguous()  # (..., out / tall, tall / 2, in)
     numbers = torch.stack((across & 15, across >> 4), dim=-2).flatten(-3, -2)  # (..., tall, in)
-    return numbers.index_select(-2, order).flatten(-3, -2)
+    return numbers.index_select(-2, order.to(q.device)).flatten(-3, -2)
 
 
 @lru_cache

@@ -33,7 +33,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "quant": ("auto", "none", *USUAL),
         "quant_head": ("none", "fp8", "int8"),
         "speculate": ("off", "mtp", "draft"),
-        "experts": ("device", "host", "disk"),
+        "experts": ("device", "host", "cpu", "disk"),
         "expert_policy": tuple(POLICIES),
         "allreduce": ("auto", *ALLREDUCE),
         "memory": ("default", "expandable", "empty-cache"),
@@ -119,8 +119,9 @@ class Backend:
     nccl (AMD: RCCL), on a CPU gloo"""
 
     experts: str = "device"
-    """where routed experts lie; host: in the CPU's memory, and those that are chosen are copied to
-    slots of the device; disk: in the checkpoint's files, with a cache in the CPU's memory"""
+    """where routed experts lie; host: in the CPU's memory, chosen ones are copied to slots of the
+    device; cpu: the same, but the CPU multiplies what a step misses; disk: in the checkpoint's
+    files, behind a cache in the CPU's memory"""
     expert_slots: int = 0
     """experts of each layer that the device holds with `experts=host` or disk; 0: as many as fit
     into what is free"""
@@ -128,7 +129,11 @@ class Backend:
     """GB of the CPU's memory for experts that were read, with `experts=disk`; 0: what is free"""
     expert_policy: str = "last"
     """which expert gives its slot away; last: the one that was used longest ago; most: the one that
-    the fewest tokens chose, a prompt's tokens included"""
+    the fewest tokens chose, a prompt's tokens included; pinned: the one chosen least in
+    `expert_profile`"""
+    expert_profile: str = ""
+    """the file of `expert_policy=pinned`: how often each expert was chosen, as
+    tools/measure/record_routing.py records it"""
     guess_experts: bool = False
     """with `experts=host` or disk: the next layer's router guesses one layer early which experts
     will be chosen, and they are fetched ahead; a wrong guess costs bandwidth"""
@@ -152,6 +157,9 @@ class Backend:
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 0:
             asked = setting("expert_slots", repr(slots))
             raise InputError(f"{asked}: give a whole number, or 0 for what is free")
+        profile = self.expert_profile
+        if not isinstance(profile, str):
+            raise InputError(f"{setting('expert_profile', repr(profile))}: give a file's path")
         cache = self.expert_cache_gb
         if isinstance(cache, bool) or not isinstance(cache, (int, float)) or not 0 <= cache < 1e6:
             asked = setting("expert_cache_gb", repr(cache))

@@ -58,12 +58,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if field.default is False:
             group.add_argument(flag, action="store_true", default=absent, help=text)
             continue
-        text += f" (default: {field.default})"
+        text += f" (default: {field.default})" if field.default != "" else ""
         if field.name in values:
             group.add_argument(flag, choices=values[field.name], default=absent, help=text)
         else:
-            kind = type(field.default)
-            group.add_argument(flag, type=kind, metavar="N", default=absent, help=text)
+            kind, name = type(field.default), "FILE" if field.default == "" else "N"
+            group.add_argument(flag, type=kind, metavar=name, default=absent, help=text)
 
 
 def add_draft_model(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from r1.errors import InputError, setting
 from r1.model.config import Config
+from r1.storage import int4_cpu
+from r1.storage.spec import Spec
 from r1.switches.backend import Backend
+from r1.switches.precision import spec_of
 
-OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "guess_experts")
+OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "expert_profile", "guess_experts")
 """The switches that say how experts are fetched."""
 CAN_NOT_WAIT = ("compile", "cuda_graphs", "prefill_graphs", "tune")
 """Switches under which nothing may wait for a number in the middle of a step."""
@@ -27,6 +30,11 @@ def check(backend: Backend, config: Config) -> None:
         cache = setting("expert_cache_gb", backend.expert_cache_gb)
         disk = setting("experts", "disk")
         raise InputError(f"{cache} is of no use without {disk}: add that, or leave it out")
+    pinned, file = setting("expert_policy", "pinned"), setting("expert_profile", "FILE")
+    if backend.expert_profile and backend.expert_policy != "pinned":
+        raise InputError(f"{file} is of no use without {pinned}: add that, or leave it out")
+    if backend.expert_policy == "pinned" and not backend.expert_profile:
+        raise InputError(f"{pinned} needs a recording: add {file}")
     if backend.experts == "device":
         for name in OWN:
             value = getattr(backend, name)
@@ -43,9 +51,60 @@ def check(backend: Backend, config: Config) -> None:
         raise InputError(
             f"{asked} keeps experts of all layers, and {pp} splits these: leave one out"
         )
+    if backend.experts == "cpu":
+        _check_host(backend, config)
     for name in CAN_NOT_WAIT:
         if getattr(backend, name):
             raise InputError(
                 f"{asked} has to know each layer's choices on the CPU, for which {setting(name)} "
                 "has no place: leave one of them out"
             )
+
+
+def stored_kind(backend: Backend, config: Config) -> str | None:
+    """How a resolved `backend` stores routed experts: "int4", ...; None: as plain numbers."""
+    spec = _specs(backend, config)[0][0]
+    return None if spec is None else spec.kind
+
+
+def _specs(backend: Backend, config: Config) -> list[tuple[Spec | None, tuple[int, int]]]:
+    """Storage and shape (out, in) of one expert's matrices."""
+    shape = config.experts
+    dim, inner = config.hidden_size, shape.moe_intermediate_size
+    stack = f"model.layers.{shape.first_k_dense_replace}.mlp.experts"
+    sizes = {"gate_proj": (inner, dim), "up_proj": (inner, dim), "down_proj": (dim, inner)}
+    return [
+        (spec_of(f"{stack}.{name}", config.files, backend.quant), size)
+        for name, size in sizes.items()
+    ]
+
+
+def _check_host(backend: Backend, config: Config) -> None:
+    """Raise InputError for what the host can't multiply as it is stored, or for several devices."""
+    asked, instead = setting("experts", "cpu"), setting("experts", "host")
+    if backend.ranks > 1:
+        raise InputError(
+            f"{asked} is built for one device, and {backend.sharing} asks for more: use {instead}"
+        )
+    if backend.guess_experts:
+        guess = setting("guess_experts")
+        raise InputError(f"{asked} copies nothing in a step that {guess} could fetch: leave it out")
+    if backend.amp != "off":
+        amp = setting("amp", backend.amp)
+        raise InputError(
+            f"{asked} multiplies in the dtype that experts are stored in, and {amp} in another: "
+            f"use {setting('dtype', backend.amp)}"
+        )
+    for spec, size in _specs(backend, config):
+        if spec is None:
+            continue
+        if spec.kind == "int4" and int4_cpu.takes(spec, size) and backend.dtype == "bf16":
+            continue
+        if spec == Spec("int8", 1, 0, spec.scale) and backend.dtype != "fp16":
+            continue
+        stored = f"{spec.describe()} of {size[0]} x {size[1]} in {backend.dtype}"
+        raise InputError(
+            f"{asked} needs experts that a CPU multiplies as they are stored: plain ones, int8 "
+            "with a scale for each row, or symmetric int4 in bf16, of 64 rows or a multiple, with "
+            f"bf16 scales for 32 to 256 columns; not {stored}: use {instead}"
+        )

@@ -83,7 +83,8 @@ FIELDS: dict[str, str] = {
     "mfu_prefill": "FLOPs of the prompt / TTFT / measured matmul rate",
     "bottleneck": (
         "what limits a step: memory, compute, launches (kernels x gap), link (copies from host "
-        "memory), disk (reads of files) or, on a CPU, framework"
+        "memory), disk (reads of files), host (reads of its memory, to multiply) or, on a CPU, "
+        "framework"
     ),
     "step_gb": (
         "bytes that a step must move; with speculation those of a verification and its "
@@ -103,11 +104,19 @@ FIELDS: dict[str, str] = {
         "slot of the device, or were on their way; null without"
     ),
     "expert_hits_even": "the same, if choices were even and independent: slots / experts",
+    "expert_hits_recorded": (
+        "the same, if slots held what --routing FILE tells as chosen most; null without a file"
+    ),
     "expert_slots": "experts of each layer that the device holds",
     "guesses_right": "share of the experts fetched early that were chosen; null without guesses",
     "link_mb": "MB that a decode step copies from host memory",
     "link_share": "these / time of a step / measured rate of copies from pinned host memory",
     "prompt_link_share": "the same of the prompt: its copies / TTFT / the measured rate",
+    "host_computed": (
+        "with --experts cpu: share of the experts visited by decode steps that the host multiplied"
+    ),
+    "host_mb": "MB of host memory that a decode step reads for them",
+    "host_share": "these / time of a step / measured rate of reading host memory",
     "disk_mb": "MB that a decode step reads from the checkpoint's files, with experts on a disk",
     "disk_share": "these / time of a step / measured rate of the same reads without a model",
     "prompt_disk_share": "the same of the prompt",

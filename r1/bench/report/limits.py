@@ -11,9 +11,11 @@ from typing import Any
 from r1 import roofline
 from r1.bench.process import Answer
 from r1.bench.rates import Rates, bottleneck
+from r1.bench.routing import is_file
 from r1.bench.workload import Workload
 from r1.files.config_json import load_config
 from r1.model.config import Config
+from r1.placement.profile import load
 from r1.roofline import Speculation
 from r1.switches.backend import Backend
 
@@ -47,9 +49,12 @@ def speculation(
 
 
 def fetches(
-    config: Config, backend: Backend, rates: Rates, repetitions: list[Answer]
+    config: Config, routing: str, rates: Rates, repetitions: list[Answer]
 ) -> dict[str, Any]:
-    """What experts in host memory cost, in the repetition of the median step."""
+    """What experts in host memory cost, in the repetition of the median step.
+
+    `routing` is the workload's.
+    """
     if not repetitions[0].get("fetched"):
         return {}
     each = sorted(repetitions, key=_step_seconds)[len(repetitions) // 2]
@@ -57,15 +62,21 @@ def fetches(
     per_step = f["copied"] / max(1, f["calls"])
     read = f["read"] / max(1, f["calls"])
     even = min(1.0, f["slots"] / config.experts.n_routed_experts)
+    on_host = f.get("multiplied", 0) / max(1, f["calls"])
+    profile = load(routing, config) if is_file(routing) else None
     return {
         "expert_hits": f["hits"] / f["visits"] if f["visits"] else None,
         "expert_hits_even": even,
+        "expert_hits_recorded": profile and profile.found(f["slots"]),
         "expert_slots": f["slots"],
         "guesses_right": f["right"] / f["guessed"] if f["guessed"] else None,
         "link_mb": per_step / 1e6,
         "link_share": per_step / seconds / rates.link if seconds else None,
         "prompt_link_share": f["prompt"] / each["ttft"] / rates.link,
     } | {
+        "host_computed": f.get("computed", 0) / f["visits"] if f["visits"] and rates.ram else None,
+        "host_mb": on_host / 1e6,
+        "host_share": on_host / seconds / rates.ram if seconds and rates.ram else None,
         "disk_mb": read / 1e6,
         "disk_share": read / seconds / rates.disk if seconds and rates.disk else None,
         "prompt_disk_share": f["prompt_read"] / each["ttft"] / rates.disk if rates.disk else None,
@@ -114,9 +125,13 @@ def against_limits(
         floor = 1e6 * rates.seconds(layer)
     if backend.speculate != "off":
         work = byte_model(w, backend, config, built).turn
-    fetched = fetches(config, backend, rates, repetitions)
-    link, disk = (1e6 * fetched.get(name, 0.0) for name in ("link_mb", "disk_mb"))
-    work = dataclasses.replace(work, link_bytes=link, disk_bytes=disk)
+    fetched = fetches(config, w.routing, rates, repetitions)
+    link, disk, host = (1e6 * fetched.get(f"{name}_mb", 0.0) for name in ("link", "disk", "host"))
+    # The device does not read what the host multiplies.
+    own = max(0.0, work.weight_bytes - host)
+    work = dataclasses.replace(
+        work, weight_bytes=own, link_bytes=link, disk_bytes=disk, host_bytes=host
+    )
     ttft = statistics.median(r["ttft"] for r in repetitions)
     seconds = statistics.median(map(_step_seconds, repetitions))
     steps = statistics.median(  # per token

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from typing import Any
 
 from r1.bench import exchange
-from r1.bench.arms import Arm
+from r1.bench.arms import FILES, Arm
 from r1.bench.process import Answer
 from r1.bench.report.fields import FIELDS
 from r1.bench.report.interval import interval
@@ -56,7 +57,8 @@ def row(
         "sm_mhz": repetitions[-1].get("sm_mhz"),
         "power_w": repetitions[-1].get("power_w"),
         **answers.get("energy", {}),
-        "backend": built["backend"],
+        "backend": built["backend"]
+        | {f: os.path.basename(built["backend"].get(f, "")) for f in FILES},
         "repetitions": [{"ttft": r["ttft"], "total": r["total"]} for r in repetitions],
         **_beside(answers),
     }

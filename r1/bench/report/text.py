@@ -63,6 +63,7 @@ def _heading(result: dict[str, Any]) -> list[str]:
             f"measured here: copy {m['copy_gb_s']:.0f} GB/s, matrix products {products} TFLOP/s"
             + link
             + (f", from files {m['disk_gb_s']:.3g} GB/s" if m.get("disk_gb_s") else "")
+            + (f", host memory {m['ram_gb_s']:.3g} GB/s" if m.get("ram_gb_s") else "")
         ]
     return [*lines, *filter(None, [busy(m)])]
 

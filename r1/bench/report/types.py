@@ -114,7 +114,8 @@ ROW: dict[str, Type] = {
     ),
     **dict.fromkeys(
         ("acceptance", "assumed", "top1", "quant_top1", "same_text", "accuracy", "expert_hits",
-         "expert_hits_even", "guesses_right", "exchange_exposed"), SHARE
+         "expert_hits_even", "expert_hits_recorded", "host_computed", "guesses_right",
+         "exchange_exposed"), SHARE
     ),
     **dict.fromkeys(
         (
@@ -137,7 +138,7 @@ ROW: dict[str, Type] = {
             "experts_hit", "allocated_gb", "reserved_gb", "host_gb", "start_cold_s",
             "start_warm_s", "load_s", "sm_mhz", "power_w", "mean_power_w", "joules_per_token",
             "link_mb", "link_share", "prompt_link_share", "disk_mb", "disk_share",
-            "prompt_disk_share", "exchange_ms", "exchange_mb",
+            "prompt_disk_share", "host_mb", "host_share", "exchange_ms", "exchange_mb",
         ),
         NUMBER,
     ),
@@ -165,7 +166,7 @@ PAIR: dict[str, Type] = {
 """The types of a pair's fields."""
 MACHINE: dict[str, Type] = {
     **dict.fromkeys(("name", "torch", "python", "system"), TEXT),
-    **dict.fromkeys(("memory_gb", "copy_gb_s", "link_gb_s", "disk_gb_s"), MEASUREMENT),
+    **dict.fromkeys(("memory_gb", "copy_gb_s", "link_gb_s", "disk_gb_s", "ram_gb_s"), MEASUREMENT),
     **dict.fromkeys(("cpus", "threads"), WHOLE),
     "load": NUMBER,
     "matmul_tflop_s": RATES,

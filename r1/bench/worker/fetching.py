@@ -25,7 +25,7 @@ def fetched(subject: Subject) -> dict[str, Any] | None:
         return None
     tokens = w.batch * subject.engine.backend.step_tokens
     steps = [layer.traffic[tokens] for layer in layers]
-    names = ("visits", "hits", "copied", "read", "guessed", "right")
+    names = ("visits", "hits", "copied", "read", "guessed", "right", "computed", "multiplied")
     sums: dict[str, Any] = {name: sum(getattr(s, name) for s in steps) for name in names}
     notes = [note for layer in layers for note in layer.traffic.values()]
     return sums | {

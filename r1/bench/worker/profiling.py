@@ -44,8 +44,11 @@ def trace(subject: Subject) -> Answer:
 
 
 def _export(subject: Subject, profiled: profile) -> Path:
-    """Write the Chrome trace of a profile; returns its path."""
-    path = subject.folder / "trace.json"
+    """Write the Chrome trace of a profile; returns its path.
+
+    Processes that share a model share the folder, too, and write at the same time.
+    """
+    path = subject.folder / f"trace-{subject.place.rank}.json"
     profiled.export_chrome_trace(str(path))
     return path
 

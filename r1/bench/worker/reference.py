@@ -95,11 +95,16 @@ def _counted_experts(subject: Subject) -> Iterator[list[int]]:
 
 
 def rates(
-    subject: Subject, dtypes: Iterable[str], link: bool = False, disk: bool = False
+    subject: Subject,
+    dtypes: Iterable[str],
+    link: bool = False,
+    disk: bool = False,
+    ram: bool = False,
 ) -> Answer:
     """The machine's measured copy bandwidth and matmul rate, by dtype; with `link`, that of copies
-    from host memory too; with `disk`, that of reads of the checkpoint's files.
+    from host memory too; with `disk`, that of reads of the checkpoint's files; with `ram`, of host
+    memory.
     """
     files = subject.workload.model if disk else None
-    measured = measure_rates(subject.device, dtypes, link, files)
+    measured = measure_rates(subject.device, dtypes, link, files, ram)
     return {dtype: vars(each) for dtype, each in measured.items()}

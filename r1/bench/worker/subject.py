@@ -9,8 +9,8 @@ import torch
 
 import r1
 from r1 import build
+from r1.bench import routing
 from r1.bench.process import Answer
-from r1.bench.routing import ROUTINGS
 from r1.bench.sizes import check_sizes
 from r1.bench.workload import Workload
 from r1.device import synchronize, torch_device
@@ -71,8 +71,7 @@ class Subject:
             placement = build.placement_of(config, backend, mesh)
             made = build.from_shape(config, backend, seed=w.seed, placement=placement)
             self.engine = Engine(made, backend, mesh=mesh)
-        if w.routing != "model":
-            ROUTINGS[w.routing](self.engine.model, w.seed)
+        routing.make(w.routing, self.engine.model, w.seed)
         seconds = time.perf_counter() - start
         drafter = self.engine.drafter
         own = vars(drafter.backend) if isinstance(drafter, ModelDrafter) else None
