@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from torch import Tensor
 from r1 import Backend
 from r1.bench import ablation, arms, exchange, timeline
 from r1.bench.report import table
+from r1.bench.worker import profiling
 from r1.bench.workload import Workload
 from r1.placement.collectives import Gather, Sum
+from r1.placement.ranks import Crew
 from r1.switches.resolve import resolve
 
 
@@ -58,6 +61,19 @@ def test_the_ladder_ends_with_it(given: dict[str, Any]) -> None:
 
 
 # ---------------------------- what a row says of it
+def test_each_rank_writes_a_trace_of_its_own(tmp_path: Path) -> None:
+    """All at the same time, and into one folder."""
+
+    def rank(number: int) -> Path:
+        subject = SimpleNamespace(folder=tmp_path, place=Crew(number, 2))
+        profiled = SimpleNamespace(
+            export_chrome_trace=lambda path: Path(path).write_text(f"{number}")
+        )
+        return profiling._export(subject, profiled)  # type: ignore[arg-type]
+
+    assert [path.read_text() for path in [rank(0), rank(1)]] == ["0", "1"]
+
+
 def test_time_of_what_devices_exchange() -> None:
     """The kernels' own time, and what of it no other kernel hides."""
     spans = [("gemv_kernel", 0, 6), ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)", 4, 5)]
