@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
 from r1.kernels.chip import Chip
-from r1.kernels.experts import experts
+from r1.kernels.experts import ExpertsLaunch, experts
 from r1.kernels.fixed import BLOCK, GROUP, LARGEST, fits, fix
 from r1.kernels.gated import gated
 from r1.kernels.linear import LinearLaunch, linear
@@ -147,9 +147,13 @@ def test_gated(spec: Spec) -> None:
 
 
 @pytest.mark.parametrize("spec", [SPECS["groups of 32"], SPECS["zero points"]])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize("shared", [0, 1, 2])
-def test_experts(spec: Spec, shared: int) -> None:
-    """Shared experts of several widths; `zero points` has groups that fill an expert's rows."""
+def test_experts(spec: Spec, tokens: int, shared: int) -> None:
+    """Shared experts of several widths; `zero points` has groups that fill an expert's rows.
+
+    Some experts have no token, and one has all of them.
+    """
     dim, inner = 128, 64
     c = V3.change(hidden_size=dim, moe_intermediate_size=inner, n_routed_experts=6, n_group=1)
     c = c.change(num_experts_per_tok=3, topk_group=1)
@@ -157,18 +161,23 @@ def test_experts(spec: Spec, shared: int) -> None:
     for name, shape in (("gate", (inner, dim)), ("up", (inner, dim)), ("down", (dim, inner))):
         setattr(routed, f"{name}_proj", stored(spec, 6, *shape))
     more = mlp_of(spec, dim, shared * inner) if shared else None
-    x = torch.randn(1, dim, device=DEVICE).bfloat16()
-    indices = torch.tensor([[4, 0, 3]], device=DEVICE)
-    weights = torch.rand(1, 3, device=DEVICE)
+    x = torch.randn(tokens, dim, device=DEVICE).bfloat16()
+    indices = torch.tensor([[4, 0, 3], [4, 3, 5], [0, 4, 5], [4, 5, 3], [5, 0, 4]], device=DEVICE)
+    indices, weights = indices[:tokens], torch.rand(tokens, 3, device=DEVICE)
+    parts = (routed.gate_proj, routed.up_proj, routed.down_proj)
     right = x.double()
-    for place, weight in zip(indices[0].tolist(), weights[0].tolist(), strict=True):
-        parts = (routed.gate_proj, routed.up_proj, routed.down_proj)
-        right = right + weight * by_hand(x.double(), *(p.dense()[place] for p in parts))
+    for place in range(6):
+        y = by_hand(x.double(), *(p.dense()[place] for p in parts))
+        right = right + (weights * (indices == place)).sum(1, keepdim=True) * y
     if more is not None:
         layers = (more.gate_proj, more.up_proj, more.down_proj)
         right = right + by_hand(x.double(), *(layer.matrix.dense() for layer in layers))
-    y = experts(CHIP, x, indices, weights, routed, more, x)
-    torch.testing.assert_close(y.double(), right, atol=2**-6, rtol=2**-7)
+    launches: list[ExpertsLaunch | None] = [None]
+    if tokens > 1:
+        launches += [ExpertsLaunch(rows, 4, 64, 8, 32, 2) for rows in (1, 2, 4)]
+    for launch in launches:
+        y = experts(CHIP, x, indices, weights, routed, more, x, launch=launch)
+        torch.testing.assert_close(y.double(), right, atol=2**-6, rtol=2**-7)
 
 
 def test_where_it_is_used() -> None:

@@ -3,7 +3,8 @@
 Shared experts are extra experts that every token chooses with weight 1. A shared MLP of width n I
 is n experts of width I: their gates, ups and downs stand side by side in its matrices.
 
-One token takes the kernels of experts_vector.py, several take those of experts_tiles.py.
+One token takes the kernels of experts_vector.py, several take those of experts_tiles.py, or, of 4
+bits and few for each expert, of experts_few.py.
 
 Shapes: N tokens, D hidden_size, I moe_intermediate_size, E experts, K experts per token, J slots of
 a token (K + shared).
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, power_of_two
+from r1.kernels.experts_few import down_few_kernel, up_few_kernel
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
-from r1.kernels.fixed import fits, fix
+from r1.kernels.fixed import GROUP, fix, storage_sizes
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
 from r1.kernels.tiles import Operand, operand, packed_bits, tensor_of
 from r1.model.dispatch import Gather
@@ -29,12 +31,16 @@ from r1.model.layers import MLP
 from r1.model.moe import Experts
 from r1.storage.matrix import Matrix
 
+LEAST_TILE = 16
+"""The least rows of a product by `tl.dot`."""
+
 
 @dataclass(frozen=True)
 class ExpertsLaunch:
     """Each program makes `up_outputs` inner values, or `down_outputs` outputs, for `rows` tokens.
 
-    It reads `up_inputs` or `down_inputs` columns of weights at a time. One row: no tl.dot. With
+    It reads `up_inputs` or `down_inputs` columns of weights at a time. Less than 16 rows: no
+    tl.dot; more than one token are then those of experts_few.py. With
     `apart` each tile of tokens has programs of its own, so that an expert's tokens are spread over
     the chip. Without it one program takes all of its expert's tokens, so weights are read once.
     """
@@ -51,9 +57,18 @@ class ExpertsLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
+        if packed == [4, 1] and tokens * chosen <= 8 * experts:
+            # Few choices of an expert; a program takes as many as most experts have. (Those of
+            # several tokens follow from the compiled instructions; no GPU has timed them yet.)
+            rows = 1 if tokens * chosen <= experts else 2 if tokens * chosen <= 2 * experts else 4
+            up_inputs, down_inputs = power_of_two(dim, 32), min(512, power_of_two(inner, 32))
+            if tokens == 1:
+                return ExpertsLaunch(1, 4, min(2048, up_inputs), 4, down_inputs, 4)
+            return ExpertsLaunch(rows, 4, min(1024, up_inputs), 8, down_inputs, 1)
         if tokens == 1 and packed:
-            down_inputs, warps = min(512, power_of_two(inner, 32)), 2 if packed == [8] else 4
-            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 32)), 4, down_inputs, warps)
+            down_inputs, warps = (512, 2) if packed == [8] else (256, 4)
+            down_inputs = min(down_inputs, power_of_two(inner, 16))
+            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs, warps)
         if tokens == 1:
             down_inputs = min(512, power_of_two(inner))
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, down_inputs)
@@ -88,8 +103,8 @@ class ExpertsLaunch:
 
     @property
     def choices(self) -> Choices:
-        if self.rows == 1:
-            return {
+        if self.rows < LEAST_TILE:
+            return ({"rows": (1, 2, 4, 8)} if self.rows > 1 else {}) | {
                 "up_outputs": (1, 2, 4, 8), "up_inputs": (512, 1024, 2048),
                 "down_outputs": (1, 2, 4, 8), "down_inputs": (64, 128, 256, 512),
                 "warps": (1, 2, 4, 8),
@@ -132,20 +147,8 @@ def experts(
         layers = (shared.gate_proj, shared.up_proj, shared.down_proj)
         always = Swiglu.of(chip, *(layer.matrix for layer in layers))
         more = shared.down_proj.matrix.shape[1] // sizes[2]
-    bits = packed_bits(experts.down_proj)
     return _launch(
-        chip,
-        x,
-        indices,
-        weights,
-        (*sizes, *bits),
-        routed,
-        more,
-        always,
-        residual,
-        norm,
-        eps,
-        launch,
+        chip, x, indices, weights, sizes, routed, more, always, residual, norm, eps, launch
     )
 
 
@@ -168,27 +171,27 @@ def _launch(
     more: int, shared: Swiglu | None, residual: Tensor | None, norm: Tensor | None, eps: float,
     launch: ExpertsLaunch | None,
 ) -> Tensor:  # fmt: skip
-    """`experts` of operands: `sizes` are E, D, I (and the bits of packed numbers) of routed.down,
-    and there are `more` shared experts.
+    """`experts` of operands: `sizes` are E, D, I of routed.down, and there are `more` shared
+    experts.
     """
-    (count, dim, inner, *packed), (tokens, chosen) = sizes, indices.shape
+    (count, dim, inner), (tokens, chosen) = sizes, indices.shape
+    stored = storage_sizes(chip, x, *routed, *(shared or ()))
+    stored = stored[:1] if inner % GROUP.value else stored  # inner values are vectors, too
+    fixed = stored[1:] == (1,)
     use = launch or chip.launch(
-        ExpertsLaunch, tokens, chosen, count, dim, inner, x.itemsize, *packed
+        ExpertsLaunch, tokens, chosen, count, dim, inner, x.itemsize, *stored
     )
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
-    if use.rows > 1:
-        return _several_tokens(
-            chip, use, names, count, x, indices, weights, routed, shared, residual
-        )
+    if use.rows >= LEAST_TILE or (fixed and tokens > 1):
+        several = _few_tokens if use.rows < LEAST_TILE else _several_tokens
+        return several(chip, use, names, count, x, indices, weights, routed, shared, residual)
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h, out = x.new_empty(tokens, chosen + more, inner), torch.empty_like(x)
-    fixed = fits(chip, x, routed.gate, routed.up, shared_gate, shared_up)
     chip.run(
         up_vector_kernel, (ceil_div(inner, use.up_outputs), chosen + more, tokens),
         fix(chip, x) if fixed else x, indices, routed.gate, routed.up, shared_gate, shared_up,
         residual, norm, eps, h, FIXED=fixed, **names, **use.up,
     )  # fmt: skip
-    fixed = fits(chip, h, routed.down, shared_down)
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs), tokens),
         fix(chip, h.flatten(1)) if fixed else h, indices, weights, routed.down, shared_down,
@@ -221,10 +224,40 @@ def _several_tokens(
         down_tile_kernel, (ceil_div(dim, use.down_outputs), places), h, order, ends, work, weights,
         routed.down, shared_down, y, tokens, count, **how, **use.down,
     )  # fmt: skip
-    out, block = torch.empty_like(x), min(1024, power_of_two(dim)) if use.apart else 256
+    return _added(chip, y, residual, x, min(1024, power_of_two(dim)) if use.apart else 256)
+
+
+def _few_tokens(
+    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
+    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The same with fixed-point vectors: of the tokens, then of their inner values."""
+    dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
+    tokens, chosen = indices.shape
+    order, ends = sort_by_expert(chip, indices, count)
+    places = most_tiles(tokens * chosen, count, use.rows, tokens, more)
+    work = divide(chip, ends, places, use.rows, tokens, more)
+    shared_gate, shared_up, shared_down = shared or (None, None, None)
+    how = sizes | {"ROWS": use.rows}
+    h = x.new_empty(tokens * (chosen + more), inner)
     chip.run(
-        add_kernel, (tokens * ceil_div(dim, block),), y, residual, out, DIM=dim,
-        SLOTS=chosen + more, BLOCK=block, warps=max(1, block // 256),
+        up_few_kernel, (ceil_div(inner, use.up_outputs), places), fix(chip, x), order, ends, work,
+        routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how, **use.up,
+    )  # fmt: skip
+    y = x.new_empty(tokens, chosen + more, dim, dtype=torch.float32)
+    chip.run(
+        down_few_kernel, (ceil_div(dim, use.down_outputs), places), fix(chip, h), order, ends,
+        work, weights, routed.down, shared_down, y, tokens, count, **how, **use.down,
+    )  # fmt: skip
+    return _added(chip, y, residual, x, 256)
+
+
+def _added(chip: Chip, y: Tensor, residual: Tensor | None, x: Tensor, block: int) -> Tensor:
+    """Each token's slots (N, J, D), and the residual, added up: (N, D) in x's dtype."""
+    (tokens, slots, dim), out = y.shape, torch.empty_like(x)
+    chip.run(
+        add_kernel, (tokens * ceil_div(dim, block),), y, residual, out, DIM=dim, SLOTS=slots,
+        BLOCK=block, warps=max(1, block // 256),
     )  # fmt: skip
     return out
 

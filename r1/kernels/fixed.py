@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.kernels.chip import INTERPRETED, Chip, ceil_div, let_next_start, wait_for_previous
-from r1.kernels.tiles import Operand
+from r1.kernels.tiles import BITS, Operand
 
 BLOCK = tl.constexpr(128)
 """Numbers of x that have one scale."""
@@ -60,6 +60,15 @@ def fits(chip: Chip, x: Tensor, *operands: Operand | None) -> bool:
             if w is not None
         )
     )
+
+
+def storage_sizes(chip: Chip, x: Tensor, *operands: Operand | None) -> tuple[int, ...]:
+    """For launch parameters: nothing for dense matrices; the bits of packed numbers; and a 1 after
+    them where these are multiplied by a fixed-point vector.
+    """
+    first = next(w for w in operands if w is not None)
+    bits = tuple(BITS[kind] for kind in (first.FORMAT.value,) if kind in BITS)
+    return (*bits, 1) if fits(chip, x, *operands) else bits
 
 
 def fix(

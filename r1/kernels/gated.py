@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, wait_for_previous
-from r1.kernels.fixed import columns_fixed, fits, fix, times_fixed
+from r1.kernels.fixed import columns_fixed, fix, storage_sizes, times_fixed
 from r1.kernels.linear import LinearLaunch, linear, linear_torch, prepare
-from r1.kernels.tiles import load, matrix_of, operand, packed_bits, times
+from r1.kernels.tiles import load, matrix_of, operand, times
 from r1.model.layers import MLP, swiglu
 from r1.storage.joined import products
 
@@ -30,12 +30,13 @@ def gated(
     """x (N, D), RMS-normed with the gain `norm` (D,) -> SwiGLU's inner values (N, I)."""
     gate, up = mlp.gate_proj.matrix, mlp.up_proj.matrix
     tokens, (inner, inputs) = x.shape[0], gate.shape
-    sizes = (tokens, inputs, 2 * inner, x.itemsize, *packed_bits(gate))
+    matrices = (operand(gate, chip.ptx), operand(up, chip.ptx))
+    stored = storage_sizes(chip, x, *matrices)
+    sizes = (tokens, inputs, 2 * inner, x.itemsize, *stored)
     use = launch or chip.launch(LinearLaunch, *sizes)
     if use.rows == 1:
         h, block = x.new_empty(tokens, inner), max(1, use.outputs // 2)
-        matrices = (operand(gate, chip.ptx), operand(up, chip.ptx))
-        fixed = fits(chip, x, *matrices)
+        fixed = stored[1:] == (1,)
         given = fix(chip, x, norm, eps, early=True) if fixed else x
         chip.run(
             gated_kernel, (ceil_div(inner, block), tokens), given, *matrices, norm, eps, h, inner,

@@ -28,8 +28,8 @@ from r1.kernels.chip import (
     power_of_two,
     wait_for_previous,
 )
-from r1.kernels.fixed import columns_fixed, fits, fix, times_fixed
-from r1.kernels.tiles import add_product, load, matrix_of, operand, packed_bits, times
+from r1.kernels.fixed import columns_fixed, fix, storage_sizes, times_fixed
+from r1.kernels.tiles import add_product, load, matrix_of, operand, times
 from r1.storage.matrix import Matrix
 
 
@@ -49,7 +49,7 @@ class LinearLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
-        if tokens == 1 and packed == [4] and chip.byte_products:
+        if tokens == 1 and packed == [4, 1]:
             # A warp for each 2,048 columns, and rows of 4,096 or less at once.
             columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
             return LinearLaunch(1, 2, columns, max(1, columns // 2048))
@@ -95,14 +95,13 @@ def linear(
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs, dtype=dtype)
-    use = launch or chip.launch(
-        LinearLaunch, tokens, inputs, outputs, x.itemsize, *packed_bits(weight)
-    )
+    matrix = operand(weight, chip.ptx)
+    stored = storage_sizes(chip, x, matrix)
+    use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize, *stored)
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     if use.rows == 1:
-        matrix = operand(weight, chip.ptx)
-        fixed = fits(chip, x, matrix)
+        fixed = stored[1:] == (1,)
         given = fix(chip, x, norm, eps, early=True) if fixed else x
         chip.run(
             vector_kernel, grid, given, x.stride(0), matrix, None if fixed else norm, eps,
@@ -113,7 +112,7 @@ def linear(
     if norm is not None:
         x = prepare(chip, x, norm=norm, eps=eps)
     chip.run(
-        tile_kernel, grid, x, x.stride(0), operand(weight, chip.ptx), residual, y, tokens, outputs,
+        tile_kernel, grid, x, x.stride(0), matrix, residual, y, tokens, outputs,
         INPUTS=inputs, ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y

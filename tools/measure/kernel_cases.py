@@ -99,8 +99,9 @@ def linear_case(
     residual: bool = False, head: bool = False,
 ) -> Case:  # fmt: skip
     """With `head` it is the output head: its logits are fp32, and it is not quantized."""
+    from r1.kernels.fixed import storage_sizes
     from r1.kernels.linear import LinearLaunch, linear, linear_torch
-    from r1.kernels.tiles import packed_bits
+    from r1.kernels.tiles import operand
 
     x = randn(tokens, inputs)
     dtype = torch.float32 if head else torch.bfloat16
@@ -121,7 +122,8 @@ def linear_case(
     weight = stored(plain, "none" if head else place.quant)
     copies = place.copies(weight.nbytes) - 1
     weights = [weight, *(copy.deepcopy(weight) for _ in range(copies))]
-    sizes = (tokens, inputs, outputs, 2, *packed_bits(weight))
+    bits = storage_sizes(place.chip, x, operand(weight, place.chip.ptx))
+    sizes = (tokens, inputs, outputs, 2, *bits)
     default = LinearLaunch.default(sizes, place.chip)
     moved = 2 * x.numel() + dtype.itemsize * tokens * outputs
     flops = 2 * tokens * outputs * inputs
@@ -130,9 +132,10 @@ def linear_case(
 
 def gated_case(place: Place, c: Config, tokens: int) -> Case:
     """The norm, gate, up and SwiGLU of a dense feed-forward."""
+    from r1.kernels.fixed import storage_sizes
     from r1.kernels.gated import gated, gated_torch
     from r1.kernels.linear import LinearLaunch
-    from r1.kernels.tiles import packed_bits
+    from r1.kernels.tiles import operand
     from r1.model.layers import MLP
 
     dim, inner = c.hidden_size, c.intermediate_size
@@ -153,7 +156,8 @@ def gated_case(place: Place, c: Config, tokens: int) -> Case:
     matrix = first.gate_proj.matrix
     nbytes = 2 * matrix.nbytes
     copies = [first, *(made() for _ in range(place.copies(nbytes) - 1))]
-    sizes = (tokens, dim, 2 * inner, 2, *packed_bits(matrix))
+    bits = storage_sizes(place.chip, x, operand(matrix, place.chip.ptx))
+    sizes = (tokens, dim, 2 * inner, 2, *bits)
     default = LinearLaunch.default(sizes, place.chip)
     moved = 2 * x.numel() + 2 * tokens * inner
     flops = 4 * tokens * dim * inner
@@ -206,7 +210,8 @@ def filled(make: Callable[[], nn.Module], scale: float, quant: str) -> Any:
 
 def experts_case(place: Place, c: Config, tokens: int) -> Case:
     from r1.kernels.experts import ExpertsLaunch, experts, experts_torch
-    from r1.kernels.tiles import packed_bits
+    from r1.kernels.fixed import storage_sizes
+    from r1.kernels.tiles import operand
     from r1.model.dispatch import Grouped
     from r1.model.layers import MLP
     from r1.model.moe import Experts
@@ -236,7 +241,8 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     drawn = [torch.rand(tokens, count).topk(chosen).indices for _ in range(8)]
     shared = [filled(lambda: MLP(dim, more * inner), 0.02, place.quant) for _ in drawn]
     hit = sum(i.unique().numel() for i in drawn) / len(drawn)
-    sizes = (tokens, chosen, count, dim, inner, 2, *packed_bits(routed.down_proj))
+    bits = storage_sizes(place.chip, x, *(operand(each, place.chip.ptx) for each in matrices))
+    sizes = (tokens, chosen, count, dim, inner, 2, *bits)
     default = ExpertsLaunch.default(sizes, place.chip)
     moved = int((hit + more) * one + 4 * x.numel())
     flops = tokens * (chosen + more) * 2 * 3 * dim * inner

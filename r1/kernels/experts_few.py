@@ -1,0 +1,125 @@
+"""The experts of several tokens, 4 bits: as many dot products as an expert has tokens.
+
+Where an expert has a token or two, tiles for `tl.dot` are empty but for those, and to unpack
+weights for them takes longer than to read them. Here a program has rows of an expert's weights and
+up to ROWS of its tokens, each a fixed-point vector (fixed.py). Choices are sorted by expert, so the
+programs that read the same weights run side by side, and all but the first find them in the
+second-level cache.
+
+Shapes: N tokens, D hidden_size, I moe_intermediate_size, K experts per token, J slots of a token
+(K + shared).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from r1.kernels.chip import let_next_start, wait_for_previous
+from r1.kernels.experts_tiles import work_of
+from r1.kernels.fixed import GROUP, columns_fixed, times_fixed
+from r1.kernels.tiles import expert_of, load
+
+
+@triton.jit
+def place_of(
+    expert, i, end, order, tokens, count, CHOSEN: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """Number i of an expert's tokens (the last one, from `end` on): its number, its choice, its
+    place in h, and its slot in y, as `tile_of` (experts_tiles.py) counts them.
+    """
+    i = tl.minimum(i, end - 1)
+    routed = expert < count
+    choice = tl.load(order + i)
+    token = tl.where(routed, choice // CHOSEN, i).to(tl.int64)
+    slot = token * (CHOSEN + SHARED) + tl.where(routed, choice % CHOSEN, CHOSEN + expert - count)
+    place = i + tl.where(routed, 0, tokens * (CHOSEN + expert - count)).to(tl.int64)
+    return token, choice, place, slot
+
+
+@triton.jit
+def nothing(ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr):
+    """The sums of ROWS tokens, before the first column. (Triton can't unpack: no (*a, b).)"""
+    sums = (tl.zeros((BLOCK_OUT, GROUPS), tl.float32),)
+    for _ in tl.static_range(1, ROWS):
+        sums = sums + (tl.zeros((BLOCK_OUT, GROUPS), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def up_few_kernel(
+    x, order, ends, work, gate, up, shared_gate, shared_up, h, tokens, count,
+    DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_OUT inner values of one expert, for up to ROWS of its tokens. x is a `Fixed`."""
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    d = tl.arange(0, BLOCK_IN)[None, :]
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    expert, start, end = work_of(work, ends, tokens, count, True)
+    w_row = (expert - count) * INNER  # where a shared expert begins
+    wanted = (out < INNER)[:, None]
+    gates = expert_of(gate, shared_gate, expert, count, w_row, 0, SHARED)
+    ups = expert_of(up, shared_up, expert, count, w_row, 0, SHARED)
+    for first in range(start, end, ROWS):  # once, or never
+        a = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
+        b = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
+        for column in range(0, DIM, BLOCK_IN):
+            g = load(gates, out[:, None], wanted, d, column, DIM, gate)
+            u = load(ups, out[:, None], wanted, d, column, DIM, up)
+            more_a, more_b = (), ()
+            for row in tl.static_range(ROWS):
+                token, _choice, _place, _slot = place_of(
+                    expert, first + row, end, order, tokens, count, CHOSEN, SHARED
+                )
+                v = columns_fixed(x, token, column, DIM, BLOCK_IN)
+                more_a = more_a + (a[row] + times_fixed(g, v, gate),)  # type: ignore[assignment]  # noqa: RUF005
+                more_b = more_b + (b[row] + times_fixed(u, v, up),)  # type: ignore[assignment]  # noqa: RUF005
+            a, b = more_a, more_b
+        for row in tl.static_range(ROWS):
+            _token, _choice, place, _slot = place_of(
+                expert, first + row, end, order, tokens, count, CHOSEN, SHARED
+            )
+            gate_sum, up_sum = tl.sum(a[row], axis=1), tl.sum(b[row], axis=1)  # (BLOCK_OUT,)
+            inner = gate_sum * tl.sigmoid(gate_sum) * up_sum
+            real = out < tl.where(first + row < end, INNER, 0)
+            tl.store(h + place * INNER + out, inner.to(h.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def down_few_kernel(
+    h, order, ends, work, weights, down, shared_down, y, tokens, count, DIM: tl.constexpr,
+    INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_OUT outputs of one expert, weighted, for up to ROWS of its tokens: into their slots of
+    y, (N, J, D). h is a `Fixed`, with a vector for each place.
+    """
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    i = tl.arange(0, BLOCK_IN)[None, :]
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    expert, start, end = work_of(work, ends, tokens, count, True)
+    matrix = expert_of(down, shared_down, expert, count, 0, (expert - count) * INNER, SHARED)
+    wanted = (out < DIM)[:, None]
+    for first in range(start, end, ROWS):  # once, or never
+        sums = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
+        for column in range(0, INNER, BLOCK_IN):
+            w = load(matrix, out[:, None], wanted, i, column, INNER, down)
+            more = ()
+            for row in tl.static_range(ROWS):
+                _token, _choice, place, _slot = place_of(
+                    expert, first + row, end, order, tokens, count, CHOSEN, SHARED
+                )
+                v = columns_fixed(h, place, column, INNER, BLOCK_IN)
+                more = more + (sums[row] + times_fixed(w, v, down),)  # type: ignore[assignment]  # noqa: RUF005
+            sums = more
+        for row in tl.static_range(ROWS):
+            _token, choice, _place, slot = place_of(
+                expert, first + row, end, order, tokens, count, CHOSEN, SHARED
+            )
+            weight = tl.where(expert < count, tl.load(weights + choice), 1.0)
+            weighted = tl.sum(sums[row], axis=1) * weight
+            real = out < tl.where(first + row < end, DIM, 0)
+            tl.store(y + slot * DIM + out, weighted.to(y.dtype.element_ty), mask=real)
