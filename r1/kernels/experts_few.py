@@ -42,7 +42,8 @@ def nothing(ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr):
     """The sums of ROWS tokens, before the first column. (Triton can't unpack: no (*a, b).)"""
     sums = (tl.zeros((BLOCK_OUT, GROUPS), tl.float32),)
     for _ in tl.static_range(1, ROWS):
-        sums = sums + (tl.zeros((BLOCK_OUT, GROUPS), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        more = tl.zeros((BLOCK_OUT, GROUPS), tl.float32)
+        sums = sums + (more,)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 
@@ -74,8 +75,9 @@ def up_few_kernel(
                     expert, first + row, end, order, tokens, count, CHOSEN, SHARED
                 )
                 v = columns_fixed(x, token, column, DIM, BLOCK_IN)
-                more_a = more_a + (a[row] + times_fixed(g, v, gate),)  # type: ignore[assignment]  # noqa: RUF005
-                more_b = more_b + (b[row] + times_fixed(u, v, up),)  # type: ignore[assignment]  # noqa: RUF005
+                c, e = a[row] + times_fixed(g, v, gate), b[row] + times_fixed(u, v, up)
+                more_a = more_a + (c,)  # type: ignore[assignment]  # noqa: RUF005
+                more_b = more_b + (e,)  # type: ignore[assignment]  # noqa: RUF005
             a, b = more_a, more_b
         for row in tl.static_range(ROWS):
             _token, _choice, place, _slot = place_of(
@@ -113,7 +115,8 @@ def down_few_kernel(
                     expert, first + row, end, order, tokens, count, CHOSEN, SHARED
                 )
                 v = columns_fixed(h, place, column, INNER, BLOCK_IN)
-                more = more + (sums[row] + times_fixed(w, v, down),)  # type: ignore[assignment]  # noqa: RUF005
+                value = sums[row] + times_fixed(w, v, down)
+                more = more + (value,)  # type: ignore[assignment]  # noqa: RUF005
             sums = more
         for row in tl.static_range(ROWS):
             _token, choice, _place, slot = place_of(
