@@ -101,7 +101,7 @@ def _amount(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < MOST:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0 and below {MOST:,}")
     return value
 
 
