@@ -68,7 +68,9 @@ def read_object(path: str | Path, advice: str = "download it again") -> dict[str
         value = read_json(path)
         if not isinstance(value, dict):
             raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror or error}): {advice}") from None
+    except ValueError as error:
         raise InputError(f"{path} can't be read as JSON ({error}): {advice}") from None
     return value
 

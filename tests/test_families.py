@@ -33,6 +33,7 @@ from r1.files.save import save
 from r1.model.config import FileFormat
 from r1.model.shapes import SHAPES
 from r1.model.temper import query_factor
+from r1.model.transformer import Transformer
 from r1.placement.mesh import Mesh
 from r1.roofline import step_work
 from r1.switches.machine import Machine
@@ -97,6 +98,22 @@ MISTRAL: Raw = {
     "spatial_merge_size": 2, "text_config": MISTRAL_TEXT, "tie_word_embeddings": False,
     "vision_config": {"model_type": "pixtral", "hidden_size": 1024}, "vision_feature_layer": -1,
 }  # fmt: skip
+V2_CONFIG: Raw = {
+    "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001, "bos_token_id": 100000, "eos_token_id": 100001, "ep_size": 1,
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 5120,
+    "initializer_range": 0.02, "intermediate_size": 12288, "kv_lora_rank": 512,
+    "max_position_embeddings": 163840, "model_type": "deepseek_v2", "moe_intermediate_size": 1536,
+    "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 160, "n_shared_experts": 2,
+    "norm_topk_prob": False, "num_attention_heads": 128, "num_experts_per_tok": 6,
+    "num_hidden_layers": 60, "num_key_value_heads": 128, "pretraining_tp": 1, "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+                     "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096},
+    "rope_theta": 10000, "routed_scaling_factor": 16.0, "scoring_func": "softmax", "seq_aux": True,
+    "tie_word_embeddings": False, "topk_group": 3, "topk_method": "group_limited_greedy",
+    "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128, "vocab_size": 102400,
+}  # fmt: skip
 V32: Raw = dump_config(SHAPES["r1"]) | {
     "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32",
     "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048,
@@ -127,6 +144,7 @@ def test_the_published_spellings() -> None:
     )
     assert bare(parse_config(MISTRAL)) == SHAPES["mistral-small-4"] == parse_config(MISTRAL_TEXT)
     assert bare(parse_config(kimi())) == SHAPES["kimi-k2"]
+    assert parse_config(V2_CONFIG) == SHAPES["v2"]
     sarvam = parse_config(SARVAM)
     assert (sarvam.experts.n_routed_experts, sarvam.experts.routed_scaling_factor) == (128, 2.5)
     assert sarvam.attention.yarn == SHAPES["r1"].attention.yarn and not sarvam.attention.q_lora_rank
@@ -502,6 +520,8 @@ def test_a_shorter_context_needs_no_reason() -> None:
     [
         ("glm-4.7-flash", 2048 * (768 + 576) + 768 * 20 * 256 + 512 * 20 * 448 + 20 * 256 * 2048,
          (46, 5 * 3 * 2048 * 1536), 3 * 2048 * 10240 + 154880 * 2048, 46 * 64 * 2048),
+        ("v2", 5120 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 5120,
+         (59, 8 * 3 * 5120 * 1536), 3 * 5120 * 12288 + 102400 * 5120, 59 * 160 * 5120),
         ("youtu-2b", 2048 * (1536 + 576) + 1536 * 16 * 192 + 512 * 16 * 256 + 16 * 128 * 2048,
          (0, 0), 32 * 3 * 2048 * 6144 + 128256 * 2048, 0),
         ("mistral-small-4", 4096 * (1024 + 320) + 1024 * 32 * 128 + 256 * 32 * 192
@@ -522,6 +542,13 @@ def test_a_step_s_bytes_by_hand(
     assert work.cache_bytes == 101 * 2 * config.attention.latent_dim * config.num_hidden_layers
     one, none = config.change(num_hidden_layers=1), config.change(num_hidden_layers=0)
     assert step_work(one, backend, 1, 1, 9, 1).nbytes > step_work(none, backend, 1, 1, 9, 1).nbytes
+
+
+def test_v2_has_236_billion_numbers() -> None:
+    """Its own name for its size; the published files have 471.5 GB in bf16."""
+    with torch.device("meta"):
+        whole = Transformer(SHAPES["v2"])
+    assert sum(p.numel() for p in whole.parameters()) == 235_741_434_880
 
 
 # ---------------------------- Mistral 4's factor

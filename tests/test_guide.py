@@ -127,10 +127,13 @@ def test_a_measured_machine_has_its_measured_rates() -> None:
 
 
 def test_the_nearest_row_is_of_like_storage_and_kernels() -> None:
-    """A row of the same storage is nearer than any other, then one of like kernels."""
-    row = next(r for r in BEST if r.fused)
+    """A row of the same storage is nearer than any other, then one of like kernels.
+
+    Of packed numbers one token's kernels are nearer than the same storage for several tokens.
+    """
+    row = next(r for r in BEST if r.fused and r.batch == 1)
     rows = [
-        replace(row, quant="int4", batch=32),
+        replace(row, quant="int4", step_gb=4 * row.step_gb),
         replace(row, fused=False),
         replace(row, machine="another"),
         replace(row, quant="fp8"),
@@ -138,6 +141,9 @@ def test_the_nearest_row_is_of_like_storage_and_kernels() -> None:
     like = Like("int4", row.machine, True, True, row.layers)
     assert predict.nearest(rows, like, 1, row.step_gb * 1e9) is rows[0]
     assert predict.nearest(rows[1:], like, 1, row.step_gb * 1e9) is rows[3], "int4 is unlike bf16"
+    several = [replace(rows[0], batch=32), rows[3]]
+    assert predict.nearest(several, like, 1, row.step_gb * 1e9) is rows[3]
+    assert predict.nearest(several, like, 8, row.step_gb * 1e9) is several[0]
     like = replace(like, quant="none", fused=False)
     assert predict.nearest(rows, like, 1, row.step_gb * 1e9) is rows[1]
     assert predict.nearest([], like, 1, 1e9) is None

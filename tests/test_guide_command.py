@@ -158,6 +158,17 @@ def test_calibrating(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert "rows of NVIDIA H100 80GB HBM3, so use --gpu h100" in capsys.readouterr().err
 
 
+def test_too_little_ram_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the card, nor the layout: what the experts take is said, and disk is offered."""
+    asked = ("--model", "v2", "--gpu", "4090", "--experts", "host", *SMALL)
+    short = printed(capsys, *asked, "--ram-gb", "64")
+    assert "its experts take 115 GB of RAM in int4, and --ram-gb gives 64: give more" in short
+    assert "experts in 115 GB of RAM" in printed(capsys, *asked, "--ram-gb", "120")
+    with pytest.raises(SystemExit):
+        main([*asked, "--ram-gb", "1e9"])
+    assert "'1e9': give a number above 0 and below 1,000,000,000" in capsys.readouterr().err
+
+
 BAD = {
     "nothing": ([], "give --model M, --gpu G or both"),
     "a model": (["--model", "/nowhere"], "--model /nowhere is no folder: give one, or a shape: r1"),

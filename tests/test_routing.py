@@ -107,12 +107,15 @@ def test_wrong_files(case: str, file: Path) -> None:
 
 
 def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with refused("can't be read as JSON"):
+    with refused(r"none\.json can't be read \(No such file or directory\)"):
         load(tmp_path / "none.json", TINY)
     with pytest.raises(SystemExit) as end:
         bench.main(["--routing", "none.json"])
     assert end.value.code == 2
-    assert "choose model, uniform, fresh, or give a recording's file" in capsys.readouterr().err
+    said = "'none.json' is no file: choose model, uniform, fresh, or give a recording's file"
+    assert said in capsys.readouterr().err
+    assert record_routing.main(["--model", str(tmp_path / "none")]) == 2
+    assert "none is no folder: give a checkpoint's" in capsys.readouterr().err
 
 
 # ---------------------------- recorded, and replayed

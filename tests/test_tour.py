@@ -277,7 +277,7 @@ def test_the_router_page_tells_why(config: Config) -> None:
 
 # ---------------------------- bytes
 @pytest.mark.parametrize("rows", [1, 32])
-@pytest.mark.parametrize("shape", ["r1", "tiny", "moonlight-16b", "v2-lite"])
+@pytest.mark.parametrize("shape", ["r1", "tiny", "moonlight-16b", "v2", "v2-lite"])
 def test_the_parts_of_a_step_add_up(shape: str, rows: int) -> None:
     """To the bytes of r1/roofline.py, but for the entries that are written."""
     config = SHAPES[shape]

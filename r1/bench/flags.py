@@ -128,7 +128,8 @@ def routing(text: str) -> str | Path:
         return text
     if not os.path.exists(text):
         names = ", ".join(("model", *ROUTINGS))
-        raise argparse.ArgumentTypeError(f"{text!r}: choose {names}, or give a recording's file")
+        choices = f"choose {names}, or give a recording's file"
+        raise argparse.ArgumentTypeError(f"{text!r} is no file: {choices}")
     return Path(text)
 
 

@@ -57,7 +57,10 @@ def parser() -> flags.Parser:
         p.add_argument(
             name, type=_count, default=default, metavar="N", help=f"{text} (default {default})"
         )
-    text = "where routed experts lie (default: device; host where no number of GPUs is enough)"
+    text = (
+        "where routed experts lie (default: device; host where no number of GPUs is enough); "
+        "--experts cpu, which bench.py has, is not predicted"
+    )
     p.add_argument("--experts", choices=PLACES, help=text)
     text = "host memory for experts (default: with host what they need, with disk none)"
     p.add_argument("--ram-gb", type=_amount, metavar="GB", help=text)
@@ -101,7 +104,7 @@ def _amount(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < MOST:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0 and below {MOST:,}")
     return value
 
 

@@ -97,7 +97,9 @@ class Question:
         for places in self.places:
             found = found or fit.fitting(name, config, gpu, self.quant, self.count, sizes, places)
         if not found:
-            why = fit.why_not(config, gpu, self.quant, self.places)
+            why = fit.why_not(config, gpu, self.quant, self.places) or fit.short_ram(
+                name, config, gpu, self.quant, self.count, sizes, self.places[-1]
+            )
             return Answer(name, gpu, None, why_not=why)
         setup = min(found, key=lambda each: self._order(each, sizes))
         most = fit.most_rows(setup, sizes)

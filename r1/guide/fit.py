@@ -78,6 +78,27 @@ def why_not(config: Config, gpu: Gpu, quant: str | None, places: Sequence[Places
     return ""
 
 
+def short_ram(
+    name: str,
+    config: Config,
+    gpu: Gpu,
+    quant: str | None,
+    count: int | None,
+    sizes: Sizes,
+    places: Places,
+) -> str:
+    """What the experts take, where only the RAM that was given is too little; else empty."""
+    if places.experts != "host" or places.ram_bytes is None:
+        return ""
+    enough = fitting(name, config, gpu, quant, count, sizes, replace(places, ram_bytes=None))
+    if not enough:
+        return ""
+    needed, stored = enough[0].elsewhere_bytes / 1e9, enough[0].stored
+    given = f"--ram-gb gives {places.ram_bytes / 1e9:g}"
+    takes = f"its experts take {needed:.0f} GB of RAM in {stored}"
+    return f"{takes}, and {given}: give more, or use --experts disk"
+
+
 def _could_fit(name: str, config: Config, gpu: Gpu, quant: str, count: int) -> bool:
     """Whether the weights alone would fit, if they could be shared evenly."""
     whole = next(setups(name, config, gpu, quant, 1), None)

@@ -116,7 +116,7 @@ def _lacking(setup: Setup, speed: Speed) -> list[str]:
         )
     elif setup.count > 1 and gpu.get("link_latency_us") is None:
         lines.append(
-            f"The latency of a sum between GPUs is the one measured on {MEASURED.upper()}s."
+            f"The latency of a sum between GPUs is the one measured on two {MEASURED.upper()}s."
         )
     if gpu.device == "cpu" and "Mac" in gpu.title:
         lines.append("r1 has no Metal backend: the floor is the memory's, r1 runs on the CPU.")

@@ -40,6 +40,8 @@ from r1.storage.kinds import kind_of
 
 DEVICE_SHARE = 0.5
 """A prompt that reached less of the floor's rates than that waited for the host."""
+OTHER_KERNELS = 12.0
+"""How unlike packed rows are of which one has one token, the other several."""
 
 
 @dataclass(frozen=True)
@@ -232,13 +234,15 @@ def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float)
     """The row to start from: of like storage, machine, kernels and attention, then of like sizes.
 
     Bytes a layer decide how long a kernel runs, and so what its start and end weigh. Of two rows
-    as far away, the one of the more similar batch is taken.
+    as far away, the one of the more similar batch is taken. One token has kernels of its own, which
+    unpack at another rate than those of several: that tells more than how the numbers are packed.
     """
 
     def far(row: Measured) -> float:
         own, theirs = step_bytes / like.layers, row.step_gb * 1e9 / row.layers
         sizes = abs(math.log2(own / theirs)) + 0.1 * abs(math.log2(batch / row.batch))
-        return like.distance(row) + sizes
+        other = "none" not in (like.quant, row.quant) and (batch == 1) != (row.batch == 1)
+        return like.distance(row) + sizes + OTHER_KERNELS * other
 
     return min(rows, key=far, default=None)
 

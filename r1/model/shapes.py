@@ -89,6 +89,14 @@ SHAPES: dict[str, Config] = {
         rope_theta=50000.0, yarn=None, num_nextn_predict_layers=0, fp8_block=None,
         bos_token_id=163584, eos_token_ids=(163585,),
     ),
+    "v2": R1.change(
+        model_type="deepseek_v2", vocab_size=102400, hidden_size=5120, num_hidden_layers=60,
+        intermediate_size=12288, moe_intermediate_size=1536, n_routed_experts=160,
+        n_shared_experts=2, num_experts_per_tok=6, topk_group=3, first_k_dense_replace=1,
+        topk_method="group_limited_greedy", scoring_func="softmax", norm_topk_prob=False,
+        routed_scaling_factor=16.0, num_nextn_predict_layers=0, fp8_block=None,
+        bos_token_id=100000, eos_token_ids=(100001,),
+    ),
     "v2-lite": R1.change(
         model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, num_hidden_layers=27,
         num_attention_heads=16, q_lora_rank=None, intermediate_size=10944,

@@ -12,6 +12,7 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 - `rung ...`: what a rung measured, in sentences (rungs.py)
 - `guide ...`: what the guide predicts (guide_tables.py)
 - `quality`: what quantizing costs tiny-r1, from quality/tiny-r1.json beside that folder
+- `allreduce`: a result of allreduce.py, h100-x2/allreduce.json beside that folder
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
+import allreduce
 import bench_kernels
 import compare_peers
 import guide_tables
@@ -148,8 +150,17 @@ def tables() -> dict[str, list[str]]:
             [part for part in parts if not part["kernel"].startswith(LAUNCHED)]
         )
     costs = quality.lines(read(RESULTS.parent / "quality" / "tiny-r1.json"))
-    found |= {"buys": buys(), "quality": costs} | rungs.sentences()
+    found |= {"buys": buys(), "quality": costs, "allreduce": sums()} | rungs.sentences()
     return found | guide_tables.tables()
+
+
+def sums() -> list[str]:
+    """The time of a sum over two GPUs, each way, below the command."""
+    found = read(RESULTS.parent / "h100-x2" / "allreduce.json")
+    arguments = without_output(found["command"]).removeprefix("python ")
+    command = f"torchrun --nproc-per-node {found['ranks']} {arguments}"
+    about = f"{found['ranks']} x {found['gpu']}, torch {found['torch']}"
+    return [f"`{command}` ({about})", "", *allreduce.table(found["rows"])]
 
 
 def buys() -> list[str]:

@@ -70,6 +70,8 @@ def record(engine: Engine, questions: list[str], new: int, name: str) -> Profile
 
 def questions_of(arguments: argparse.Namespace) -> list[str]:
     """The lines of the text, or the checkpoint's problems. Raises InputError for none."""
+    if not arguments.model.is_dir():
+        raise r1.InputError(f"--model {arguments.model} is no folder: give a checkpoint's")
     if arguments.text is None:
         asked = [each.question for each in exam.load(arguments.model)]
     else:
