@@ -137,24 +137,37 @@ def down_vector_kernel(
         w = load(matrices, row, real, column, start + BLOCK_IN, INNER, down)
     total = tl.sum(tl.reshape(sums, (BLOCK_OUT, CHOSEN_PAD * wide)), axis=1)  # (BLOCK_OUT,)
     if SHARED > 0:
-        # The shared slots' h stand side by side, as their matrix has its columns.
-        columns: tl.constexpr = SHARED * INNER
-        matrix, block = matrix_of(shared_down, 0), tl.arange(0, CHOSEN_PAD * BLOCK_IN)
-        few: tl.constexpr = min(shared_down.TOGETHER, CHOSEN_PAD * BLOCK_IN)
-        rest = tl.zeros((BLOCK_OUT, CHOSEN_PAD * BLOCK_IN // few), tl.float32)
-        inside = (out < DIM)[:, None]
-        for start in range(0, columns, CHOSEN_PAD * BLOCK_IN):
-            at = start + block
-            u = load(matrix, out[:, None], inside, block[None, :], start, columns, shared_down)
-            if FIXED:
-                first = CHOSEN * INNER + start
-                v = columns_fixed(h, token, first, length, CHOSEN_PAD * BLOCK_IN)
-                rest += times_fixed(u, v, shared_down)
-            else:
-                place = h + token * length + CHOSEN * INNER + at
-                v = tl.load(place, mask=at < columns, other=0.0).to(tl.float32)
-                rest += times(u, v[None, :], shared_down)
-        total += tl.sum(rest, axis=1)
+        total += down_shared(
+            h, token, shared_down, out, length, DIM, INNER, CHOSEN, SHARED, FIXED, BLOCK_OUT,
+            CHOSEN_PAD * BLOCK_IN,
+        )  # fmt: skip
     if residual is not None:
         total += tl.load(residual + token * DIM + out, mask=out < DIM, other=0.0).to(tl.float32)
     tl.store(y + token * DIM + out, total.to(y.dtype.element_ty), mask=out < DIM)
+
+
+@triton.jit
+def down_shared(
+    h, token, down, out, LENGTH: tl.constexpr, DIM: tl.constexpr, INNER: tl.constexpr,
+    CHOSEN: tl.constexpr, SHARED: tl.constexpr, FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """The shared experts' outputs `out` of a token, fp32 (BLOCK_OUT,).
+
+    Their slots' h stand side by side, as their matrix has its columns.
+    """
+    columns: tl.constexpr = SHARED * INNER
+    matrix, block = matrix_of(down, 0), tl.arange(0, BLOCK_IN)
+    sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(down.TOGETHER, BLOCK_IN)), tl.float32)
+    inside = (out < DIM)[:, None]
+    for start in range(0, columns, BLOCK_IN):
+        w = load(matrix, out[:, None], inside, block[None, :], start, columns, down)
+        if FIXED:
+            first = CHOSEN * INNER + start
+            sums += times_fixed(w, columns_fixed(h, token, first, LENGTH, BLOCK_IN), down)
+        else:
+            at = start + block
+            place = h + token * LENGTH + CHOSEN * INNER + at
+            v = tl.load(place, mask=at < columns, other=0.0).to(tl.float32)
+            sums += times(w, v[None, :], down)
+    return tl.sum(sums, axis=1)
