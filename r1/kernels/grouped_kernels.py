@@ -31,9 +31,9 @@ def heads_kernel(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, PAD)[None, :]
     inside = d < SIZE
+    cos = tl.load(cos + token * SIZE + d, mask=inside, other=0.0)
+    sin = tl.load(sin + token * SIZE + d, mask=inside, other=0.0)
     wait_for_previous(PDL)
-    cos += token * SIZE
-    sin += token * SIZE
     if head < HEADS:
         q += token * q_stride
         turned = turned_heads(q, q_bias, q_gain, eps, cos, sin, head, inside, d, SIZE)
@@ -71,18 +71,17 @@ def turned_heads(x, bias, gain, eps, cos, sin, head, mask, d, SIZE: tl.constexpr
     """Queries or keys in fp32: with their bias, normed and rotated. They are loaded twice, the
     second time with their halves swapped.
 
-    `head` is one number or a column of them, `d` is a line (1, PAD), and `mask` is for both.
+    `head` is one number or a column of them; `d`, `cos` and `sin` are lines (1, PAD), and `mask` is
+    that of all loads.
     """
-    swapped = (d + SIZE // 2) % SIZE
-    inside = d < SIZE
+    swapped, inside = (d + SIZE // 2) % SIZE, d < SIZE
     a = with_bias(x, bias, head * SIZE + d, mask)
     b = with_bias(x, bias, head * SIZE + swapped, mask)
     if gain is not None:
         factor = tl.rsqrt(tl.sum(a * a, axis=1, keep_dims=True) / SIZE + eps)
         a = normed(a, factor, gain + d, inside, x.dtype.element_ty)
         b = normed(b, factor, gain + swapped, inside, x.dtype.element_ty)
-    c = tl.load(cos + d, mask=inside, other=0.0)
-    return a * c + b * tl.load(sin + d, mask=inside, other=0.0)
+    return a * cos + b * sin
 
 
 @triton.jit
@@ -109,7 +108,8 @@ def grouped_split_kernel(
     each_group: tl.constexpr = HEADS // GROUPS
     group, split = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
-    own, t = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_T)
+    head, t = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_T)
+    real = head < (group + 1) * each_group
     d = tl.arange(0, PAD)[None, :]
     length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
     start = split * each
@@ -117,17 +117,16 @@ def grouped_split_kernel(
     first_slot = (token // new) * cache_row + group * cache_head
     wait_for_previous(PDL)
     let_next_start(PDL and not EARLY)
-    real = (own < each_group)[:, None]
-    row = token * HEADS + group * each_group + own
-    queries = tl.load(q + row[:, None] * SIZE + d, mask=real & (d < SIZE), other=0.0)
+    row = token * HEADS + head
+    queries = tl.load(q + row[:, None] * SIZE + d, mask=real[:, None] & (d < SIZE), other=0.0)
     if start < end:
         best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         mean = tl.zeros((BLOCK_H, PAD), tl.float32)
         for first in tl.range(start, end, BLOCK_T, num_stages=STAGES):
-            at = (first + t)[:, None]
+            at = first + t
             k, v = tile_of(keys, values, first_slot, cache_slot, at, at < end, d, SIZE)
-            best, total, mean = attended(queries, k, v, first + t < end, scale, best, total, mean)
+            best, total, mean = attended(queries, k, v, at < end, scale, best, total, mean)
         write_split(part, weight, row * SPLITS + split, best, total, mean, real, d, SIZE)
 
 
@@ -141,52 +140,55 @@ def grouped_step_kernel(
 ):  # fmt: skip
     """`heads_kernel` and `grouped_split_kernel` in one, where each row has one new token.
 
-    Every split makes its queries ready again. The new key and value stay in registers: the split
-    that holds their slot begins with them and writes them to the cache. So from the cache come
-    older slots alone, which no running kernel writes. The first of them are loaded before the wait.
+    Every split makes its queries ready again. The split that holds the new slot puts the new key
+    and value into its last tile, and writes them to the cache. So from the cache come older slots
+    alone, which no running kernel writes: the last tile's are loaded before the wait.
     """
     let_next_start(PDL and EARLY)
     each_group: tl.constexpr = HEADS // GROUPS
     group, split = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
-    own, t = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_T)
+    head, t = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_T)
+    real = head < (group + 1) * each_group
     d = tl.arange(0, PAD)[None, :]
-    real, inside = (own < each_group)[:, None], d < SIZE
+    inside = d < SIZE
     position = tl.load(positions + token)
     length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
     start = split * each
-    end = tl.minimum(start + each, tl.minimum(position, capacity).to(tl.int32))  # of older slots
+    end = tl.minimum(start + each, length)
+    last = start + tl.maximum(end - start - 1, 0) // BLOCK_T * BLOCK_T
+    at = last + t
     first_slot = token * cache_row + group * cache_head
-    at = (start + t)[:, None]
-    older_k, older_v = tile_of(keys, values, first_slot, cache_slot, at, at < end, d, SIZE)
+    older = (at < end) & (at < position)
+    older_k, older_v = tile_of(keys, values, first_slot, cache_slot, at, older, d, SIZE)
+    cos = tl.load(cos + token * SIZE + d, mask=inside, other=0.0)
+    sin = tl.load(sin + token * SIZE + d, mask=inside, other=0.0)
     wait_for_previous(PDL)
     let_next_start(PDL and not EARLY)
     if start < length:
         q, k, v = q + token * q_stride, k + token * k_stride, v + token * v_stride
-        cos, sin = cos + token * SIZE, sin + token * SIZE
-        head = group * each_group + own
-        queries = turned_heads(
-            q, q_bias, q_gain, eps, cos, sin, head[:, None], real & inside, d, SIZE
-        ).to(q.dtype.element_ty)  # (BLOCK_H, PAD)
+        new_v = with_bias(v, v_bias, group * SIZE + d, inside).to(values.dtype.element_ty)
         new_k = turned_heads(k, k_bias, k_gain, eps, cos, sin, group, inside, d, SIZE)
         new_k = new_k.to(keys.dtype.element_ty)  # (1, PAD)
-        new_v = with_bias(v, v_bias, group * SIZE + d, inside).to(values.dtype.element_ty)
-        here = position < tl.minimum(start + each, capacity)  # the new slot, as start < length
-        if here:
+        mask = real[:, None] & inside
+        queries = turned_heads(q, q_bias, q_gain, eps, cos, sin, head[:, None], mask, d, SIZE)
+        queries = queries.to(q.dtype.element_ty)  # (BLOCK_H, PAD)
+        if position < end:  # the new slot is here
             slot = first_slot + position * cache_slot + d
             tl.store(keys + slot, new_k, mask=inside)
             tl.store(values + slot, new_v, mask=inside)
-        score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
-        best = tl.where(here, score, float("-inf"))
-        total = tl.zeros((BLOCK_H,), tl.float32) + tl.where(here, 1.0, 0.0)
-        mean = tl.zeros((BLOCK_H, PAD), tl.float32) + tl.where(here, new_v.to(tl.float32), 0.0)
-        seen = start + t < end  # none of them where the split has the new slot alone
-        best, total, mean = attended(queries, older_k, older_v, seen, scale, best, total, mean)
-        for first in tl.range(start + BLOCK_T, end, BLOCK_T, num_stages=STAGES):
-            at = (first + t)[:, None]
+        new = (at == position)[:, None]
+        k_tile, v_tile = tl.where(new, new_k, older_k), tl.where(new, new_v, older_v)
+        best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_H,), tl.float32)
+        mean = tl.zeros((BLOCK_H, PAD), tl.float32)
+        best, total, mean = attended(queries, k_tile, v_tile, at < end, scale, best, total, mean)
+        for first in tl.range(start, last, BLOCK_T, num_stages=STAGES):
+            at = first + t
             k_tile, v_tile = tile_of(keys, values, first_slot, cache_slot, at, at < end, d, SIZE)
-            seen = first + t < end
-            best, total, mean = attended(queries, k_tile, v_tile, seen, scale, best, total, mean)
+            best, total, mean = attended(
+                queries, k_tile, v_tile, at < end, scale, best, total, mean
+            )
         place = (token * HEADS + head) * SPLITS + split
         write_split(part, weight, place, best, total, mean, real, d, SIZE)
 
@@ -194,8 +196,8 @@ def grouped_step_kernel(
 @triton.jit
 def tile_of(keys, values, first_slot, cache_slot, at, seen, d, SIZE: tl.constexpr):
     """The keys and the values, (BLOCK_T, PAD) each, of the slots `at`, where they are `seen`."""
-    place = first_slot + at.to(tl.int64) * cache_slot + d
-    mask = seen & (d < SIZE)
+    place = first_slot + at.to(tl.int64)[:, None] * cache_slot + d
+    mask = seen[:, None] & (d < SIZE)
     return tl.load(keys + place, mask=mask, other=0.0), tl.load(
         values + place, mask=mask, other=0.0
     )
@@ -221,8 +223,8 @@ def write_split(part, weight, place, best, total, mean, real, d, SIZE: tl.conste
     """Write a split's softmax for the heads at `place` (BLOCK_H,), where they are `real`."""
     mean /= total[:, None]
     here = part + place[:, None] * SIZE + d
-    tl.store(here, mean.to(part.dtype.element_ty), mask=real & (d < SIZE))
-    tl.store((weight + place)[:, None], (best + tl.log2(total))[:, None], mask=real)
+    tl.store(here, mean.to(part.dtype.element_ty), mask=real[:, None] & (d < SIZE))
+    tl.store(weight + place, best + tl.log2(total), mask=real)
 
 
 @triton.jit
