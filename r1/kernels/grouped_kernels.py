@@ -31,8 +31,7 @@ def heads_kernel(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, PAD)[None, :]
     inside = d < SIZE
-    cos = tl.load(cos + token * SIZE + d, mask=inside, other=0.0)
-    sin = tl.load(sin + token * SIZE + d, mask=inside, other=0.0)
+    cos, sin = rotation(cos, sin, token, d, SIZE)
     wait_for_previous(PDL)
     if head < HEADS:
         q += token * q_stride
@@ -108,9 +107,8 @@ def grouped_split_kernel(
     each_group: tl.constexpr = HEADS // GROUPS
     group, split = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
-    head, t = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_T)
+    head, d = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, PAD)[None, :]
     real = head < (group + 1) * each_group
-    d = tl.arange(0, PAD)[None, :]
     length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
     start = split * each
     end = tl.minimum(start + each, length)
@@ -120,13 +118,11 @@ def grouped_split_kernel(
     row = token * HEADS + head
     queries = tl.load(q + row[:, None] * SIZE + d, mask=real[:, None] & (d < SIZE), other=0.0)
     if start < end:
-        best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_H,), tl.float32)
-        mean = tl.zeros((BLOCK_H, PAD), tl.float32)
-        for first in tl.range(start, end, BLOCK_T, num_stages=STAGES):
-            at = first + t
-            k, v = tile_of(keys, values, first_slot, cache_slot, at, at < end, d, SIZE)
-            best, total, mean = attended(queries, k, v, at < end, scale, best, total, mean)
+        best, total, mean = no_softmax(BLOCK_H, PAD)
+        best, total, mean = through_slots(
+            queries, keys, values, first_slot, cache_slot, start, end, d, scale, best, total, mean,
+            SIZE, BLOCK_T, STAGES,
+        )  # fmt: skip
         write_split(part, weight, row * SPLITS + split, best, total, mean, real, d, SIZE)
 
 
@@ -148,49 +144,79 @@ def grouped_step_kernel(
     each_group: tl.constexpr = HEADS // GROUPS
     group, split = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
-    head, t = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_T)
+    head, d = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, PAD)[None, :]
     real = head < (group + 1) * each_group
-    d = tl.arange(0, PAD)[None, :]
-    inside = d < SIZE
     position = tl.load(positions + token)
     length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
     start = split * each
     end = tl.minimum(start + each, length)
     last = start + tl.maximum(end - start - 1, 0) // BLOCK_T * BLOCK_T
-    at = last + t
+    at = last + tl.arange(0, BLOCK_T)
     first_slot = token * cache_row + group * cache_head
     older = (at < end) & (at < position)
     older_k, older_v = tile_of(keys, values, first_slot, cache_slot, at, older, d, SIZE)
-    cos = tl.load(cos + token * SIZE + d, mask=inside, other=0.0)
-    sin = tl.load(sin + token * SIZE + d, mask=inside, other=0.0)
+    cos, sin = rotation(cos, sin, token, d, SIZE)
     wait_for_previous(PDL)
     let_next_start(PDL and not EARLY)
-    if start < length:
+    if start < end:
         q, k, v = q + token * q_stride, k + token * k_stride, v + token * v_stride
-        new_v = with_bias(v, v_bias, group * SIZE + d, inside).to(values.dtype.element_ty)
-        new_k = turned_heads(k, k_bias, k_gain, eps, cos, sin, group, inside, d, SIZE)
+        new_v = with_bias(v, v_bias, group * SIZE + d, d < SIZE).to(values.dtype.element_ty)
+        new_k = turned_heads(k, k_bias, k_gain, eps, cos, sin, group, d < SIZE, d, SIZE)
         new_k = new_k.to(keys.dtype.element_ty)  # (1, PAD)
-        mask = real[:, None] & inside
-        queries = turned_heads(q, q_bias, q_gain, eps, cos, sin, head[:, None], mask, d, SIZE)
-        queries = queries.to(q.dtype.element_ty)  # (BLOCK_H, PAD)
+        queries = turned_queries(q, q_bias, q_gain, eps, cos, sin, head, real, d, SIZE)
         if position < end:  # the new slot is here
             slot = first_slot + position * cache_slot + d
-            tl.store(keys + slot, new_k, mask=inside)
-            tl.store(values + slot, new_v, mask=inside)
+            tl.store(keys + slot, new_k, mask=d < SIZE)
+            tl.store(values + slot, new_v, mask=d < SIZE)
         new = (at == position)[:, None]
         k_tile, v_tile = tl.where(new, new_k, older_k), tl.where(new, new_v, older_v)
-        best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_H,), tl.float32)
-        mean = tl.zeros((BLOCK_H, PAD), tl.float32)
+        best, total, mean = no_softmax(BLOCK_H, PAD)
         best, total, mean = attended(queries, k_tile, v_tile, at < end, scale, best, total, mean)
-        for first in tl.range(start, last, BLOCK_T, num_stages=STAGES):
-            at = first + t
-            k_tile, v_tile = tile_of(keys, values, first_slot, cache_slot, at, at < end, d, SIZE)
-            best, total, mean = attended(
-                queries, k_tile, v_tile, at < end, scale, best, total, mean
-            )
+        best, total, mean = through_slots(
+            queries, keys, values, first_slot, cache_slot, start, last, d, scale, best, total,
+            mean, SIZE, BLOCK_T, STAGES,
+        )  # fmt: skip
         place = (token * HEADS + head) * SPLITS + split
         write_split(part, weight, place, best, total, mean, real, d, SIZE)
+
+
+@triton.jit
+def turned_queries(q, bias, gain, eps, cos, sin, head, real, d, SIZE: tl.constexpr):
+    """The queries of the heads `head` (BLOCK_H,), as `tl.dot` takes them, (BLOCK_H, PAD).
+
+    A maximum of one changes nothing. But Triton lets no layout of tl.dot's stand above it, in which
+    each warp would make all queries ready.
+    """
+    mask = real[:, None] & (d < SIZE)
+    queries = turned_heads(q, bias, gain, eps, cos, sin, head[:, None], mask, d, SIZE)
+    return tl.max(queries[None], axis=0).to(q.dtype.element_ty)
+
+
+@triton.jit
+def rotation(cos, sin, token, d, SIZE: tl.constexpr):
+    """A token's cos and sin, (1, PAD) each. They are as old as positions."""
+    at, mask = token * SIZE + d, d < SIZE
+    return tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def no_softmax(BLOCK_H: tl.constexpr, PAD: tl.constexpr):
+    """The softmax of no slots yet: see `attended`."""
+    best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    return best, tl.zeros((BLOCK_H,), tl.float32), tl.zeros((BLOCK_H, PAD), tl.float32)
+
+
+@triton.jit
+def through_slots(
+    queries, keys, values, first_slot, cache_slot, start, end, d, scale, best, total, mean,
+    SIZE: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The softmax so far, with the slots from `start` to `end`."""
+    for first in tl.range(start, end, BLOCK_T, num_stages=STAGES):
+        at = first + tl.arange(0, BLOCK_T)
+        k, v = tile_of(keys, values, first_slot, cache_slot, at, at < end, d, SIZE)
+        best, total, mean = attended(queries, k, v, at < end, scale, best, total, mean)
+    return best, total, mean
 
 
 @triton.jit
@@ -198,9 +224,8 @@ def tile_of(keys, values, first_slot, cache_slot, at, seen, d, SIZE: tl.constexp
     """The keys and the values, (BLOCK_T, PAD) each, of the slots `at`, where they are `seen`."""
     place = first_slot + at.to(tl.int64)[:, None] * cache_slot + d
     mask = seen[:, None] & (d < SIZE)
-    return tl.load(keys + place, mask=mask, other=0.0), tl.load(
-        values + place, mask=mask, other=0.0
-    )
+    k = tl.load(keys + place, mask=mask, other=0.0)
+    return k, tl.load(values + place, mask=mask, other=0.0)
 
 
 @triton.jit
