@@ -151,18 +151,18 @@ def grouped_step_kernel(
     start = split * each
     end = tl.minimum(start + each, length)
     last = start + tl.maximum(end - start - 1, 0) // BLOCK_T * BLOCK_T
-    at = last + tl.arange(0, BLOCK_T)
-    first_slot = token * cache_row + group * cache_head
-    older = (at < end) & (at < position)
+    at, first_slot = last + tl.arange(0, BLOCK_T), token * cache_row + group * cache_head
+    older = at < tl.minimum(end, position)
     older_k, older_v = tile_of(keys, values, first_slot, cache_slot, at, older, d, SIZE)
     cos, sin = rotation(cos, sin, token, d, SIZE)
     wait_for_previous(PDL)
     let_next_start(PDL and not EARLY)
     if start < end:
         q, k, v = q + token * q_stride, k + token * k_stride, v + token * v_stride
+        # (1, PAD) each, in the cache's dtype
         new_v = with_bias(v, v_bias, group * SIZE + d, d < SIZE).to(values.dtype.element_ty)
         new_k = turned_heads(k, k_bias, k_gain, eps, cos, sin, group, d < SIZE, d, SIZE)
-        new_k = new_k.to(keys.dtype.element_ty)  # (1, PAD)
+        new_k = new_k.to(keys.dtype.element_ty)
         queries = turned_queries(q, q_bias, q_gain, eps, cos, sin, head, real, d, SIZE)
         if position < end:  # the new slot is here
             slot = first_slot + position * cache_slot + d
@@ -176,8 +176,8 @@ def grouped_step_kernel(
             queries, keys, values, first_slot, cache_slot, start, last, d, scale, best, total,
             mean, SIZE, BLOCK_T, STAGES,
         )  # fmt: skip
-        place = (token * HEADS + head) * SPLITS + split
-        write_split(part, weight, place, best, total, mean, real, d, SIZE)
+        row = token * HEADS + head
+        write_split(part, weight, row * SPLITS + split, best, total, mean, real, d, SIZE)
 
 
 @triton.jit
