@@ -126,13 +126,17 @@ def grouped_case(place: Place, c: Config, tokens: int, context: int) -> Case:
 
 
 def grouped_layer(c: Config) -> GQA:
-    """One layer's attention with random biases and gains, and without matrices."""
+    """One layer's attention with random biases and gains, and without matrices.
+
+    They are small, and so are scores: the twin rounds these to bf16.
+    """
     with torch.device("meta"):
         layer = GQA(c).bfloat16().requires_grad_(False)
     for module in layer.children():
         for name, vector in module.named_parameters():
             if vector.dim() == 1:
-                setattr(module, name, torch.nn.Parameter(randn(*vector.shape), requires_grad=False))
+                small = randn(*vector.shape, scale=0.3)
+                setattr(module, name, torch.nn.Parameter(small, requires_grad=False))
     return layer
 
 
