@@ -35,7 +35,15 @@ from test_kernels import (
 
 from r1 import Config
 from r1.kernels.block import DecodeBlock
-from r1.kernels.grouped import GroupedLaunch, grouped, grouped_torch, heads, heads_torch
+from r1.kernels.grouped import (
+    GroupedLaunch,
+    grouped,
+    grouped_step,
+    grouped_step_torch,
+    grouped_torch,
+    heads,
+    heads_torch,
+)
 from r1.model.gqa import GQA
 from r1.model.rope import angles
 from r1.model.step import Step
@@ -50,9 +58,9 @@ def seeded() -> None:
 
 
 # ---------------------------- one kernel each
-def layer_of(config: Config, dtype: str) -> GQA:
+def layer_of(config: Config, dtype: str, heads: int = H, groups: int = U, size: int = A) -> GQA:
     """One layer's attention, with odd vectors."""
-    layer = GQA(config.change(num_attention_heads=H, num_key_value_heads=U, head_dim=A))
+    layer = GQA(config.change(num_attention_heads=heads, num_key_value_heads=groups, head_dim=size))
     layer = layer.requires_grad_(False).to(DEVICE, DTYPES[dtype])
     for name, vector in layer.named_parameters():
         if vector.dim() == 1:
@@ -60,14 +68,17 @@ def layer_of(config: Config, dtype: str) -> GQA:
     return layer
 
 
-def empty_cache(rows: int, capacity: int, dtype: str) -> tuple[Tensor, Tensor]:
+def empty_cache(
+    rows: int, capacity: int, dtype: str, groups: int = U, size: int = A
+) -> tuple[Tensor, Tensor]:
     """Keys and values whose heads lie before slots, as in a real cache, between NaNs."""
-    keys, values = (draw(rows, U, capacity, A, dtype=dtype).movedim(2, 1) for _ in range(2))
+    shape = (rows, groups, capacity, size)
+    keys, values = (draw(*shape, dtype=dtype).movedim(2, 1) for _ in range(2))
     return keys, values
 
 
-def step_at(positions: Tensor) -> Step:
-    frequency = 100.0 ** -(torch.arange(0, A, 2, device=DEVICE) / A)
+def step_at(positions: Tensor, size: int = A) -> Step:
+    frequency = 100.0 ** -(torch.arange(0, size, 2, device=DEVICE) / size)
     cos, sin = angles(positions, frequency, 1.1, interleave=False)
     rows = torch.arange(len(positions), device=DEVICE)[:, None]
     return Step("decode", positions, cos, sin, rows)
@@ -142,6 +153,87 @@ def test_any_heads(heads: int, groups: int, size: int, dtype: str) -> None:
         close(grouped(CHIP, q, (keys, values), positions, 0.3, launch), twin, dtype)
 
 
+# ---------------------------- heads and attention in one kernel
+def step_inputs(
+    positions: list[list[int]], family: str, dtype: str, shape: tuple[int, int, int] = (H, U, A)
+) -> dict[str, Any]:
+    """Rows whose new tokens stand at `positions`; what is not written yet is poison."""
+    count, groups, size = shape
+    at = torch.tensor(positions, device=DEVICE)
+    widths = [n * size for n in (count, groups, groups)]
+    joined = draw(at.numel(), sum(widths) + 3, dtype=dtype)[:, : sum(widths)]
+    q, k, v = joined.split(widths, dim=-1)  # rows with a stride
+    cache = empty_cache(len(positions), 70, dtype, groups, size)
+    for row, first in enumerate(at[:, 0].tolist()):
+        for each in cache:
+            each[row, first:] = float("nan")
+    layer = layer_of(MODELS[family], dtype, *shape)
+    layer.scale /= 2  # bf16 rounds the twin's scores
+    return {"q": q, "k": k, "v": v, "layer": layer, "step": step_at(at, size), "cache": cache}
+
+
+def check_step(given: dict[str, Any], dtype: str, launch: GroupedLaunch | None = None) -> None:
+    """The output is the twin's, and the cache's content is what `heads` writes, bit for bit."""
+    cache, separate, theirs = (tuple(map(torch.clone, given["cache"])) for _ in range(3))
+    ours = grouped_step(CHIP, **{**given, "cache": cache}, launch=launch)
+    heads(CHIP, **{**given, "cache": separate})
+    for new, old in zip(cache, separate, strict=True):
+        assert torch.equal(new.nan_to_num(7.0), old.nan_to_num(7.0))
+    cleared = tuple(each.nan_to_num_(0.0) for each in theirs)  # the twin looks at the whole cache
+    close(ours, grouped_step_torch(**{**given, "cache": cleared}), dtype)
+
+
+@both
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("position", [0, 15, 16, 32, 69])
+def test_a_step_of_one_token(position: int, family: str, dtype: str) -> None:
+    """The first token of an empty cache, and new slots at the borders of tiles and of splits."""
+    given = step_inputs([[position]], family, dtype)
+    for launch in (GroupedLaunch(32, 1, 4, 1), GroupedLaunch(16, 8, 4, 2)):
+        check_step(given, dtype, launch)
+
+
+@both
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("positions", [[[0], [33], [64], [5]], [[5, 6], [0, 1]]], ids=str)
+def test_a_step_of_ragged_rows(positions: list[list[int]], family: str, dtype: str) -> None:
+    """Several rows with one token each, and with several, which keep kernels of their own."""
+    given = step_inputs(positions, family, dtype)
+    for launch in (None, GroupedLaunch(16, 2, 4, 2)):
+        check_step(given, dtype, launch)
+
+
+@both
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("shape", [(8, 2, 64), (7, 1, 80), (14, 2, 128), (18, 1, 64)], ids=str)
+def test_a_step_of_published_sizes(shape: tuple[int, int, int], family: str, dtype: str) -> None:
+    """Sizes of heads that are a power of two and not, and more query heads than a tile has."""
+    given = step_inputs([[40], [0]], family, dtype, shape)
+    check_step(given, dtype, GroupedLaunch(16, 2, 4, 2))
+
+
+def test_a_step_behind_the_cache_writes_nothing() -> None:
+    """A row that has outgrown its cache attends to all of it, as `grouped` does."""
+    given = step_inputs([[70], [3], [75]], "qwen2", "fp32")
+    before = copy.deepcopy(given["cache"])
+    ready = heads(CHIP, **{**given, "cache": copy.deepcopy(before)})
+    o = grouped_step(CHIP, **given)
+    for each, old in zip(given["cache"], before, strict=True):
+        assert torch.equal(each[[0, 2]], old[[0, 2]]) and intact(each)
+    attended = grouped(CHIP, ready, given["cache"], given["step"].positions, given["layer"].scale)
+    close(o, attended, "fp32")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_wrong_step_is_seen(name: str) -> None:
+    """Each of the new token's vectors counts, in the split that has its slot."""
+    given = step_inputs([[2], [16]], "qwen3", "fp32")
+    wrong = {**given, name: given[name].roll(1, dims=1), "cache": copy.deepcopy(given["cache"])}
+    o = grouped_step(CHIP, **wrong)
+    with pytest.raises(AssertionError, match="off by"):
+        close(o, grouped_step(CHIP, **given), "fp32")
+
+
 def wrong_length(given: dict[str, Any]) -> Tensor:
     return grouped(CHIP, **{**given, "positions": given["positions"] - 1})
 
@@ -207,5 +299,5 @@ def test_kernels_compile_for(target: str) -> None:
     )
     assert done.status == 0, done.out + done.err
     assert done.out.endswith("all kernels fit\n")
-    for kernel in ("heads_kernel", "grouped_split_kernel", "grouped_sum_kernel"):
-        assert kernel in done.out
+    for kernel in ("heads", "grouped_split", "grouped_step", "grouped_sum"):
+        assert f"{kernel}_kernel" in done.out

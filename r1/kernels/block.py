@@ -25,7 +25,7 @@ from r1.kernels.attention import ATTENTION
 from r1.kernels.chip import Chip
 from r1.kernels.experts import EXPERTS
 from r1.kernels.gated import GATED
-from r1.kernels.grouped import GROUPED, HEADS
+from r1.kernels.grouped import GROUPED
 from r1.kernels.latent import LATENT
 from r1.kernels.linear import LINEAR, linear
 from r1.kernels.router import ROUTE
@@ -53,7 +53,7 @@ class DecodeBlock:
             return partial(table["triton"], chip) if chip else table["torch"]
 
         self.linear, self.latent, self.attention = pick(LINEAR), pick(LATENT), pick(ATTENTION)
-        self.heads, self.grouped = pick(HEADS), pick(GROUPED)
+        self.grouped = pick(GROUPED)
         self.attend = {MLA: self.to_latents, GQA: self.to_heads}[type(block.self_attn)]
         self.route, self.experts, self.gated = pick(ROUTE), pick(EXPERTS), pick(GATED)
 
@@ -76,8 +76,7 @@ class DecodeBlock:
         normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
         layers = (gqa.q_proj, gqa.k_proj, gqa.v_proj)
         projected = products(normed, *(layer.matrix for layer in layers))  # (N, H A), (N, U A), ...
-        q = self.heads(*projected, gqa, step, cache)  # (N, H, A)
-        o = self.grouped(q, cache, step.positions, gqa.scale)  # (N, H, A)
+        o = self.grouped(*projected, gqa, step, cache)  # (N, H, A)
         return self.add_heads(o, gqa.o_proj, x)
 
     def to_latents(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:

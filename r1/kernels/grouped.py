@@ -1,4 +1,5 @@
 """Grouped-query attention in three kernels: heads made ready, splits of the context, their sum.
+Where each row has one new token, the first two are one.
 
 The query heads that share a head of keys are the rows of one matrix product, so each key and value
 is read once. As with latent attention (attention.py), a row's context is cut into splits, each with
@@ -12,13 +13,19 @@ of keys and values, A head_dim, Z splits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r1.kernels.attention import LOG2_E
 from r1.kernels.chip import Chip, Choices, Sizes, power_of_two
-from r1.kernels.grouped_kernels import grouped_split_kernel, grouped_sum_kernel, heads_kernel
+from r1.kernels.grouped_kernels import (
+    grouped_split_kernel,
+    grouped_step_kernel,
+    grouped_sum_kernel,
+    heads_kernel,
+)
 from r1.model import gqa
 from r1.model.attend import probabilities
 from r1.model.cache import LayerCache
@@ -66,19 +73,25 @@ def heads(
     """
     shape, (keys, values) = layer.shape, cache
     assert keys.stride() == values.stride() and keys.stride(3) == 1
-    biases = (layer.q_proj.bias, layer.k_proj.bias, layer.v_proj.bias)
-    gains = (layer.q_norm.weight, layer.k_norm.weight) if shape.qk_norm else (None, None)
-    eps = layer.q_norm.eps if shape.qk_norm else 0.0
     out = q.new_empty(q.shape[0], shape.num_attention_heads, shape.head_dim)
     programs = shape.num_attention_heads + 2 * shape.num_key_value_heads
     chip.run(
-        heads_kernel, (q.shape[0], programs), q, q.stride(0), k, k.stride(0), v, v.stride(0),
-        *biases, *gains, eps, step.cos, step.sin, step.positions, step.positions.shape[1], keys,
-        values, *keys.stride()[:3], keys.shape[1], out, HEADS=shape.num_attention_heads,
-        GROUPS=shape.num_key_value_heads, SIZE=shape.head_dim,
+        heads_kernel, (q.shape[0], programs), *_unready(q, k, v, layer, step), step.positions,
+        step.positions.shape[1], keys, values, *keys.stride()[:3], keys.shape[1], out,
+        HEADS=shape.num_attention_heads, GROUPS=shape.num_key_value_heads, SIZE=shape.head_dim,
         PAD=power_of_two(shape.head_dim, 16), warps=1,
     )  # fmt: skip
     return out
+
+
+def _unready(q: Tensor, k: Tensor, v: Tensor, layer: GQA, step: Step) -> tuple[Any, ...]:
+    """The first arguments of the kernels that make heads ready."""
+    normed = layer.shape.qk_norm
+    gains = (layer.q_norm.weight, layer.k_norm.weight) if normed else (None, None)
+    return (
+        q, q.stride(0), k, k.stride(0), v, v.stride(0), layer.q_proj.bias, layer.k_proj.bias,
+        layer.v_proj.bias, *gains, layer.q_norm.eps if normed else 0.0, step.cos, step.sin,
+    )  # fmt: skip
 
 
 def heads_torch(
@@ -96,9 +109,6 @@ def heads_torch(
     return q.flatten(0, 1)
 
 
-HEADS = {"torch": heads_torch, "triton": heads}
-
-
 # ---------------------------- attention
 def grouped(
     chip: Chip, q: Tensor, cache: LayerCache, positions: Tensor, scale: float,
@@ -111,23 +121,48 @@ def grouped(
     """
     keys, values = cache
     assert keys.stride() == values.stride() and keys.stride(3) == 1
-    (tokens, count, size), capacity, groups = q.shape, keys.shape[1], keys.shape[2]
-    use = launch or chip.launch(GroupedLaunch, tokens, count, groups, size, capacity, keys.itemsize)
-    part = q.new_empty(tokens, count, use.splits, size)
-    weight = q.new_empty(tokens, count, use.splits, dtype=torch.float32)
-    tiles = {"SIZE": size, "PAD": power_of_two(size, 16), "BLOCK_T": use.keys, "EARLY": tokens == 1}
+    splits = _Splits(chip, q, keys, launch, count=q.shape[1])
     chip.run(
-        grouped_split_kernel, (groups, use.splits, tokens), q, keys, values, *keys.stride()[:3],
-        capacity, positions, positions.shape[1], part, weight, scale * LOG2_E, HEADS=count,
-        GROUPS=groups, BLOCK_H=power_of_two(count // groups, 16), SPLITS=use.splits,
-        STAGES=use.stages, **tiles, warps=use.warps, stages=use.stages,
+        grouped_split_kernel, splits.grid, q, keys, values, *keys.stride()[:3], keys.shape[1],
+        positions, positions.shape[1], splits.part, splits.weight, scale * LOG2_E,
+        **splits.constants,
     )  # fmt: skip
-    o = torch.empty_like(q)
-    chip.run(
-        grouped_sum_kernel, (tokens, count), part, weight, positions, capacity, o, HEADS=count,
-        SPLITS=use.splits, **tiles, warps=1,
-    )  # fmt: skip
-    return o
+    return splits.sum(positions)
+
+
+class _Splits:
+    """What the kernels of the splits write, and how they are launched, for `count` query heads of
+    each line of q.
+    """
+
+    def __init__(
+        self, chip: Chip, q: Tensor, keys: Tensor, launch: GroupedLaunch | None, count: int
+    ) -> None:
+        tokens, (_rows, capacity, groups, size) = q.shape[0], keys.shape
+        sizes = (tokens, count, groups, size, capacity, keys.itemsize)
+        use = launch or chip.launch(GroupedLaunch, *sizes)
+        self.chip, self.capacity = chip, capacity
+        self.part = q.new_empty(tokens, count, use.splits, size)
+        self.weight = q.new_empty(tokens, count, use.splits, dtype=torch.float32)
+        self.grid = (groups, use.splits, tokens)
+        self.tiles = {
+            "HEADS": count, "SIZE": size, "PAD": power_of_two(size, 16), "SPLITS": use.splits,
+            "BLOCK_T": use.keys, "EARLY": tokens == 1,
+        }  # fmt: skip
+        self.constants: dict[str, Any] = self.tiles | {
+            "GROUPS": groups, "BLOCK_H": power_of_two(count // groups, 16), "STAGES": use.stages,
+            "warps": use.warps, "stages": use.stages,
+        }  # fmt: skip
+
+    def sum(self, positions: Tensor) -> Tensor:
+        """The splits' means, weighted and added up: (N, H, A)."""
+        tokens, count, _splits, size = self.part.shape
+        o = self.part.new_empty(tokens, count, size)
+        self.chip.run(
+            grouped_sum_kernel, (tokens, count), self.part, self.weight, positions, self.capacity,
+            o, **self.tiles, warps=1,
+        )  # fmt: skip
+        return o
 
 
 def grouped_torch(q: Tensor, cache: LayerCache, positions: Tensor, scale: float) -> Tensor:
@@ -142,9 +177,42 @@ def grouped_torch(q: Tensor, cache: LayerCache, positions: Tensor, scale: float)
     return torch.einsum("bhst,btha->bsha", p, v).flatten(0, 1)
 
 
-GROUPED = {"torch": grouped_torch, "triton": grouped}
+# ---------------------------- both
+def grouped_step(
+    chip: Chip, q: Tensor, k: Tensor, v: Tensor, layer: GQA, step: Step, cache: LayerCache,
+    launch: GroupedLaunch | None = None,
+) -> Tensor:  # fmt: skip
+    """`heads`, then `grouped`: the projections' outputs (N, ...) -> (N, H, A).
+
+    One kernel does the work of their first two where each row has one new token. Then the cache's
+    older slots are read before the wait, so they must be as old as `positions`.
+    """
+    if step.positions.shape[1] > 1:
+        ready = heads(chip, q, k, v, layer, step, cache)
+        return grouped(chip, ready, cache, step.positions, layer.scale, launch)
+    keys, values = cache
+    assert keys.stride() == values.stride() and keys.stride(3) == 1
+    splits = _Splits(chip, q, keys, launch, count=layer.shape.num_attention_heads)
+    chip.run(
+        grouped_step_kernel, splits.grid, *_unready(q, k, v, layer, step), step.positions, keys,
+        values, *keys.stride()[:3], keys.shape[1], splits.part, splits.weight,
+        layer.scale * LOG2_E, **splits.constants,
+    )  # fmt: skip
+    return splits.sum(step.positions)
 
 
+def grouped_step_torch(
+    q: Tensor, k: Tensor, v: Tensor, layer: GQA, step: Step, cache: LayerCache
+) -> Tensor:
+    """The twin."""
+    ready = heads_torch(q, k, v, layer, step, cache)
+    return grouped_torch(ready, cache, step.positions, layer.scale)
+
+
+GROUPED = {"torch": grouped_step_torch, "triton": grouped_step}
+
+
+# ---------------------------- the attention alone
 @torch.library.custom_op("r1::grouped_attention", mutates_args=())
 def _grouped_attention(
     q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float

@@ -1,5 +1,8 @@
 """Grouped-query attention's kernels: heads made ready, a split of the context, the splits' sum.
 
+Where each row has one new token, `grouped_step_kernel` makes the heads ready and takes them through
+a split, in one kernel.
+
 Shapes: N tokens, T slots of the cache, H query heads, U heads of keys and values, A head_dim,
 Z splits.
 """
@@ -26,14 +29,15 @@ def heads_kernel(
     """
     let_next_start(PDL)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, PAD)
+    d = tl.arange(0, PAD)[None, :]
+    inside = d < SIZE
+    cos, sin = rotation(cos, sin, token, d, SIZE)
     wait_for_previous(PDL)
-    cos += token * SIZE
-    sin += token * SIZE
     if head < HEADS:
-        turned = turned_head(q + token * q_stride, q_bias, q_gain, eps, cos, sin, head, d, SIZE)
+        q += token * q_stride
+        turned = turned_heads(q, q_bias, q_gain, eps, cos, sin, head, inside, d, SIZE)
         place = out + (token * HEADS + head) * SIZE + d
-        tl.store(place, turned.to(out.dtype.element_ty), mask=d < SIZE)
+        tl.store(place, turned.to(out.dtype.element_ty), mask=inside)
     else:
         at = tl.load(positions + token)
         head -= HEADS
@@ -41,14 +45,14 @@ def heads_kernel(
         if at < capacity:
             if head < GROUPS:
                 k += token * k_stride
-                turned = turned_head(k, k_bias, k_gain, eps, cos, sin, head, d, SIZE)
+                turned = turned_heads(k, k_bias, k_gain, eps, cos, sin, head, inside, d, SIZE)
                 place = keys + slot + head * cache_head
-                tl.store(place, turned.to(keys.dtype.element_ty), mask=d < SIZE)
+                tl.store(place, turned.to(keys.dtype.element_ty), mask=inside)
             else:
                 head -= GROUPS
-                x = with_bias(v + token * v_stride, v_bias, head * SIZE + d, d < SIZE)
+                x = with_bias(v + token * v_stride, v_bias, head * SIZE + d, inside)
                 place = values + slot + head * cache_head
-                tl.store(place, x.to(values.dtype.element_ty), mask=d < SIZE)
+                tl.store(place, x.to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -62,21 +66,21 @@ def with_bias(x, bias, at, mask):
 
 
 @triton.jit
-def turned_head(x, bias, gain, eps, cos, sin, head, d, SIZE: tl.constexpr):
-    """A query or key in fp32: with its bias, normed and rotated. It is loaded twice, the second
-    time with its halves swapped.
+def turned_heads(x, bias, gain, eps, cos, sin, head, mask, d, SIZE: tl.constexpr):
+    """Queries or keys in fp32: with their bias, normed and rotated. They are loaded twice, the
+    second time with their halves swapped.
+
+    `head` is one number or a column of them; `d`, `cos` and `sin` are lines (1, PAD), and `mask` is
+    that of all loads.
     """
-    half: tl.constexpr = SIZE // 2
-    swapped = tl.where(d < half, d + half, d - half)
-    mask = d < SIZE
+    swapped, inside = (d + SIZE // 2) % SIZE, d < SIZE
     a = with_bias(x, bias, head * SIZE + d, mask)
     b = with_bias(x, bias, head * SIZE + swapped, mask)
     if gain is not None:
-        factor = tl.rsqrt(tl.sum(a * a, axis=0) / SIZE + eps)
-        a = normed(a, factor, gain + d, mask, x.dtype.element_ty)
-        b = normed(b, factor, gain + swapped, mask, x.dtype.element_ty)
-    c = tl.load(cos + d, mask=mask, other=0.0)
-    return a * c + b * tl.load(sin + d, mask=mask, other=0.0)
+        factor = tl.rsqrt(tl.sum(a * a, axis=1, keep_dims=True) / SIZE + eps)
+        a = normed(a, factor, gain + d, inside, x.dtype.element_ty)
+        b = normed(b, factor, gain + swapped, inside, x.dtype.element_ty)
+    return a * cos + b * sin
 
 
 @triton.jit
@@ -103,40 +107,154 @@ def grouped_split_kernel(
     each_group: tl.constexpr = HEADS // GROUPS
     group, split = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)
-    own = tl.arange(0, BLOCK_H)
-    d, t = tl.arange(0, PAD), tl.arange(0, BLOCK_T)
+    head, d = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, PAD)[None, :]
+    real = head < (group + 1) * each_group
     length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
     start = split * each
     end = tl.minimum(start + each, length)
     first_slot = (token // new) * cache_row + group * cache_head
     wait_for_previous(PDL)
     let_next_start(PDL and not EARLY)
-    real, inside = (own < each_group)[:, None], (d < SIZE)[None, :]
-    row = token * HEADS + group * each_group + own
-    queries = tl.load(q + row[:, None] * SIZE + d[None, :], mask=real & inside, other=0.0)
+    row = token * HEADS + head
+    queries = tl.load(q + row[:, None] * SIZE + d, mask=real[:, None] & (d < SIZE), other=0.0)
     if start < end:
-        best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_H,), tl.float32)
-        mean = tl.zeros((BLOCK_H, PAD), tl.float32)
-        for first in tl.range(start, end, BLOCK_T, num_stages=STAGES):
-            at = first + t
-            slot = first_slot + at.to(tl.int64)[:, None] * cache_slot + d[None, :]
-            seen = (at < end)[:, None] & inside
-            k = tl.load(keys + slot, mask=seen, other=0.0)  # (BLOCK_T, PAD)
-            v = tl.load(values + slot, mask=seen, other=0.0)  # (BLOCK_T, PAD)
-            scores = product(queries, tl.trans(k), tl.zeros((BLOCK_H, BLOCK_T), tl.float32))
-            scores = tl.where((at < end)[None, :], scores * scale, float("-inf"))
-            better = tl.maximum(best, tl.max(scores, axis=1))
-            p = tl.exp2(scores - better[:, None])
-            shrink = tl.exp2(best - better)
-            total = total * shrink + tl.sum(p, axis=1)
-            mean = product(p.to(v.dtype), v, mean * shrink[:, None])
-            best = better
-        place = row * SPLITS + split
-        mean /= total[:, None]
-        here = part + place[:, None] * SIZE + d[None, :]
-        tl.store(here, mean.to(part.dtype.element_ty), mask=real & inside)
-        tl.store(weight + place, best + tl.log2(total), mask=own < each_group)
+        best, total, mean = no_softmax(BLOCK_H, PAD)
+        best, total, mean = through_slots(
+            queries, keys, values, first_slot, cache_slot, start, end, d, scale, best, total, mean,
+            SIZE, BLOCK_T, STAGES,
+        )  # fmt: skip
+        write_split(part, weight, row * SPLITS + split, best, total, mean, real, d, SIZE)
+
+
+@triton.jit
+def grouped_step_kernel(
+    q, q_stride, k, k_stride, v, v_stride, q_bias, k_bias, v_bias, q_gain, k_gain, eps, cos, sin,
+    positions, keys, values, cache_row, cache_slot, cache_head, capacity, part, weight, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`heads_kernel` and `grouped_split_kernel` in one, where each row has one new token.
+
+    Every split makes its queries ready again. The split that holds the new slot puts the new key
+    and value into its last tile, and writes them to the cache. So from the cache come older slots
+    alone, which no running kernel writes: the last tile's are loaded before the wait.
+    """
+    let_next_start(PDL and EARLY)
+    each_group: tl.constexpr = HEADS // GROUPS
+    group, split = tl.program_id(0), tl.program_id(1)
+    token = tl.program_id(2).to(tl.int64)
+    head, d = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, PAD)[None, :]
+    real = head < (group + 1) * each_group
+    position = tl.load(positions + token)
+    length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
+    start = split * each
+    end = tl.minimum(start + each, length)
+    last = start + tl.maximum(end - start - 1, 0) // BLOCK_T * BLOCK_T
+    at, first_slot = last + tl.arange(0, BLOCK_T), token * cache_row + group * cache_head
+    older = at < tl.minimum(end, position)
+    older_k, older_v = tile_of(keys, values, first_slot, cache_slot, at, older, d, SIZE)
+    cos, sin = rotation(cos, sin, token, d, SIZE)
+    wait_for_previous(PDL)
+    let_next_start(PDL and not EARLY)
+    if start < end:
+        q, k, v = q + token * q_stride, k + token * k_stride, v + token * v_stride
+        # (1, PAD) each, in the cache's dtype
+        new_v = with_bias(v, v_bias, group * SIZE + d, d < SIZE).to(values.dtype.element_ty)
+        new_k = turned_heads(k, k_bias, k_gain, eps, cos, sin, group, d < SIZE, d, SIZE)
+        new_k = new_k.to(keys.dtype.element_ty)
+        queries = turned_queries(q, q_bias, q_gain, eps, cos, sin, head, real, d, SIZE)
+        if position < end:  # the new slot is here
+            slot = first_slot + position * cache_slot + d
+            tl.store(keys + slot, new_k, mask=d < SIZE)
+            tl.store(values + slot, new_v, mask=d < SIZE)
+        new = (at == position)[:, None]
+        k_tile, v_tile = tl.where(new, new_k, older_k), tl.where(new, new_v, older_v)
+        best, total, mean = no_softmax(BLOCK_H, PAD)
+        best, total, mean = attended(queries, k_tile, v_tile, at < end, scale, best, total, mean)
+        best, total, mean = through_slots(
+            queries, keys, values, first_slot, cache_slot, start, last, d, scale, best, total,
+            mean, SIZE, BLOCK_T, STAGES,
+        )  # fmt: skip
+        row = token * HEADS + head
+        write_split(part, weight, row * SPLITS + split, best, total, mean, real, d, SIZE)
+
+
+@triton.jit
+def turned_queries(q, bias, gain, eps, cos, sin, head, real, d, SIZE: tl.constexpr):
+    """The queries of the heads `head` (BLOCK_H,), as `tl.dot` takes them, (BLOCK_H, PAD).
+
+    A maximum of one changes nothing. But Triton lets no layout of tl.dot's stand above it, in which
+    each warp would make all queries ready.
+    """
+    mask = real[:, None] & (d < SIZE)
+    queries = turned_heads(q, bias, gain, eps, cos, sin, head[:, None], mask, d, SIZE)
+    return tl.max(queries[None], axis=0).to(q.dtype.element_ty)
+
+
+@triton.jit
+def rotation(cos, sin, token, d, SIZE: tl.constexpr):
+    """A token's cos and sin, (1, PAD) each. They are as old as positions.
+
+    For the maxima of one number see `turned_queries`: without biases they save it a few barriers.
+    """
+    at, mask = token * SIZE + d, d < SIZE
+    cos = tl.max(tl.load(cos + at, mask=mask, other=0.0), axis=0, keep_dims=True)
+    sin = tl.max(tl.load(sin + at, mask=mask, other=0.0), axis=0, keep_dims=True)
+    return cos, sin
+
+
+@triton.jit
+def no_softmax(BLOCK_H: tl.constexpr, PAD: tl.constexpr):
+    """The softmax of no slots yet: see `attended`."""
+    best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    return best, tl.zeros((BLOCK_H,), tl.float32), tl.zeros((BLOCK_H, PAD), tl.float32)
+
+
+@triton.jit
+def through_slots(
+    queries, keys, values, first_slot, cache_slot, start, end, d, scale, best, total, mean,
+    SIZE: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The softmax so far, with the slots from `start` to `end`."""
+    for first in tl.range(start, end, BLOCK_T, num_stages=STAGES):
+        at = first + tl.arange(0, BLOCK_T)
+        k, v = tile_of(keys, values, first_slot, cache_slot, at, at < end, d, SIZE)
+        best, total, mean = attended(queries, k, v, at < end, scale, best, total, mean)
+    return best, total, mean
+
+
+@triton.jit
+def tile_of(keys, values, first_slot, cache_slot, at, seen, d, SIZE: tl.constexpr):
+    """The keys and the values, (BLOCK_T, PAD) each, of the slots `at`, where they are `seen`."""
+    place = first_slot + at.to(tl.int64)[:, None] * cache_slot + d
+    mask = seen[:, None] & (d < SIZE)
+    k = tl.load(keys + place, mask=mask, other=0.0)
+    return k, tl.load(values + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def attended(queries, k, v, seen, scale, best, total, mean):
+    """The softmax so far, with one more tile: its best scores, total weights (BLOCK_H,), and the
+    weighted sums of values (BLOCK_H, PAD), relative to the best.
+    """
+    zeros = tl.zeros((queries.shape[0], k.shape[0]), tl.float32)
+    scores = product(queries, tl.trans(k), zeros)
+    scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+    better = tl.maximum(best, tl.max(scores, axis=1))
+    p = tl.exp2(scores - better[:, None])
+    shrink = tl.exp2(best - better)
+    total = total * shrink + tl.sum(p, axis=1)
+    return better, total, product(p.to(v.dtype), v, mean * shrink[:, None])
+
+
+@triton.jit
+def write_split(part, weight, place, best, total, mean, real, d, SIZE: tl.constexpr):
+    """Write a split's softmax for the heads at `place` (BLOCK_H,), where they are `real`."""
+    mean /= total[:, None]
+    here = part + place[:, None] * SIZE + d
+    tl.store(here, mean.to(part.dtype.element_ty), mask=real[:, None] & (d < SIZE))
+    tl.store(weight + place, best + tl.log2(total), mask=real)
 
 
 @triton.jit

@@ -190,9 +190,11 @@ def is_aligned(value: Any) -> bool:
     return isinstance(value, int) and value % 16 == 0
 
 
-def launches(config: Config, batch: int, target: Target, quant: str = "none") -> list[Launch]:
-    """The launches of one decode step of `batch` tokens, in bf16: the first layer, which is dense,
-    and the last one, which is sparse where the model has experts.
+def launches(
+    config: Config, batch: int, target: Target, quant: str = "none", new: int = 1
+) -> list[Launch]:
+    """The launches of one decode step of `batch` rows with `new` tokens each, in bf16: the first
+    layer, which is dense, and the last one, which is sparse where the model has experts.
     """
     from r1.kernels.allreduce import TURNS, all_reduce
     from r1.kernels.block import DecodeBlock, output_head
@@ -204,12 +206,12 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     frequency = torch.empty(config.attention.qk_rope_head_dim // 2, device="meta")
     interleave = config.attention.rope_interleave
-    given = (lengths, 1, frequency, 1.0, interleave)
+    given = (lengths, new, frequency, 1.0, interleave)
     positions, cos, sin = begin_step(recorder, *given)  # type: ignore[arg-type]
     step = Step("decode", positions, cos, sin, positions)
     entry = attention_of(config.attention)["triton"].entry(config.attention)
     cache = Cache(entry, batch, CONTEXT, 1, device=lengths.device, dtype=torch.bfloat16)
-    x = torch.empty(batch, 1, config.hidden_size, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(batch, new, config.hidden_size, dtype=torch.bfloat16, device="meta")
     model = build.sketch(config, Backend(dtype="bf16", join="on", quant=quant))
     for block in (model.layers[0], model.layers[-1]):
         DecodeBlock(block, recorder)(x, step, cache.layers[0])  # type: ignore[arg-type]
@@ -220,6 +222,12 @@ def launches(config: Config, batch: int, target: Target, quant: str = "none") ->
         buffer = torch.empty(slots, dtype=torch.uint8)
     all_reduce(recorder, x, buffer, peers, turns, 0)  # type: ignore[arg-type]
     return recorder.launches
+
+
+def launches_of_drafts(config: Config, batch: int, target: Target) -> list[Launch]:
+    """Kernels that only rows with several new tokens launch: those of grouped-query attention."""
+    only = ("heads_kernel", "grouped_split_kernel")
+    return [each for each in launches(config, batch, target, new=2) if each.name in only]
 
 
 def launches_of_experts(config: Config, batch: int, target: Target) -> list[Launch]:
@@ -312,6 +320,7 @@ def wanted(
             step = launches(config, batch, target, quant)
             if quant == "none":
                 step += launches_of_experts(config, batch, target)
+                step += launches_of_drafts(config, batch, target)
             weights = "" if quant == "none" else f" {quant}"
             found.append((f"{name}{weights} batch {batch}", step))
         for where, recorded in found:

@@ -7,6 +7,7 @@ from kernel_cases import EPS, Case, Place, randn
 from torch import Tensor
 
 from r1 import Config
+from r1.model.gqa import GQA
 from r1.model.step import Step
 
 
@@ -90,70 +91,63 @@ def attention_case(place: Place, c: Config, tokens: int, context: int) -> Case:
     return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default)
 
 
-def heads_case(place: Place, c: Config, tokens: int, context: int) -> Case:
-    """Biases, norms, rotation, and the new entries of the cache. It has no launch parameters."""
-    from r1.kernels.grouped import heads, heads_torch
-    from r1.model.gqa import GQA
+def grouped_case(place: Place, c: Config, tokens: int, context: int) -> Case:
+    """Biases, norms, rotation, the new entries of the cache, and the attention."""
+    from r1.kernels.grouped import GroupedLaunch, grouped_step, grouped_step_torch
 
     a = c.grouped
+    layer, step = grouped_layer(c), step_at(tokens, context, a.head_dim)
+    sizes = [n * a.head_dim for n in (a.num_attention_heads, *[a.num_key_value_heads] * 2)]
+    q, k, v = randn(tokens, sum(sizes), scale=0.5).split(sizes, dim=-1)
+    written: list[tuple[Tensor, Tensor]] = []  # the cache of the latest call
+
+    def run(cache: tuple[Tensor, Tensor], use: GroupedLaunch | None) -> Tensor:
+        written[:] = [cache]
+        return grouped_step(place.chip, q, k, v, layer, step, cache, use)
+
+    def twin(cache: tuple[Tensor, Tensor]) -> Tensor:
+        written[:] = [cache]
+        return grouped_step_torch(q, k, v, layer, step, cache)
+
+    def outputs(o: Tensor) -> list[Tensor]:
+        """As of `latent_case`: the new entries are cleared, so that each kernel must write them."""
+        new = [each[:, context - 1].clone() for each in written[0]]
+        for each in written[0]:
+            each[:, context - 1] = 0
+        return [o, *new]
+
+    nbytes = 2 * 2 * tokens * context * a.num_key_value_heads * a.head_dim
+    cold = [grouped_cache(c, tokens, context) for _ in range(place.copies(nbytes))]
+    heads = (a.num_attention_heads, a.num_key_value_heads, a.head_dim)
+    default = GroupedLaunch.default((tokens, *heads, context, 2), place.chip)
+    flops = 2 * 2 * tokens * context * sizes[0]
+    nbytes += 2 * tokens * (2 * sizes[0] + 2 * sizes[1])
+    return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default, outputs)
+
+
+def grouped_layer(c: Config) -> GQA:
+    """One layer's attention with random biases and gains, and without matrices.
+
+    They are small, and so are scores: the twin rounds these to bf16.
+    """
     with torch.device("meta"):
         layer = GQA(c).bfloat16().requires_grad_(False)
     for module in layer.children():
         for name, vector in module.named_parameters():
             if vector.dim() == 1:
-                setattr(module, name, torch.nn.Parameter(randn(*vector.shape), requires_grad=False))
-    sizes = [n * a.head_dim for n in (a.num_attention_heads, *[a.num_key_value_heads] * 2)]
-    angle = torch.rand(tokens, 1, 1, a.head_dim)
+                small = randn(*vector.shape, scale=0.3)
+                setattr(module, name, torch.nn.Parameter(small, requires_grad=False))
+    return layer
+
+
+def step_at(tokens: int, context: int, size: int) -> Step:
+    """One new token of each row, which takes the last slot of `context`."""
+    angle = torch.rand(tokens, 1, 1, size)
     positions = torch.full((tokens, 1), context - 1)
-    step = Step("decode", positions, angle, angle, torch.arange(tokens)[:, None])
-    cache = grouped_cache(c, tokens, context)
-
-    def run(joined: Tensor, _use: None) -> Tensor:
-        q, k, v = joined.split(sizes, dim=-1)
-        return heads(place.chip, q, k, v, layer, step, cache)
-
-    def twin(joined: Tensor) -> Tensor:
-        q, k, v = joined.split(sizes, dim=-1)
-        return heads_torch(q, k, v, layer, step, cache)
-
-    def outputs(queries: Tensor) -> list[Tensor]:
-        """As of `latent_case`: the new entries are cleared, so that each kernel must write them."""
-        written = [each[:, context - 1].clone() for each in cache]
-        for each in cache:
-            each[:, context - 1] = 0
-        return [queries, *written]
-
-    moved = 2 * 2 * tokens * sum(sizes)  # read and written, 2 bytes each
-    copies = [randn(tokens, sum(sizes)) for _ in range(8)]
-    return Case("heads", moved, 4 * tokens * sum(sizes), copies, run, twin, None, outputs)
+    return Step("decode", positions, angle, angle, torch.arange(tokens)[:, None])
 
 
 def grouped_cache(c: Config, tokens: int, context: int) -> tuple[Tensor, Tensor]:
     """Keys and values (B, T, U, A), whose heads lie before slots, as in a model's cache."""
     shape = (tokens, c.grouped.num_key_value_heads, context, c.grouped.head_dim)
     return randn(*shape).transpose(1, 2), randn(*shape).transpose(1, 2)
-
-
-def grouped_case(place: Place, c: Config, tokens: int, context: int) -> Case:
-    from r1.kernels.grouped import GroupedLaunch, grouped, grouped_torch
-
-    heads, groups, size = (
-        c.grouped.num_attention_heads,
-        c.grouped.num_key_value_heads,
-        c.grouped.head_dim,
-    )
-    q = randn(tokens, heads, size, scale=0.5)
-    positions = torch.full((tokens, 1), context - 1)
-
-    def run(cache: tuple[Tensor, Tensor], use: GroupedLaunch | None) -> Tensor:
-        return grouped(place.chip, q, cache, positions, size**-0.5, use)
-
-    def twin(cache: tuple[Tensor, Tensor]) -> Tensor:
-        return grouped_torch(q, cache, positions, size**-0.5)
-
-    nbytes = 2 * 2 * tokens * context * groups * size
-    cold = [grouped_cache(c, tokens, context) for _ in range(place.copies(nbytes))]
-    default = GroupedLaunch.default((tokens, heads, groups, size, context, 2), place.chip)
-    flops = 2 * 2 * tokens * heads * context * size
-    nbytes += 2 * 2 * q.numel()
-    return Case(f"attention, {context} tokens", nbytes, flops, cold, run, twin, default)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 
 import shared
 import torch
-from attention_cases import attention_case, grouped_case, heads_case, latent_case
+from attention_cases import attention_case, grouped_case, latent_case
 from kernel_cases import Case, Place, experts_case, gated_case, linear_case, route_case, step_case
 from torch import Tensor
 
@@ -52,7 +52,6 @@ KERNELS = (
     "q_b",
     "latent",
     "qkv",
-    "heads",
     "attention",
     "o_proj",
     "dense_up",
@@ -61,8 +60,8 @@ KERNELS = (
     "lm_head",
     "experts",
 )
-"""A model has some of them: q_b exists where queries are compressed, qkv and heads where attention
-is grouped-query, route and experts where there are experts."""
+"""A model has some of them: q_b exists where queries are compressed, qkv where attention is
+grouped-query, route and experts where there are experts."""
 
 
 Maker = Callable[[], Case]
@@ -125,7 +124,6 @@ def grouped_makers(
     linear = partial(linear_case, place=place, tokens=tokens)
     return {
         "qkv": [lambda: linear("qkv", inputs=dim, outputs=q + 2 * kv, norm=True)],
-        "heads": [lambda: heads_case(place, c, tokens, contexts[0])],
         "attention": [partial(grouped_case, place, c, tokens, n) for n in contexts],
         "o_proj": [lambda: linear("o_proj", inputs=q, outputs=dim, residual=True)],
     }
