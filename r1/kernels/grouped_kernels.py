@@ -159,10 +159,9 @@ def grouped_step_kernel(
     let_next_start(PDL and not EARLY)
     if start < end:
         q, k, v = q + token * q_stride, k + token * k_stride, v + token * v_stride
-        # (1, PAD) each, in the cache's dtype
         new_v = with_bias(v, v_bias, group * SIZE + d, d < SIZE).to(values.dtype.element_ty)
         new_k = turned_heads(k, k_bias, k_gain, eps, cos, sin, group, d < SIZE, d, SIZE)
-        new_k = new_k.to(keys.dtype.element_ty)
+        new_k = new_k.to(keys.dtype.element_ty)  # as new_v: (1, PAD), in the cache's dtype
         queries = turned_queries(q, q_bias, q_gain, eps, cos, sin, head, real, d, SIZE)
         if position < end:  # the new slot is here
             slot = first_slot + position * cache_slot + d
