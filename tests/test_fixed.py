@@ -147,8 +147,7 @@ def test_gated(spec: Spec) -> None:
 
 
 @pytest.mark.parametrize("spec", [SPECS["groups of 32"], SPECS["zero points"]])
-@pytest.mark.parametrize("tokens", [1, 2, 5])
-@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize(("tokens", "shared"), [(1, 0), (1, 2), (3, 1)])
 def test_experts(spec: Spec, tokens: int, shared: int) -> None:
     """Shared experts of several widths; `zero points` has groups that fill an expert's rows.
 
@@ -162,7 +161,7 @@ def test_experts(spec: Spec, tokens: int, shared: int) -> None:
         setattr(routed, f"{name}_proj", stored(spec, 6, *shape))
     more = mlp_of(spec, dim, shared * inner) if shared else None
     x = torch.randn(tokens, dim, device=DEVICE).bfloat16()
-    indices = torch.tensor([[4, 0, 3], [4, 3, 5], [0, 4, 5], [4, 5, 3], [5, 0, 4]], device=DEVICE)
+    indices = torch.tensor([[4, 0, 3], [4, 3, 5], [0, 4, 5]], device=DEVICE)
     indices, weights = indices[:tokens], torch.rand(tokens, 3, device=DEVICE)
     parts = (routed.gate_proj, routed.up_proj, routed.down_proj)
     right = x.double()
@@ -173,8 +172,8 @@ def test_experts(spec: Spec, tokens: int, shared: int) -> None:
         layers = (more.gate_proj, more.up_proj, more.down_proj)
         right = right + by_hand(x.double(), *(layer.matrix.dense() for layer in layers))
     launches: list[ExpertsLaunch | None] = [None]
-    if tokens > 1:
-        launches += [ExpertsLaunch(rows, 4, 64, 8, 32, 2) for rows in (1, 2, 4)]
+    if tokens > 1:  # few programs: the interpreter takes seconds for a hundred of them
+        launches = [ExpertsLaunch(rows, 64, 64, 128, 32, 2) for rows in (1, 2, 4)]
     for launch in launches:
         y = experts(CHIP, x, indices, weights, routed, more, x, launch=launch)
         torch.testing.assert_close(y.double(), right, atol=2**-6, rtol=2**-7)
