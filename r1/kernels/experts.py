@@ -207,11 +207,7 @@ def _several_tokens(
     """Sort the choices by expert, launch the tiles' kernels, and add up each token's slots."""
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
-    order, ends = sort_by_expert(chip, indices, count)
-    places, work = count + more, None
-    if use.apart:
-        places = most_tiles(tokens * chosen, count, use.rows, tokens, more)
-        work = divide(chip, ends, places, use.rows, tokens, more)
+    order, ends, places, work = _sorted(chip, indices, count, use.rows, more, use.apart)
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     how = sizes | {"ROWS": use.rows, "APART": use.apart}
     h = x.new_empty(tokens, chosen + more, inner)
@@ -234,9 +230,7 @@ def _few_tokens(
     """The same with fixed-point vectors: of the tokens, then of their inner values."""
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
-    order, ends = sort_by_expert(chip, indices, count)
-    places = most_tiles(tokens * chosen, count, use.rows, tokens, more)
-    work = divide(chip, ends, places, use.rows, tokens, more)
+    order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     how = sizes | {"ROWS": use.rows}
     h = x.new_empty(tokens * (chosen + more), inner)
@@ -250,6 +244,19 @@ def _few_tokens(
         work, weights, routed.down, shared_down, y, tokens, count, **how, **use.down,
     )  # fmt: skip
     return _added(chip, y, residual, x, 256)
+
+
+def _sorted(
+    chip: Chip, indices: Tensor, count: int, rows: int, shared: int, apart: bool
+) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """Choices (N, K) sorted by expert, `order` and `ends`, and the work: how many programs share an
+    output, and what each has, where tiles of `rows` tokens are taken `apart`.
+    """
+    order, ends = sort_by_expert(chip, indices, count)
+    if not apart:
+        return order, ends, count + shared, None
+    tiles = most_tiles(indices.numel(), count, rows, len(indices), shared)
+    return order, ends, tiles, divide(chip, ends, tiles, rows, len(indices), shared)
 
 
 def _added(chip: Chip, y: Tensor, residual: Tensor | None, x: Tensor, block: int) -> Tensor:

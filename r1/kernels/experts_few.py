@@ -16,25 +16,26 @@ import triton
 import triton.language as tl
 
 from r1.kernels.chip import let_next_start, wait_for_previous
-from r1.kernels.experts_tiles import work_of
+from r1.kernels.experts_tiles import places_of, work_of
 from r1.kernels.fixed import GROUP, columns_fixed, times_fixed
 from r1.kernels.tiles import expert_of, load
 
 
 @triton.jit
-def place_of(
-    expert, i, end, order, tokens, count, CHOSEN: tl.constexpr, SHARED: tl.constexpr
+def places_of_rows(
+    expert, first, end, order, tokens, count, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Number i of an expert's tokens (the last one, from `end` on): its number, its choice, its
-    place in h, and its slot in y, as `tile_of` (experts_tiles.py) counts them.
+    """Of each of an expert's next ROWS tokens (the last one again, from `end` on): its number, its
+    choice, its place in h, and its slot in y, as `tile_of` counts them.
     """
-    i = tl.minimum(i, end - 1)
-    routed = expert < count
-    choice = tl.load(order + i)
-    token = tl.where(routed, choice // CHOSEN, i).to(tl.int64)
-    slot = token * (CHOSEN + SHARED) + tl.where(routed, choice % CHOSEN, CHOSEN + expert - count)
-    place = i + tl.where(routed, 0, tokens * (CHOSEN + expert - count)).to(tl.int64)
-    return token, choice, place, slot
+    rows = ()
+    for row in tl.static_range(ROWS):
+        i = tl.minimum(first + row, end - 1)
+        choice = tl.load(order + i)
+        token, place, slot = places_of(expert, i, choice, tokens, count, CHOSEN, SHARED)
+        rows = rows + ((token, choice, place, slot),)  # type: ignore[assignment]  # noqa: RUF005
+    return rows
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def up_few_kernel(
     gates = expert_of(gate, shared_gate, expert, count, w_row, 0, SHARED)
     ups = expert_of(up, shared_up, expert, count, w_row, 0, SHARED)
     for first in range(start, end, ROWS):  # once, or never
+        rows = places_of_rows(expert, first, end, order, tokens, count, CHOSEN, SHARED, ROWS)
         a = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
         b = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
         for column in range(0, DIM, BLOCK_IN):
@@ -71,18 +73,13 @@ def up_few_kernel(
             u = load(ups, out[:, None], wanted, d, column, DIM, up)
             more_a, more_b = (), ()
             for row in tl.static_range(ROWS):
-                token, _choice, _place, _slot = place_of(
-                    expert, first + row, end, order, tokens, count, CHOSEN, SHARED
-                )
-                v = columns_fixed(x, token, column, DIM, BLOCK_IN)
+                v = columns_fixed(x, rows[row][0], column, DIM, BLOCK_IN)
                 c, e = a[row] + times_fixed(g, v, gate), b[row] + times_fixed(u, v, up)
                 more_a = more_a + (c,)  # type: ignore[assignment]  # noqa: RUF005
                 more_b = more_b + (e,)  # type: ignore[assignment]  # noqa: RUF005
             a, b = more_a, more_b
         for row in tl.static_range(ROWS):
-            _token, _choice, place, _slot = place_of(
-                expert, first + row, end, order, tokens, count, CHOSEN, SHARED
-            )
+            _token, _choice, place, _slot = rows[row]
             gate_sum, up_sum = tl.sum(a[row], axis=1), tl.sum(b[row], axis=1)  # (BLOCK_OUT,)
             inner = gate_sum * tl.sigmoid(gate_sum) * up_sum
             real = out < tl.where(first + row < end, INNER, 0)
@@ -106,22 +103,18 @@ def down_few_kernel(
     matrix = expert_of(down, shared_down, expert, count, 0, (expert - count) * INNER, SHARED)
     wanted = (out < DIM)[:, None]
     for first in range(start, end, ROWS):  # once, or never
+        rows = places_of_rows(expert, first, end, order, tokens, count, CHOSEN, SHARED, ROWS)
         sums = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
         for column in range(0, INNER, BLOCK_IN):
             w = load(matrix, out[:, None], wanted, i, column, INNER, down)
             more = ()
             for row in tl.static_range(ROWS):
-                _token, _choice, place, _slot = place_of(
-                    expert, first + row, end, order, tokens, count, CHOSEN, SHARED
-                )
-                v = columns_fixed(h, place, column, INNER, BLOCK_IN)
+                v = columns_fixed(h, rows[row][2], column, INNER, BLOCK_IN)
                 value = sums[row] + times_fixed(w, v, down)
                 more = more + (value,)  # type: ignore[assignment]  # noqa: RUF005
             sums = more
         for row in tl.static_range(ROWS):
-            _token, choice, _place, slot = place_of(
-                expert, first + row, end, order, tokens, count, CHOSEN, SHARED
-            )
+            _token, choice, _place, slot = rows[row]
             weight = tl.where(expert < count, tl.load(weights + choice), 1.0)
             weighted = tl.sum(sums[row], axis=1) * weight
             real = out < tl.where(first + row < end, DIM, 0)

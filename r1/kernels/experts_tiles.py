@@ -49,12 +49,23 @@ def tile_of(
     the other, each one's tokens side by side.
     """
     i = first + tl.arange(0, ROWS)
+    choice = tl.load(order + i, mask=i < tl.where(expert < count, end, 0), other=0)
+    token, place, slot = places_of(expert, i, choice, tokens, count, CHOSEN, SHARED)
+    return token, choice, place, slot, i < end
+
+
+@triton.jit
+def places_of(
+    expert, i, choice, tokens, count, CHOSEN: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """Of number `i` in the order of an expert's tokens, or several: the token, its place in h, its
+    slot in y.
+    """
     routed = expert < count
-    choice = tl.load(order + i, mask=i < tl.where(routed, end, 0), other=0)
     token = tl.where(routed, choice // CHOSEN, i).to(tl.int64)
     slot = token * (CHOSEN + SHARED) + tl.where(routed, choice % CHOSEN, CHOSEN + expert - count)
     place = i + tl.where(routed, 0, tokens * (CHOSEN + expert - count)).to(tl.int64)
-    return token, choice, place, slot, i < end
+    return token, place, slot
 
 
 @triton.jit

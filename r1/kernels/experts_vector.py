@@ -14,6 +14,7 @@ import triton.language as tl
 
 from r1.kernels.chip import let_next_start, wait_for_previous
 from r1.kernels.fixed import columns_fixed, slots_fixed, times_fixed
+from r1.kernels.linear import normed_columns
 from r1.kernels.tiles import load, matrix_of, times
 
 
@@ -78,20 +79,12 @@ def gated(
     for start in range(0, DIM, BLOCK_IN):
         if FIXED:
             v = columns_fixed(x, token, start, DIM, BLOCK_IN)
-            w = load(gate_matrix, out[:, None], real, d_row, start, DIM, gates)
-            gate += times_fixed(w, v, gates)
-            w = load(up_matrix, out[:, None], real, d_row, start, DIM, ups)
-            up += times_fixed(w, v, ups)
         else:
-            at = start + d
-            v = tl.load(x + token * DIM + at, mask=at < DIM, other=0.0).to(tl.float32)
-            if norm is not None:
-                squares += v * v
-                v *= tl.load(norm + at, mask=at < DIM, other=0.0).to(tl.float32)
-            w = load(gate_matrix, out[:, None], real, d_row, start, DIM, gates)
-            gate += times(w, v[None, :], gates)
-            w = load(up_matrix, out[:, None], real, d_row, start, DIM, ups)
-            up += times(w, v[None, :], ups)
+            v, squares = normed_columns(x + token * DIM, norm, squares, start + d, DIM)
+        w = load(gate_matrix, out[:, None], real, d_row, start, DIM, gates)
+        gate += times_fixed(w, v, gates) if FIXED else times(w, v[None, :], gates)
+        w = load(up_matrix, out[:, None], real, d_row, start, DIM, ups)
+        up += times_fixed(w, v, ups) if FIXED else times(w, v[None, :], ups)
     gate_sum, up_sum = tl.sum(gate, axis=1), tl.sum(up, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)

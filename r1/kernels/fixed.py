@@ -1,4 +1,4 @@
-"""Fixed-point vectors: one token times numbers of 4 bits, by whole numbers.
+"""Fixed-point vectors: a token, or a few, times numbers of 4 bits, by whole numbers.
 
 To make fp32 of each number costs more instructions than a chip has in the time that 4 bits take to
 be read. But chips add up four products of bytes in one instruction (dp4a). So a small kernel first
@@ -46,7 +46,7 @@ class Fixed(NamedTuple):
 
 
 def fits(chip: Chip, x: Tensor, *operands: Operand | None) -> bool:
-    """Whether the product of x (one token, last dimension L) with these matrices is so computed.
+    """Whether the product of x (..., L) with these matrices is so computed.
 
     (fp32 has more bits than fixed-point numbers keep.)
     """
@@ -66,9 +66,10 @@ def storage_sizes(chip: Chip, x: Tensor, *operands: Operand | None) -> tuple[int
     """For launch parameters: nothing for dense matrices; the bits of packed numbers; and a 1 after
     them where these are multiplied by a fixed-point vector.
     """
-    first = next(w for w in operands if w is not None)
-    bits = tuple(BITS[kind] for kind in (first.FORMAT.value,) if kind in BITS)
-    return (*bits, 1) if fits(chip, x, *operands) else bits
+    bits = BITS.get(next(w for w in operands if w is not None).FORMAT.value)
+    if bits is None:
+        return ()
+    return (bits, 1) if fits(chip, x, *operands) else (bits,)
 
 
 def fix(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, wait_for_previous
 from r1.kernels.fixed import columns_fixed, fix, storage_sizes, times_fixed
-from r1.kernels.linear import LinearLaunch, linear, linear_torch, prepare
+from r1.kernels.linear import LinearLaunch, linear, linear_torch, normed_columns, prepare
 from r1.kernels.tiles import load, matrix_of, operand, times
 from r1.model.layers import MLP, swiglu
 from r1.storage.joined import products
@@ -70,11 +70,11 @@ def gated_kernel(
     let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1).to(tl.int64)
-    columns = tl.arange(0, BLOCK_IN)
+    d = tl.arange(0, BLOCK_IN)
     gates, ups = matrix_of(gate, 0), matrix_of(up, 0)
     w_row, real = out.to(tl.int64)[:, None], (out < outputs)[:, None]
-    g = load(gates, w_row, real, columns[None, :], 0, INPUTS, gate)  # (BLOCK_OUT, BLOCK_IN)
-    u = load(ups, w_row, real, columns[None, :], 0, INPUTS, up)  # (BLOCK_OUT, BLOCK_IN)
+    g = load(gates, w_row, real, d[None, :], 0, INPUTS, gate)  # (BLOCK_OUT, BLOCK_IN)
+    u = load(ups, w_row, real, d[None, :], 0, INPUTS, up)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
     gate_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(gate.TOGETHER, BLOCK_IN)), tl.float32)
     up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(up.TOGETHER, BLOCK_IN)), tl.float32)
@@ -86,14 +86,11 @@ def gated_kernel(
             up_sums += times_fixed(u, whole, up)
             whole = columns_fixed(x, row, start + BLOCK_IN, INPUTS, BLOCK_IN)
         else:
-            at = start + columns
-            v = tl.load(x + row * INPUTS + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-            squares += v * v
-            v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+            v, squares = normed_columns(x + row * INPUTS, norm, squares, start + d, INPUTS)
             gate_sums += times(g, v[None, :], gate)
             up_sums += times(u, v[None, :], up)
-        g = load(gates, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, gate)
-        u = load(ups, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, up)
+        g = load(gates, w_row, real, d[None, :], start + BLOCK_IN, INPUTS, gate)
+        u = load(ups, w_row, real, d[None, :], start + BLOCK_IN, INPUTS, up)
     factor = 1.0 if FIXED else tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
     a, b = tl.sum(gate_sums, axis=1) * factor, tl.sum(up_sums, axis=1) * factor  # (BLOCK_OUT,)
     inner = a * tl.sigmoid(a) * b

@@ -91,6 +91,24 @@ def normed(a, factor, gain, mask, kind: tl.constexpr):
 
 
 @triton.jit
+def part_of(EACH: tl.constexpr, BLOCK_H: tl.constexpr, PAD: tl.constexpr):
+    """A program's head of keys, split and token, its EACH query heads and which of them are real
+    (BLOCK_H,), and a head's numbers (1, PAD).
+    """
+    group, head = tl.program_id(0), tl.arange(0, BLOCK_H)
+    head = group * EACH + head
+    real, d = head < (group + 1) * EACH, tl.arange(0, PAD)[None, :]
+    return group, tl.program_id(1), tl.program_id(2).to(tl.int64), head, real, d
+
+
+@triton.jit
+def slots_of(position, capacity, split, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Where a split begins and ends. One that is empty ends before it begins, or there."""
+    length, each = lengths_of(position, capacity, SPLITS, BLOCK_T)
+    return split * each, tl.minimum(split * each + each, length)
+
+
+@triton.jit
 def grouped_split_kernel(
     q, keys, values, cache_row, cache_slot, cache_head, capacity, positions, new, part, weight,
     scale, HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
@@ -104,14 +122,8 @@ def grouped_split_kernel(
     once. With the sum's EARLY, o_proj's first weights are loaded while this kernel runs.
     """
     let_next_start(PDL and EARLY)
-    each_group: tl.constexpr = HEADS // GROUPS
-    group, split = tl.program_id(0), tl.program_id(1)
-    token = tl.program_id(2).to(tl.int64)
-    head, d = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, PAD)[None, :]
-    real = head < (group + 1) * each_group
-    length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
-    start = split * each
-    end = tl.minimum(start + each, length)
+    group, split, token, head, real, d = part_of(HEADS // GROUPS, BLOCK_H, PAD)
+    start, end = slots_of(positions + token, capacity, split, SPLITS, BLOCK_T)
     first_slot = (token // new) * cache_row + group * cache_head
     wait_for_previous(PDL)
     let_next_start(PDL and not EARLY)
@@ -141,15 +153,9 @@ def grouped_step_kernel(
     alone, which no running kernel writes: the last tile's are loaded before the wait.
     """
     let_next_start(PDL and EARLY)
-    each_group: tl.constexpr = HEADS // GROUPS
-    group, split = tl.program_id(0), tl.program_id(1)
-    token = tl.program_id(2).to(tl.int64)
-    head, d = group * each_group + tl.arange(0, BLOCK_H), tl.arange(0, PAD)[None, :]
-    real = head < (group + 1) * each_group
+    group, split, token, head, real, d = part_of(HEADS // GROUPS, BLOCK_H, PAD)
     position = tl.load(positions + token)
-    length, each = lengths_of(positions + token, capacity, SPLITS, BLOCK_T)
-    start = split * each
-    end = tl.minimum(start + each, length)
+    start, end = slots_of(positions + token, capacity, split, SPLITS, BLOCK_T)
     last = start + tl.maximum(end - start - 1, 0) // BLOCK_T * BLOCK_T
     at, first_slot = last + tl.arange(0, BLOCK_T), token * cache_row + group * cache_head
     older = at < tl.minimum(end, position)

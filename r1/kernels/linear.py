@@ -159,10 +159,10 @@ def vector_kernel(
     let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1).to(tl.int64)
-    columns = tl.arange(0, BLOCK_IN)
+    d = tl.arange(0, BLOCK_IN)
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     real = (out < outputs)[:, None]
-    w = load(matrix, w_row, real, columns[None, :], 0, INPUTS, weight)  # (BLOCK_OUT, BLOCK_IN)
+    w = load(matrix, w_row, real, d[None, :], 0, INPUTS, weight)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(weight.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
@@ -172,13 +172,9 @@ def vector_kernel(
             sums += times_fixed(w, whole, weight)
             whole = columns_fixed(x, row, start + BLOCK_IN, INPUTS, BLOCK_IN)
         else:
-            at = start + columns
-            v = tl.load(x + row * x_stride + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-            if norm is not None:
-                squares += v * v
-                v *= tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+            v, squares = normed_columns(x + row * x_stride, norm, squares, start + d, INPUTS)
             sums += times(w, v[None, :], weight)
-        w = load(matrix, w_row, real, columns[None, :], start + BLOCK_IN, INPUTS, weight)
+        w = load(matrix, w_row, real, d[None, :], start + BLOCK_IN, INPUTS, weight)
     total = tl.sum(sums, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
         total *= tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
@@ -186,6 +182,18 @@ def vector_kernel(
     if residual is not None:
         total += tl.load(residual + place, mask=out < outputs, other=0.0).to(tl.float32)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=out < outputs)
+
+
+@triton.jit
+def normed_columns(x, norm, squares, at, limit):
+    """Columns `at` of a vector, fp32: 0 from column `limit` on. With the gain `norm` they are
+    multiplied by it, and their squares are added to `squares`: the norm's factor comes at the end.
+    """
+    v = tl.load(x + at, mask=at < limit, other=0.0).to(tl.float32)
+    if norm is not None:
+        squares += v * v
+        v *= tl.load(norm + at, mask=at < limit, other=0.0).to(tl.float32)
+    return v, squares
 
 
 @triton.jit
