@@ -204,7 +204,7 @@ def test_a_lost_arrival_is_forgotten(folder: Path) -> None:
     layer.fetch([3], ())
     assert layer.slots.slot == {3: 0} and layer.landed
     for _ in range(len(landing.rows)):
-        landing.take(lambda: None)
+        landing.take_for(lambda: None)
     assert not layer.slots.slot and not layer.landed
     check_right = wide(folder, **KINDS["int4"])
     text, logits = read(check_right)

@@ -101,7 +101,7 @@ def plans(arguments: argparse.Namespace, machine: Machine, work: list[Workload])
 
 def check_of_use(arguments: argparse.Namespace, config: Config, planned: list[Arm]) -> None:
     """Raise InputError for a flag that would change nothing."""
-    if arguments.routing in ("uniform", "fresh") or isinstance(arguments.routing, Path):
+    if arguments.routing != "model":
         if not config.experts.n_routed_experts:
             asked = f"--routing {arguments.routing}"
             raise InputError(f"{asked} draws experts, and this model has none: leave it out")

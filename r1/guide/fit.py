@@ -55,8 +55,7 @@ def _elsewhere(
     places: Places,
 ) -> list[Setup]:
     """The same with experts elsewhere. A computer's memory is its GPU's: RAM beside it is none."""
-    needs_link = places.experts == "host"
-    if not config.experts.n_routed_experts or (needs_link and not gpu.get("host_link_gb_s")):
+    if why_not(config, gpu, None, (places,)):
         return []
     for kind in kinds:
         found = [s for s in setups(name, config, gpu, kind, count, places) if s.fits(sizes)]

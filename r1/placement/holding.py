@@ -33,7 +33,7 @@ class Landing(Protocol):
     used: list[Event | None]
     half: int
 
-    def take(self, lose: Callable[[], None]) -> int: ...
+    def take_for(self, lose: Callable[[], None]) -> int: ...
 
     def move(self, place: int, slot: Tensor, to: Rows) -> None: ...
 
@@ -55,12 +55,12 @@ class Holding(Stack):
         self.used: list[Event | None] = [None] * count
         self.traffic: defaultdict[int, Traffic] = defaultdict(Traffic)
         """By the number of a call's tokens."""
+        self.staging: tuple[Staging] | None = None
+        """What all layers share; in a tuple: no part of this module."""
         self.landing: tuple[Landing] | None = None
         """Where experts arrive that are not in the device's order; likewise."""
         self.landed: dict[int, int] = {}
         """By expert: its place there, until it is moved."""
-        self.staging: tuple[Staging] | None = None
-        """What all layers share; in a tuple: no part of this module."""
         self.staged: Arrivals = {}
         """Experts there that came before a prompt's choices."""
         self.early: set[int] = set()
@@ -109,7 +109,7 @@ class Holding(Stack):
             self.link.copy(target, row, after)
             return
         (landing,) = self.landing
-        place = self.landed[expert] = landing.take(lambda: self._forget(expert))
+        place = self.landed[expert] = landing.take_for(lambda: self._forget(expert))
         self.link.copy(landing.rows[place], row, landing.used[place])
 
     def _land(self, expert: int, target: Tensor) -> None:

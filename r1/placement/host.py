@@ -20,7 +20,8 @@ from torch import Tensor
 
 from r1.model.dispatch import Grouped, Loop
 from r1.model.moe import Experts
-from r1.placement.link import Event, host_rows
+from r1.placement.link import host_rows
+from r1.placement.staging import Ring
 from r1.placement.streamed import StreamedExperts
 from r1.storage import int4_cpu
 from r1.storage.dense import Dense
@@ -46,21 +47,19 @@ def multiply(experts: Experts, x: Tensor, token: Tensor, chosen: Tensor, weights
     return y.index_add_(0, token, part.float())
 
 
-class Landing:
-    """A ring of rows on the device, in the order of the host's."""
+class Landing(Ring):
+    """Rows on the device, in the order of the host's."""
 
     def __init__(self, whole: Experts, half: int, device: torch.device) -> None:
         """`half`: the most experts that are on their way at a time, of one layer."""
-        self.order, self.half = Rows(whole), half
-        self.rows = torch.zeros(2 * half, self.order.width, dtype=torch.uint8, device=device)
-        self.used: list[Event | None] = [None] * len(self.rows)
+        self.order = Rows(whole)
+        super().__init__(half, self.order.width, device)
         self.lose: list[Callable[[], None] | None] = [None] * len(self.rows)
         """By place: what is to be done if its expert is overwritten before it was moved."""
-        self.first = 0
 
-    def take(self, lose: Callable[[], None]) -> int:
-        """The next place."""
-        place, self.first = self.first, (self.first + 1) % len(self.rows)
+    def take_for(self, lose: Callable[[], None]) -> int:
+        """The next place, for an expert; `lose` is called if it is overwritten before `move`."""
+        place = self.take()
         if before := self.lose[place]:
             before()
         self.lose[place] = lose

@@ -20,6 +20,7 @@ from typing import Any
 from r1.errors import InputError
 from r1.model.config import Config
 from r1.reading import read_object
+from r1.writing import new_file
 
 ADVICE = "record it with tools/measure/record_routing.py"
 
@@ -39,7 +40,9 @@ class Profile:
         """Raises InputError where it can't be written."""
         fields = {"model": self.model, "tokens": self.tokens, "chosen": self.chosen}
         try:
-            path.write_text(json.dumps(fields | {"counts": self.counts}) + "\n", encoding="utf-8")
+            with new_file(path) as partial:
+                text = json.dumps(fields | {"counts": self.counts}) + "\n"
+                partial.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path} can't be written ({error.strerror})") from None
 

@@ -24,7 +24,7 @@ Shapes: B rows, S tokens of a row, D hidden_size, W vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -32,29 +32,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from r1.model.config import Config
 from r1.model.layers import Linear
-from r1.placement.collectives import Group, Sum
 from r1.placement.mesh import Mesh
 from r1.placement.parallel import Parallel
 from r1.storage.matrix import Matrix
-from r1.storage.spec import Spec
 
 
 class Stages(Parallel):
     """One rank's part of a model whose layers lie on several stages."""
 
-    def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        specs: Iterable[Spec],
-        make_sum: Callable[[Mesh, Group], Sum] | None = None,
-    ) -> None:
-        super().__init__(config, mesh, specs, make_sum)
-        self.first, self.last = mesh.stage == 0, mesh.stage == mesh.pp - 1
-        self.layers = range(0)
-        self.embeds = self.first
+    layers = range(0)  # until `arrange`
+    embeds = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first stage."""
+        return self.mesh.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last stage."""
+        return self.mesh.stage == self.mesh.pp - 1
 
     def arrange(self, model: Any) -> None:
         """Keep this stage's layers, and let the model receive, send and share the logits."""
@@ -62,7 +60,8 @@ class Stages(Parallel):
         sizes[0] += _elements(model.embed_tokens)
         sizes[-1] += _elements(model.lm_head) + _elements(model.mtp)
         self.layers = ranges(sizes, self.mesh.pp)[self.mesh.stage]
-        self.embeds |= self.last and (len(model.mtp) > 0 or self.config.tie_word_embeddings)
+        reads = len(model.mtp) > 0 or self.config.tie_word_embeddings
+        self.embeds = self.first or (self.last and reads)
         model.first_layer = self.layers.start
         model.layers = nn.ModuleList(model.layers[layer] for layer in self.layers)
         if not self.first:

@@ -47,21 +47,29 @@ class Stack(Experts):
         Rows(self).place(rows)
 
 
-class Staging:
-    """A ring of places. A layer takes the next ones, at most half of them at a time.
+class Ring:
+    """Rows of the device that are taken in turn. A layer takes at most half of them at a time.
 
     So those of the layer that is being computed stay as they are.
     """
 
-    def __init__(self, like: Experts, half: int, device: torch.device) -> None:
-        self.half, self.layout = half, Rows(like).layout
-        self.rows = torch.zeros(2 * half, Rows(like).width, dtype=torch.uint8, device=device)
-        self.stack = Stack(like, self.rows)
+    def __init__(self, half: int, width: int, device: torch.device) -> None:
+        self.half = half
+        self.rows = torch.zeros(2 * half, width, dtype=torch.uint8, device=device)
         self.used: list[Event | None] = [None] * len(self.rows)
-        """By place: when the device has computed what lay there."""
+        """By place: when the device has computed, or moved, what lay there."""
         self.first = 0
 
     def take(self) -> int:
         """The next place."""
         place, self.first = self.first, (self.first + 1) % len(self.rows)
         return place
+
+
+class Staging(Ring):
+    """The places that layers share, as a stack of experts."""
+
+    def __init__(self, like: Experts, half: int, device: torch.device) -> None:
+        layout = Rows(like)
+        super().__init__(half, layout.width, device)
+        self.layout, self.stack = layout.layout, Stack(like, self.rows)
