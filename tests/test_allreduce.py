@@ -171,8 +171,9 @@ def test_limits_by_bytes_and_ranks() -> None:
 @pytest.mark.parametrize(
     ("switches", "machine", "chosen"),
     [
-        ({}, H100, "auto"),
-        ({"pp": 2}, H100, "auto"),
+        ({}, H100, "off"),
+        ({"pp": 2}, H100, "off"),
+        ({"allreduce": "off"}, Machine(), "off"),
         ({"tp": 2}, H100, "nccl"),
         ({"ep": 2}, MI300X, "nccl"),
         ({"tp": 2}, Machine(), "gloo"),
@@ -195,6 +196,7 @@ def test_what_adds_up(switches: dict[str, Any], machine: Machine, chosen: str) -
 
 REFUSALS: dict[str, tuple[dict[str, Any], Machine, str]] = {
     "alone": ({"allreduce": "triton"}, H100, "devices that share a layer made, and here none do"),
+    "left undone": ({"allreduce": "off", "tp": 2}, Machine(), "what they made: leave it out"),
     "stages": ({"allreduce": "symm", "pp": 2}, H100, "none do: use tp=2 or more"),
     "a CPU": ({"allreduce": "triton", "tp": 2}, Machine(), "runs on a CPU: use allreduce=gloo"),
     "no NCCL": ({"allreduce": "nccl", "tp": 2}, Machine(), "runs on a CPU: use allreduce=gloo"),

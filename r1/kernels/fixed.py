@@ -10,7 +10,7 @@ A word of weights has the columns 8 k, 8 k + 1, ... 8 k + 7, the even ones in th
 bytes. So x has four planes of words: the high bytes of its even columns, of its odd ones, the low
 bytes of its even columns, of its odd ones.
 
-Shapes: N tokens, L numbers of each.
+Shapes: N tokens, `length` numbers of each.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Fixed(NamedTuple):
     """A vector of each token, as a kernel's argument."""
 
     planes: Tensor
-    """int32 (N, 4, L / 8)."""
+    """int32 (N, 4, length / 8)."""
     scales: Tensor
-    """fp32 (N, L / GROUP, 2): each group's scale, and the sum of its whole numbers.
+    """fp32 (N, length / GROUP, 2): each group's scale, and the sum of its whole numbers.
 
     Side by side, so that a thread loads those of its own group, and not of four groups at once."""
 
 
 def fits(chip: Chip, x: Tensor, *operands: Operand | None) -> bool:
-    """Whether the product of x (..., L) with these matrices is so computed.
+    """Whether the product of x (..., length) with these matrices is so computed.
 
     (fp32 has more bits than fixed-point numbers keep.)
     """
@@ -75,7 +75,7 @@ def storage_sizes(chip: Chip, x: Tensor, *operands: Operand | None) -> tuple[int
 def fix(
     chip: Chip, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, early: bool = False
 ) -> Fixed:
-    """x (N, L), RMS-normed first with the gain `norm` (L,) if there is one.
+    """x (N, length), RMS-normed first with the gain `norm` (length,) if there is one.
 
     `early`: the next kernel may start at once. It reads nothing but weights before its own wait.
     """

@@ -12,6 +12,8 @@ from r1.placement.mesh import Mesh
 from r1.placement.symmetric import LIMITS, SymmetricSum, connect
 from r1.switches.machine import Machine
 
+OFF = "off"
+"""The switch's value where no devices share a layer."""
 MOST = max(LIMITS["triton"])
 """The most ranks that can map each other's memory here: the GPUs of one host."""
 
@@ -95,12 +97,15 @@ ALLREDUCE: dict[str, AllReduce] = {
 def choose(asked: str, machine: Machine, ranks: int, dtype: str) -> tuple[str, str | None]:
     """What really adds up, and why that which is `asked` can't; the reason is None where it can.
 
-    `ranks` is how many devices share a layer. One alone has nothing to add up: "auto" stays "auto".
+    `ranks` is how many devices share a layer. One alone has nothing to add up: that is OFF.
     """
     if ranks == 1:
+        if asked in ("auto", OFF):
+            return OFF, None
         shares = f"use {setting('tp', 2)} or more (or {setting('ep')}), or leave it out"
-        why = f"it adds up what devices that share a layer made, and here none do: {shares}"
-        return asked, None if asked == "auto" else why
+        return asked, f"it adds up what devices that share a layer made, and here none do: {shares}"
+    if asked == OFF:
+        return asked, "devices that share a layer have to add up what they made: leave it out"
     if asked == "auto":
         reasons = {name: each.why_not(machine, ranks, dtype) for name, each in ALLREDUCE.items()}
         return next(name for name, why in reasons.items() if why is None), None

@@ -10,7 +10,7 @@ from r1.errors import InputError, setting
 from r1.model.strategy import Strategy
 from r1.placement.slots import POLICIES
 from r1.storage.kinds import USUAL
-from r1.switches.allreduce import ALLREDUCE
+from r1.switches.allreduce import ALLREDUCE, OFF
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED
 
 SHARING = ("tp", "ep", "pp")
@@ -35,7 +35,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "speculate": ("off", "mtp", "draft"),
         "experts": ("device", "host", "cpu", "disk"),
         "expert_policy": tuple(POLICIES),
-        "allreduce": ("auto", *ALLREDUCE),
+        "allreduce": ("auto", OFF, *ALLREDUCE),
         "memory": ("default", "expandable", "empty-cache"),
     }
 
@@ -115,8 +115,8 @@ class Backend:
     `tp` and `ep`"""
     allreduce: str = "auto"
     """how `tp` and `ep` add up what devices made of a layer; symm: torch's kernels over memory that
-    GPUs map of each other; triton: one kernel of ours over it; large sums of both are NCCL's; auto:
-    nccl (AMD: RCCL), on a CPU gloo"""
+    GPUs map of each other; triton: our kernel over it (large sums of both: NCCL); auto: nccl (AMD:
+    RCCL), on a CPU gloo, off where none share"""
 
     experts: str = "device"
     """where routed experts lie; host: in the CPU's memory, chosen ones are copied to slots of the
