@@ -262,20 +262,22 @@ def test_poison_is_seen() -> None:
 
 # ---------------------------- a whole model
 @pytest.mark.parametrize(
-    ("switch", "family", "rows", "new"),
+    ("switch", "family", "rows", "new", "steps"),
     [
-        ("attention", "qwen2", 3, 1),
-        ("attention", "qwen3", 2, 3),
-        ("kernels", "llama", 1, 1),
-        ("kernels", "qwen2", 3, 1),
-        ("kernels", "qwen3", 1, 1),
-        ("kernels", "qwen3", 2, 2),
+        ("attention", "qwen2", 3, 1, 2),
+        ("attention", "qwen3", 2, 3, 1),
+        ("kernels", "llama", 1, 1, 1),
+        ("kernels", "qwen2", 3, 1, 2),
+        ("kernels", "qwen3", 1, 1, 2),
+        ("kernels", "qwen3", 2, 2, 1),
     ],
 )
-def test_a_model_decodes_as_torch_does(switch: str, family: str, rows: int, new: int) -> None:
+def test_a_model_decodes_as_torch_does(
+    switch: str, family: str, rows: int, new: int, steps: int
+) -> None:
     made = unit_gain(MODELS[family], device=DEVICE.type)
-    plain = decoded(run_here(made, "fp32"), rows, new, steps=2 if new == 1 else 1)
-    fused = decoded(run_here(made, "fp32", **SWITCHES[switch]), rows, new, 2 if new == 1 else 1)
+    plain = decoded(run_here(made, "fp32"), rows, new, steps)
+    fused = decoded(run_here(made, "fp32", **SWITCHES[switch]), rows, new, steps)
     assert float(plain.std()) > 0.2
     assert float((fused - plain).abs().max()) < atol("algebra fp32")
 

@@ -531,7 +531,7 @@ def test_route(name: str, dtype: str) -> None:
     check_route(router(name), dtype, 8)
 
 
-@pytest.mark.parametrize("tokens", [1, 33, 70])
+@pytest.mark.parametrize("tokens", [1, 70])
 def test_route_of_so_many(tokens: int) -> None:
     check_route(router("r1"), "fp32", tokens)
 
@@ -770,7 +770,7 @@ def test_speculation_has_a_fused_drafter(monkeypatch: pytest.MonkeyPatch) -> Non
     """
 
     def accepted(engine: Engine) -> tuple[list[list[int]], int]:
-        done = engine.generate([[3, 1, 4], [2]], max_new_tokens=16, temperature=0.0)
+        done = engine.generate([[3, 1, 4], [2]], max_new_tokens=9, temperature=0.0)
         return [each.tokens for each in done], sum(each.accepted for each in done)
 
     made = drafting_engine(FIVE_WORDS, 0, 1)

@@ -111,7 +111,7 @@ def test_every_number(kind: str, columns: int, tokens: int, ptx: bool) -> None:
         weight.zero.fill_(7)
     weight.to(DEVICE)
     chip = dataclasses.replace(CHIP, ptx=ptx)
-    launch = LinearLaunch(1 if tokens == 1 else 16, 2 if tokens == 1 else 16, 16, 4)
+    launch = LinearLaunch(tokens, 16, 16, 4)
     right = weight.dense().cpu()
     for start in range(0, columns - tokens + 1, tokens):
         x = torch.eye(columns, device=DEVICE)[start : start + tokens]
@@ -131,7 +131,7 @@ def test_experts(tokens: int, apart: bool, spec: Spec) -> None:
     x = torch.randn(tokens, 48, device=DEVICE)
     indices = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)]).to(DEVICE)
     weights = torch.rand(tokens, 3, device=DEVICE)
-    one, several = ExpertsLaunch(1, 2, 32, 4, 16), ExpertsLaunch(16, 16, 16, 16, 16, apart=apart)
+    one, several = ExpertsLaunch(1, 8, 32, 16, 16), ExpertsLaunch(16, 32, 32, 16, 32, apart=apart)
     launch = one if tokens == 1 else several
     ours = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch)
     close(ours, experts_torch(x, indices, weights, routed, shared, x))
