@@ -500,7 +500,18 @@ def test_captured_prompts_have_experts_that_a_graph_can_hold(
 
 
 def test_fused_kernels_are_of_decode() -> None:
-    assert resolve(Backend(kernels="triton"), ALIGNED, H100).prefill_moe == "grouped"
+    """But grouped would make every packed expert dense, for a prompt of any length."""
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"kernels": "triton"}, "grouped"),
+        ({"kernels": "triton", "quant": "fp8"}, "triton"),
+        ({"kernels": "triton", "quant": "int4", "prefill_graphs": True}, "triton"),
+        ({"kernels": "triton", "quant": "int4", "ep": 2}, "triton"),
+        ({"kernels": "triton", "quant": "int4", "prefill_moe": "grouped"}, "grouped"),
+        ({"kernels": "triton", "quant": "int4", "compile": True}, "grouped"),
+        ({"quant": "fp8"}, "grouped"),
+    )
+    for switches, chosen in cases:
+        assert resolve(Backend(**switches), ALIGNED, H100).prefill_moe == chosen, switches
 
 
 def test_a_gpu_that_is_not_here(

@@ -78,7 +78,8 @@ class Backend:
     """experts of a decode step; auto: gather for a few tokens, grouped for more, or triton with
     `kernels=triton`"""
     prefill_moe: str = "auto"
-    """experts of a prompt; auto: grouped, or triton where a graph can't hold that"""
+    """experts of a prompt; auto: grouped, or triton where a graph can't hold that, and for packed
+    weights with `kernels=triton`"""
     join: str = "auto"
     """store matrices that multiply the same input as one (q_a with kv_a, q with k and v, gate with
     up), and rotate queries and key in one call; auto: on"""

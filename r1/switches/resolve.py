@@ -57,7 +57,7 @@ def resolve(
     }
     attention, prefill_attention = _attention(backend, uses)
     moe, prefill_moe = (
-        _experts(slot, getattr(backend, slot), use, backend.ep)
+        _experts(slot, getattr(backend, slot), use, backend)
         for slot, use in (("moe", uses["decode"]), ("prefill_moe", uses["prefill"]))
     )
     return dataclasses.replace(
@@ -188,9 +188,10 @@ def _reads_dense(backend: Backend) -> str | None:
 
 def _use(backend: Backend, config: Config, machine: Machine, phase: str, tokens: int) -> Use:
     captured = backend.cuda_graphs if phase == "decode" else backend.prefill_graphs
+    fused = phase == "decode" and backend.kernels == "triton"  # then only prompts are compiled
     return Use(
         config, phase, DTYPES[backend.compute], tokens, gpu=backend.device != "cpu",
-        amp=backend.amp != "off", compiled=backend.compile, captured=captured,
+        amp=backend.amp != "off", compiled=backend.compile and not fused, captured=captured,
         machine=machine.why_not, quant=backend.quant,
     )  # fmt: skip
 
@@ -246,9 +247,13 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
     return decode, prefill
 
 
-def _experts(slot: str, asked: str, use: Use, ep: int) -> str:
-    sparse = use.config.experts.n_routed_experts > 0
-    return _choose(slot, EXPERTS, asked, use, _auto_experts(use, ep)) if sparse else "auto"
+def _experts(slot: str, asked: str, use: Use, backend: Backend) -> str:
+    if not use.config.experts.n_routed_experts:
+        return "auto"
+    best = _auto_experts(use, backend.ep)
+    if use.phase == "prefill" and backend.kernels == "triton" and use.quant != "none":
+        best = ("triton", *best)  # grouped would make every expert dense, for any prompt
+    return _choose(slot, EXPERTS, asked, use, best)
 
 
 def _multiplies_packed(use: Use) -> bool:
