@@ -481,6 +481,14 @@ def test_slots_are_a_number(slots: Any) -> None:
         Backend(expert_slots=slots)
 
 
+@pytest.mark.parametrize(("grid", "own"), [({}, EXPERTS), ({"tp": 2, "ep": 2}, EXPERTS // 2)])
+def test_no_more_slots_than_experts(grid: dict[str, int], own: int) -> None:
+    asked: dict[str, Any] = {**HOST, **grid}
+    resolve(Backend(expert_slots=own, **asked), TINY)
+    with refused(f"expert_slots={own + 1}: a device has {own} experts of a layer: give at most"):
+        resolve(Backend(expert_slots=own + 1, **asked), TINY)
+
+
 def test_no_memory_for_rows() -> None:
     with refused("GB of host memory can't be had"):
         link.host_rows(2**20, 2**40, torch_device("cpu"))

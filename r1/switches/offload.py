@@ -51,6 +51,10 @@ def check(backend: Backend, config: Config) -> None:
         raise InputError(
             f"{asked} keeps experts of all layers, and {pp} splits these: leave one out"
         )
+    own = config.experts.n_routed_experts // backend.ep
+    if backend.expert_slots > own:
+        slots = setting("expert_slots", backend.expert_slots)
+        raise InputError(f"{slots}: a device has {own} experts of a layer: give at most so many")
     if backend.experts == "cpu":
         _check_host(backend, config)
     for name in CAN_NOT_WAIT:
