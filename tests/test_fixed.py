@@ -13,7 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
 from r1.kernels.chip import Chip
-from r1.kernels.experts import ExpertsLaunch, experts
+from r1.kernels.experts import experts
+from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.fixed import BLOCK, GROUP, LARGEST, fits, fix
 from r1.kernels.gated import gated
 from r1.kernels.linear import LinearLaunch, linear

@@ -50,7 +50,8 @@ from r1 import InputError, build
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.block import DecodeBlock, output_head
 from r1.kernels.chip import Chip
-from r1.kernels.experts import ExpertsLaunch, experts, experts_torch
+from r1.kernels.experts import dispatch, experts, experts_torch
+from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
 from r1.kernels.latent import LatentLaunch, latent, latent_torch
 from r1.kernels.linear import LinearLaunch, linear, linear_torch
@@ -60,6 +61,7 @@ from r1.kernels.sort import divide, divide_torch, sort_by_expert, sort_by_expert
 from r1.kernels.step import begin_step, begin_step_torch, step_kernel
 from r1.kernels.tiles import operand
 from r1.model import rope
+from r1.model.dispatch import STRATEGIES
 from r1.model.layers import MLP, Linear
 from r1.model.moe import Experts
 from r1.model.router import Router
@@ -550,12 +552,12 @@ def test_route_of_drawn_experts() -> None:
 
 
 def expert_inputs(
-    tokens: int, dtype: str, shared: int, dim: int = 27, *, joined: bool = True
+    tokens: int, dtype: str, shared: int, dim: int = 27, inner: int = 21, *, joined: bool = True
 ) -> dict[str, Any]:
     """Odd sizes: hidden 27, inner 21, 9 experts, of which only 0, 4 and 8 are ever chosen; the
     others' weights are poison.
     """
-    inner, count, chosen = 21, 9, 2
+    count, chosen = 9, 2
     config = V3.change(hidden_size=dim, moe_intermediate_size=inner, n_routed_experts=count)
     routed = Experts(config)
     routed.gate_proj = matrix(count, inner, dim, dtype=dtype)
@@ -612,6 +614,45 @@ def test_experts(tokens: int, shared: int, dtype: str) -> None:
         launches.append(ExpertsLaunch(16, 16, 16, 16, 32, apart=True))
     for launch in launches:
         close(experts(CHIP, **given, launch=launch), twin, dtype)
+
+
+@pytest.mark.parametrize("way", ["kernels", "gather", "grouped", "loop"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_choices_of_no_expert(tokens: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other devices have them. They add nothing, and nothing is read for them: what lies behind
+    the last expert here is poison, and so is what a grouped product does not write.
+    """
+    written = Dense.grouped
+
+    def grouped(matrix: Dense, x: Tensor, ends: Tensor) -> Tensor:
+        y = written(matrix, x, ends)
+        y[int(ends[-1]) :] = torch.nan
+        return y
+
+    monkeypatch.setattr(Dense, "grouped", grouped)
+    given = expert_inputs(tokens, "fp32", 0, 28, 20)  # torch's grouped_mm wants such rows
+    routed, indices, weights = given["experts"], given["indices"], given["weights"]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        held = getattr(routed, name).dense()
+        held = torch.cat((held, held.new_full((1, *held.shape[1:]), torch.nan)))
+        setattr(routed, name, Dense(held[:9]))
+    whole = experts_torch(**given)
+    indices[:, 0], weights[::2, 0] = 4, 0
+    indices[1::2, 1], weights[1::2, 1] = 0, 0
+    right = experts_torch(**given)
+    assert (right - whole).abs().max() > 0.01
+    routed.partial = True
+    indices[weights == 0] = 9
+    if way == "kernels":
+        launches = [None, ExpertsLaunch(16, 16, 16, 16, 32), ExpertsLaunch(1, 8, 16, 16, 16)]
+        launches += [ExpertsLaunch(16, 16, 16, 16, 32, apart=True)]
+        found = [experts(CHIP, **given, launch=each) for each in launches]
+        found += [dispatch(routed, given["x"], indices, weights)]
+    else:
+        strategy = next(each for each in STRATEGIES if each.name == way)
+        found = [strategy(routed, given["x"], indices, weights)]
+    for each in found:
+        close(each, right, "fp32")
 
 
 @pytest.mark.parametrize("launch", [None, ExpertsLaunch(16, 32, 128, 64, 32, apart=True)])

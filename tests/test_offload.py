@@ -190,12 +190,11 @@ def test_drafts() -> None:
 def test_a_rank_that_has_none_of_the_choices() -> None:
     """Its fused step still needs one pass, of weights 0, for the residual and the sum."""
     layer = streamed_layers(sharp_logits(**HOST, expert_slots=4).model)[0]
-    layer.every = False  # as of a rank, whose choices elsewhere have weight 0
     device = layer.places.device
-    none = torch.zeros(1, 3, dtype=torch.int64, device=device), torch.zeros(1, 3, device=device)
-    ((slots, weights),) = layer.here(*none)
-    assert slots.shape == (1, 3) and not weights.any()
-    assert int(slots.max()) < layer.count and not layer.slots.slot
+    elsewhere = torch.full((1, 3), len(layer.ids), device=device)  # as a rank's `here` says it
+    ((slots, weights),) = layer.here(elsewhere, torch.zeros(1, 3, device=device))
+    assert slots.tolist() == [[layer.count] * 3] and not weights.any()
+    assert not layer.slots.slot
 
 
 # ---------------------------- what is copied

@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="the kernels need the triton package: pip i
 from r1 import build
 from r1.kernels.block import DecodeBlock
 from r1.kernels.chip import Chip
-from r1.kernels.experts import ExpertsLaunch, experts, experts_torch
+from r1.kernels.experts import experts, experts_torch
+from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
 from r1.kernels.linear import LinearLaunch, linear, linear_torch
 from r1.model.layers import MLP

@@ -13,14 +13,14 @@ a token (K + shared).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, power_of_two
+from r1.kernels.chip import Chip, Sizes, ceil_div, power_of_two
 from r1.kernels.experts_few import down_few_kernel, up_few_kernel
+from r1.kernels.experts_launch import LEAST_TILE, ExpertsLaunch
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
 from r1.kernels.fixed import GROUP, fix, storage_sizes
@@ -30,91 +30,6 @@ from r1.model.dispatch import Gather
 from r1.model.layers import MLP
 from r1.model.moe import Experts
 from r1.storage.matrix import Matrix
-
-LEAST_TILE = 16
-"""The least rows of a product by `tl.dot`."""
-
-
-@dataclass(frozen=True)
-class ExpertsLaunch:
-    """Each program makes `up_outputs` inner values, or `down_outputs` outputs, for `rows` tokens.
-
-    It reads `up_inputs` or `down_inputs` columns of weights at a time. Less than 16 rows: no
-    tl.dot; more than one token are then those of experts_few.py. With
-    `apart` each tile of tokens has programs of its own, so that an expert's tokens are spread over
-    the chip. Without it one program takes all of its expert's tokens, so weights are read once.
-    """
-
-    rows: int
-    up_outputs: int
-    up_inputs: int
-    down_outputs: int
-    down_inputs: int
-    warps: int = 4
-    stages: int = 1
-    apart: bool = False
-
-    @staticmethod
-    def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
-        tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
-        if packed == [4, 1] and tokens * chosen <= 8 * experts:
-            # Few choices of an expert; a program takes as many as most experts have. (Those of
-            # several tokens follow from the compiled instructions; no GPU has timed them yet.)
-            rows = 1 if tokens * chosen <= experts else 2 if tokens * chosen <= 2 * experts else 4
-            up_inputs, down_inputs = power_of_two(dim, 32), min(512, power_of_two(inner, 32))
-            if tokens == 1:
-                return ExpertsLaunch(1, 4, min(2048, up_inputs), 4, down_inputs, 4)
-            return ExpertsLaunch(rows, 4, min(1024, up_inputs), 8, down_inputs, 1)
-        if tokens == 1 and packed:
-            down_inputs, warps = (512, 2) if packed == [8] else (256, 4)
-            down_inputs = min(down_inputs, power_of_two(inner, 16))
-            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs, warps)
-        if tokens == 1:
-            down_inputs = min(512, power_of_two(inner))
-            return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, down_inputs)
-        if tokens * chosen >= 32 * experts:
-            # A prompt: arithmetic is the limit, so tiles are as square as they can be. (Of fp32,
-            # larger ones would spill.)
-            columns = 128 // itemsize
-            large = itemsize == 2 and chip.shared >= 3 * 3 * 128 * columns * itemsize
-            up = 128 if large else 64
-            stages = max(1, min(4, chip.shared // ((2 * up + 128) * columns * itemsize)))
-            return ExpertsLaunch(128, up, columns, 2 * up, columns, 8, stages, apart=True)
-        # Few experts get twice their share of tokens.
-        rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))
-        columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
-        if packed == [8] and tokens * chosen <= experts:
-            return ExpertsLaunch(rows, 32, columns, 32, columns, 4, 3, apart=True)
-        up = 64 if chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize else 32
-        stages = max(1, min(4, chip.shared // ((2 * up + rows) * columns * itemsize)))
-        return ExpertsLaunch(rows, up, columns, 64, columns, 4, stages)
-
-    @property
-    def up(self) -> dict[str, int]:
-        """How gate's and up's kernel is launched."""
-        tile = {"BLOCK_OUT": self.up_outputs, "BLOCK_IN": self.up_inputs}
-        return tile | {"warps": self.warps, "stages": self.stages}
-
-    @property
-    def down(self) -> dict[str, int]:
-        """How down's kernel is launched."""
-        tile = {"BLOCK_OUT": self.down_outputs, "BLOCK_IN": self.down_inputs}
-        return tile | {"warps": self.warps, "stages": self.stages}
-
-    @property
-    def choices(self) -> Choices:
-        if self.rows < LEAST_TILE:
-            return ({"rows": (1, 2, 4, 8)} if self.rows > 1 else {}) | {
-                "up_outputs": (1, 2, 4, 8), "up_inputs": (512, 1024, 2048),
-                "down_outputs": (1, 2, 4, 8), "down_inputs": (64, 128, 256, 512),
-                "warps": (1, 2, 4, 8),
-            }  # fmt: skip
-        return {
-            "rows": (16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
-            "up_inputs": (32, 64, 128, 256), "down_outputs": (16, 32, 64, 128, 256),
-            "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
-            "apart": (False, True),
-        }  # fmt: skip
 
 
 class Swiglu(NamedTuple):
@@ -148,8 +63,9 @@ def experts(
         always = Swiglu.of(chip, *(layer.matrix for layer in layers))
         more = shared.down_proj.matrix.shape[1] // sizes[2]
     return _launch(
-        chip, x, indices, weights, sizes, routed, more, always, residual, norm, eps, launch
-    )
+        chip, x, indices, weights, sizes, routed, more, always, residual, norm, eps,
+        experts.partial, launch,
+    )  # fmt: skip
 
 
 def experts_torch(
@@ -169,10 +85,10 @@ EXPERTS: dict[str, Callable[..., Tensor]] = {"torch": experts_torch, "triton": e
 def _launch(
     chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, sizes: Sizes, routed: Swiglu,
     more: int, shared: Swiglu | None, residual: Tensor | None, norm: Tensor | None, eps: float,
-    launch: ExpertsLaunch | None,
+    partial: bool, launch: ExpertsLaunch | None,
 ) -> Tensor:  # fmt: skip
     """`experts` of operands: `sizes` are E, D, I of routed.down, and there are `more` shared
-    experts.
+    experts. `partial`: an index E is no expert (see dispatch.py).
     """
     (count, dim, inner), (tokens, chosen) = sizes, indices.shape
     stored = storage_sizes(chip, x, *routed, *(shared or ()))
@@ -184,9 +100,12 @@ def _launch(
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
     if use.rows >= LEAST_TILE or (fixed and tokens > 1):
         several = _few_tokens if use.rows < LEAST_TILE else _several_tokens
-        return several(chip, use, names, count, x, indices, weights, routed, shared, residual)
+        return several(
+            chip, use, names, count, x, indices, weights, routed, shared, residual, partial
+        )
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h, out = x.new_empty(tokens, chosen + more, inner), torch.empty_like(x)
+    names["COUNT"] = count if partial else 0
     chip.run(
         up_vector_kernel, (ceil_div(inner, use.up_outputs), chosen + more, tokens),
         fix(chip, x) if fixed else x, indices, routed.gate, routed.up, shared_gate, shared_up,
@@ -202,7 +121,7 @@ def _launch(
 
 def _several_tokens(
     chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
-    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None,
+    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None, partial: bool,
 ) -> Tensor:  # fmt: skip
     """Sort the choices by expert, launch the tiles' kernels, and add up each token's slots."""
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
@@ -215,7 +134,7 @@ def _several_tokens(
         up_tile_kernel, (ceil_div(inner, use.up_outputs), places), x, order, ends, work,
         routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how, **use.up,
     )  # fmt: skip
-    y = x.new_empty(tokens, chosen + more, dim, dtype=x.dtype if use.apart else torch.float32)
+    y = _slots(x, chosen + more, x.dtype if use.apart else torch.float32, partial)
     chip.run(
         down_tile_kernel, (ceil_div(dim, use.down_outputs), places), h, order, ends, work, weights,
         routed.down, shared_down, y, tokens, count, **how, **use.down,
@@ -225,7 +144,7 @@ def _several_tokens(
 
 def _few_tokens(
     chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
-    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None,
+    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None, partial: bool,
 ) -> Tensor:  # fmt: skip
     """The same with fixed-point vectors: of the tokens, then of their inner values."""
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
@@ -238,12 +157,18 @@ def _few_tokens(
         up_few_kernel, (ceil_div(inner, use.up_outputs), places), fix(chip, x), order, ends, work,
         routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how, **use.up,
     )  # fmt: skip
-    y = x.new_empty(tokens, chosen + more, dim, dtype=torch.float32)
+    y = _slots(x, chosen + more, torch.float32, partial)
     chip.run(
         down_few_kernel, (ceil_div(dim, use.down_outputs), places), fix(chip, h), order, ends,
         work, weights, routed.down, shared_down, y, tokens, count, **how, **use.down,
     )  # fmt: skip
     return _added(chip, y, residual, x, 256)
+
+
+def _slots(x: Tensor, slots: int, dtype: torch.dtype, partial: bool) -> Tensor:
+    """Memory for the outputs of x's (N, D) slots, (N, J, D). Those of no expert are not written."""
+    shape = (len(x), slots, x.shape[1])
+    return x.new_zeros(shape, dtype=dtype) if partial else x.new_empty(shape, dtype=dtype)
 
 
 def _sorted(
@@ -271,17 +196,21 @@ def _added(chip: Chip, y: Tensor, residual: Tensor | None, x: Tensor, block: int
 
 @torch.library.custom_op("r1::experts", mutates_args=())
 def _experts(
-    x: Tensor, indices: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
-) -> Tensor:
+    x: Tensor, indices: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+    partial: bool,
+) -> Tensor:  # fmt: skip
     chip = Chip.of(x.device)
     routed = Swiglu.of(chip, gate, up, down)
-    return _launch(chip, x, indices, weights, down.shape, routed, 0, None, None, None, 0.0, None)
+    return _launch(
+        chip, x, indices, weights, down.shape, routed, 0, None, None, None, 0.0, partial, None
+    )
 
 
 @_experts.register_fake
 def _(
-    x: Tensor, indices: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
-) -> Tensor:
+    x: Tensor, indices: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+    partial: bool,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(x)
 
 
@@ -294,4 +223,4 @@ def dispatch(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> T
     if packed_bits(experts.down_proj):  # not under the compiler: see TritonDispatch.why_not
         return EXPERTS["triton"](Chip.of(x.device), x.contiguous(), indices, weights, experts)
     gate, up, down = (tensor_of(matrix) for matrix in matrices)
-    return _experts(x.contiguous(), indices, weights, gate, up, down)
+    return _experts(x.contiguous(), indices, weights, gate, up, down, experts.partial)

@@ -22,9 +22,11 @@ from r1.kernels.tiles import load, matrix_of, times
 def up_vector_kernel(
     x, indices, gate, up, shared_gate, shared_up, residual, norm, eps, h,
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
-    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    COUNT: tl.constexpr, FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT inner values of one slot's expert, silu(gate) * up, into h (N, J, I).
+    """BLOCK_OUT inner values of one slot's expert, silu(gate) * up, into h (N, J, I). 0 for a
+    choice of no expert: number COUNT, unless COUNT is 0.
 
     Shared experts start first: they do not depend on the router. With `norm` (x is then the
     residual's norm) they norm the residual themselves, so they don't wait for the router's x.
@@ -39,8 +41,11 @@ def up_vector_kernel(
         # So late, because down_vector_kernel reads the choice before its own wait.
         let_next_start(PDL)
         expert = tl.load(indices + token * CHOSEN + slot).to(tl.int64)
+        wanted = out
+        if COUNT > 0:
+            wanted = tl.where(expert < COUNT, out, INNER)  # from this row on nothing is read
         inner = gated(
-            x, token, None, eps, gate, up, expert, 0, out, DIM, INNER, FIXED, BLOCK_OUT, BLOCK_IN
+            x, token, None, eps, gate, up, expert, 0, wanted, DIM, INNER, FIXED, BLOCK_OUT, BLOCK_IN
         )
         tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
     elif SHARED > 0:
@@ -95,11 +100,11 @@ def gated(
 @triton.jit
 def down_vector_kernel(
     h, indices, weights, down, shared_down, residual, y, DIM: tl.constexpr, INNER: tl.constexpr,
-    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr, FIXED: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT of a token's outputs: the weighted sum over all of its slots, and the residual.
-    With FIXED h is a `Fixed`, of a token's slots side by side.
+    With FIXED h is a `Fixed`, of a token's slots side by side. COUNT: see `up_vector_kernel`.
 
     The choice is older than the previous kernel, so the chosen experts' first weights are loaded
     before the wait.
@@ -109,7 +114,10 @@ def down_vector_kernel(
     i, slot = tl.arange(0, BLOCK_IN), tl.arange(0, CHOSEN_PAD)
     expert = tl.load(indices + token * CHOSEN + slot, mask=slot < CHOSEN, other=0).to(tl.int64)
     weight = tl.load(weights + token * CHOSEN + slot, mask=slot < CHOSEN, other=0.0)
-    real = ((out < DIM)[:, None] & (slot < CHOSEN)[None, :])[:, :, None]
+    some = slot < CHOSEN
+    if COUNT > 0:
+        some = some & (expert < COUNT)
+    real = ((out < DIM)[:, None] & some[None, :])[:, :, None]
     matrices = matrix_of(down, expert[None, :, None])
     row, column = out[:, None, None], i[None, None, :]
     w = load(matrices, row, real, column, 0, INNER, down)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)

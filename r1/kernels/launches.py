@@ -10,7 +10,7 @@ from pathlib import Path
 from r1.errors import InputError
 from r1.kernels.attention import AttentionLaunch
 from r1.kernels.chip import Launch
-from r1.kernels.experts import ExpertsLaunch
+from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.grouped import GroupedLaunch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear import LinearLaunch

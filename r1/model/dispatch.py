@@ -29,7 +29,10 @@ class Dispatch(Strategy):
     """The weighted sum of each token's chosen experts."""
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """x (N, D), indices int64 (N, K) into `experts`, weights fp32 (N, K) -> (N, D)."""
+        """x (N, D), indices int64 (N, K) into `experts`, weights fp32 (N, K) -> (N, D).
+
+        Where `experts` are partial, an index `experts.count` is no expert, and its weight is 0.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def scratch(
@@ -90,6 +93,8 @@ class Gather(Dispatch):
             parts = zip(x.split(most), indices.split(most), weights.split(most), strict=True)
             return torch.cat([self(experts, *part) for part in parts])
         chosen = indices.flatten()  # (N K,)
+        if experts.partial:  # any expert will do for a weight of 0
+            chosen = chosen.clamp(max=experts.count - 1)
         xs = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1)[..., None]  # (N K, D, 1)
         h = experts.inner(lambda m: torch.bmm(m.pick(chosen, x.dtype), xs).squeeze(-1))  # (N K, I)
         y = torch.bmm(experts.down_proj.pick(chosen, h.dtype), h[..., None])  # (N K, D, 1)
@@ -136,7 +141,10 @@ class Grouped(Dispatch):
         ranks = torch.arange(len(order), device=order.device)  # (N K,)
         inverse = torch.empty_like(order).index_copy_(0, order, ranks)  # inverse[order[i]] = i
         y = y.index_select(0, inverse).unflatten(0, indices.shape)  # (N, K, D), in tokens' order
-        return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
+        y = y * weights[..., None]
+        if experts.partial:  # behind the last end nothing was computed
+            y = y.masked_fill(indices[..., None] == experts.count, 0)
+        return y.sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
 
     def scratch(
         self, experts: Experts, tokens: int, chosen: int, itemsize: int, *, compiled: bool
@@ -161,6 +169,7 @@ def by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The sorted choice i is number order[i] (N K,) of the unsorted, and belongs to token[i] (N K,).
     ends is int32 (E,): expert e owns the sorted choices from ends[e - 1] (or 0) to ends[e] - 1.
+    Choices of no expert come last, behind all ends.
     """
     narrow = torch.int16 if experts <= 2**15 else torch.int64  # fewer bytes sort faster on a GPU
     sorted_experts, order = indices.flatten().to(narrow).sort(stable=True)

@@ -45,13 +45,15 @@ class Experts(nn.Module):
         self.up_proj = Dense.empty(len(self.ids), inner, dim)
         self.down_proj = Dense.empty(len(self.ids), dim, inner)
         self.count = len(self.ids)  # how many experts the stacks hold
+        self.partial = self.count < config.experts.n_routed_experts  # there may be others' choices
         self.inner_numbers = 2 * inner * dim  # elements of one expert's gate_proj and up_proj
 
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Map (N, K) choices to places in the stacks; returns indices and weights of each pass.
 
-        A choice whose expert a pass does not hold gets weight 0 and any valid index. Each pass is
-        run before the next is asked for, so the stacks may change between them. Here: one pass.
+        A choice whose expert a pass does not hold gets weight 0 and, where this place is `partial`,
+        the index `count`: no expert is read for it. Each pass is run before the next is asked for,
+        so the stacks may change between them. Here: one pass.
         """
         return [(indices, weights)]
 

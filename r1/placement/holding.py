@@ -50,6 +50,7 @@ class Holding(Stack):
         places = torch.zeros(count, source.rows.shape[1], dtype=torch.uint8, device=device)
         super().__init__(bare, places)
         self.ids, self.places, self.source = bare.ids, places, source
+        self.partial = True
         self.slots, self.link, self.layout = slots, link, Rows(self)
         self.arrived: list[Event | None] = [None] * count
         self.used: list[Event | None] = [None] * count

@@ -8,11 +8,17 @@
 | embedding, output head, MTP's eh_proj | all ranks | each has some rows | a sum; the outputs |
 
 Every rank holds the norms, the router and the latent cache (of grouped-query attention the cache of
-its own heads), and sees every token. So all ranks
-choose the same experts, and each adds what it can to the one sum after the layer. With `ep` alone
-attention is whole on every rank, and there is one sum a layer and not two. The output head's parts
-are put together on every rank, so that all ranks draw the same token from all logits: of R1 it is
-half a megabyte a row, once a step.
+its own heads), and sees every token. So all ranks choose the same experts, and each adds what it
+can to the one sum after the layer. With `ep` alone attention is whole on every rank, and there is
+one sum a layer and not two. The output head's parts are put together on every rank, so that all
+ranks draw the same token from all logits: of R1 it is half a megabyte a row, once a step.
+
+Prompts are added up in the same way, and not by an all-to-all, which would send a token to the
+ranks of its experts only. Of n ranks each sends 2 (n - 1) / n vectors a token for the sum. For the
+all-to-all each takes an n-th of the tokens. If a token's experts lie on m other ranks, that is 2 m
+/ n vectors there and back, and (n - 1) / n more until every rank has all tokens again, as the next
+attention wants them. So it sends less where m is below (n - 1) / 2. On two ranks m is 0.98 for
+Moonlight (limit 0.5); R1's groups on eight ranks have m = 3.5, just the limit.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ from r1.storage.spec import Spec
 
 
 class RankExperts(Experts):
-    """The routed experts of one rank. A choice that another rank holds gets weight 0 here.
+    """The routed experts of one rank. A choice that another rank holds is of no expert here.
 
     `combine` does nothing: the block adds up the ranks' outputs together with the shared experts'.
     """
@@ -49,7 +55,7 @@ class RankExperts(Experts):
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         local = indices - self.ids.start  # (N, K)
         held = (local >= 0) & (local < self.count)
-        return [(local.where(held, torch.zeros_like(local)), weights * held)]
+        return [(local.where(held, self.count), weights * held)]
 
 
 class Parallel(Placement):

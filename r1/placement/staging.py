@@ -43,7 +43,7 @@ class Stack(Experts):
         for name in MATRICES:
             setattr(self, name, getattr(bare, name))
         self.count, self.inner_numbers = len(rows), like.inner_numbers
-        self.ids = range(self.count)
+        self.ids, self.partial = range(self.count), False
         Rows(self).place(rows)
 
 

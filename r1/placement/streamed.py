@@ -54,7 +54,6 @@ class StreamedExperts(Holding):
         """
         super().__init__(bare, slots, source, device, link)
         self.leads = whole.leads
-        self.every = type(whole) is Experts  # no rank has only some of them
         self.outside = (whole, source)  # in a tuple: no part of this module
         self.next: tuple[Router, StreamedExperts] | None = None
         """The next sparse layer, where its experts are to be guessed."""
@@ -88,7 +87,7 @@ class StreamedExperts(Holding):
             self.guess = self.next[0](x)[0]  # (N, K)
 
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """A pass for each group of experts. A choice of another pass gets weight 0.
+        """A pass for each group of experts. A choice of another pass is of no expert.
 
         There is always a pass, also where other devices have all that was chosen: a fused step adds
         the residual in it.
@@ -100,11 +99,10 @@ class StreamedExperts(Holding):
             none = False
             slots = table[choices]  # (N, K), -1: not in this pass
             held = (slots >= 0).to(indices.device, non_blocking=True)
-            some = int(slots.max())
-            slots = slots.where(slots >= 0, some).to(indices.device, non_blocking=True)
+            slots = slots.where(slots >= 0, self.count).to(indices.device, non_blocking=True)
             yield slots, weights * held
         if none:
-            yield torch.zeros_like(indices), torch.zeros_like(weights)
+            yield torch.full_like(indices, self.count), torch.zeros_like(weights)
 
     def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """As the base's. Where there are several passes, each computes its own choices only."""
@@ -131,8 +129,6 @@ class StreamedExperts(Holding):
         The guess of the next layer's experts is read with them, in the same wait; so is what the
         host needs to multiply.
         """
-        if not self.every:  # weight 0: RankExperts' mark of what another rank holds
-            indices = indices.masked_fill(weights == 0, len(self.ids))
         guess, self.guess = self.guess, None
         self.sent = self.back = None
         if self.input is not None:

@@ -209,7 +209,8 @@ def filled(make: Callable[[], nn.Module], scale: float, quant: str) -> Any:
 
 
 def experts_case(place: Place, c: Config, tokens: int) -> Case:
-    from r1.kernels.experts import ExpertsLaunch, experts, experts_torch
+    from r1.kernels.experts import experts, experts_torch
+    from r1.kernels.experts_launch import ExpertsLaunch
     from r1.kernels.fixed import storage_sizes
     from r1.kernels.tiles import operand
     from r1.model.dispatch import Grouped

@@ -1,0 +1,95 @@
+"""How the experts' kernels are launched: how many rows, columns and tokens a program takes.
+
+Shapes: N tokens, D hidden_size, I moe_intermediate_size, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, power_of_two
+
+LEAST_TILE = 16
+"""The least rows of a product by `tl.dot`."""
+
+
+@dataclass(frozen=True)
+class ExpertsLaunch:
+    """Each program makes `up_outputs` inner values, or `down_outputs` outputs, for `rows` tokens.
+
+    It reads `up_inputs` or `down_inputs` columns of weights at a time. Less than 16 rows: no
+    tl.dot; more than one token are then those of experts_few.py. With
+    `apart` each tile of tokens has programs of its own, so that an expert's tokens are spread over
+    the chip. Without it one program takes all of its expert's tokens, so weights are read once.
+    """
+
+    rows: int
+    up_outputs: int
+    up_inputs: int
+    down_outputs: int
+    down_inputs: int
+    warps: int = 4
+    stages: int = 1
+    apart: bool = False
+
+    @staticmethod
+    def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
+        tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
+        if packed == [4, 1] and tokens * chosen <= 8 * experts:
+            # Few choices of an expert; a program takes as many as most experts have. (Those of
+            # several tokens follow from the compiled instructions; no GPU has timed them yet.)
+            rows = 1 if tokens * chosen <= experts else 2 if tokens * chosen <= 2 * experts else 4
+            up_inputs, down_inputs = power_of_two(dim, 32), min(512, power_of_two(inner, 32))
+            if tokens == 1:
+                return ExpertsLaunch(1, 4, min(2048, up_inputs), 4, down_inputs, 4)
+            return ExpertsLaunch(rows, 4, min(1024, up_inputs), 8, down_inputs, 1)
+        if tokens == 1 and packed:
+            down_inputs, warps = (512, 2) if packed == [8] else (256, 4)
+            down_inputs = min(down_inputs, power_of_two(inner, 16))
+            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs, warps)
+        if tokens == 1:
+            down_inputs = min(512, power_of_two(inner))
+            return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, down_inputs)
+        if tokens * chosen >= 32 * experts:
+            # A prompt: arithmetic is the limit, so tiles are as square as they can be. (Of fp32,
+            # larger ones would spill.)
+            columns = 128 // itemsize
+            large = itemsize == 2 and chip.shared >= 3 * 3 * 128 * columns * itemsize
+            up = 128 if large else 64
+            stages = max(1, min(4, chip.shared // ((2 * up + 128) * columns * itemsize)))
+            return ExpertsLaunch(128, up, columns, 2 * up, columns, 8, stages, apart=True)
+        # Few experts get twice their share of tokens.
+        rows = min(64, power_of_two(2 * ceil_div(tokens * chosen, experts), 16))
+        columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
+        if packed == [8] and tokens * chosen <= experts:
+            return ExpertsLaunch(rows, 32, columns, 32, columns, 4, 3, apart=True)
+        up = 64 if chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize else 32
+        stages = max(1, min(4, chip.shared // ((2 * up + rows) * columns * itemsize)))
+        return ExpertsLaunch(rows, up, columns, 64, columns, 4, stages)
+
+    @property
+    def up(self) -> dict[str, int]:
+        """How gate's and up's kernel is launched."""
+        tile = {"BLOCK_OUT": self.up_outputs, "BLOCK_IN": self.up_inputs}
+        return tile | {"warps": self.warps, "stages": self.stages}
+
+    @property
+    def down(self) -> dict[str, int]:
+        """How down's kernel is launched."""
+        tile = {"BLOCK_OUT": self.down_outputs, "BLOCK_IN": self.down_inputs}
+        return tile | {"warps": self.warps, "stages": self.stages}
+
+    @property
+    def choices(self) -> Choices:
+        if self.rows < LEAST_TILE:
+            return ({"rows": (1, 2, 4, 8)} if self.rows > 1 else {}) | {
+                "up_outputs": (1, 2, 4, 8), "up_inputs": (512, 1024, 2048),
+                "down_outputs": (1, 2, 4, 8), "down_inputs": (64, 128, 256, 512),
+                "warps": (1, 2, 4, 8),
+            }  # fmt: skip
+        return {
+            "rows": (16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
+            "up_inputs": (32, 64, 128, 256), "down_outputs": (16, 32, 64, 128, 256),
+            "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
+            "apart": (False, True),
+        }  # fmt: skip
