@@ -112,6 +112,26 @@ def test_linear(spec: Spec, columns: int, normed: bool) -> None:
         torch.testing.assert_close(y.double(), right, atol=error(v), rtol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [SPECS["groups of 32"], SPECS["zero points"]])
+@pytest.mark.parametrize("tokens", [2, 3, 5])
+def test_linear_of_a_few_tokens(spec: Spec, tokens: int) -> None:
+    """Ragged: 9 rows in blocks of 4, 192 columns in blocks of 128, the last token by itself."""
+    weight = stored(spec, 9, 192)
+    x = torch.cat([vector(192) * (1 + row) for row in range(tokens)])
+    gain = torch.rand(192, device=DEVICE).bfloat16()
+    residual = torch.randn(tokens, 9, device=DEVICE).bfloat16()
+    v = x.double()
+    normed = v * (v.square().mean(1, keepdim=True) + EPS).rsqrt() * gain.double()
+    for given, norm, old in ((v, None, None), (normed, gain, residual)):
+        right = given @ weight.dense().double().T + (0 if old is None else old.double())
+        for use in (None, LinearLaunch(2, 4, 128, 2)):
+            y = linear(
+                CHIP, x, weight, norm=norm, eps=EPS, residual=old, dtype=torch.float32, launch=use
+            )
+            off = (y.double() - right).abs() - 1e-5 * right.abs()
+            assert (off.amax(1) <= given.abs().amax(1) / LARGEST.value + 1e-6).all()
+
+
 def test_rows_of_a_joined_matrix() -> None:
     weight, x = stored(SPECS["groups of 32"], 40, 64), vector(64)
     whole = linear(CHIP, x, weight, dtype=torch.float32)

@@ -1148,11 +1148,14 @@ def test_kernels_compile_for(target: str) -> None:
 def test_kernels_of_packed_weights_compile_for(target: str) -> None:
     """e4m3 by integer operations, which every chip has, and half bytes; one token and several."""
     done = compile_kernels(
-        "--shape", "moonlight-16b", "--batch", "1,8", "--target", target, "--quant", "fp8,int4"
+        "--shape", "moonlight-16b", "--batch", "1,8,9", "--target", target, "--quant", "fp8,int4"
     )
     assert done.out.endswith("all kernels fit\n"), done.out + done.err
     for kind, kernel in itertools.product(("fp8", "int4"), ("down_vector_kernel", "tile_kernel")):
         assert re.search(rf"{kernel} +moonlight-16b {kind} batch", done.out), done.out
+    for kernel in ("few_kernel", "up_few_kernel", "down_few_kernel"):  # whole numbers, by NVIDIA's
+        found = re.search(rf" {kernel} +moonlight-16b int4 batch 8", done.out)
+        assert bool(found) == target.startswith("sm_"), done.out
 
 
 ORDERS = {

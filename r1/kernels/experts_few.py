@@ -18,6 +18,7 @@ import triton.language as tl
 from r1.kernels.chip import let_next_start, wait_for_previous
 from r1.kernels.experts_tiles import places_of, work_of
 from r1.kernels.fixed import GROUP, columns_fixed, times_fixed
+from r1.kernels.linear_few import nothing
 from r1.kernels.tiles import expert_of, load
 
 
@@ -36,16 +37,6 @@ def places_of_rows(
         token, place, slot = places_of(expert, i, choice, tokens, count, CHOSEN, SHARED)
         rows = rows + ((token, choice, place, slot),)  # type: ignore[assignment]  # noqa: RUF005
     return rows
-
-
-@triton.jit
-def nothing(ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr):
-    """The sums of ROWS tokens, before the first column. (Triton can't unpack: no (*a, b).)"""
-    sums = (tl.zeros((BLOCK_OUT, GROUPS), tl.float32),)
-    for _ in tl.static_range(1, ROWS):
-        more = tl.zeros((BLOCK_OUT, GROUPS), tl.float32)
-        sums = sums + (more,)  # type: ignore[assignment]  # noqa: RUF005
-    return sums
 
 
 @triton.jit

@@ -4,7 +4,7 @@ One token is a matrix-vector product. Each program has a few rows of W, and all 
 along the columns. The norm costs no pass of its own: its factor is one number, which multiplies the
 sums at the end. The loop that streams W also adds up the squares for it.
 Several tokens are `tl.dot` on tiles whose rows are padded to 16. A small kernel before it applies
-the norm.
+the norm. A few tokens and weights of 4 bits are dot products again (linear_few.py).
 
 Shapes: N tokens; out and in are W's rows and columns.
 """
@@ -29,15 +29,23 @@ from r1.kernels.chip import (
     wait_for_previous,
 )
 from r1.kernels.fixed import columns_fixed, fix, storage_sizes, times_fixed
+from r1.kernels.linear_few import few_kernel
 from r1.kernels.tiles import add_product, load, matrix_of, operand, times
 from r1.storage.matrix import Matrix
+
+LEAST_TILE = 16
+"""The least rows of a product by `tl.dot`."""
+FEW = 8
+"""Tokens up to which dot products are expected to be faster than tiles, of 4 bits. The compiled
+code of 8 has 12 instructions a weight: 3.2 us for Moonlight's first projection, on an H100 whose
+tiles took 10. (No GPU has timed the dot products yet.)"""
 
 
 @dataclass(frozen=True)
 class LinearLaunch:
     """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time.
 
-    With one row it doesn't use tl.dot.
+    With less than 16 rows it doesn't use tl.dot.
     """
 
     rows: int
@@ -53,6 +61,9 @@ class LinearLaunch:
             # A warp for each 2,048 columns, and rows of 4,096 or less at once.
             columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
             return LinearLaunch(1, 2, columns, max(1, columns // 2048))
+        if tokens <= FEW and packed == [4, 1]:
+            columns = min(1024, power_of_two(inputs, 32))  # of a warp
+            return LinearLaunch(min(4, power_of_two(tokens)), 4, columns, 1)
         if tokens == 1 and packed:
             return LinearLaunch(1, 4, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
@@ -72,8 +83,8 @@ class LinearLaunch:
 
     @property
     def choices(self) -> Choices:
-        if self.rows == 1:
-            return {
+        if self.rows < LEAST_TILE:
+            return ({"rows": (1, 2, 4, 8)} if self.rows > 1 else {}) | {
                 "outputs": (1, 2, 4, 8, 16),
                 "inputs": (512, 1024, 2048, 4096),
                 "warps": (1, 2, 4, 8),
@@ -100,13 +111,19 @@ def linear(
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize, *stored)
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
+    fixed = stored[1:] == (1,) and use.rows < LEAST_TILE
+    given = fix(chip, x, norm, eps, early=True) if fixed else x
     if use.rows == 1:
-        fixed = stored[1:] == (1,)
-        given = fix(chip, x, norm, eps, early=True) if fixed else x
         chip.run(
             vector_kernel, grid, given, x.stride(0), matrix, None if fixed else norm, eps,
             residual, y, outputs, INPUTS=inputs, FIXED=fixed, **blocks, warps=use.warps,
             stages=use.stages,
+        )  # fmt: skip
+        return y
+    if fixed:
+        chip.run(
+            few_kernel, grid, given, matrix, residual, y, tokens, outputs, INPUTS=inputs,
+            ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
     if norm is not None:
