@@ -31,7 +31,7 @@ class Dispatch(Strategy):
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x (N, D), indices int64 (N, K) into `experts`, weights fp32 (N, K) -> (N, D).
 
-        Where `experts` are partial, an index `experts.count` is no expert, and its weight is 0.
+        Where `experts` are partial, an index `experts.count` is no expert.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
@@ -94,6 +94,7 @@ class Gather(Dispatch):
             return torch.cat([self(experts, *part) for part in parts])
         chosen = indices.flatten()  # (N K,)
         if experts.partial:  # any expert will do for a weight of 0
+            weights = weights.masked_fill(indices == experts.count, 0)
             chosen = chosen.clamp(max=experts.count - 1)
         xs = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1)[..., None]  # (N K, D, 1)
         h = experts.inner(lambda m: torch.bmm(m.pick(chosen, x.dtype), xs).squeeze(-1))  # (N K, I)
@@ -141,10 +142,9 @@ class Grouped(Dispatch):
         ranks = torch.arange(len(order), device=order.device)  # (N K,)
         inverse = torch.empty_like(order).index_copy_(0, order, ranks)  # inverse[order[i]] = i
         y = y.index_select(0, inverse).unflatten(0, indices.shape)  # (N, K, D), in tokens' order
-        y = y * weights[..., None]
         if experts.partial:  # behind the last end nothing was computed
             y = y.masked_fill(indices[..., None] == experts.count, 0)
-        return y.sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
+        return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
 
     def scratch(
         self, experts: Experts, tokens: int, chosen: int, itemsize: int, *, compiled: bool

@@ -51,8 +51,9 @@ class Experts(nn.Module):
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Map (N, K) choices to places in the stacks; returns indices and weights of each pass.
 
-        A choice whose expert a pass does not hold gets weight 0 and, where this place is `partial`,
-        the index `count`: no expert is read for it. Each pass is run before the next is asked for,
+        A choice whose expert a pass does not hold gets the index `count`, if this place is
+        `partial`: no expert is read for it, and its weight is of no use. (Weight 0 and any valid
+        index have the same result, and cost more.) Each pass is run before the next is asked for,
         so the stacks may change between them. Here: one pass.
         """
         return [(indices, weights)]

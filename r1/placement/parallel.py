@@ -52,10 +52,14 @@ class RankExperts(Experts):
     `combine` does nothing: the block adds up the ranks' outputs together with the shared experts'.
     """
 
+    def __init__(self, config: Config, ids: range) -> None:
+        super().__init__(config, ids)
+        self.all = config.experts.n_routed_experts
+
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        local = indices - self.ids.start  # (N, K)
-        held = (local >= 0) & (local < self.count)
-        return [(local.where(held, self.count), weights * held)]
+        # Few operators, as a decode step waits for each. Other ranks' are `count` or more.
+        local = (indices - self.ids.start).remainder(self.all)  # (N, K)
+        return [(local.clamp(max=self.count), weights)]
 
 
 class Parallel(Placement):

@@ -98,11 +98,10 @@ class StreamedExperts(Holding):
         for _, table in self._passes(choices):
             none = False
             slots = table[choices]  # (N, K), -1: not in this pass
-            held = (slots >= 0).to(indices.device, non_blocking=True)
-            slots = slots.where(slots >= 0, self.count).to(indices.device, non_blocking=True)
-            yield slots, weights * held
+            slots = slots.where(slots >= 0, self.count)
+            yield slots.to(indices.device, non_blocking=True), weights
         if none:
-            yield torch.full_like(indices, self.count), torch.zeros_like(weights)
+            yield torch.full_like(indices, self.count), weights
 
     def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """As the base's. Where there are several passes, each computes its own choices only."""
