@@ -81,9 +81,13 @@ FOUR, EIGHT = tl.constexpr("=r,=r,=r,=r,r"), tl.constexpr("=r,=r,=r,=r,=r,=r,=r,
 @triton.jit
 def load_words(place, stride, row, real, column, first, limit, w):
     """The words of a tile of packed numbers: see load_tile in tiles.py for rows and columns."""
-    word = along(tl.arange(0, column.shape[len(column.shape) - 1] // w.PER), column)
-    inside = real & (first + word * w.PER < limit)
-    return tl.load(place + row * stride + (first // w.PER + word), inside, 0)
+    # Compared as words, the mask is the same for four words side by side: then a thread loads them
+    # in one instruction.
+    word = first // w.PER + along(
+        tl.arange(0, column.shape[len(column.shape) - 1] // w.PER), column
+    )
+    inside = real & (word < (limit + w.PER - 1) // w.PER)
+    return tl.load(place + row * stride + word, inside, 0)
 
 
 @triton.jit

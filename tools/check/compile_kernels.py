@@ -6,7 +6,8 @@ There is no list of launches. The fused block runs on tensors without storage, a
 in for the chip: it records each launch and launches nothing.
 
 For each kernel the tool prints the shared memory, the registers, and how much the compiler spilled.
-A kernel fails if it needs more shared memory than the target has.
+A kernel fails if it needs more shared memory than the target has. For NVIDIA's GPUs it also counts
+the load instructions, by the bytes that a thread loads with one: weights should come 16 at a time.
 
 On some GPUs a kernel may start before the one ahead of it has ended (r1/kernels/chip.py). There the
 tool prints the order, branch after branch, in which the program waits for the kernel ahead, lets
@@ -22,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -261,6 +263,8 @@ class Compiled:
     """NVIDIA: bytes of stack per thread; AMD: registers."""
     order: tuple[str, ...] = ()
     """On targets with dependent launches: "wait", "let" and "write" in the order of the code."""
+    loads: Counter[int] = field(default_factory=Counter)
+    """NVIDIA: how many instructions load so many bytes for a thread from global memory."""
 
     @property
     def writes_early(self) -> bool:
@@ -297,7 +301,16 @@ def compile_one(launch: Launch, target: Target) -> Compiled:
         ).stdout
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
     order = order_of(program.asm["ptx"]) if target.dependent_launch else ()
-    return Compiled(program.metadata.shared, registers, stack, order)
+    return Compiled(program.metadata.shared, registers, stack, order, loads_of(program.asm["ptx"]))
+
+
+def loads_of(ptx: str) -> Counter[int]:
+    """The `loads` of a compiled program, from its assembly."""
+    plain = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (0x\w+)", ptx)
+    return Counter(int(many or 1) * int(bits) // 8 for many, bits in plain) + Counter(
+        int(nbytes, 16) for nbytes in copies
+    )
 
 
 def order_of(ptx: str) -> tuple[str, ...]:
@@ -340,6 +353,9 @@ def verdict(launch: Launch, target: Target) -> tuple[str, bool]:
     unit = "B" if target.backend == "cuda" else "registers"
     text = f"{program.shared / KB:.1f} KB shared, {program.registers} registers"
     text += f", SPILLS {program.spilled} {unit}" if program.spilled else ""
+    if program.loads:
+        sizes = sorted(program.loads.items(), reverse=True)
+        text += f", loads {' + '.join(f'{count} x {size}' for size, count in sizes)} bytes"
     text += f" ({' '.join(program.order)})" if program.order else ""
     text += f", TOO MUCH: {target.shared / KB:.0f} KB there are" if over else ""
     text += ", WRITES BEFORE IT WAITS" if program.writes_early else ""
