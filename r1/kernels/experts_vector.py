@@ -14,7 +14,7 @@ import triton.language as tl
 
 from r1.kernels.chip import let_next_start, wait_for_previous
 from r1.kernels.fixed import columns_fixed, slots_fixed, times_fixed
-from r1.kernels.linear import normed_columns
+from r1.kernels.linear import gain_columns, normed_columns
 from r1.kernels.tiles import load, matrix_of, times
 
 
@@ -85,7 +85,8 @@ def gated(
         if FIXED:
             v = columns_fixed(x, token, start, DIM, BLOCK_IN)
         else:
-            v, squares = normed_columns(x + token * DIM, norm, squares, start + d, DIM)
+            gain = gain_columns(norm, start + d, DIM)
+            v, squares = normed_columns(x + token * DIM, norm, gain, squares, start + d, DIM)
         w = load(gate_matrix, out[:, None], real, d_row, start, DIM, gates)
         gate += times_fixed(w, v, gates) if FIXED else times(w, v[None, :], gates)
         w = load(up_matrix, out[:, None], real, d_row, start, DIM, ups)

@@ -101,12 +101,14 @@ def fix_kernel(
     x += token * x_stride
     if EARLY:
         let_next_start(PDL)
-    wait_for_previous(PDL)
-    if not EARLY:
-        let_next_start(PDL)
     first = tl.program_id(0) * size
     word = first // 8 + tl.arange(0, size // 8)
     at = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    if norm is not None:  # the gain is a weight: it doesn't need the wait
+        gain = tl.load(norm + at, mask=at < LENGTH, other=0.0)
+    wait_for_previous(PDL)
+    if not EARLY:
+        let_next_start(PDL)
     v = tl.load(x + at, mask=at < LENGTH, other=0.0).to(tl.float32)  # (words, 8)
     if norm is not None:
         squares = tl.zeros((size,), tl.float32)
@@ -115,7 +117,7 @@ def fix_kernel(
             u = tl.load(x + column, mask=column < LENGTH, other=0.0).to(tl.float32)
             squares += u * u
         v *= tl.rsqrt(tl.sum(squares, axis=0) / LENGTH + eps)
-        v *= tl.load(norm + at, mask=at < LENGTH, other=0.0).to(tl.float32)
+        v *= gain.to(tl.float32)
     blocks = tl.reshape(v, (BLOCKS, BLOCK))
     largest = tl.max(tl.abs(blocks), axis=1)
     scale = largest / LARGEST + tl.sum(blocks * 0.0, axis=1)  # NaN and infinity stay

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, wait_for_previous
 from r1.kernels.fixed import columns_fixed, fix, storage_sizes, times_fixed
-from r1.kernels.linear import LinearLaunch, linear, linear_torch, normed_columns, prepare
+from r1.kernels.linear import (
+    LinearLaunch,
+    gain_columns,
+    linear,
+    linear_torch,
+    normed_columns,
+    prepare,
+)
 from r1.kernels.tiles import load, matrix_of, operand, times
 from r1.model.layers import MLP, swiglu
 from r1.storage.joined import products
@@ -75,6 +82,7 @@ def gated_kernel(
     w_row, real = out.to(tl.int64)[:, None], (out < outputs)[:, None]
     g = load(gates, w_row, real, d[None, :], 0, INPUTS, gate)  # (BLOCK_OUT, BLOCK_IN)
     u = load(ups, w_row, real, d[None, :], 0, INPUTS, up)  # (BLOCK_OUT, BLOCK_IN)
+    gain = gain_columns(norm, d, INPUTS)
     wait_for_previous(PDL)
     gate_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(gate.TOGETHER, BLOCK_IN)), tl.float32)
     up_sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(up.TOGETHER, BLOCK_IN)), tl.float32)
@@ -86,7 +94,8 @@ def gated_kernel(
             up_sums += times_fixed(u, whole, up)
             whole = columns_fixed(x, row, start + BLOCK_IN, INPUTS, BLOCK_IN)
         else:
-            v, squares = normed_columns(x + row * INPUTS, norm, squares, start + d, INPUTS)
+            v, squares = normed_columns(x + row * INPUTS, norm, gain, squares, start + d, INPUTS)
+            gain = gain_columns(norm, start + BLOCK_IN + d, INPUTS)
             gate_sums += times(g, v[None, :], gate)
             up_sums += times(u, v[None, :], up)
         g = load(gates, w_row, real, d[None, :], start + BLOCK_IN, INPUTS, gate)

@@ -180,6 +180,7 @@ def vector_kernel(
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     real = (out < outputs)[:, None]
     w = load(matrix, w_row, real, d[None, :], 0, INPUTS, weight)  # (BLOCK_OUT, BLOCK_IN)
+    gain = gain_columns(norm, d, INPUTS)
     wait_for_previous(PDL)
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(weight.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
@@ -189,8 +190,10 @@ def vector_kernel(
             sums += times_fixed(w, whole, weight)
             whole = columns_fixed(x, row, start + BLOCK_IN, INPUTS, BLOCK_IN)
         else:
-            v, squares = normed_columns(x + row * x_stride, norm, squares, start + d, INPUTS)
+            v, squares = normed_columns(x + row * x_stride, norm, gain, squares, start + d, INPUTS)
             sums += times(w, v[None, :], weight)
+            if norm is not None:
+                gain = gain_columns(norm, start + BLOCK_IN + d, INPUTS)
         w = load(matrix, w_row, real, d[None, :], start + BLOCK_IN, INPUTS, weight)
     total = tl.sum(sums, axis=1)  # (BLOCK_OUT,)
     if norm is not None:
@@ -202,14 +205,27 @@ def vector_kernel(
 
 
 @triton.jit
-def normed_columns(x, norm, squares, at, limit):
-    """Columns `at` of a vector, fp32: 0 from column `limit` on. With the gain `norm` they are
-    multiplied by it, and their squares are added to `squares`: the norm's factor comes at the end.
+def gain_columns(norm, at, limit):
+    """Columns `at` of a norm's gain; nothing where there is no norm.
+
+    They are weights: loaded before the wait, they come from memory while the previous kernel runs.
+    """
+    gain = 0.0
+    if norm is not None:
+        gain = tl.load(norm + at, mask=at < limit, other=0.0)
+    return gain
+
+
+@triton.jit
+def normed_columns(x, norm, gain, squares, at, limit):
+    """Columns `at` of a vector, fp32: 0 from column `limit` on. With a `norm` they are multiplied
+    by these columns of its gain, and their squares are added to `squares`: the norm's factor comes
+    at the end.
     """
     v = tl.load(x + at, mask=at < limit, other=0.0).to(tl.float32)
     if norm is not None:
         squares += v * v
-        v *= tl.load(norm + at, mask=at < limit, other=0.0).to(tl.float32)
+        v *= gain.to(tl.float32)
     return v, squares
 
 

@@ -120,32 +120,43 @@ def route_kernel(
     and is rounded, as layers.py does: the choice between near-tied experts depends on such bits.
     EARLY lets the next kernel start early. For one token it must not: `up_vector_kernel` reads
     megabytes before its own wait, and would delay the few bytes that the choice waits for.
+
+    x is a row, as an expert's weights are. So Triton gives both the same threads, and x need not
+    move between them.
     """
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
+    d, all_experts = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, PAD)
     x += token * DIM
-    place = weight + expert[:, None] * DIM + d[None, :]
-    w = tl.load(place, mask=(expert < EXPERTS)[:, None] & (d < DIM)[None, :], other=0.0)
-    wait_for_previous(PDL)  # weights don't need it
+    place = weight + expert[:, None] * DIM + d
+    # What doesn't need the wait: weights, the gain, the bias.
+    w = tl.load(place, mask=(expert < EXPERTS)[:, None] & (d < DIM), other=0.0)
+    g = tl.load(gain + d, mask=d < DIM, other=0.0)
+    added = 0.0
+    if bias is not None:
+        added = tl.load(bias + all_experts, mask=all_experts < EXPERTS, other=0.0)
+    wait_for_previous(PDL)
     if EARLY:
         let_next_start(PDL)
-    squares = tl.zeros((BLOCK_D,), tl.float32)
+    squares = tl.zeros((1, BLOCK_D), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)
         squares += v * v
-    scale = tl.rsqrt(tl.sum(squares, axis=0) / DIM + eps)
+    scale = tl.rsqrt(tl.sum(squares) / DIM + eps)
     sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         at = start + d
         v = tl.load(x + at, mask=at < DIM, other=0.0)
         normed = (v.to(tl.float32) * scale).to(v.dtype).to(tl.float32)
-        v = (normed * tl.load(gain + at, mask=at < DIM, other=0.0).to(tl.float32)).to(v.dtype)
+        v = (normed * g.to(tl.float32)).to(v.dtype)
         if tl.program_id(0) == 0:
             tl.store(h + token * DIM + at, v, mask=at < DIM)
-        sums += w * v.to(tl.float32)[None, :]
-        mask = (expert < EXPERTS)[:, None] & (at + BLOCK_D < DIM)[None, :]
-        w = tl.load(place + start + BLOCK_D, mask=mask, other=0.0)
+        sums += w * v.to(tl.float32)
+        at += BLOCK_D
+        w = tl.load(
+            place + start + BLOCK_D, mask=(expert < EXPERTS)[:, None] & (at < DIM), other=0.0
+        )
+        g = tl.load(gain + at, mask=at < DIM, other=0.0)
     logits += token * EXPERTS
     tl.store(logits + expert, tl.sum(sums, axis=1), mask=expert < EXPERTS)
     tl.debug_barrier()  # all threads' logits stand before the ticket that says so
@@ -154,18 +165,20 @@ def route_kernel(
         if draws is not None:
             draws += (token % drawn) * EXPERTS
         choose(
-            logits, bias, draws, indices + token * CHOSEN, weights + token * CHOSEN, factor,
+            logits, added, draws, indices + token * CHOSEN, weights + token * CHOSEN, factor,
             EXPERTS, PAD, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
         )  # fmt: skip
 
 
 @triton.jit
 def choose(
-    logits, bias, draws, indices, weights, factor, EXPERTS: tl.constexpr, PAD: tl.constexpr,
+    logits, added, draws, indices, weights, factor, EXPERTS: tl.constexpr, PAD: tl.constexpr,
     CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """One token's choice; of equals the first wins. `draws` stand in for the scores, if given."""
+    """One token's choice; of equals the first wins. `draws` stand in for the scores, if given.
+    `added`: the experts' bias, or 0.
+    """
     expert = tl.arange(0, PAD)
     real = expert < EXPERTS
     logit = tl.load(logits + expert, mask=real, other=float("-inf"))
@@ -177,8 +190,7 @@ def choose(
     choice = scores
     if draws is not None:
         choice = tl.load(draws + expert, mask=real, other=0.0)
-    if bias is not None:
-        choice += tl.load(bias + expert, mask=real, other=0.0)
+    choice += added
     # NaN scores still select valid experts. Their weight stays NaN.
     choice = tl.where(choice == choice, choice, -1e30)
     choice = tl.where(real, choice, float("-inf"))
