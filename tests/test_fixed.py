@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -198,6 +199,41 @@ def test_experts(spec: Spec, tokens: int, shared: int) -> None:
     for launch in launches:
         y = experts(CHIP, x, indices, weights, routed, more, x, launch=launch)
         torch.testing.assert_close(y.double(), right, atol=2**-6, rtol=2**-7)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN, and whole numbers that are no place anywhere."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("held", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_choices_of_no_expert(tokens: int, held: int, poisoned: None) -> None:
+    """Of two tokens' choices no expert here has more than `held`. The shared experts have both
+    tokens nevertheless.
+    """
+    spec, dim, inner = SPECS["groups of 32"], 128, 64
+    c = V3.change(hidden_size=dim, moe_intermediate_size=inner, n_routed_experts=6, n_group=1)
+    c = c.change(num_experts_per_tok=3, topk_group=1)
+    routed, more = Experts(c, range(3)).requires_grad_(False), mlp_of(spec, dim, inner)
+    for name, shape in (("gate", (inner, dim)), ("up", (inner, dim)), ("down", (dim, inner))):
+        setattr(routed, f"{name}_proj", stored(spec, 3, *shape))
+    x = torch.randn(tokens, dim, device=DEVICE).bfloat16()
+    indices = torch.full((tokens, 3), 3, device=DEVICE)
+    indices[0, :held] = torch.tensor([1, 2])[:held]
+    weights = torch.rand(tokens, 3, device=DEVICE)
+    layers = (more.gate_proj, more.up_proj, more.down_proj)
+    right = x.double() + by_hand(x.double(), *(layer.matrix.dense() for layer in layers))
+    for place in range(held):
+        parts = (routed.gate_proj, routed.up_proj, routed.down_proj)
+        y = by_hand(x[:1].double(), *(p.dense()[place + 1] for p in parts))
+        right[0] += (weights[0, place] * y)[0]
+    launch = None if tokens == 1 else ExpertsLaunch(2, 64, 64, 128, 32, 2)
+    y = experts(CHIP, x, indices, weights, routed, more, x, launch=launch)
+    torch.testing.assert_close(y.double(), right, atol=2**-6, rtol=2**-7)
 
 
 def test_where_it_is_used() -> None:

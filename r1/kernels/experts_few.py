@@ -33,7 +33,7 @@ def places_of_rows(
     rows = ()
     for row in tl.static_range(ROWS):
         i = tl.minimum(first + row, end - 1)
-        choice = tl.load(order + i)
+        choice = tl.load(order + i, mask=expert < count, other=0)  # shared ones have all tokens
         token, place, slot = places_of(expert, i, choice, tokens, count, CHOSEN, SHARED)
         rows = rows + ((token, choice, place, slot),)  # type: ignore[assignment]  # noqa: RUF005
     return rows

@@ -3,7 +3,7 @@
 For one token a single kernel reads a few rows of `gate` and as many of `up`, so SwiGLU is computed
 once for each inner value. In the kernel after it, `down`, every program would compute it for all of
 them.
-Several tokens multiply by both matrices with linear.py's tiles, and a small kernel computes SwiGLU.
+Several tokens multiply by both matrices with linear.py's kernels, and a small one computes SwiGLU.
 
 Shapes: N tokens, D hidden_size, I intermediate_size.
 """

@@ -138,11 +138,7 @@ def route_kernel(
     wait_for_previous(PDL)
     if EARLY:
         let_next_start(PDL)
-    squares = tl.zeros((1, BLOCK_D), tl.float32)
-    for start in range(0, DIM, BLOCK_D):
-        v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)
-        squares += v * v
-    scale = tl.rsqrt(tl.sum(squares) / DIM + eps)
+    scale = norm_factor(x, d, eps, DIM, BLOCK_D)
     sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         at = start + d
@@ -168,6 +164,18 @@ def route_kernel(
             logits, added, draws, indices + token * CHOSEN, weights + token * CHOSEN, factor,
             EXPERTS, PAD, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
         )  # fmt: skip
+
+
+@triton.jit
+def norm_factor(x, d, eps, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """By what RMSNorm multiplies a token. (Where x is one block, it is loaded once for this and the
+    product.)
+    """
+    squares = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)
+        squares += v * v
+    return tl.rsqrt(tl.sum(squares) / DIM + eps)
 
 
 @triton.jit

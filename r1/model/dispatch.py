@@ -93,13 +93,14 @@ class Gather(Dispatch):
             parts = zip(x.split(most), indices.split(most), weights.split(most), strict=True)
             return torch.cat([self(experts, *part) for part in parts])
         chosen = indices.flatten()  # (N K,)
-        if experts.partial:  # any expert will do for a weight of 0
-            weights = weights.masked_fill(indices == experts.count, 0)
+        if experts.partial:  # any expert will do for what is left out below
             chosen = chosen.clamp(max=experts.count - 1)
         xs = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1)[..., None]  # (N K, D, 1)
         h = experts.inner(lambda m: torch.bmm(m.pick(chosen, x.dtype), xs).squeeze(-1))  # (N K, I)
         y = torch.bmm(experts.down_proj.pick(chosen, h.dtype), h[..., None])  # (N K, D, 1)
         y = y.squeeze(-1).unflatten(0, indices.shape)  # (N, K, D)
+        if experts.partial:
+            y = y.masked_fill(indices[..., None] == experts.count, 0)
         return (y * weights[..., None]).sum(dim=1).to(x.dtype)  # fp32 until `to`, as weights are
 
     def scratch(
