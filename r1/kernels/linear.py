@@ -206,7 +206,7 @@ def vector_kernel(
 
 @triton.jit
 def gain_columns(norm, at, limit):
-    """Columns `at` of a norm's gain; nothing where there is no norm.
+    """Columns `at` of a norm's gain, or of another vector of weights; 0 where there is none.
 
     They are weights: loaded before the wait, they come from memory while the previous kernel runs.
     """

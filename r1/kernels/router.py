@@ -26,6 +26,7 @@ from r1.kernels.chip import (
     power_of_two,
     wait_for_previous,
 )
+from r1.kernels.linear import gain_columns
 from r1.model.router import Router
 
 
@@ -120,22 +121,16 @@ def route_kernel(
     and is rounded, as layers.py does: the choice between near-tied experts depends on such bits.
     EARLY lets the next kernel start early. For one token it must not: `up_vector_kernel` reads
     megabytes before its own wait, and would delay the few bytes that the choice waits for.
-
-    x is a row, as an expert's weights are. So Triton gives both the same threads, and x need not
-    move between them.
     """
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1).to(tl.int64)
-    d, all_experts = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, PAD)
+    # x is a row, as weights are: so Triton gives both the same threads, and x needn't move.
+    d, real = tl.arange(0, BLOCK_D)[None, :], (expert < EXPERTS)[:, None]
     x += token * DIM
     place = weight + expert[:, None] * DIM + d
-    # What doesn't need the wait: weights, the gain, the bias.
-    w = tl.load(place, mask=(expert < EXPERTS)[:, None] & (d < DIM), other=0.0)
-    g = tl.load(gain + d, mask=d < DIM, other=0.0)
-    added = 0.0
-    if bias is not None:
-        added = tl.load(bias + all_experts, mask=all_experts < EXPERTS, other=0.0)
-    wait_for_previous(PDL)
+    w = tl.load(place, mask=real & (d < DIM), other=0.0)
+    g, added = gain_columns(gain, d, DIM), gain_columns(bias, tl.arange(0, PAD), EXPERTS)
+    wait_for_previous(PDL)  # weights, the gain and the bias don't need it
     if EARLY:
         let_next_start(PDL)
     scale = norm_factor(x, d, eps, DIM, BLOCK_D)
@@ -148,11 +143,8 @@ def route_kernel(
         if tl.program_id(0) == 0:
             tl.store(h + token * DIM + at, v, mask=at < DIM)
         sums += w * v.to(tl.float32)
-        at += BLOCK_D
-        w = tl.load(
-            place + start + BLOCK_D, mask=(expert < EXPERTS)[:, None] & (at < DIM), other=0.0
-        )
-        g = tl.load(gain + at, mask=at < DIM, other=0.0)
+        w = tl.load(place + start + BLOCK_D, mask=real & (at + BLOCK_D < DIM), other=0.0)
+        g = gain_columns(gain, at + BLOCK_D, DIM)
     logits += token * EXPERTS
     tl.store(logits + expert, tl.sum(sums, axis=1), mask=expert < EXPERTS)
     tl.debug_barrier()  # all threads' logits stand before the ticket that says so
