@@ -1131,9 +1131,9 @@ def test_kernels_compile_for(target: str) -> None:
     assert done.status == 0, done.out + done.err
     assert done.out.endswith("all kernels fit\n") and "step_kernel" in done.out
     for batch in batches:
-        assert done.out.count("up_vector_kernel" if batch == 1 else "up_tile_kernel") == (
-            2 if batch == 1 else 3
-        ), done.out
+        # One token: the block's, and experts alone: all of them, or a device's. Several: the
+        # block's, experts alone, and a prompt's.
+        assert done.out.count("up_vector_kernel" if batch == 1 else "up_tile_kernel") == 3, done.out
     found = {
         tuple(re.findall(r"(\w+_kernel) +(r1 \w+(?: \d+)?).*\((.*)\)", line))
         for line in done.out.splitlines()[:-1]
