@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+LEAST_TILE = 16
+"""The least rows of a product by `tl.dot`."""
 Sizes = tuple[int, ...]
 Choices = dict[str, tuple[int, ...]]
 

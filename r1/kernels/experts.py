@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r1.kernels.chip import Chip, Sizes, ceil_div, power_of_two
+from r1.kernels.chip import LEAST_TILE, Chip, Sizes, ceil_div, power_of_two
 from r1.kernels.experts_few import down_few_kernel, up_few_kernel
-from r1.kernels.experts_launch import LEAST_TILE, ExpertsLaunch
+from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
 from r1.kernels.fixed import GROUP, fix, storage_sizes

@@ -18,7 +18,7 @@ import triton.language as tl
 from r1.kernels.chip import let_next_start, wait_for_previous
 from r1.kernels.experts_tiles import places_of, work_of
 from r1.kernels.fixed import GROUP, columns_fixed, times_fixed
-from r1.kernels.linear_few import nothing
+from r1.kernels.linear_few import add_vectors, nothing
 from r1.kernels.tiles import expert_of, load
 
 
@@ -95,15 +95,13 @@ def down_few_kernel(
     wanted = (out < DIM)[:, None]
     for first in range(start, end, ROWS):  # once, or never
         rows = places_of_rows(expert, first, end, order, tokens, count, CHOSEN, SHARED, ROWS)
+        places = ()
+        for row in tl.static_range(ROWS):
+            places = places + (rows[row][2],)  # type: ignore[assignment]  # noqa: RUF005
         sums = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
         for column in range(0, INNER, BLOCK_IN):
             w = load(matrix, out[:, None], wanted, i, column, INNER, down)
-            more = ()
-            for row in tl.static_range(ROWS):
-                v = columns_fixed(h, rows[row][2], column, INNER, BLOCK_IN)
-                value = sums[row] + times_fixed(w, v, down)
-                more = more + (value,)  # type: ignore[assignment]  # noqa: RUF005
-            sums = more
+            sums = add_vectors(sums, w, h, places, column, down, INNER, BLOCK_IN, ROWS)
         for row in tl.static_range(ROWS):
             _token, choice, _place, slot = rows[row]
             weight = tl.where(expert < count, tl.load(weights + choice), 1.0)

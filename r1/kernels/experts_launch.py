@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, power_of_two
-
-LEAST_TILE = 16
-"""The least rows of a product by `tl.dot`."""
+from r1.kernels.chip import LEAST_TILE, Chip, Choices, Sizes, ceil_div, power_of_two
 
 
 @dataclass(frozen=True)

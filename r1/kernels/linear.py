@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.kernels.chip import (
+    LEAST_TILE,
     Chip,
     Choices,
     Sizes,
@@ -33,8 +34,6 @@ from r1.kernels.linear_few import few_kernel
 from r1.kernels.tiles import add_product, load, matrix_of, operand, times
 from r1.storage.matrix import Matrix
 
-LEAST_TILE = 16
-"""The least rows of a product by `tl.dot`."""
 FEW = 8
 """Tokens up to which dot products are expected to be faster than tiles, of 4 bits. The compiled
 code of 8 has 12 instructions a weight: 3.2 us for Moonlight's first projection, on an H100 whose

@@ -27,6 +27,22 @@ def nothing(ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def add_vectors(
+    sums, w, x, vectors, start, weight, LENGTH: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The sums of ROWS tokens, and the products of a loaded tile, whose columns begin at `start`,
+    with their vectors of `Fixed` x added.
+    """
+    more = ()
+    for row in tl.static_range(ROWS):
+        v = columns_fixed(x, vectors[row], start, LENGTH, COLUMNS)
+        value = sums[row] + times_fixed(w, v, weight)
+        more = more + (value,)  # type: ignore[assignment]  # noqa: RUF005
+    return more
+
+
+@triton.jit
 def few_kernel(
     x, weight, residual, y, tokens, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
@@ -44,15 +60,13 @@ def few_kernel(
     real = (out < outputs)[:, None]
     w = load(matrix, w_row, real, d, 0, INPUTS, weight)  # (BLOCK_OUT, BLOCK_IN)
     wait_for_previous(PDL)
+    vectors = ()
+    for row in tl.static_range(ROWS):
+        token = tl.minimum(first + row, tokens - 1)
+        vectors = vectors + (token,)  # type: ignore[assignment]  # noqa: RUF005
     sums = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
     for start in range(0, INPUTS, BLOCK_IN):
-        more = ()
-        for row in tl.static_range(ROWS):
-            token = tl.minimum(first + row, tokens - 1)
-            v = columns_fixed(x, token, start, INPUTS, BLOCK_IN)
-            value = sums[row] + times_fixed(w, v, weight)
-            more = more + (value,)  # type: ignore[assignment]  # noqa: RUF005
-        sums = more
+        sums = add_vectors(sums, w, x, vectors, start, weight, INPUTS, BLOCK_IN, ROWS)
         w = load(matrix, w_row, real, d, start + BLOCK_IN, INPUTS, weight)
     for row in tl.static_range(ROWS):
         total = tl.sum(sums[row], axis=1)  # (BLOCK_OUT,)

@@ -248,12 +248,8 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
 
 
 def _experts(slot: str, asked: str, use: Use, backend: Backend) -> str:
-    if not use.config.experts.n_routed_experts:
-        return "auto"
-    best = _auto_experts(use, backend.ep)
-    if use.phase == "prefill" and backend.kernels == "triton" and use.quant != "none":
-        best = ("triton", *best)  # grouped would make every expert dense, for any prompt
-    return _choose(slot, EXPERTS, asked, use, best)
+    sparse = use.config.experts.n_routed_experts > 0
+    return _choose(slot, EXPERTS, asked, use, _auto_experts(use, backend)) if sparse else "auto"
 
 
 def _multiplies_packed(use: Use) -> bool:
@@ -268,12 +264,13 @@ def _multiplies_packed(use: Use) -> bool:
     return fits and use.dtype == torch.bfloat16
 
 
-def _auto_experts(use: Use, ep: int) -> Sequence[str]:
+def _auto_experts(use: Use, backend: Backend) -> Sequence[str]:
     """Expert strategies, the best first.
 
     gather copies an expert for each choice of every token, also where another of `ep` devices holds
     it. grouped has to sort, but reads each expert once. On a CPU it may multiply by packed numbers,
-    which gather would have to dequantize.
+    which gather would have to dequantize; elsewhere it makes every packed expert dense, for any
+    prompt, and triton does not.
     """
     if _multiplies_packed(use):
         return ("grouped", "loop", "gather")
@@ -281,7 +278,9 @@ def _auto_experts(use: Use, ep: int) -> Sequence[str]:
     visits = use.tokens * experts.num_experts_per_tok
     few = use.tokens == 1 or 4 * visits <= experts.n_routed_experts
     if use.phase == "decode" and few:
-        return ("gather",) if ep == 1 else ("grouped", "gather")
-    if use.phase == "prefill" and use.captured:
-        return ("grouped", "triton", "gather")
-    return ("grouped", "loop", "gather")
+        return ("gather",) if backend.ep == 1 else ("grouped", "gather")
+    if use.phase == "decode":
+        return ("grouped", "loop", "gather")
+    best = ("grouped", "triton", "gather") if use.captured else ("grouped", "loop", "gather")
+    packed = backend.kernels == "triton" and use.quant != "none"
+    return ("triton", *best) if packed else best
