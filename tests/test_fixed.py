@@ -16,9 +16,10 @@ pytest.importorskip("triton", reason="the kernels need the triton package: pip i
 from r1.kernels.chip import Chip
 from r1.kernels.experts import experts
 from r1.kernels.experts_launch import ExpertsLaunch
-from r1.kernels.fixed import BLOCK, GROUP, LARGEST, fits, fix
+from r1.kernels.fixed import GROUP, LARGEST, fits, fix
 from r1.kernels.gated import gated
-from r1.kernels.linear import LinearLaunch, linear
+from r1.kernels.linear import linear
+from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.tiles import operand
 from r1.model.layers import MLP, Linear
 from r1.model.moe import Experts
@@ -49,10 +50,10 @@ def stored(spec: Spec, *shape: int) -> Quantized:
 
 
 def vector(columns: int) -> Tensor:
-    """bf16 (1, columns), with numbers far larger than the others in one block."""
+    """bf16 (1, columns), with numbers far larger than the others in one group."""
     x = torch.randn(1, columns, device=DEVICE)
-    x[:, 3::128] *= 200
-    x[:, BLOCK.value :] /= 200
+    x[:, 3::32] *= 200
+    x[:, GROUP.value :] /= 200
     return x.bfloat16()
 
 
@@ -78,9 +79,9 @@ def test_a_vector_is_kept_to_sixteen_bits(length: int, normed: bool) -> None:
     each = scale.repeat_interleave(GROUP.value, 1).double()
     off = (whole * each - right).abs()
     assert (off <= 0.51 * each + 1e-6 * right.abs()).all()
-    for start in range(0, length, BLOCK.value):  # a block's largest number takes all bits
-        block = slice(start, start + BLOCK.value)
-        assert (whole[:, block].abs().amax(1) == LARGEST.value).all()
+    for start in range(0, length, GROUP.value):  # a group's largest number takes all bits
+        group = slice(start, start + GROUP.value)
+        assert (whole[:, group].abs().amax(1) == LARGEST.value).all()
 
 
 def test_zeros_are_zeros() -> None:
@@ -239,10 +240,10 @@ def test_choices_of_no_expert(tokens: int, held: int, poisoned: None) -> None:
 def test_where_it_is_used() -> None:
     x = torch.zeros(1, 64, device=DEVICE, dtype=torch.bfloat16)
     right = operand(stored(Spec("int4", 1, 32), 8, 64))
-    assert fits(CHIP, x, right, None)
-    assert not fits(dataclasses.replace(CHIP, byte_products=False), x, right)
-    assert not fits(CHIP, x.float(), right)  # fp32 has more bits
-    assert not fits(CHIP, x, operand(stored(Spec("int4", 1, 16), 8, 64)))  # small groups
-    assert not fits(CHIP, x[:, :48], right)
+    assert fits(CHIP, x, 64, right, None)
+    assert not fits(dataclasses.replace(CHIP, byte_products=False), x, 64, right)
+    assert not fits(CHIP, x.float(), 64, right)  # fp32 has more bits
+    assert not fits(CHIP, x, 64, operand(stored(Spec("int4", 1, 16), 8, 64)))  # small groups
+    assert not fits(CHIP, x, 48, right)
     eight = KINDS["int8"].of(torch.randn(8, 64), Spec("int8", 1, 32)).to(DEVICE)
-    assert not fits(CHIP, x, right, operand(eight))
+    assert not fits(CHIP, x, 64, right, operand(eight))

@@ -53,7 +53,8 @@ from r1.kernels.experts import dispatch, experts, experts_torch
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
 from r1.kernels.latent import LatentLaunch, latent, latent_torch
-from r1.kernels.linear import LinearLaunch, linear, linear_torch
+from r1.kernels.linear import linear, linear_torch
+from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.prefetch import CHUNK, LANES, requests
 from r1.kernels.router import RouterLaunch, route, route_torch
 from r1.kernels.sort import divide, divide_torch, sort_by_expert, sort_by_expert_torch

@@ -22,7 +22,8 @@ from r1.kernels.chip import Chip
 from r1.kernels.experts import experts, experts_torch
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
-from r1.kernels.linear import LinearLaunch, linear, linear_torch
+from r1.kernels.linear import linear, linear_torch
+from r1.kernels.linear_launch import LinearLaunch
 from r1.model.layers import MLP
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Block

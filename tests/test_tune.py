@@ -30,7 +30,7 @@ from r1.kernels import launches
 from r1.kernels.attention import AttentionLaunch
 from r1.kernels.chip import Chip, Launch
 from r1.kernels.latent import LatentLaunch
-from r1.kernels.linear import LinearLaunch
+from r1.kernels.linear_launch import LinearLaunch
 from r1.run import tune
 from r1.run.engine import Engine
 from r1.switches.backend import Backend

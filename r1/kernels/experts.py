@@ -23,7 +23,7 @@ from r1.kernels.experts_few import down_few_kernel, up_few_kernel
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
-from r1.kernels.fixed import GROUP, fix, storage_sizes
+from r1.kernels.fixed import GROUP, Fixed, fix, storage_sizes
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
 from r1.kernels.tiles import Operand, operand, packed_bits, tensor_of
 from r1.model.dispatch import Gather
@@ -47,30 +47,50 @@ class Swiglu(NamedTuple):
 def experts(
     chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, experts: Experts,
     shared: MLP | None = None, residual: Tensor | None = None, norm: Tensor | None = None,
-    eps: float = 0.0, launch: ExpertsLaunch | None = None,
+    eps: float = 0.0, launch: ExpertsLaunch | None = None, fixed: Fixed | None = None,
 ) -> Tensor:  # fmt: skip
     """x (N, D), indices int64 (N, K), weights fp32 (N, K) -> the experts' weighted sum, (N, D).
 
     The outputs of `shared` and the `residual` (N, D) are added in fp32. (With `apart` each expert's
     output is rounded to x's dtype before.) `norm` (D,) says that x is the residual, RMS-normed with
     this gain by the previous kernel, and that the residual is older. Then shared experts don't wait
-    for x.
+    for x. `fixed` is x again, if an earlier kernel has made it (see `experts_take_fixed`).
     """
-    routed, always = Swiglu.of(chip, experts.gate_proj, experts.up_proj, experts.down_proj), None
+    routed, always = _operands(chip, experts, shared)
     more, sizes = 0, tuple(experts.down_proj.shape)
     if shared is not None:
-        layers = (shared.gate_proj, shared.up_proj, shared.down_proj)
-        always = Swiglu.of(chip, *(layer.matrix for layer in layers))
         more = shared.down_proj.matrix.shape[1] // sizes[2]
     return _launch(
         chip, x, indices, weights, sizes, routed, more, always, residual, norm, eps,
-        experts.partial, launch,
+        experts.partial, launch, fixed,
     )  # fmt: skip
+
+
+def _operands(chip: Chip, experts: Experts, shared: MLP | None) -> tuple[Swiglu, Swiglu | None]:
+    """The operands of the routed experts, and of the shared ones."""
+    routed = Swiglu.of(chip, experts.gate_proj, experts.up_proj, experts.down_proj)
+    if shared is None:
+        return routed, None
+    layers = (shared.gate_proj, shared.up_proj, shared.down_proj)
+    return routed, Swiglu.of(chip, *(layer.matrix for layer in layers))
+
+
+def experts_take_fixed(
+    chip: Chip, x: Tensor, experts: Experts, shared: MLP | None, chosen: int
+) -> int:
+    """How long the `Fixed` is that `experts` would make of x (N, D), whose tokens choose `chosen`
+    experts. 0: it wouldn't.
+    """
+    sizes = tuple(experts.down_proj.shape)
+    stored = _stored(chip, x, sizes[2], *_operands(chip, experts, shared))
+    whole = stored[1:] == (1,) and _use(chip, x, chosen, sizes, stored).rows < LEAST_TILE
+    return sizes[1] if whole else 0
 
 
 def experts_torch(
     x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, shared: MLP | None = None,
     residual: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+    fixed: None = None,
 ) -> Tensor:  # fmt: skip
     """The twin. It waits for x in any case, and has no use for `norm`."""
     y = Gather()(experts, x, indices, weights)
@@ -85,38 +105,52 @@ EXPERTS: dict[str, Callable[..., Tensor]] = {"torch": experts_torch, "triton": e
 def _launch(
     chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, sizes: Sizes, routed: Swiglu,
     more: int, shared: Swiglu | None, residual: Tensor | None, norm: Tensor | None, eps: float,
-    partial: bool, launch: ExpertsLaunch | None,
+    partial: bool, launch: ExpertsLaunch | None, fixed: Fixed | None = None,
 ) -> Tensor:  # fmt: skip
     """`experts` of operands: `sizes` are E, D, I of routed.down, and there are `more` shared
     experts. `partial`: an index E is no expert (see dispatch.py).
     """
     (count, dim, inner), (tokens, chosen) = sizes, indices.shape
-    stored = storage_sizes(chip, x, *routed, *(shared or ()))
-    stored = stored[:1] if inner % GROUP.value else stored  # inner values are vectors, too
-    fixed = stored[1:] == (1,)
-    use = launch or chip.launch(
-        ExpertsLaunch, tokens, chosen, count, dim, inner, x.itemsize, *stored
-    )
+    stored = _stored(chip, x, inner, routed, shared)
+    use = launch or _use(chip, x, chosen, sizes, stored)
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
-    if use.rows >= LEAST_TILE or (fixed and tokens > 1):
-        several = _few_tokens if use.rows < LEAST_TILE else _several_tokens
-        return several(
+    if use.rows >= LEAST_TILE:
+        return _several_tokens(
             chip, use, names, count, x, indices, weights, routed, shared, residual, partial
+        )
+    given = (fixed or fix(chip, x)) if stored[1:] == (1,) else x
+    if isinstance(given, Fixed) and tokens > 1:
+        return _few_tokens(
+            chip, use, names, count, x, given, indices, weights, routed, shared, residual, partial
         )
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h, out = x.new_empty(tokens, chosen + more, inner), torch.empty_like(x)
-    names["COUNT"] = count if partial else 0
+    names["COUNT"], whole = count if partial else 0, isinstance(given, Fixed)
     chip.run(
         up_vector_kernel, (ceil_div(inner, use.up_outputs), chosen + more, tokens),
-        fix(chip, x) if fixed else x, indices, routed.gate, routed.up, shared_gate, shared_up,
-        residual, norm, eps, h, FIXED=fixed, **names, **use.up,
+        given, indices, routed.gate, routed.up, shared_gate, shared_up, residual, norm, eps, h,
+        FIXED=whole, **names, **use.up,
     )  # fmt: skip
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs), tokens),
-        fix(chip, h.flatten(1)) if fixed else h, indices, weights, routed.down, shared_down,
-        residual, out, CHOSEN_PAD=power_of_two(chosen), FIXED=fixed, **names, **use.down,
+        fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down, shared_down,
+        residual, out, CHOSEN_PAD=power_of_two(chosen), FIXED=whole, **names, **use.down,
     )  # fmt: skip
     return out
+
+
+def _stored(
+    chip: Chip, x: Tensor, inner: int, routed: Swiglu, shared: Swiglu | None
+) -> tuple[int, ...]:
+    """`storage_sizes` of the experts. Inner values are vectors, too."""
+    stored = storage_sizes(chip, x, x.shape[-1], *routed, *(shared or ()))
+    return stored[:1] if inner % GROUP.value else stored
+
+
+def _use(
+    chip: Chip, x: Tensor, chosen: int, sizes: Sizes, stored: tuple[int, ...]
+) -> ExpertsLaunch:
+    return chip.launch(ExpertsLaunch, len(x), chosen, *sizes, x.itemsize, *stored)
 
 
 def _several_tokens(
@@ -143,10 +177,11 @@ def _several_tokens(
 
 
 def _few_tokens(
-    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
-    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None, partial: bool,
+    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, fixed: Fixed,
+    indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
+    residual: Tensor | None, partial: bool,
 ) -> Tensor:  # fmt: skip
-    """The same with fixed-point vectors: of the tokens, then of their inner values."""
+    """The same with fixed-point vectors: of the tokens, `fixed`, then of their inner values."""
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
     order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
@@ -154,7 +189,7 @@ def _few_tokens(
     how = sizes | {"ROWS": use.rows}
     h = x.new_empty(tokens * (chosen + more), inner)
     chip.run(
-        up_few_kernel, (ceil_div(inner, use.up_outputs), places), fix(chip, x), order, ends, work,
+        up_few_kernel, (ceil_div(inner, use.up_outputs), places), fixed, order, ends, work,
         routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how, **use.up,
     )  # fmt: skip
     y = _slots(x, chosen + more, torch.float32, partial)

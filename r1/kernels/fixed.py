@@ -1,10 +1,14 @@
 """Fixed-point vectors: a token, or a few, times numbers of 4 bits, by whole numbers.
 
 To make fp32 of each number costs more instructions than a chip has in the time that 4 bits take to
-be read. But chips add up four products of bytes in one instruction (dp4a). So a small kernel first
-makes x a vector of whole numbers of 16 bits, as two bytes each: x = scale (256 high + low). Sums of
-products are then exact, in int32, and each block of x is rounded finer than its largest number is
-in bf16 (2^-16 of it against 2^-9).
+be read. But chips add up four products of bytes in one instruction (dp4a). So x first becomes a
+vector of whole numbers of 16 bits, as two bytes each: x = scale (256 high + low). Sums of products
+are then exact, in int32, and each group of x is rounded finer than its largest number is in bf16
+(2^-16 of it against 2^-9).
+
+Kernels that make such an x may store it so (`store_fixed`): the router's, and the last one of the
+attention. Elsewhere a small kernel does (`fix`): where x is normed first, and for inner values,
+of which a program makes only a few.
 
 A word of weights has the columns 8 k, 8 k + 1, ... 8 k + 7, the even ones in the low halves of its
 bytes. So x has four planes of words: the high bytes of its even columns, of its odd ones, the low
@@ -25,11 +29,11 @@ from torch import Tensor
 from r1.kernels.chip import INTERPRETED, Chip, ceil_div, let_next_start, wait_for_previous
 from r1.kernels.tiles import BITS, Operand
 
-BLOCK = tl.constexpr(128)
-"""Numbers of x that have one scale."""
 GROUP = tl.constexpr(32)
-"""Columns that are summed as whole numbers: a sum of products with 4 bits is below 2^24, which
-fp32 holds. The weights of a group have one scale, too."""
+"""Numbers of x that have one scale, and are summed as whole numbers: a sum of their products with 4
+bits is below 2^24, which fp32 holds. The weights of a group have one scale, too."""
+COLUMNS = 1024
+"""Numbers that a program of `fix_kernel` takes."""
 LARGEST = tl.constexpr(32512.0)
 """256 * 127: both bytes are signed."""
 
@@ -44,16 +48,25 @@ class Fixed(NamedTuple):
 
     Side by side, so that a thread loads those of its own group, and not of four groups at once."""
 
+    @staticmethod
+    def empty(like: Tensor, tokens: int, length: int) -> Fixed:
+        """Memory for the vectors, on the device of `like`."""
+        return Fixed(
+            like.new_empty(tokens, 4, length // 8, dtype=torch.int32),
+            like.new_empty(tokens, length // GROUP.value, 2, dtype=torch.float32),
+        )
 
-def fits(chip: Chip, x: Tensor, *operands: Operand | None) -> bool:
-    """Whether the product of x (..., length) with these matrices is so computed.
+
+def fits(chip: Chip, x: Tensor, length: int, *operands: Operand | None) -> bool:
+    """Whether products of vectors of `length` numbers, in x's dtype, with these matrices are so
+    computed.
 
     (fp32 has more bits than fixed-point numbers keep.)
     """
     return (
         chip.byte_products
         and x.itemsize == 2
-        and x.shape[-1] % GROUP.value == 0
+        and length % GROUP.value == 0
         and all(
             w.FORMAT.value == "int4" and w.PER.value == 8 and w.TOGETHER.value == GROUP.value
             for w in operands
@@ -62,14 +75,14 @@ def fits(chip: Chip, x: Tensor, *operands: Operand | None) -> bool:
     )
 
 
-def storage_sizes(chip: Chip, x: Tensor, *operands: Operand | None) -> tuple[int, ...]:
+def storage_sizes(chip: Chip, x: Tensor, length: int, *operands: Operand | None) -> tuple[int, ...]:
     """For launch parameters: nothing for dense matrices; the bits of packed numbers; and a 1 after
-    them where these are multiplied by a fixed-point vector.
+    them where these are multiplied by a fixed-point vector (see `fits`).
     """
     bits = BITS.get(next(w for w in operands if w is not None).FORMAT.value)
     if bits is None:
         return ()
-    return (bits, 1) if fits(chip, x, *operands) else (bits,)
+    return (bits, 1) if fits(chip, x, length, *operands) else (bits,)
 
 
 def fix(
@@ -80,71 +93,82 @@ def fix(
     `early`: the next kernel may start at once. It reads nothing but weights before its own wait.
     """
     tokens, length = x.shape
-    planes = x.new_empty(tokens, 4, length // 8, dtype=torch.int32)
-    scales = x.new_empty(tokens, length // GROUP.value, 2, dtype=torch.float32)
-    programs = ceil_div(length, 8 * BLOCK.value)
+    fixed = Fixed.empty(x, tokens, length)
     chip.run(
-        fix_kernel, (programs, tokens), x, x.stride(0), norm, eps, planes, scales, LENGTH=length,
-        BLOCKS=8, EARLY=early, warps=4,
+        fix_kernel, (ceil_div(length, COLUMNS), tokens), x, x.stride(0), norm, eps, fixed,
+        LENGTH=length, BLOCK=COLUMNS, EARLY=early, warps=4,
     )  # fmt: skip
-    return Fixed(planes, scales)
+    return fixed
 
 
 @triton.jit
 def fix_kernel(
-    x, x_stride, norm, eps, planes, scales, LENGTH: tl.constexpr, BLOCKS: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, norm, eps, fixed, LENGTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS blocks of one token's vector."""
-    size: tl.constexpr = BLOCKS * BLOCK
+    """BLOCK numbers of one token's vector."""
     token = tl.program_id(1).to(tl.int64)
     x += token * x_stride
     if EARLY:
         let_next_start(PDL)
-    first = tl.program_id(0) * size
-    word = first // 8 + tl.arange(0, size // 8)
-    at = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    first = tl.program_id(0) * BLOCK
+    column = tl.arange(0, BLOCK)[None, :]
+    at = first + column
     if norm is not None:  # the gain is a weight: it doesn't need the wait
         gain = tl.load(norm + at, mask=at < LENGTH, other=0.0)
     wait_for_previous(PDL)
     if not EARLY:
         let_next_start(PDL)
-    v = tl.load(x + at, mask=at < LENGTH, other=0.0).to(tl.float32)  # (words, 8)
+    v = tl.load(x + at, mask=at < LENGTH, other=0.0).to(tl.float32)  # (1, BLOCK)
     if norm is not None:
-        squares = tl.zeros((size,), tl.float32)
-        for start in range(0, LENGTH, size):
-            column = start + tl.arange(0, size)
-            u = tl.load(x + column, mask=column < LENGTH, other=0.0).to(tl.float32)
+        squares = tl.zeros((1, BLOCK), tl.float32)
+        for start in range(0, LENGTH, BLOCK):
+            inside = start + column < LENGTH
+            u = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
             squares += u * u
-        v *= tl.rsqrt(tl.sum(squares, axis=0) / LENGTH + eps)
+        v *= tl.rsqrt(tl.sum(squares) / LENGTH + eps)
         v *= gain.to(tl.float32)
-    blocks = tl.reshape(v, (BLOCKS, BLOCK))
-    largest = tl.max(tl.abs(blocks), axis=1)
-    scale = largest / LARGEST + tl.sum(blocks * 0.0, axis=1)  # NaN and infinity stay
-    shrink = LARGEST / tl.where(largest > 0.0, largest, 1.0)
-    whole = tl.floor(blocks * shrink[:, None] + 0.5).to(tl.int32)
-    high = (whole + 128) >> 8
-    low = whole - (high << 8)
-    place = planes + token * (LENGTH // 2) + word
-    store_planes(place, tl.reshape(high, (size // 8, 4, 2)), word, LENGTH)
-    store_planes(place + LENGTH // 4, tl.reshape(low, (size // 8, 4, 2)), word, LENGTH)
-    groups: tl.constexpr = BLOCK // GROUP
-    total = tl.sum(tl.reshape(whole, (BLOCKS, groups, GROUP)), axis=2).to(tl.float32)
-    group = first // GROUP + tl.reshape(tl.arange(0, size // GROUP), (BLOCKS, groups))
-    place = scales + token * (LENGTH // GROUP * 2) + 2 * group
-    inside = group < LENGTH // GROUP
-    tl.store(place, tl.broadcast_to(scale[:, None], (BLOCKS, groups)), mask=inside)
-    tl.store(place + 1, total, mask=inside)
+    store_fixed(fixed, v, token, 1, first, LENGTH, LENGTH)
 
 
 @triton.jit
-def store_planes(place, numbers, word, LENGTH: tl.constexpr):
-    """Bytes (words, 4, 2) become two planes: of the even columns, and of the odd ones."""
-    shift = 8 * tl.arange(0, 4)[None, :]
+def store_fixed(fixed, v, token, tokens, first, end, LENGTH: tl.constexpr):
+    """Round some numbers, and store them in the vectors of `fixed`.
+
+    `v`, fp32 (T, C), has the columns from `first` on of T tokens from number `token` on, zeros
+    where there is none: columns from `end` on and tokens from `tokens` on are not stored. C and
+    `first` are multiples of GROUP.
+    """
+    T: tl.constexpr = v.shape[0]
+    WORDS: tl.constexpr = v.shape[1] // 8
+    GROUPS: tl.constexpr = v.shape[1] // GROUP
+    groups = tl.reshape(v, (T, GROUPS, GROUP))
+    largest = tl.max(tl.abs(groups), axis=2)
+    scale = largest / LARGEST + tl.sum(groups * 0.0, axis=2)  # NaN and infinity stay
+    shrink = LARGEST / tl.where(largest > 0.0, largest, 1.0)
+    whole = tl.floor(groups * shrink[:, :, None] + 0.5).to(tl.int32)
+    high = (whole + 128) >> 8
+    low = whole - (high << 8)
+    row = tl.arange(0, T)[:, None]
+    word, group = tl.arange(0, WORDS)[None, :], tl.arange(0, GROUPS)[None, :]
+    place = fixed.planes + token * (LENGTH // 2) + first // 8 + row * (LENGTH // 2) + word
+    inside = (row < tokens) & (first + word * 8 < end)
+    store_planes(place, tl.reshape(high, (T, WORDS, 4, 2)), inside, LENGTH)
+    store_planes(place + LENGTH // 4, tl.reshape(low, (T, WORDS, 4, 2)), inside, LENGTH)
+    numbers: tl.constexpr = LENGTH // GROUP * 2  # of a token's scales
+    place = fixed.scales + token * numbers + first // GROUP * 2 + row * numbers + 2 * group
+    inside = (row < tokens) & (first + group * GROUP < end)
+    tl.store(place, scale, mask=inside)
+    tl.store(place + 1, tl.sum(whole, axis=2).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def store_planes(place, numbers, inside, LENGTH: tl.constexpr):
+    """Bytes (T, words, 4, 2) become two planes: of the even columns, and of the odd ones."""
+    shift = 8 * tl.arange(0, 4)[None, None, :]
     even, odd = tl.split(numbers & 255)
-    inside = word < LENGTH // 8
-    tl.store(place, tl.sum(even << shift, axis=1), mask=inside)
-    tl.store(place + LENGTH // 8, tl.sum(odd << shift, axis=1), mask=inside)
+    tl.store(place, tl.sum(even << shift, axis=2), mask=inside)
+    tl.store(place + LENGTH // 8, tl.sum(odd << shift, axis=2), mask=inside)
 
 
 @triton.jit

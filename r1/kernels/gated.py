@@ -18,14 +18,8 @@ from torch import Tensor
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, wait_for_previous
 from r1.kernels.fixed import columns_fixed, fix, storage_sizes, times_fixed
-from r1.kernels.linear import (
-    LinearLaunch,
-    gain_columns,
-    linear,
-    linear_torch,
-    normed_columns,
-    prepare,
-)
+from r1.kernels.linear import gain_columns, linear, linear_torch, normed_columns, prepare
+from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.tiles import load, matrix_of, operand, times
 from r1.model.layers import MLP, swiglu
 from r1.storage.joined import products
@@ -38,7 +32,7 @@ def gated(
     gate, up = mlp.gate_proj.matrix, mlp.up_proj.matrix
     tokens, (inner, inputs) = x.shape[0], gate.shape
     matrices = (operand(gate, chip.ptx), operand(up, chip.ptx))
-    stored = storage_sizes(chip, x, *matrices)
+    stored = storage_sizes(chip, x, inputs, *matrices)
     sizes = (tokens, inputs, 2 * inner, x.itemsize, *stored)
     use = launch or chip.launch(LinearLaunch, *sizes)
     if use.rows == 1:

@@ -13,7 +13,7 @@ from r1.kernels.chip import Launch
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.grouped import GroupedLaunch
 from r1.kernels.latent import LatentLaunch
-from r1.kernels.linear import LinearLaunch
+from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.router import RouterLaunch
 from r1.reading import read_json
 from r1.writing import locked, new_file

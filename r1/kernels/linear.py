@@ -11,8 +11,6 @@ Shapes: N tokens; out and in are W's rows and columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,104 +20,45 @@ from torch.nn import functional as F
 from r1.kernels.chip import (
     LEAST_TILE,
     Chip,
-    Choices,
-    Sizes,
     ceil_div,
     let_next_start,
     power_of_two,
     wait_for_previous,
 )
-from r1.kernels.fixed import columns_fixed, fix, storage_sizes, times_fixed
+from r1.kernels.fixed import GROUP, Fixed, columns_fixed, fix, storage_sizes, times_fixed
 from r1.kernels.linear_few import few_kernel
+from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.tiles import add_product, load, matrix_of, operand, times
 from r1.storage.matrix import Matrix
-
-FEW = 8
-"""Tokens up to which dot products are expected to be faster than tiles, of 4 bits. The compiled
-code of 8 has 12 instructions a weight: 3.2 us for Moonlight's first projection, on an H100 whose
-tiles took 10. (No GPU has timed the dot products yet.)"""
-
-
-@dataclass(frozen=True)
-class LinearLaunch:
-    """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time.
-
-    With less than 16 rows it doesn't use tl.dot.
-    """
-
-    rows: int
-    outputs: int
-    inputs: int
-    warps: int
-    stages: int = 1
-
-    @staticmethod
-    def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
-        tokens, inputs, outputs, itemsize, *packed = sizes
-        if tokens == 1 and packed == [4, 1]:
-            # A warp for each 2,048 columns, and rows of 4,096 or less at once.
-            columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
-            return LinearLaunch(1, 2, columns, max(1, columns // 2048))
-        if tokens <= FEW and packed == [4, 1]:
-            columns = min(1024, power_of_two(inputs, 32))  # of a warp
-            return LinearLaunch(min(4, power_of_two(tokens)), 4, columns, 1)
-        if tokens == 1 and packed:
-            return LinearLaunch(1, 4, min(2048, power_of_two(inputs, 16)), 4)
-        if tokens == 1:
-            if inputs == 2048 >= outputs:
-                return LinearLaunch(1, 1, 2048, 2)  # few rows: a program for each
-            if inputs >= 4096 and inputs % 2048 == 0:
-                return LinearLaunch(1, 2, 2048, 4 if inputs >= 8192 else 8)
-            return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
-        rows = min(64, power_of_two(tokens, 16))
-        # Large tiles read x less often. That pays where x is long, as long as a fifth of the
-        # processors has work. Elsewhere every processor must have work first.
-        wide = outputs >= (12 if inputs >= 4096 else 128) * chip.processors
-        block = 64 if wide else 16 if outputs <= 16 * chip.processors else 32
-        columns = min(256 // itemsize, power_of_two(inputs, 16))
-        stages = max(1, min(5, chip.shared // 2 // ((block + rows) * columns * itemsize)))
-        return LinearLaunch(rows, block, columns, 4, stages)
-
-    @property
-    def choices(self) -> Choices:
-        if self.rows < LEAST_TILE:
-            return ({"rows": (1, 2, 4, 8)} if self.rows > 1 else {}) | {
-                "outputs": (1, 2, 4, 8, 16),
-                "inputs": (512, 1024, 2048, 4096),
-                "warps": (1, 2, 4, 8),
-            }
-        return {
-            "outputs": (16, 32, 64, 128), "inputs": (64, 128, 256), "warps": (4, 8),
-            "stages": (2, 3, 4, 5, 6),
-        }  # fmt: skip
 
 
 def linear(
     chip: Chip, x: Tensor, weight: Matrix, *, norm: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, dtype: torch.dtype | None = None,
+    residual: Tensor | None = None, dtype: torch.dtype | None = None, fixed: Fixed | None = None,
     launch: LinearLaunch | None = None,
 ) -> Tensor:  # fmt: skip
     """x (N, in), W (out, in) -> (N, out) in `dtype`, or x's. Sums are in fp32.
 
-    With `norm` (in,) x is RMS-normed first, with this gain. `residual` (N, out) is added.
+    With `norm` (in,) x is RMS-normed first, with this gain. `residual` (N, out) is added. `fixed`
+    is x again, if an earlier kernel has made it (see `linear_takes_fixed`); there is no norm then.
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs, dtype=dtype)
     matrix = operand(weight, chip.ptx)
-    stored = storage_sizes(chip, x, matrix)
+    stored = storage_sizes(chip, x, inputs, matrix)
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize, *stored)
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
-    fixed = stored[1:] == (1,) and use.rows < LEAST_TILE
-    given = fix(chip, x, norm, eps, early=True) if fixed else x
+    whole = stored[1:] == (1,) and use.rows < LEAST_TILE
+    given = (fixed or fix(chip, x, norm, eps, early=True)) if whole else x
     if use.rows == 1:
         chip.run(
-            vector_kernel, grid, given, x.stride(0), matrix, None if fixed else norm, eps,
-            residual, y, outputs, INPUTS=inputs, FIXED=fixed, **blocks, warps=use.warps,
+            vector_kernel, grid, given, x.stride(0), matrix, None if whole else norm, eps,
+            residual, y, outputs, INPUTS=inputs, FIXED=whole, **blocks, warps=use.warps,
             stages=use.stages,
         )  # fmt: skip
         return y
-    if fixed:
+    if whole:
         chip.run(
             few_kernel, grid, given, matrix, residual, y, tokens, outputs, INPUTS=inputs,
             ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
@@ -132,6 +71,19 @@ def linear(
         INPUTS=inputs, ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y
+
+
+def linear_takes_fixed(chip: Chip, x: Tensor, weight: Matrix, head: int) -> int:
+    """How long the `Fixed` is that `linear` would make of heads' outputs, of as many tokens as x
+    (N, any) has and in its dtype. 0: it wouldn't, or a head's `head` numbers are no whole groups,
+    and programs make a head's.
+    """
+    outputs, inputs = weight.shape
+    stored = storage_sizes(chip, x, inputs, operand(weight, chip.ptx))
+    if head % GROUP.value or stored[1:] != (1,):
+        return 0
+    use = chip.launch(LinearLaunch, len(x), inputs, outputs, x.itemsize, *stored)
+    return inputs if use.rows < LEAST_TILE else 0
 
 
 def prepare(
@@ -151,7 +103,7 @@ def prepare(
 
 def linear_torch(
     x: Tensor, weight: Matrix, *, norm: Tensor | None = None, eps: float = 0.0,
-    residual: Tensor | None = None, dtype: torch.dtype | None = None,
+    residual: Tensor | None = None, dtype: torch.dtype | None = None, fixed: None = None,
 ) -> Tensor:  # fmt: skip
     """The twin. It rounds to x's dtype before it converts to `dtype`."""
     if norm is not None:

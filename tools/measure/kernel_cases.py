@@ -100,7 +100,8 @@ def linear_case(
 ) -> Case:  # fmt: skip
     """With `head` it is the output head: its logits are fp32, and it is not quantized."""
     from r1.kernels.fixed import storage_sizes
-    from r1.kernels.linear import LinearLaunch, linear, linear_torch
+    from r1.kernels.linear import linear, linear_torch
+    from r1.kernels.linear_launch import LinearLaunch
     from r1.kernels.tiles import operand
 
     x = randn(tokens, inputs)
@@ -122,7 +123,7 @@ def linear_case(
     weight = stored(plain, "none" if head else place.quant)
     copies = place.copies(weight.nbytes) - 1
     weights = [weight, *(copy.deepcopy(weight) for _ in range(copies))]
-    bits = storage_sizes(place.chip, x, operand(weight, place.chip.ptx))
+    bits = storage_sizes(place.chip, x, inputs, operand(weight, place.chip.ptx))
     sizes = (tokens, inputs, outputs, 2, *bits)
     default = LinearLaunch.default(sizes, place.chip)
     moved = 2 * x.numel() + dtype.itemsize * tokens * outputs
@@ -134,7 +135,7 @@ def gated_case(place: Place, c: Config, tokens: int) -> Case:
     """The norm, gate, up and SwiGLU of a dense feed-forward."""
     from r1.kernels.fixed import storage_sizes
     from r1.kernels.gated import gated, gated_torch
-    from r1.kernels.linear import LinearLaunch
+    from r1.kernels.linear_launch import LinearLaunch
     from r1.kernels.tiles import operand
     from r1.model.layers import MLP
 
@@ -156,7 +157,7 @@ def gated_case(place: Place, c: Config, tokens: int) -> Case:
     matrix = first.gate_proj.matrix
     nbytes = 2 * matrix.nbytes
     copies = [first, *(made() for _ in range(place.copies(nbytes) - 1))]
-    bits = storage_sizes(place.chip, x, operand(matrix, place.chip.ptx))
+    bits = storage_sizes(place.chip, x, dim, operand(matrix, place.chip.ptx))
     sizes = (tokens, dim, 2 * inner, 2, *bits)
     default = LinearLaunch.default(sizes, place.chip)
     moved = 2 * x.numel() + 2 * tokens * inner
@@ -242,7 +243,7 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     drawn = [torch.rand(tokens, count).topk(chosen).indices for _ in range(8)]
     shared = [filled(lambda: MLP(dim, more * inner), 0.02, place.quant) for _ in drawn]
     hit = sum(i.unique().numel() for i in drawn) / len(drawn)
-    bits = storage_sizes(place.chip, x, *(operand(each, place.chip.ptx) for each in matrices))
+    bits = storage_sizes(place.chip, x, dim, *(operand(each, place.chip.ptx) for each in matrices))
     sizes = (tokens, chosen, count, dim, inner, 2, *bits)
     default = ExpertsLaunch.default(sizes, place.chip)
     moved = int((hit + more) * one + 4 * x.numel())

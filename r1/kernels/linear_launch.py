@@ -1,0 +1,66 @@
+"""How the projections' kernels are launched: how many rows, columns and tokens a program takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from r1.kernels.chip import LEAST_TILE, Chip, Choices, Sizes, power_of_two
+
+FEW = 8
+"""Tokens up to which dot products are expected to be faster than tiles, of 4 bits. The compiled
+code of 8 has 12 instructions a weight: 3.2 us for Moonlight's first projection, on an H100 whose
+tiles took 10. (No GPU has timed the dot products yet.)"""
+
+
+@dataclass(frozen=True)
+class LinearLaunch:
+    """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time.
+
+    With less than 16 rows it doesn't use tl.dot.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int = 1
+
+    @staticmethod
+    def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
+        tokens, inputs, outputs, itemsize, *packed = sizes
+        if tokens == 1 and packed == [4, 1]:
+            # A warp for each 2,048 columns, and rows of 4,096 or less at once.
+            columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
+            return LinearLaunch(1, 2, columns, max(1, columns // 2048))
+        if tokens <= FEW and packed == [4, 1]:
+            columns = min(1024, power_of_two(inputs, 32))  # of a warp
+            return LinearLaunch(min(4, power_of_two(tokens)), 4, columns, 1)
+        if tokens == 1 and packed:
+            return LinearLaunch(1, 4, min(2048, power_of_two(inputs, 16)), 4)
+        if tokens == 1:
+            if inputs == 2048 >= outputs:
+                return LinearLaunch(1, 1, 2048, 2)  # few rows: a program for each
+            if inputs >= 4096 and inputs % 2048 == 0:
+                return LinearLaunch(1, 2, 2048, 4 if inputs >= 8192 else 8)
+            return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
+        rows = min(64, power_of_two(tokens, 16))
+        # Large tiles read x less often. That pays where x is long, as long as a fifth of the
+        # processors has work. Elsewhere every processor must have work first.
+        wide = outputs >= (12 if inputs >= 4096 else 128) * chip.processors
+        block = 64 if wide else 16 if outputs <= 16 * chip.processors else 32
+        columns = min(256 // itemsize, power_of_two(inputs, 16))
+        stages = max(1, min(5, chip.shared // 2 // ((block + rows) * columns * itemsize)))
+        return LinearLaunch(rows, block, columns, 4, stages)
+
+    @property
+    def choices(self) -> Choices:
+        if self.rows < LEAST_TILE:
+            return ({"rows": (1, 2, 4, 8)} if self.rows > 1 else {}) | {
+                "outputs": (1, 2, 4, 8, 16),
+                "inputs": (512, 1024, 2048, 4096),
+                "warps": (1, 2, 4, 8),
+            }
+        return {
+            "outputs": (16, 32, 64, 128), "inputs": (64, 128, 256), "warps": (4, 8),
+            "stages": (2, 3, 4, 5, 6),
+        }  # fmt: skip
