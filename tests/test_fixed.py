@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
+import compile_kernels as compile_tool
 import pytest
 import torch
-from models import V3
+from models import TINY_QWEN2, V3, unit_gain
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
+from r1 import Config
+from r1.kernels.attention import AttentionLaunch, attention
+from r1.kernels.block import DecodeBlock
 from r1.kernels.chip import Chip
 from r1.kernels.experts import experts
 from r1.kernels.experts_launch import ExpertsLaunch
-from r1.kernels.fixed import GROUP, LARGEST, fits, fix
+from r1.kernels.fixed import GROUP, LARGEST, Fixed, fits, fix
 from r1.kernels.gated import gated
+from r1.kernels.grouped import GroupedLaunch, grouped
 from r1.kernels.linear import linear
 from r1.kernels.linear_launch import LinearLaunch
+from r1.kernels.router import RouterLaunch, route
+from r1.kernels.step import begin_step_torch
 from r1.kernels.tiles import operand
+from r1.model.attend import UpProjection
 from r1.model.layers import MLP, Linear
 from r1.model.moe import Experts
+from r1.model.router import Router
+from r1.model.shapes import SHAPES
+from r1.model.step import Step
 from r1.storage.joined import join
 from r1.storage.kinds import KINDS
 from r1.storage.quantized import Quantized
@@ -247,3 +260,146 @@ def test_where_it_is_used() -> None:
     assert not fits(CHIP, x, 48, right)
     eight = KINDS["int8"].of(torch.randn(8, 64), Spec("int8", 1, 32)).to(DEVICE)
     assert not fits(CHIP, x, 64, right, operand(eight))
+
+
+# ---------------------------- by the kernels that make the numbers
+def unwritten(tokens: int, length: int) -> Fixed:
+    """Memory in which what is not written shows."""
+    made = Fixed.empty(torch.empty(0, device=DEVICE), tokens, length)
+    made.planes.fill_(0x5A5A5A5A)
+    made.scales.fill_(math.nan)
+    return made
+
+
+def check_fixed(found: Fixed, x: Tensor) -> None:
+    """The same bits as `fix` makes of the stored numbers x (N, length)."""
+    right = fix(CHIP, x)
+    assert torch.equal(found.planes, right.planes) and torch.equal(found.scales, right.scales)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dim", [32, 352])
+@pytest.mark.parametrize("experts", [12, 13])
+def test_the_router_makes_its_vector(experts: int, dim: int, tokens: int) -> None:
+    """More programs than groups of 32 columns, and fewer, the last one's only in part."""
+    c = V3.change(hidden_size=dim, n_routed_experts=experts, n_group=1, topk_group=1)
+    gate = Router(c).requires_grad_(False).to(DEVICE)
+    gate.weight.normal_()
+    gate.e_score_correction_bias.zero_()
+    x = torch.cat([vector(dim) * (1 + row) for row in range(tokens)])
+    gain = torch.rand(dim, device=DEVICE).bfloat16()
+    for launch in (None, RouterLaunch(4, 128, 4)):
+        found = unwritten(tokens, dim)
+        made = route(CHIP, gate, x, gain, EPS, launch=launch, fixed=found)
+        for ours, plain in zip(made, route(CHIP, gate, x, gain, EPS, launch=launch), strict=True):
+            assert torch.equal(ours, plain)
+        check_fixed(found, made[0])
+
+
+@pytest.mark.parametrize("lengths", [[[1]], [[33], [1], [40]], [[5, 6], [39, 40]]], ids=str)
+@pytest.mark.parametrize("value", [32, 96])
+def test_the_attention_makes_its_vector(lengths: list[list[int]], value: int) -> None:
+    """Programs of a part of a head's values, of all of them, and of less than a group."""
+    heads, rank, rope, tokens = 3, 20, 6, sum(map(len, lengths))
+    sizes = [(tokens, heads, rank), (tokens, heads, rope), (len(lengths), 40, rank + rope)]
+    q_c, q_pe, cache = (torch.randn(each, device=DEVICE).bfloat16() for each in sizes)
+    w_uv = torch.randn(heads, value, rank, device=DEVICE).bfloat16()
+    given = (q_c, q_pe, cache, torch.tensor(lengths, device=DEVICE) - 1, w_uv, 0.2)
+    few = AttentionLaunch(16, 16, 8, 4, 2, sum_rows=16, values=16, latents=16)
+    for launch in (None, few, dataclasses.replace(few, values=32, sum_rows=32)):
+        found = unwritten(tokens, heads * value)
+        o = attention(CHIP, *given, launch, found)
+        torch.testing.assert_close(o, attention(CHIP, *given, launch))
+        check_fixed(found, o.flatten(1))
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_grouped_attention_makes_its_vector(size: int) -> None:
+    positions = torch.tensor([[0], [19]], device=DEVICE)
+    keys, values = (torch.randn(2, 20, 2, size, device=DEVICE).bfloat16() for _ in range(2))
+    q, found = torch.randn(2, 6, size, device=DEVICE).bfloat16(), unwritten(2, 6 * size)
+    o = grouped(CHIP, q, (keys, values), positions, 0.3, GroupedLaunch(16, 2), found)
+    check_fixed(found, o.flatten(1))
+
+
+class Counting(Chip):
+    """A chip that counts launches by the kernel's name."""
+
+    def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        self.names[kernel.fn.__name__] += 1
+        super().run(kernel, *arguments, **constants)
+
+    @property
+    def names(self) -> Counter[str]:
+        counter: Counter[str] = self.__dict__.setdefault("counter", Counter())
+        return counter
+
+
+def counting() -> Counting:
+    kept = {field.name: getattr(CHIP, field.name) for field in dataclasses.fields(Chip)}
+    return Counting(**kept | {"tuned": {}, "asked": {}, "defaults": {}})
+
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 2}
+BLOCKS = {
+    "sparse": V3.change(
+        **SMALL, q_lora_rank=32, v_head_dim=32, moe_intermediate_size=32, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1,
+    ),
+    "grouped": TINY_QWEN2.change(
+        **SMALL, num_key_value_heads=1, head_dim=32, intermediate_size=32
+    ),
+    "narrow heads": TINY_QWEN2.change(
+        **SMALL, num_key_value_heads=1, head_dim=16, intermediate_size=32
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("name", "saved"), [("sparse", 2), ("grouped", 1), ("narrow heads", 0)])
+def test_a_layer_needs_fewer_kernels(
+    name: str, saved: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its result is the same, bit for bit, as with a kernel of its own for each vector."""
+    config: Config = BLOCKS[name]
+    block: Any = unit_gain(config, dtype="bf16", device=DEVICE.type).layers[-1]
+    for layer in block.modules():
+        if isinstance(layer, Linear) and not isinstance(layer, UpProjection):
+            layer.matrix = stored(SPECS["groups of 32"], *layer.matrix.shape)
+    if name == "sparse":
+        for each in ("gate_proj", "up_proj", "down_proj"):
+            old = getattr(block.mlp.experts, each)
+            setattr(block.mlp.experts, each, stored(SPECS["groups of 32"], *old.shape))
+    x = torch.randn(rows, 1, 32, device=DEVICE).bfloat16()
+    attending: Any = config.grouped if name != "sparse" else config.attention
+    frequency = torch.rand(attending.qk_rope_head_dim // 2, device=DEVICE)
+    step = Step("decode", *begin_step_torch(torch.arange(rows, device=DEVICE), 1, frequency, 1.0),
+                torch.arange(rows, device=DEVICE)[:, None])  # fmt: skip
+    width = (2, 16) if name == "sparse" else (1, attending.head_dim)
+
+    def run(chip: Chip | None) -> Tensor:
+        made = torch.Generator(DEVICE).manual_seed(1)
+        shapes = [(rows, 16, *width)] * 2
+        if name == "sparse":
+            shapes = [(rows, 16, config.attention.latent_dim)]
+        cache = tuple(torch.randn(s, generator=made, device=DEVICE).bfloat16() for s in shapes)
+        return DecodeBlock(block, chip)(x, step, cache)
+
+    chip, apart = counting(), counting()
+    y = run(chip)
+    torch.testing.assert_close(y, run(None), atol=0.1, rtol=0.02)
+    monkeypatch.setattr(DecodeBlock, "fixed", lambda *_: None)
+    assert torch.equal(y, run(apart))
+    assert apart.names - chip.names == Counter({"fix_kernel": saved}) - Counter()
+    assert not chip.names - apart.names
+
+
+@pytest.mark.parametrize(("name", "dense", "sparse"), [("moonlight-16b", 3, 2), ("r1", 4, 3)])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_kernels_that_only_fix(name: str, dense: int, sparse: int, batch: int) -> None:
+    """Of a dense layer and a sparse one: x is normed first, or one of inner values."""
+    target = compile_tool.TARGETS["sm_90"]
+    names = Counter(
+        each.name for each in compile_tool.launches(SHAPES[name], batch, target, "int4")
+    )
+    assert names["fix_kernel"] == dense + sparse

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from r1.kernels.attention_kernels import split_kernel, sum_kernel
 from r1.kernels.chip import Chip, Choices, Sizes, ceil_div, power_of_two
+from r1.kernels.fixed import GROUP, Fixed
 from r1.kernels.tiles import operand
 from r1.model.attend import UpProjection, by_head, probabilities
 from r1.model.cache import LayerCache
@@ -120,13 +121,14 @@ def _split_tiles(sizes: Sizes, chip: Chip, room: int) -> _Splits:
 
 def attention(
     chip: Chip, q_c: Tensor, q_pe: Tensor, cache: Tensor, positions: Tensor, w_uv: Tensor,
-    scale: float, launch: AttentionLaunch | None = None,
+    scale: float, launch: AttentionLaunch | None = None, fixed: Fixed | None = None,
 ) -> Tensor:  # fmt: skip
     """q_c (N, H, C) absorbed, q_pe (N, H, R) rotated, cache (B, T, C + R), positions int64 (B, S),
     W_UV (H, V, C) -> (N, H, V).
 
     Token n is number n % S of row n // S, and attends to slots 0 to its position. The first kernel
     reads `positions` before its wait, so they must be older than the previous kernel (chip.py).
+    `fixed` is memory for the result (N, H V): it is stored there, too.
     """
     tokens, heads, latent = q_c.shape
     rope, value, new = q_pe.shape[-1], w_uv.shape[1], positions.shape[1]
@@ -144,19 +146,20 @@ def attention(
     )  # fmt: skip
     o = q_c.new_empty(tokens, heads, value)
     group = max(1, use.sum_rows // use.splits)
-    values = min(use.values, power_of_two(value, 16))
+    values = max(min(use.values, power_of_two(value, 16)), GROUP.value if fixed else 0)
     chip.run(
         sum_kernel, (ceil_div(value, values), heads, ceil_div(tokens, group)), part, weight,
-        positions, cache.shape[1], operand(w_uv, chip.ptx), o, tokens, HEADS=heads, LATENT=latent,
-        VALUE=value, SPLITS=use.splits, BLOCK_T=use.keys, GROUP=group, BLOCK_V=values,
-        BLOCK_C=use.latents, warps=use.sum_warps, stages=use.sum_stages,
+        positions, cache.shape[1], operand(w_uv, chip.ptx), o, fixed, tokens, HEADS=heads,
+        LATENT=latent, VALUE=value, SPLITS=use.splits, BLOCK_T=use.keys, GROUP=group,
+        BLOCK_V=values, BLOCK_C=use.latents, warps=use.sum_warps, stages=use.sum_stages,
     )  # fmt: skip
     return o
 
 
 def attention_torch(
-    q_c: Tensor, q_pe: Tensor, cache: Tensor, positions: Tensor, w_uv: Tensor, scale: float
-) -> Tensor:
+    q_c: Tensor, q_pe: Tensor, cache: Tensor, positions: Tensor, w_uv: Tensor, scale: float,
+    fixed: None = None,
+) -> Tensor:  # fmt: skip
     """The twin: `Absorbed` of r1/model/attend.py, over the cache's whole capacity."""
     latent = q_c.shape[-1]
     q = torch.cat((q_c, q_pe), dim=-1).view(*positions.shape, q_c.shape[1], -1)  # (B, S, H, C + R)

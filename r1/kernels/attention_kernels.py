@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from r1.kernels.chip import let_next_start, product, wait_for_previous
+from r1.kernels.fixed import store_fixed
 from r1.kernels.prefetch import prefetch
 from r1.kernels.tiles import load_tile, matrix_of
 
@@ -95,11 +96,12 @@ def lengths_of(position, capacity, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def sum_kernel(
-    part, weight, positions, capacity, w_uv, o, tokens, HEADS: tl.constexpr,
+    part, weight, positions, capacity, w_uv, o, fixed, tokens, HEADS: tl.constexpr,
     LATENT: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The splits' means, weighted, times W_UV, and then added up: o (N, H, V).
+    """The splits' means, weighted, times W_UV, and then added up: o (N, H, V), and into `fixed`,
+    if it is given.
 
     The sum comes last, so that the splits are the product's rows. Which splits are empty follows
     from the length, so empty splits are never read.
@@ -134,6 +136,20 @@ def sum_kernel(
             w = load_tile(matrix, v[None, :], real, c[:, None], start, LATENT, w_uv)
         sums = product((mean.to(tl.float32) * share[:, None]).to(w.dtype), w, sums)
     y = tl.sum(tl.reshape(sums, (GROUP, SPLITS, BLOCK_V)), axis=1)  # (GROUP, BLOCK_V)
-    n = tl.program_id(2) * GROUP + tl.arange(0, GROUP)
-    at = o + (n.to(tl.int64)[:, None] * HEADS + head) * VALUE + v[None, :]
-    tl.store(at, y.to(o.dtype.element_ty), mask=(n < tokens)[:, None] & (v < VALUE)[None, :])
+    n = tl.program_id(2) * GROUP
+    first = tl.program_id(0) * BLOCK_V
+    store_values(o, fixed, y, n.to(tl.int64), tokens - n, head, first, HEADS, VALUE)
+
+
+@triton.jit
+def store_values(o, fixed, y, token, tokens, head, first, HEADS: tl.constexpr, VALUE: tl.constexpr):
+    """Store a head's values from `first` on, y fp32 (T, C), of up to `tokens` tokens from number
+    `token` on: in o (N, H, V), and in `fixed`, if it is given, what o keeps of them.
+    """
+    row, v = tl.arange(0, y.shape[0])[:, None], first + tl.arange(0, y.shape[1])[None, :]
+    y = y.to(o.dtype.element_ty)
+    at = o + ((token + row) * HEADS + head) * VALUE + v
+    tl.store(at, y, mask=(row < tokens) & (v < VALUE))
+    if fixed is not None:
+        column, end = head * VALUE + first, head * VALUE + VALUE
+        store_fixed(fixed, y.to(tl.float32), token, tokens, column, end, HEADS * VALUE)

@@ -4,7 +4,7 @@ Same weights as Block; one line per kernel. Each norm is fused into the projecti
 residual into the one before. Read it beside `Block.forward`, `MLA.forward`, `GQA.forward` and
 `MoE.forward`.
 One token of a sparse layer takes 8 kernels (R1: 9), if the matrices that read the same input are
-joined (r1/storage/joined.py).
+joined (r1/storage/joined.py). Weights of 4 bits take 2 more (R1: 3), which fixed.py explains.
 
 Shapes: B rows, S new tokens of a row, N = B S tokens, D hidden_size, I intermediate_size,
 W vocab_size, H heads, R rope dim, V value dim, C latent (kv_lora_rank), Q q_lora_rank, T slots of
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from r1.kernels.attention import ATTENTION
 from r1.kernels.chip import Chip
-from r1.kernels.experts import EXPERTS
+from r1.kernels.experts import EXPERTS, experts_take_fixed
+from r1.kernels.fixed import Fixed
 from r1.kernels.gated import GATED
 from r1.kernels.grouped import GROUPED
 from r1.kernels.latent import LATENT
-from r1.kernels.linear import LINEAR, linear
+from r1.kernels.linear import LINEAR, linear, linear_takes_fixed
 from r1.kernels.router import ROUTE
 from r1.kernels.tiles import block_of, why_not
 from r1.model.attend import UpProjection
@@ -47,7 +48,9 @@ class DecodeBlock:
 
     def __init__(self, block: nn.Module, chip: Chip | None) -> None:
         assert isinstance(block, Block)
-        self.block = block
+        self.block, self.chip = block, chip
+        self.lengths: dict[tuple[Any, int], int] = {}
+        """What `fixed` has asked, by question and tokens: the answers."""
 
         def pick(table: Mapping[str, Any]) -> Callable[..., Any]:
             return partial(table["triton"], chip) if chip else table["torch"]
@@ -70,14 +73,27 @@ class DecodeBlock:
         y = self.mixture(flat, mlp) if isinstance(mlp, MoE) else self.dense(flat, mlp)
         return self.block.sum_inner(y).view_as(x)
 
+    def fixed(self, x: Tensor, ask: Callable[..., int], *about: Any) -> Fixed | None:
+        """Memory for another kernel's input, of as many tokens as x (N, any) has, where that takes
+        fixed-point vectors (fixed.py). `ask` says how long they are, or 0. It reads operands, which
+        takes as long as a launch, so its answer is kept.
+        """
+        if self.chip is None:
+            return None
+        length = self.lengths.get((ask, len(x)))
+        if length is None:
+            length = self.lengths[ask, len(x)] = ask(self.chip, x, *about)
+        return Fixed.empty(x, len(x), length) if length else None
+
     def to_heads(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x + grouped-query attention(norm(x)), (N, D)."""
         gqa, norm = self.block.self_attn, self.block.input_layernorm
         normed = partial(self.linear, x, norm=norm.weight, eps=norm.eps)
         layers = (gqa.q_proj, gqa.k_proj, gqa.v_proj)
         projected = products(normed, *(layer.matrix for layer in layers))  # (N, H A), (N, U A), ...
-        o = self.grouped(*projected, gqa, step, cache)  # (N, H, A)
-        return self.add_heads(o, gqa.o_proj, x)
+        fixed = self.fixed(x, linear_takes_fixed, gqa.o_proj.matrix, gqa.shape.head_dim)
+        o = self.grouped(*projected, gqa, step, cache, fixed=fixed)  # (N, H, A)
+        return self.add_heads(o, fixed, gqa.o_proj, x)
 
     def to_latents(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x + latent attention(norm(x)), (N, D)."""
@@ -94,13 +110,17 @@ class DecodeBlock:
         q_c, q_pe = self.latent(
             q, kv, w_uk, gain, eps, step.cos, step.sin, step.positions, cache[0]
         )  # (N, H, C), (N, H, R)
-        o = self.attention(q_c, q_pe, cache[0], step.positions, w_uv, mla.scale)  # (N, H, V)
-        return self.add_heads(o, mla.o_proj, x)
+        fixed = self.fixed(x, linear_takes_fixed, mla.o_proj.matrix, w_uv.shape[1])
+        o = self.attention(
+            q_c, q_pe, cache[0], step.positions, w_uv, mla.scale, fixed=fixed
+        )  # (N, H, V)
+        return self.add_heads(o, fixed, mla.o_proj, x)
 
-    def add_heads(self, o: Tensor, o_proj: Linear, x: Tensor) -> Tensor:
+    def add_heads(self, o: Tensor, fixed: Fixed | None, o_proj: Linear, x: Tensor) -> Tensor:
         """x + o_proj(o), (N, D), of all devices' heads; o (N, H, V or A)."""
         residual = x if self.block.leads_heads else None
-        return self.block.sum_heads(self.linear(o.flatten(1), o_proj.matrix, residual=residual))
+        y = self.linear(o.flatten(1), o_proj.matrix, residual=residual, fixed=fixed)
+        return self.block.sum_heads(y)
 
     def dense(self, x: Tensor, mlp: MLP) -> Tensor:
         """x + mlp(norm(x)), (N, D); without x where another device adds it."""
@@ -111,19 +131,23 @@ class DecodeBlock:
 
     def mixture(self, x: Tensor, moe: MoE) -> Tensor:
         """x + moe(norm(x)), (N, D); without x where another device adds it."""
-        norm = self.block.post_attention_layernorm
-        h, indices, weights = self.route(moe.gate, x, norm.weight, norm.eps, moe.draws)
+        norm, shared, apart = self.block.post_attention_layernorm, moe.shared_experts, None
+        if shared is not None and not _whole_experts(moe, shared):
+            shared, apart = None, shared
+        chosen = moe.gate.shape.num_experts_per_tok
+        fixed = self.fixed(x, experts_take_fixed, moe.experts, shared, chosen)
+        h, indices, weights = self.route(moe.gate, x, norm.weight, norm.eps, moe.draws, fixed=fixed)
         # The residual and the shared experts are added once: in one place, in its first pass.
-        once: dict[str, Any] = {"shared": moe.shared_experts}
-        if moe.shared_experts is not None and not _whole_experts(moe, moe.shared_experts):
-            once = {"residual": self.dense(x, moe.shared_experts)}
+        once: dict[str, Any] = {"shared": shared}
+        if apart is not None:
+            once["residual"] = self.dense(x, apart)
         elif self.block.leads_inner:
             once |= {"residual": x, "norm": norm.weight, "eps": norm.eps}
         passes: list[Tensor] = []
         moe.experts.look_ahead(h)
         for choices in moe.experts.here(indices, weights):
             extra = once if moe.experts.leads and not passes else {}
-            passes.append(self.experts(h, *choices, moe.experts, **extra))
+            passes.append(self.experts(h, *choices, moe.experts, fixed=fixed, **extra))
         y = passes[0] if len(passes) == 1 else torch.stack(passes).sum(dim=0)
         return moe.experts.combine(y)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from r1.kernels.attention import LOG2_E
 from r1.kernels.chip import Chip, Choices, Sizes, power_of_two
+from r1.kernels.fixed import Fixed
 from r1.kernels.grouped_kernels import (
     grouped_split_kernel,
     grouped_step_kernel,
@@ -112,12 +113,13 @@ def heads_torch(
 # ---------------------------- attention
 def grouped(
     chip: Chip, q: Tensor, cache: LayerCache, positions: Tensor, scale: float,
-    launch: GroupedLaunch | None = None,
+    launch: GroupedLaunch | None = None, fixed: Fixed | None = None,
 ) -> Tensor:  # fmt: skip
     """q (N, H, A), rotated, cache of two tensors (B, T, U, A), positions int64 (B, S) -> (N, H, A).
 
     Token n is number n % S of row n // S, and attends to slots 0 to its position. The kernels read
     `positions` before their waits, so they must be older than the previous kernel (chip.py).
+    `fixed` is memory for the result (N, H A): it is stored there, too.
     """
     keys, values = cache
     assert keys.stride() == values.stride() and keys.stride(3) == 1
@@ -127,7 +129,7 @@ def grouped(
         positions, positions.shape[1], splits.part, splits.weight, scale * LOG2_E,
         **splits.constants,
     )  # fmt: skip
-    return splits.sum(positions)
+    return splits.sum(positions, fixed)
 
 
 class _Splits:
@@ -154,13 +156,13 @@ class _Splits:
             "warps": use.warps, "stages": use.stages,
         }  # fmt: skip
 
-    def sum(self, positions: Tensor) -> Tensor:
+    def sum(self, positions: Tensor, fixed: Fixed | None) -> Tensor:
         """The splits' means, weighted and added up: (N, H, A)."""
         tokens, count, _splits, size = self.part.shape
         o = self.part.new_empty(tokens, count, size)
         self.chip.run(
             grouped_sum_kernel, (tokens, count), self.part, self.weight, positions, self.capacity,
-            o, **self.tiles, warps=1,
+            o, fixed, **self.tiles, warps=1,
         )  # fmt: skip
         return o
 
@@ -180,7 +182,7 @@ def grouped_torch(q: Tensor, cache: LayerCache, positions: Tensor, scale: float)
 # ---------------------------- both
 def grouped_step(
     chip: Chip, q: Tensor, k: Tensor, v: Tensor, layer: GQA, step: Step, cache: LayerCache,
-    launch: GroupedLaunch | None = None,
+    launch: GroupedLaunch | None = None, fixed: Fixed | None = None,
 ) -> Tensor:  # fmt: skip
     """`heads`, then `grouped`: the projections' outputs (N, ...) -> (N, H, A).
 
@@ -189,7 +191,7 @@ def grouped_step(
     """
     if step.positions.shape[1] > 1:
         ready = heads(chip, q, k, v, layer, step, cache)
-        return grouped(chip, ready, cache, step.positions, layer.scale, launch)
+        return grouped(chip, ready, cache, step.positions, layer.scale, launch, fixed)
     keys, values = cache
     assert keys.stride() == values.stride() and keys.stride(3) == 1
     splits = _Splits(chip, q, keys, launch, count=layer.shape.num_attention_heads)
@@ -198,12 +200,13 @@ def grouped_step(
         values, *keys.stride()[:3], keys.shape[1], splits.part, splits.weight,
         layer.scale * LOG2_E, **splits.constants,
     )  # fmt: skip
-    return splits.sum(step.positions)
+    return splits.sum(step.positions, fixed)
 
 
 def grouped_step_torch(
-    q: Tensor, k: Tensor, v: Tensor, layer: GQA, step: Step, cache: LayerCache
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, layer: GQA, step: Step, cache: LayerCache,
+    fixed: None = None,
+) -> Tensor:  # fmt: skip
     """The twin."""
     ready = heads_torch(q, k, v, layer, step, cache)
     return grouped_torch(ready, cache, step.positions, layer.scale)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from r1.kernels.attention_kernels import lengths_of
+from r1.kernels.attention_kernels import lengths_of, store_values
 from r1.kernels.chip import let_next_start, product, wait_for_previous
 
 
@@ -264,11 +264,12 @@ def write_split(part, weight, place, best, total, mean, real, d, SIZE: tl.conste
 
 @triton.jit
 def grouped_sum_kernel(
-    part, weight, positions, capacity, o, HEADS: tl.constexpr, SIZE: tl.constexpr,
+    part, weight, positions, capacity, o, fixed, HEADS: tl.constexpr, SIZE: tl.constexpr,
     PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The splits' means of one head of one token, weighted and added up: o (N, H, A).
+    """The splits' means of one head of one token, weighted and added up: o (N, H, A), and into
+    `fixed`, if it is given.
 
     Which splits are empty follows from the length, so empty splits are never read.
     """
@@ -286,4 +287,4 @@ def grouped_sum_kernel(
     share = tl.exp2(logs - tl.max(logs, axis=0))
     share /= tl.sum(share, axis=0)
     y = tl.sum(mean.to(tl.float32) * share[:, None], axis=0)  # (PAD,)
-    tl.store(o + (token * HEADS + head) * SIZE + d, y.to(o.dtype.element_ty), mask=d < SIZE)
+    store_values(o, fixed, y[None, :], token, 1, head, 0, HEADS, SIZE)

@@ -26,6 +26,7 @@ from r1.kernels.chip import (
     power_of_two,
     wait_for_previous,
 )
+from r1.kernels.fixed import GROUP, Fixed, store_fixed
 from r1.kernels.linear import gain_columns
 from r1.model.router import Router
 
@@ -59,11 +60,12 @@ class RouterLaunch:
 
 def route(
     chip: Chip, gate: Router, x: Tensor, gain: Tensor, eps: float, draws: Tensor | None = None,
-    launch: RouterLaunch | None = None,
+    launch: RouterLaunch | None = None, fixed: Fixed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x (N, D), the norm's gain (D,) -> normed x (N, D), indices int64 (N, K), weights fp32 (N, K).
 
-    With `draws`, fp32 (any number, E), tokens choose by them as `Router.forward` says.
+    With `draws`, fp32 (any number, E), tokens choose by them as `Router.forward` says. `fixed` is
+    memory for the normed x: it is stored there, too.
     """
     e, (tokens, dim) = gate.shape, x.shape
     experts, chosen = e.n_routed_experts, e.num_experts_per_tok
@@ -71,13 +73,14 @@ def route(
     h, logits = torch.empty_like(x), x.new_empty(tokens, experts, dtype=torch.float32)
     indices = x.new_empty(tokens, chosen, dtype=torch.int64)
     weights = x.new_empty(tokens, chosen, dtype=torch.float32)
-    biased = e.topk_method == "noaux_tc"
+    biased, programs = e.topk_method == "noaux_tc", ceil_div(experts, use.experts)
     chip.run(
-        route_kernel, (ceil_div(experts, use.experts), tokens), x, gain, eps, gate.weight,
+        route_kernel, (programs, tokens), x, gain, eps, gate.weight,
         gate.e_score_correction_bias if biased else None, draws,
         0 if draws is None else draws.shape[0], h, logits,
         tickets(x.device, power_of_two(tokens, 64)), indices, weights, e.routed_scaling_factor,
-        DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, EXPERTS=experts,
+        fixed, DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, EXPERTS=experts,
+        PART=power_of_two(ceil_div(dim, programs), GROUP.value),
         PAD=power_of_two(experts), CHOSEN=chosen, CHOSEN_PAD=power_of_two(chosen),
         GROUPS=e.n_group if e.topk_method != "greedy" else 1, KEPT=e.topk_group,
         BEST=2 if biased else 1, SIGMOID=e.scoring_func == "sigmoid", NORMED=e.norm_topk_prob,
@@ -87,8 +90,9 @@ def route(
 
 
 def route_torch(
-    gate: Router, x: Tensor, gain: Tensor, eps: float, draws: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    gate: Router, x: Tensor, gain: Tensor, eps: float, draws: Tensor | None = None,
+    fixed: None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The twin."""
     h = gain * F.rms_norm(x, gain.shape, eps=eps)
     return h, *gate(h, draws)
@@ -109,16 +113,17 @@ def tickets(device: torch.device, tokens: int) -> Tensor:
 
 @triton.jit
 def route_kernel(
-    x, gain, eps, weight, bias, draws, drawn, h, logits, tickets, indices, weights, factor,
+    x, gain, eps, weight, bias, draws, drawn, h, logits, tickets, indices, weights, factor, fixed,
     DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, EXPERTS: tl.constexpr,
-    PAD: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr,
-    KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    PART: tl.constexpr, PAD: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr,
+    NORMED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E experts' logits of one token.
 
-    A token's first program also writes the normed x, and its last one chooses. The norm comes first
-    and is rounded, as layers.py does: the choice between near-tied experts depends on such bits.
+    A token's first program also writes the normed x, and its last one chooses. Each stores PART
+    columns in `fixed`, if it is given; the last one has chosen before. The norm comes first and is
+    rounded, as layers.py does: the choice between near-tied experts depends on such bits.
     EARLY lets the next kernel start early. For one token it must not: `up_vector_kernel` reads
     megabytes before its own wait, and would delay the few bytes that the choice waits for.
     """
@@ -137,9 +142,7 @@ def route_kernel(
     sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         at = start + d
-        v = tl.load(x + at, mask=at < DIM, other=0.0)
-        normed = (v.to(tl.float32) * scale).to(v.dtype).to(tl.float32)
-        v = (normed * g.to(tl.float32)).to(v.dtype)
+        v = normed(tl.load(x + at, mask=at < DIM, other=0.0), scale, g)
         if tl.program_id(0) == 0:
             tl.store(h + token * DIM + at, v, mask=at < DIM)
         sums += w * v.to(tl.float32)
@@ -156,6 +159,25 @@ def route_kernel(
             logits, added, draws, indices + token * CHOSEN, weights + token * CHOSEN, factor,
             EXPERTS, PAD, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
         )  # fmt: skip
+    if fixed is not None:
+        store_part(fixed, x, scale, gain, token, DIM, PART)
+
+
+@triton.jit
+def store_part(fixed, x, factor, gain, token, DIM: tl.constexpr, PART: tl.constexpr):
+    """Store this program's columns of a token's normed x as fixed-point numbers."""
+    first = tl.program_id(0) * PART
+    at = first + tl.arange(0, PART)[None, :]
+    v = tl.load(x + at, mask=at < DIM, other=0.0)
+    v = normed(v, factor, gain_columns(gain, at, DIM))
+    store_fixed(fixed, v.to(tl.float32), token, 1, first, DIM, DIM)
+
+
+@triton.jit
+def normed(v, factor, gain):
+    """Columns of a token, times the norm's factor and the gain: rounded after each."""
+    rounded = (v.to(tl.float32) * factor).to(v.dtype).to(tl.float32)
+    return (rounded * gain.to(tl.float32)).to(v.dtype)
 
 
 @triton.jit
