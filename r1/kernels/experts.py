@@ -133,8 +133,9 @@ def _launch(
     )  # fmt: skip
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs), tokens),
-        fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down, shared_down,
-        residual, out, CHOSEN_PAD=power_of_two(chosen), FIXED=whole, **names, **use.down,
+        fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down,
+        shared_down, residual, out, CHOSEN_PAD=power_of_two(chosen), FIXED=whole, AHEAD=use.ahead,
+        **names, **use.down,
     )  # fmt: skip
     return out
 

@@ -18,6 +18,7 @@ class ExpertsLaunch:
     tl.dot; more than one token are then those of experts_few.py. With
     `apart` each tile of tokens has programs of its own, so that an expert's tokens are spread over
     the chip. Without it one program takes all of its expert's tokens, so weights are read once.
+    `ahead`: of one token, so many tiles of down's weights are loaded before the wait.
     """
 
     rows: int
@@ -28,6 +29,7 @@ class ExpertsLaunch:
     warps: int = 4
     stages: int = 1
     apart: bool = False
+    ahead: int = 1
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
@@ -38,10 +40,10 @@ class ExpertsLaunch:
             rows = 1 if tokens * chosen <= experts else 2 if tokens * chosen <= 2 * experts else 4
             up_inputs, down_inputs = power_of_two(dim, 32), min(512, power_of_two(inner, 32))
             if tokens == 1:
-                return ExpertsLaunch(1, 4, min(2048, up_inputs), 4, down_inputs, 4)
+                return ExpertsLaunch(1, 4, min(2048, up_inputs), 2, down_inputs, 4, ahead=3)
             return ExpertsLaunch(rows, 4, min(1024, up_inputs), 8, down_inputs, 1)
         if tokens == 1 and packed:
-            down_inputs, warps = (512, 2) if packed == [8] else (256, 4)
+            down_inputs, warps = (512, 4) if packed == [8] else (256, 4)
             down_inputs = min(down_inputs, power_of_two(inner, 16))
             return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs, warps)
         if tokens == 1:
@@ -82,7 +84,7 @@ class ExpertsLaunch:
             return ({"rows": (1, 2, 4, 8)} if self.rows > 1 else {}) | {
                 "up_outputs": (1, 2, 4, 8), "up_inputs": (512, 1024, 2048),
                 "down_outputs": (1, 2, 4, 8), "down_inputs": (64, 128, 256, 512),
-                "warps": (1, 2, 4, 8),
+                "warps": (1, 2, 4, 8), "ahead": (1, 2, 3, 4),
             }  # fmt: skip
         return {
             "rows": (16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),

@@ -102,74 +102,116 @@ def gated(
 def down_vector_kernel(
     h, indices, weights, down, shared_down, residual, y, DIM: tl.constexpr, INNER: tl.constexpr,
     CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr,
-    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT of a token's outputs: the weighted sum over all of its slots, and the residual.
     With FIXED h is a `Fixed`, of a token's slots side by side. COUNT: see `up_vector_kernel`.
 
-    The choice is older than the previous kernel, so the chosen experts' first weights are loaded
-    before the wait.
+    The choice is older than the previous kernel, so the first AHEAD tiles of weights are loaded
+    before the wait: first BLOCK_IN columns of all chosen experts at once, tile after tile, then
+    those of the shared experts.
     """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = tl.program_id(1).to(tl.int64)
-    i, slot = tl.arange(0, BLOCK_IN), tl.arange(0, CHOSEN_PAD)
+    slot = tl.arange(0, CHOSEN_PAD)
     expert = tl.load(indices + token * CHOSEN + slot, mask=slot < CHOSEN, other=0).to(tl.int64)
     weight = tl.load(weights + token * CHOSEN + slot, mask=slot < CHOSEN, other=0.0)
     some = slot < CHOSEN
     if COUNT > 0:
         some = some & (expert < COUNT)
-    real = ((out < DIM)[:, None] & some[None, :])[:, :, None]
-    matrices = matrix_of(down, expert[None, :, None])
-    row, column = out[:, None, None], i[None, None, :]
-    w = load(matrices, row, real, column, 0, INNER, down)  # (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN)
+    routed: tl.constexpr = (INNER + BLOCK_IN - 1) // BLOCK_IN  # tiles
+    size: tl.constexpr = CHOSEN_PAD * BLOCK_IN  # columns of a tile of shared experts
+    tiles: tl.constexpr = routed + (SHARED * INNER + size - 1) // size
+    queue = ()
+    for n in tl.static_range(min(AHEAD, tiles)):
+        w = down_tile(down, shared_down, expert, some, out, n, routed, DIM, INNER, SHARED, BLOCK_IN)
+        queue = queue + (w,)  # type: ignore[assignment]  # noqa: RUF005
     wait_for_previous(PDL)
     let_next_start(PDL)
-    length: tl.constexpr = (CHOSEN + SHARED) * INNER
-    wide: tl.constexpr = BLOCK_IN // min(down.TOGETHER, BLOCK_IN)
-    sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, wide), tl.float32)
-    for start in range(0, INNER, BLOCK_IN):
-        if FIXED:
-            v = slots_fixed(h, token, slot, start, length, CHOSEN, INNER, BLOCK_IN)
-            sums += times_fixed(w, v, down) * weight[None, :, None]
-        else:
-            mask = (slot < CHOSEN)[:, None] & (start + i < INNER)[None, :]
-            place = h + token * length + slot[:, None] * INNER + start + i[None, :]
-            v = tl.load(place, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
-            sums += times(w, v[None, :, :], down)
-        w = load(matrices, row, real, column, start + BLOCK_IN, INNER, down)
-    total = tl.sum(tl.reshape(sums, (BLOCK_OUT, CHOSEN_PAD * wide)), axis=1)  # (BLOCK_OUT,)
-    if SHARED > 0:
-        total += down_shared(
-            h, token, shared_down, out, length, DIM, INNER, CHOSEN, SHARED, FIXED, BLOCK_OUT,
-            CHOSEN_PAD * BLOCK_IN,
-        )  # fmt: skip
+    total = tl.zeros((BLOCK_OUT,), tl.float32)
     if residual is not None:
         total += tl.load(residual + token * DIM + out, mask=out < DIM, other=0.0).to(tl.float32)
+    sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, BLOCK_IN // min(down.TOGETHER, BLOCK_IN)), tl.float32)
+    for n in tl.static_range(tiles):
+        if n < routed:
+            v = slots_of(h, token, weight, n * BLOCK_IN, CHOSEN, SHARED, INNER, BLOCK_IN, FIXED)
+            if FIXED:
+                sums += times_fixed(queue[n], v, down) * weight[None, :, None]
+            else:
+                sums += times(queue[n], v[None, :, :], down)
+        else:
+            total += shared_product(
+                queue[n], h, token, (n - routed) * size, shared_down, CHOSEN, SHARED, INNER, size,
+                FIXED,
+            )  # fmt: skip
+        if n + AHEAD < tiles:
+            w = down_tile(
+                down, shared_down, expert, some, out, n + AHEAD, routed, DIM, INNER, SHARED,
+                BLOCK_IN,
+            )  # fmt: skip
+            queue = queue + (w,)  # type: ignore[assignment]  # noqa: RUF005
+    total += tl.sum(tl.reshape(sums, (BLOCK_OUT, sums.numel // BLOCK_OUT)), axis=1)
     tl.store(y + token * DIM + out, total.to(y.dtype.element_ty), mask=out < DIM)
 
 
 @triton.jit
-def down_shared(
-    h, token, down, out, LENGTH: tl.constexpr, DIM: tl.constexpr, INNER: tl.constexpr,
-    CHOSEN: tl.constexpr, SHARED: tl.constexpr, FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+def down_tile(
+    down, shared_down, expert, some, out, n: tl.constexpr, ROUTED: tl.constexpr, DIM: tl.constexpr,
+    INNER: tl.constexpr, SHARED: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """The shared experts' outputs `out` of a token, fp32 (BLOCK_OUT,).
+    """Tile n of down's weights: (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN) of the chosen experts, or, from
+    number ROUTED on, (BLOCK_OUT, CHOSEN_PAD BLOCK_IN) of the shared ones.
+    """
+    if n < ROUTED:
+        real = ((out < DIM)[:, None] & some[None, :])[:, :, None]
+        column = tl.arange(0, BLOCK_IN)[None, None, :]
+        matrices = matrix_of(down, expert[None, :, None])
+        w = load(matrices, out[:, None, None], real, column, n * BLOCK_IN, INNER, down)
+    else:
+        size: tl.constexpr = some.shape[0] * BLOCK_IN
+        inside, column = (out < DIM)[:, None], tl.arange(0, size)[None, :]
+        start: tl.constexpr = (n - ROUTED) * size
+        matrix = matrix_of(shared_down, 0)
+        w = load(matrix, out[:, None], inside, column, start, SHARED * INNER, shared_down)
+    return w
+
+
+@triton.jit
+def slots_of(
+    h, token, weight, start, CHOSEN: tl.constexpr, SHARED: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_IN: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """Columns from `start` on of each chosen slot's h: fixed-point, or fp32 (CHOSEN_PAD, BLOCK_IN)
+    times the slot's weight.
+    """
+    slot, at = tl.arange(0, weight.shape[0]), start + tl.arange(0, BLOCK_IN)
+    length: tl.constexpr = (CHOSEN + SHARED) * INNER
+    if FIXED:
+        v = slots_fixed(h, token, slot, start, length, CHOSEN, INNER, BLOCK_IN)
+    else:
+        mask = (slot < CHOSEN)[:, None] & (at < INNER)[None, :]
+        place = h + token * length + slot[:, None] * INNER + at[None, :]
+        v = tl.load(place, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
+    return v
+
+
+@triton.jit
+def shared_product(
+    w, h, token, start, down, CHOSEN: tl.constexpr, SHARED: tl.constexpr, INNER: tl.constexpr,
+    SIZE: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """A tile of the shared experts, from column `start` on, times their h: fp32 (BLOCK_OUT,).
 
     Their slots' h stand side by side, as their matrix has its columns.
     """
-    columns: tl.constexpr = SHARED * INNER
-    matrix, block = matrix_of(down, 0), tl.arange(0, BLOCK_IN)
-    sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(down.TOGETHER, BLOCK_IN)), tl.float32)
-    inside = (out < DIM)[:, None]
-    for start in range(0, columns, BLOCK_IN):
-        w = load(matrix, out[:, None], inside, block[None, :], start, columns, down)
-        if FIXED:
-            first = CHOSEN * INNER + start
-            sums += times_fixed(w, columns_fixed(h, token, first, LENGTH, BLOCK_IN), down)
-        else:
-            at = start + block
-            place = h + token * LENGTH + CHOSEN * INNER + at
-            v = tl.load(place, mask=at < columns, other=0.0).to(tl.float32)
-            sums += times(w, v[None, :], down)
+    first: tl.constexpr = CHOSEN * INNER
+    length: tl.constexpr = (CHOSEN + SHARED) * INNER
+    if FIXED:
+        sums = times_fixed(w, columns_fixed(h, token, first + start, length, SIZE), down)
+    else:
+        at = start + tl.arange(0, SIZE)
+        place = h + token * length + first + at
+        v = tl.load(place, mask=at < SHARED * INNER, other=0.0).to(tl.float32)
+        sums = times(w, v[None, :], down)
     return tl.sum(sums, axis=1)

@@ -85,40 +85,35 @@ def storage_sizes(chip: Chip, x: Tensor, length: int, *operands: Operand | None)
     return (bits, 1) if fits(chip, x, length, *operands) else (bits,)
 
 
-def fix(
-    chip: Chip, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, early: bool = False
-) -> Fixed:
+def fix(chip: Chip, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Fixed:
     """x (N, length), RMS-normed first with the gain `norm` (length,) if there is one.
 
-    `early`: the next kernel may start at once. It reads nothing but weights before its own wait.
+    The next kernel may start at once. Before its own wait it reads weights, and no output that is
+    younger than the previous kernel's wait (`down_vector_kernel`: the choice of experts).
     """
     tokens, length = x.shape
     fixed = Fixed.empty(x, tokens, length)
     chip.run(
         fix_kernel, (ceil_div(length, COLUMNS), tokens), x, x.stride(0), norm, eps, fixed,
-        LENGTH=length, BLOCK=COLUMNS, EARLY=early, warps=4,
+        LENGTH=length, BLOCK=COLUMNS, warps=4,
     )  # fmt: skip
     return fixed
 
 
 @triton.jit
 def fix_kernel(
-    x, x_stride, norm, eps, fixed, LENGTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-    PDL: tl.constexpr,
+    x, x_stride, norm, eps, fixed, LENGTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """BLOCK numbers of one token's vector."""
     token = tl.program_id(1).to(tl.int64)
     x += token * x_stride
-    if EARLY:
-        let_next_start(PDL)
+    let_next_start(PDL)
     first = tl.program_id(0) * BLOCK
     column = tl.arange(0, BLOCK)[None, :]
     at = first + column
     if norm is not None:  # the gain is a weight: it doesn't need the wait
         gain = tl.load(norm + at, mask=at < LENGTH, other=0.0)
     wait_for_previous(PDL)
-    if not EARLY:
-        let_next_start(PDL)
     v = tl.load(x + at, mask=at < LENGTH, other=0.0).to(tl.float32)  # (1, BLOCK)
     if norm is not None:
         squares = tl.zeros((1, BLOCK), tl.float32)
@@ -200,11 +195,12 @@ def slots_fixed(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Columns from `start` on of each of a token's slots, (1, slots, ...)."""
-    first, real = slot[None, :, None] * INNER + start, (slot < CHOSEN)[None, :, None]
-    word = 8 * tl.arange(0, COLUMNS // 8)[None, None, :]
-    group = GROUP * tl.arange(0, COLUMNS // GROUP)[None, None, :]
-    inside, some = real & (start + word < INNER), real & (start + group < INNER)
-    at, of = (first + word) // 8, (first + group) // GROUP
+    slot, real = slot[None, :, None], (slot < CHOSEN)[None, :, None]
+    # Counted in words and in groups: then a thread loads four of them in one instruction.
+    word = start // 8 + tl.arange(0, COLUMNS // 8)[None, None, :]
+    group = start // GROUP + tl.arange(0, COLUMNS // GROUP)[None, None, :]
+    inside, some = real & (word < INNER // 8), real & (group < INNER // GROUP)
+    at, of = slot * (INNER // 8) + word, slot * (INNER // GROUP) + group
     return load_fixed(h, token, at, of, inside, some, LENGTH)
 
 

@@ -38,7 +38,7 @@ def gated(
     if use.rows == 1:
         h, block = x.new_empty(tokens, inner), max(1, use.outputs // 2)
         fixed = stored[1:] == (1,)
-        given = fix(chip, x, norm, eps, early=True) if fixed else x
+        given = fix(chip, x, norm, eps) if fixed else x
         chip.run(
             gated_kernel, (ceil_div(inner, block), tokens), given, *matrices, norm, eps, h, inner,
             INPUTS=inputs, FIXED=fixed, BLOCK_OUT=block, BLOCK_IN=use.inputs, warps=use.warps,

@@ -110,10 +110,10 @@ def _check(key: str, values: dict[str, int]) -> None:
     kind(**values)
     flags = [each.name for each in dataclasses.fields(kind) if each.type == "bool"]
     for name, value in values.items():
-        # Tiles are powers of two; pipelines have a few stages.
+        # Tiles are powers of two; pipelines have a few stages, and few tiles are loaded ahead.
         sound = type(value) is (bool if name in flags else int) and (
             1 <= value <= 8
-            if name.endswith("stages")
+            if name.endswith("stages") or name == "ahead"
             else name in flags or (value.bit_count() == 1 and 1 <= value <= LARGEST)
         )
         if not sound:

@@ -50,7 +50,7 @@ def linear(
     grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     whole = stored[1:] == (1,) and use.rows < LEAST_TILE
-    given = (fixed or fix(chip, x, norm, eps, early=True)) if whole else x
+    given = (fixed or fix(chip, x, norm, eps)) if whole else x
     if use.rows == 1:
         chip.run(
             vector_kernel, grid, given, x.stride(0), matrix, None if whole else norm, eps,
