@@ -6,6 +6,7 @@ Holds r1/kernels/tiles.py to account.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -41,6 +42,7 @@ SPECS = {
     "fp8 whole": Spec("fp8", 0, 0),
     "int8 rows": Spec("int8", 1, 0),
     "int8 blocks": Spec("int8", 16, 16, zeros=True),
+    "int8 groups": Spec("int8", 1, 32),
     "int4 groups": Spec("int4", 1, 32, scale="bf16"),
     "int4 zeros": Spec("int4", 1, 16, scale="fp16", zeros=True),
     "int4 narrow": Spec("int4", 1, 8),
@@ -74,6 +76,24 @@ def test_linear(tokens: int, spec: Spec) -> None:
     close(linear(CHIP, x, weight), right)
 
 
+FEW = SPECS | {"fp8 128": Spec("fp8", 128, 128), "int8 zeros": Spec("int8", 1, 0, zeros=True)}
+
+
+@pytest.mark.parametrize("spec", FEW.values(), ids=list(FEW))
+@pytest.mark.parametrize(("tokens", "rows"), [(2, 2), (3, 2), (8, 4)])
+def test_linear_of_a_few_tokens(tokens: int, rows: int, spec: Spec) -> None:
+    """By dot products. Ragged: 37 rows in blocks of 16, 136 columns in tiles of 64, 3 tokens in
+    pairs. x's rows are further apart than they are long.
+    """
+    weight, x = stored(spec, 37, 136), torch.randn(tokens, 140, device=DEVICE)[:, :136]
+    gain, residual = torch.rand(136, device=DEVICE), torch.randn(tokens, 37, device=DEVICE)
+    right = linear_torch(x, weight, norm=gain, eps=1e-6, residual=residual)
+    launch = LinearLaunch(rows, 16, 64, 2)
+    y = linear(CHIP, x, weight, norm=gain, eps=1e-6, residual=residual, launch=launch)
+    close(y, right)
+    close(linear(CHIP, x, weight), linear_torch(x, weight))
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_gated(tokens: int, spec: Spec) -> None:
@@ -92,7 +112,7 @@ def test_gated(tokens: int, spec: Spec) -> None:
 
 
 @pytest.mark.parametrize("ptx", [False, True])
-@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("tokens", [1, 4, 16])
 @pytest.mark.parametrize("columns", [16, 18, 17])
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4", "int4 zeros"])
 def test_every_number(kind: str, columns: int, tokens: int, ptx: bool) -> None:
@@ -145,6 +165,38 @@ def test_experts(tokens: int, apart: bool, spec: Spec) -> None:
     assert not packed.is_contiguous(), "an expert is a row of bytes, as in slots"
     again = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch)
     assert torch.equal(again, ours)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN, and whole numbers that are no place anywhere."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("spec", FEW.values(), ids=list(FEW))
+@pytest.mark.parametrize(("tokens", "rows"), [(2, 1), (3, 2), (8, 4)])
+def test_experts_of_a_few_tokens(tokens: int, rows: int, spec: Spec, poisoned: None) -> None:
+    """By dot products. Expert 5 has all tokens, expert 0 none. 44 outputs in blocks of 32, two
+    shared experts where blocks allow. Of 2 tokens, and of 8, the last half choose no expert here.
+    """
+    more = 2 if max(spec.rows, spec.columns) <= 32 else 1
+    config = V3.change(hidden_size=44, moe_intermediate_size=32, n_shared_experts=more)
+    routed, shared = Experts(config), MLP(44, more * 32)
+    routed.gate_proj, routed.up_proj = (stored(spec, 8, 32, 44) for _ in range(2))
+    routed.down_proj, shared.down_proj.matrix = stored(spec, 8, 44, 32), stored(spec, 44, more * 32)
+    shared.gate_proj.matrix, shared.up_proj.matrix = (stored(spec, more * 32, 44) for _ in "gu")
+    x = torch.randn(tokens, 44, device=DEVICE)
+    others = torch.tensor([1, 2, 3, 4, 6, 7])
+    indices = torch.stack([others[torch.randperm(6)[:3]] for _ in range(tokens)]).to(DEVICE)
+    indices[:, 1] = 5
+    weights = torch.rand(tokens, 3, device=DEVICE)
+    if tokens != 3:
+        indices[tokens // 2 :], routed.partial = 8, True
+    launch = ExpertsLaunch(rows, 32, 32, 32, 16, 2)
+    ours = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch)
+    close(ours, experts_torch(x, indices, weights, routed, shared, x))
 
 
 def test_shared_experts_begin_where_a_block_does() -> None:

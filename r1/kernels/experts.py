@@ -3,8 +3,8 @@
 Shared experts are extra experts that every token chooses with weight 1. A shared MLP of width n I
 is n experts of width I: their gates, ups and downs stand side by side in its matrices.
 
-One token takes the kernels of experts_vector.py, several take those of experts_tiles.py, or, of 4
-bits and few for each expert, of experts_few.py.
+One token takes the kernels of experts_vector.py, several take those of experts_tiles.py, or, where
+weights are packed and experts have one of them or none, of experts_few.py.
 
 Shapes: N tokens, D hidden_size, I moe_intermediate_size, E experts, K experts per token, J slots of
 a token (K + shared).
@@ -119,7 +119,7 @@ def _launch(
             chip, use, names, count, x, indices, weights, routed, shared, residual, partial
         )
     given = (fixed or fix(chip, x)) if stored[1:] == (1,) else x
-    if isinstance(given, Fixed) and tokens > 1:
+    if tokens > 1:
         return _few_tokens(
             chip, use, names, count, x, given, indices, weights, routed, shared, residual, partial
         )
@@ -178,25 +178,27 @@ def _several_tokens(
 
 
 def _few_tokens(
-    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, fixed: Fixed,
-    indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
+    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor,
+    given: Tensor | Fixed, indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
     residual: Tensor | None, partial: bool,
 ) -> Tensor:  # fmt: skip
-    """The same with fixed-point vectors: of the tokens, `fixed`, then of their inner values."""
+    """The same by dot products. A `Fixed` is given in place of x where products are of whole
+    numbers; then the inner values become one, too.
+    """
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
-    tokens, chosen = indices.shape
+    (tokens, chosen), fixed = indices.shape, isinstance(given, Fixed)
     order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
     shared_gate, shared_up, shared_down = shared or (None, None, None)
-    how = sizes | {"ROWS": use.rows}
+    how = sizes | {"ROWS": use.rows, "FIXED": fixed}
     h = x.new_empty(tokens * (chosen + more), inner)
     chip.run(
-        up_few_kernel, (ceil_div(inner, use.up_outputs), places), fixed, order, ends, work,
+        up_few_kernel, (ceil_div(inner, use.up_outputs), places), given, order, ends, work,
         routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how, **use.up,
     )  # fmt: skip
     y = _slots(x, chosen + more, torch.float32, partial)
     chip.run(
-        down_few_kernel, (ceil_div(dim, use.down_outputs), places), fix(chip, h), order, ends,
-        work, weights, routed.down, shared_down, y, tokens, count, **how, **use.down,
+        down_few_kernel, (ceil_div(dim, use.down_outputs), places), fix(chip, h) if fixed else h,
+        order, ends, work, weights, routed.down, shared_down, y, tokens, count, **how, **use.down,
     )  # fmt: skip
     return _added(chip, y, residual, x, 256)
 

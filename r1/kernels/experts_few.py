@@ -1,10 +1,11 @@
-"""The experts of several tokens, 4 bits: as many dot products as an expert has tokens.
+"""The experts of several tokens: as many dot products as an expert has tokens.
 
 Where an expert has a token or two, tiles for `tl.dot` are empty but for those, and to unpack
 weights for them takes longer than to read them. Here a program has rows of an expert's weights and
-up to ROWS of its tokens, each a fixed-point vector (fixed.py). Choices are sorted by expert, so the
-programs that read the same weights run side by side, and all but the first find them in the
-second-level cache.
+up to ROWS of its tokens. It loads and unpacks each weight once for all of them. With FIXED each
+token is a fixed-point vector (fixed.py); otherwise products are in fp32. Choices are sorted by
+expert, so the programs that read the same weights run side by side, and all but the first find them
+in the second-level cache.
 
 Shapes: N tokens, D hidden_size, I moe_intermediate_size, K experts per token, J slots of a token
 (K + shared).
@@ -17,8 +18,7 @@ import triton.language as tl
 
 from r1.kernels.chip import let_next_start, wait_for_previous
 from r1.kernels.experts_tiles import places_of, work_of
-from r1.kernels.fixed import GROUP, columns_fixed, times_fixed
-from r1.kernels.linear_few import add_vectors, nothing
+from r1.kernels.linear_few import add_vectors, nothing, product_of, ready, vector_of
 from r1.kernels.tiles import expert_of, load
 
 
@@ -43,9 +43,12 @@ def places_of_rows(
 def up_few_kernel(
     x, order, ends, work, gate, up, shared_gate, shared_up, h, tokens, count,
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT inner values of one expert, for up to ROWS of its tokens. x is a `Fixed`."""
+    """BLOCK_OUT inner values of one expert, for up to ROWS of its tokens. With FIXED x is a
+    `Fixed`.
+    """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     d = tl.arange(0, BLOCK_IN)[None, :]
     wait_for_previous(PDL)
@@ -57,15 +60,17 @@ def up_few_kernel(
     ups = expert_of(up, shared_up, expert, count, w_row, 0, SHARED)
     for first in range(start, end, ROWS):  # once, or never
         rows = places_of_rows(expert, first, end, order, tokens, count, CHOSEN, SHARED, ROWS)
-        a = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
-        b = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
+        a = nothing(gate, ROWS, BLOCK_OUT, BLOCK_IN)
+        b = nothing(up, ROWS, BLOCK_OUT, BLOCK_IN)
         for column in range(0, DIM, BLOCK_IN):
-            g = load(gates, out[:, None], wanted, d, column, DIM, gate)
-            u = load(ups, out[:, None], wanted, d, column, DIM, up)
+            loaded_g = load(gates, out[:, None], wanted, d, column, DIM, gate)
+            loaded_u = load(ups, out[:, None], wanted, d, column, DIM, up)
+            g, u = ready(loaded_g, gate, FIXED), ready(loaded_u, up, FIXED)
             more_a, more_b = (), ()
             for row in tl.static_range(ROWS):
-                v = columns_fixed(x, rows[row][0], column, DIM, BLOCK_IN)
-                c, e = a[row] + times_fixed(g, v, gate), b[row] + times_fixed(u, v, up)
+                v = vector_of(x, DIM, rows[row][0], column, gate, DIM, BLOCK_IN, FIXED)
+                c = a[row] + product_of(g, v, gate, FIXED)
+                e = b[row] + product_of(u, v, up, FIXED)
                 more_a = more_a + (c,)  # type: ignore[assignment]  # noqa: RUF005
                 more_b = more_b + (e,)  # type: ignore[assignment]  # noqa: RUF005
             a, b = more_a, more_b
@@ -81,10 +86,10 @@ def up_few_kernel(
 def down_few_kernel(
     h, order, ends, work, weights, down, shared_down, y, tokens, count, DIM: tl.constexpr,
     INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of one expert, weighted, for up to ROWS of its tokens: into their slots of
-    y, (N, J, D). h is a `Fixed`, with a vector for each place.
+    y, (N, J, D). h has a vector for each place; with FIXED it is a `Fixed`.
     """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     i = tl.arange(0, BLOCK_IN)[None, :]
@@ -98,10 +103,12 @@ def down_few_kernel(
         places = ()
         for row in tl.static_range(ROWS):
             places = places + (rows[row][2],)  # type: ignore[assignment]  # noqa: RUF005
-        sums = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
+        sums = nothing(down, ROWS, BLOCK_OUT, BLOCK_IN)
         for column in range(0, INNER, BLOCK_IN):
             w = load(matrix, out[:, None], wanted, i, column, INNER, down)
-            sums = add_vectors(sums, w, h, places, column, down, INNER, BLOCK_IN, ROWS)
+            sums = add_vectors(
+                sums, w, h, INNER, places, column, down, INNER, BLOCK_IN, ROWS, FIXED
+            )
         for row in tl.static_range(ROWS):
             _token, choice, _place, slot = rows[row]
             weight = tl.where(expert < count, tl.load(weights + choice), 1.0)

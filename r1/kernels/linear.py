@@ -4,7 +4,7 @@ One token is a matrix-vector product. Each program has a few rows of W, and all 
 along the columns. The norm costs no pass of its own: its factor is one number, which multiplies the
 sums at the end. The loop that streams W also adds up the squares for it.
 Several tokens are `tl.dot` on tiles whose rows are padded to 16. A small kernel before it applies
-the norm. A few tokens and weights of 4 bits are dot products again (linear_few.py).
+the norm. A few tokens and packed weights are dot products again (linear_few.py).
 
 Shapes: N tokens; out and in are W's rows and columns.
 """
@@ -47,28 +47,29 @@ def linear(
     matrix = operand(weight, chip.ptx)
     stored = storage_sizes(chip, x, inputs, matrix)
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize, *stored)
-    grid = (ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows))
+    programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     whole = stored[1:] == (1,) and use.rows < LEAST_TILE
     given = (fixed or fix(chip, x, norm, eps)) if whole else x
     if use.rows == 1:
         chip.run(
-            vector_kernel, grid, given, x.stride(0), matrix, None if whole else norm, eps,
-            residual, y, outputs, INPUTS=inputs, FIXED=whole, **blocks, warps=use.warps,
+            vector_kernel, (programs, parts), given, x.stride(0), matrix, None if whole else norm,
+            eps, residual, y, outputs, INPUTS=inputs, FIXED=whole, **blocks, warps=use.warps,
             stages=use.stages,
         )  # fmt: skip
         return y
-    if whole:
+    if norm is not None and not whole:
+        given = x = prepare(chip, x, norm=norm, eps=eps)
+    blocks["ROWS"] = use.rows
+    if use.rows < LEAST_TILE:
         chip.run(
-            few_kernel, grid, given, matrix, residual, y, tokens, outputs, INPUTS=inputs,
-            ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
+            few_kernel, (programs * parts,), given, x.stride(0), matrix, residual, y, tokens,
+            outputs, INPUTS=inputs, FIXED=whole, **blocks, warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
-    if norm is not None:
-        x = prepare(chip, x, norm=norm, eps=eps)
     chip.run(
-        tile_kernel, grid, x, x.stride(0), matrix, residual, y, tokens, outputs,
-        INPUTS=inputs, ROWS=use.rows, **blocks, warps=use.warps, stages=use.stages,
+        tile_kernel, (programs, parts), x, x.stride(0), matrix, residual, y, tokens, outputs,
+        INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y
 

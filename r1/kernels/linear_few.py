@@ -1,7 +1,7 @@
-"""A projection of a few tokens, 4 bits: a dot product for each token.
+"""A projection of a few tokens: a dot product for each token.
 
-A program has rows of W, and up to ROWS tokens, each a fixed-point vector (fixed.py). It loads each
-weight once for all of them.
+A program has rows of W, and up to ROWS tokens. It loads and unpacks each weight once for all of
+them. With FIXED each token is a fixed-point vector (fixed.py); otherwise products are in fp32.
 
 Shapes: N tokens; out and in are W's rows and columns.
 """
@@ -12,49 +12,92 @@ import triton
 import triton.language as tl
 
 from r1.kernels.chip import let_next_start, wait_for_previous
-from r1.kernels.fixed import GROUP, columns_fixed, times_fixed
+from r1.kernels.fixed import columns_fixed, times_fixed
+from r1.kernels.packed import times_unpacked, unpacked
 from r1.kernels.tiles import load, matrix_of
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr):
-    """The sums of ROWS tokens, before the first column. (Triton can't unpack: no (*a, b).)"""
-    sums = (tl.zeros((BLOCK_OUT, GROUPS), tl.float32),)
+def nothing(w, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """The sums of ROWS tokens, before the first column: one for the columns of a scale of operand
+    w. (Triton can't unpack: no (*a, b).)
+    """
+    wide: tl.constexpr = BLOCK_IN // min(w.TOGETHER, BLOCK_IN)
+    sums = (tl.zeros((BLOCK_OUT, wide), tl.float32),)
     for _ in tl.static_range(1, ROWS):
-        more = tl.zeros((BLOCK_OUT, GROUPS), tl.float32)
+        more = tl.zeros((BLOCK_OUT, wide), tl.float32)
         sums = sums + (more,)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 
 @triton.jit
+def vector_of(
+    x, stride, token, start, w, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, FIXED: tl.constexpr
+):
+    """A token's columns from `start` on, zeros beyond the last: fixed-point, or fp32 (1, COLUMNS).
+
+    Rows of a plain x are `stride` apart. A thread has 16 numbers of 8 bits side by side, and loads
+    no more than 8 columns of x at once. So it loads them in two halves: otherwise threads would
+    have to exchange them, with 0.8 instructions a weight.
+    """
+    if FIXED:
+        v = columns_fixed(x, token, start, LENGTH, COLUMNS)
+    elif w.PER == 4:
+        at = start + 16 * tl.arange(0, COLUMNS // 16)[:, None] + tl.arange(0, 8)[None, :]
+        place = x + token * stride + at
+        left = tl.load(place, mask=at < LENGTH, other=0.0)
+        right = tl.load(place + 8, mask=at + 8 < LENGTH, other=0.0)
+        both = tl.permute(tl.join(left, right), (0, 2, 1))  # (COLUMNS / 16, 2, 8)
+        v = tl.reshape(both, (1, COLUMNS)).to(tl.float32)
+    else:
+        at = start + tl.arange(0, COLUMNS)
+        v = tl.load(x + token * stride + at, mask=at < LENGTH, other=0.0).to(tl.float32)[None, :]
+    return v
+
+
+@triton.jit
+def ready(loaded, w, FIXED: tl.constexpr):
+    """A loaded tile, as `product_of` takes it for each token: fixed-point products take words."""
+    return loaded if FIXED else unpacked(loaded, w)
+
+
+@triton.jit
+def product_of(tile, v, w, FIXED: tl.constexpr):
+    """The sums of a ready tile times one token's columns, as `nothing` has them."""
+    return times_fixed(tile, v, w) if FIXED else times_unpacked(tile, v, w)
+
+
+@triton.jit
 def add_vectors(
-    sums, w, x, vectors, start, weight, LENGTH: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    sums, loaded, x, stride, vectors, start, weight, LENGTH: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """The sums of ROWS tokens, and the products of a loaded tile, whose columns begin at `start`,
-    with their vectors of `Fixed` x added.
+    with their `vectors` of x added.
     """
-    more = ()
+    tile, more = ready(loaded, weight, FIXED), ()
     for row in tl.static_range(ROWS):
-        v = columns_fixed(x, vectors[row], start, LENGTH, COLUMNS)
-        value = sums[row] + times_fixed(w, v, weight)
+        v = vector_of(x, stride, vectors[row], start, weight, LENGTH, COLUMNS, FIXED)
+        value = sums[row] + product_of(tile, v, weight, FIXED)
         more = more + (value,)  # type: ignore[assignment]  # noqa: RUF005
     return more
 
 
 @triton.jit
 def few_kernel(
-    x, weight, residual, y, tokens, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, weight, residual, y, tokens, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT rows of W for ROWS tokens (the last one again, where there are fewer). x is a
-    `Fixed`, and normed.
+    """BLOCK_OUT rows of W for ROWS tokens (the last one again, where there are fewer). With FIXED x
+    is a `Fixed`. A norm was applied to it.
 
-    Weights depend on no kernel, so the first tile is loaded before the wait.
+    Programs of the same rows of W run side by side, so memory is read once. Weights depend on no
+    kernel, so the first tile is loaded before the wait.
     """
     let_next_start(PDL)
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    first = tl.program_id(1) * ROWS
+    parts = tl.cdiv(tokens, ROWS)
+    out = tl.program_id(0) // parts * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    first = tl.program_id(0) % parts * ROWS
     d = tl.arange(0, BLOCK_IN)[None, :]
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     real = (out < outputs)[:, None]
@@ -62,11 +105,13 @@ def few_kernel(
     wait_for_previous(PDL)
     vectors = ()
     for row in tl.static_range(ROWS):
-        token = tl.minimum(first + row, tokens - 1)
+        token = tl.minimum(first + row, tokens - 1).to(tl.int64)
         vectors = vectors + (token,)  # type: ignore[assignment]  # noqa: RUF005
-    sums = nothing(ROWS, BLOCK_OUT, BLOCK_IN // GROUP)
+    sums = nothing(weight, ROWS, BLOCK_OUT, BLOCK_IN)
     for start in range(0, INPUTS, BLOCK_IN):
-        sums = add_vectors(sums, w, x, vectors, start, weight, INPUTS, BLOCK_IN, ROWS)
+        sums = add_vectors(
+            sums, w, x, x_stride, vectors, start, weight, INPUTS, BLOCK_IN, ROWS, FIXED
+        )
         w = load(matrix, w_row, real, d, start + BLOCK_IN, INPUTS, weight)
     for row in tl.static_range(ROWS):
         total = tl.sum(sums[row], axis=1)  # (BLOCK_OUT,)

@@ -1,8 +1,8 @@
 """Packed numbers become fp32 in registers: "unpack these words of W".
 
 A thread loads words of 32 bits (narrower ones, where rows are no whole number of those), and each
-word becomes numbers that lie side by side. No scale is applied here: `times` multiplies by a vector
-first, adds up the columns that share a scale, and scales the few sums.
+word becomes numbers that lie side by side. A product with a vector multiplies first, adds up the
+columns that share a scale, and scales the few sums.
 
 NVIDIA chips from sm_89 on (`Operand.PTX`) do it in fewer instructions. A product with one token has
 no more than some ten for each number, before the arithmetic takes longer than the bytes.
@@ -144,6 +144,32 @@ def one(words, NUMBER: tl.constexpr, w):
         bits = ((n & 0x80) << 8) | ((n & 0x7F) << 7)
         number = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return number
+
+
+@triton.jit
+def unpacked(loaded, w):
+    """The numbers of a tile that `load` (tiles.py) has loaded, less their zero points, and its
+    scales. Dense numbers stay as they are.
+    """
+    numbers, factor, off = loaded
+    if w.FORMAT != "dense":
+        numbers = unpack(numbers, w)
+        if w.ZEROS:
+            less = by_columns(numbers, numbers.numel // factor.numel)
+            numbers = tl.reshape(less - tl.expand_dims(off, len(off.shape)), numbers.shape)
+    return numbers, factor
+
+
+@triton.jit
+def times_unpacked(tile, v, w):
+    """`times` (tiles.py) of a tile that `unpacked` has made once, for several vectors."""
+    numbers, factor = tile
+    if w.FORMAT == "dense":
+        sums = numbers.to(tl.float32) * v
+    else:
+        N: tl.constexpr = numbers.numel // factor.numel
+        sums = tl.sum(by_columns(numbers * v, N), axis=len(numbers.shape)) * factor
+    return sums
 
 
 @triton.jit

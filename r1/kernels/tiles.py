@@ -1,7 +1,7 @@
 """How kernels read weights: "load this tile of W, however it is stored".
 
 A launch is given an `Operand` of each matrix. In the kernel, `matrix_of` finds one matrix of a
-stack, and `load_tile` loads a tile of it. A product with one token takes two steps instead: `load`
+stack, and `load_tile` loads a tile of it. A product with a vector takes two steps instead: `load`
 only loads, so a loop may do it far ahead, and `times` multiplies. A storage has a format: a branch
 in `operand` and in packed.py. The kernels' bodies are the same for all.
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from r1.errors import InputError
 from r1.kernels.chip import product
-from r1.kernels.packed import along, by_columns, load_words, unpack
+from r1.kernels.packed import along, by_columns, load_words, times_unpacked, unpack, unpacked
 from r1.model.strategy import without_kernels
 from r1.storage.dense import Dense
 from r1.storage.joined import Part
@@ -216,15 +216,10 @@ def load_tile(matrix, row, real, column, first, limit, w):
 
     `column` counts up along the last dimension. `first` is one number: where a loop's tile begins.
     """
-    words, factor, off = load(matrix, row, real, column, first, limit, w)
-    if w.FORMAT == "dense":
-        tile = words
-    else:
-        numbers = unpack(words, w)
-        values = by_columns(numbers, numbers.numel // factor.numel)
-        if w.ZEROS:
-            values -= tl.expand_dims(off, len(off.shape))
-        tile = tl.reshape(values * tl.expand_dims(factor, len(factor.shape)), numbers.shape)
+    tile, factor = unpacked(load(matrix, row, real, column, first, limit, w), w)
+    if w.FORMAT != "dense":
+        values = by_columns(tile, tile.numel // factor.numel)
+        tile = tl.reshape(values * tl.expand_dims(factor, len(factor.shape)), tile.shape)
     return tile
 
 
@@ -281,14 +276,4 @@ def times(loaded, v, w):
     """A loaded tile times `v`, fp32 (..., C), which lies as the tile does: fp32 (..., C / N), where
     N columns share a scale and are added up. N is 1 for a dense tile.
     """
-    words, factor, off = loaded
-    if w.FORMAT == "dense":
-        sums = words.to(tl.float32) * v
-    else:
-        numbers = unpack(words, w)
-        N: tl.constexpr = numbers.numel // factor.numel
-        if w.ZEROS:
-            less = by_columns(numbers, N) - tl.expand_dims(off, len(off.shape))
-            numbers = tl.reshape(less, numbers.shape)
-        sums = tl.sum(by_columns(numbers * v, N), axis=len(numbers.shape)) * factor
-    return sums
+    return times_unpacked(unpacked(loaded, w), v, w)
