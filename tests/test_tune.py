@@ -29,6 +29,7 @@ from r1 import InputError
 from r1.kernels import launches
 from r1.kernels.attention import AttentionLaunch
 from r1.kernels.chip import Chip, Launch
+from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.latent import LatentLaunch
 from r1.kernels.linear_launch import LinearLaunch
 from r1.run import tune
@@ -100,6 +101,22 @@ def test_a_search_finds_what_is_fastest() -> None:
         raise AssertionError("known shapes are not searched again")
 
     tune.search(here, step_on(here), step_on(here), never)
+
+
+def test_a_search_goes_from_few_rows_to_tiles_and_back() -> None:
+    """Their other parameters have no choice in common: 4 outputs are too few for a tile."""
+    few, tile = LinearLaunch(4, 4, 1024, 1), LinearLaunch(16, 16, 256, 4, 2)
+    assert tune.changed(few, "rows", 16) == tile
+    assert tune.changed(tile, "rows", 8) == LinearLaunch(8, 16, 512, 4, 2)
+    assert tune.changed(few, "rows", 2) == LinearLaunch(2, 4, 1024, 1)
+
+    def seconds(launch: LinearLaunch) -> float:
+        return abs(launch.rows - 16) + 1 / launch.outputs + 1 / launch.stages
+
+    assert tune.climb(few, seconds, 0.001) == LinearLaunch(16, 128, 256, 4, 6)
+    experts = tune.changed(ExpertsLaunch(1, 4, 1024, 8, 512, 1), "rows", 16)
+    assert experts == ExpertsLaunch(16, 16, 256, 16, 256, 4, 2)
+    assert tune.changed(experts, "rows", 1) == ExpertsLaunch(1, 8, 512, 8, 256, 4, 2)
 
 
 def test_what_computes_something_else_is_passed_over() -> None:
