@@ -138,8 +138,9 @@ def test_linear(how: str, tokens: int, dtype: str) -> None:
         options |= {"norm": draw(inputs, dtype=dtype), "eps": 1e-2}
     if "residual" in how:
         options["residual"] = draw(tokens, outputs, dtype=dtype)
-    launch = LinearLaunch(1, 8, 32, 4) if tokens == 1 else LinearLaunch(16, 16, 32, 4)
-    for each in (None, launch):
+    launches = [None, LinearLaunch(1, 8, 32, 4) if tokens == 1 else LinearLaunch(16, 16, 32, 4)]
+    launches += [LinearLaunch(4, 16, 32, 4)] * (1 < tokens <= 8)  # dot products of dense weights
+    for each in launches:
         close(
             linear(CHIP, x, weight, **options, launch=each),
             linear_torch(x, weight, **options),
