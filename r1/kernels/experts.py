@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from r1.kernels.chip import LEAST_TILE, Chip, Sizes, ceil_div, power_of_two
+from r1.kernels.experts_bytes import bytes_of, down_bytes_kernel, step_of, up_bytes_kernel
 from r1.kernels.experts_few import down_few_kernel, up_few_kernel
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
@@ -82,9 +83,9 @@ def experts_take_fixed(
     experts. 0: it wouldn't.
     """
     sizes = tuple(experts.down_proj.shape)
-    stored = _stored(chip, x, sizes[2], *_operands(chip, experts, shared))
-    whole = stored[1:] == (1,) and _use(chip, x, chosen, sizes, stored).rows < LEAST_TILE
-    return sizes[1] if whole else 0
+    stored = stored_sizes(chip, x, sizes[2], *_operands(chip, experts, shared))
+    use = _use(chip, x, chosen, sizes, stored)
+    return sizes[1] if stored[1:] and use.rows < LEAST_TILE and not use.bytes else 0
 
 
 def experts_torch(
@@ -111,14 +112,19 @@ def _launch(
     experts. `partial`: an index E is no expert (see dispatch.py).
     """
     (count, dim, inner), (tokens, chosen) = sizes, indices.shape
-    stored = _stored(chip, x, inner, routed, shared)
+    stored = stored_sizes(chip, x, inner, routed, shared)
     use = launch or _use(chip, x, chosen, sizes, stored)
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
+    if use.bytes and stored[2:]:
+        return _as_bytes(
+            chip, use, names, stored[2], count, x, indices, weights, routed, shared, residual,
+            partial,
+        )  # fmt: skip
     if use.rows >= LEAST_TILE:
         return _several_tokens(
             chip, use, names, count, x, indices, weights, routed, shared, residual, partial
         )
-    given = (fixed or fix(chip, x)) if stored[1:] == (1,) else x
+    given = (fixed or fix(chip, x)) if stored[1:] else x
     if tokens > 1:
         return _few_tokens(
             chip, use, names, count, x, given, indices, weights, routed, shared, residual, partial
@@ -140,12 +146,18 @@ def _launch(
     return out
 
 
-def _stored(
+def stored_sizes(
     chip: Chip, x: Tensor, inner: int, routed: Swiglu, shared: Swiglu | None
 ) -> tuple[int, ...]:
-    """`storage_sizes` of the experts. Inner values are vectors, too."""
-    stored = storage_sizes(chip, x, x.shape[-1], *routed, *(shared or ()))
-    return stored[:1] if inner % GROUP.value else stored
+    """`storage_sizes` of the experts. Inner values are vectors, too. After the 1 comes the step, if
+    there is one, of products of bytes (experts_bytes.py).
+    """
+    dim = x.shape[-1]
+    stored = storage_sizes(chip, x, dim, *routed, *(shared or ()))
+    if inner % GROUP.value or not stored[1:]:
+        return stored[:1]
+    step = step_of(dim, inner, *routed, *(shared or ()))
+    return (*stored, step) if step else stored
 
 
 def _use(
@@ -175,6 +187,33 @@ def _several_tokens(
         routed.down, shared_down, y, tokens, count, **how, **use.down,
     )  # fmt: skip
     return _added(chip, y, residual, x, min(1024, power_of_two(dim)) if use.apart else 256)
+
+
+def _as_bytes(
+    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], step: int, count: int, x: Tensor,
+    indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
+    residual: Tensor | None, partial: bool,
+) -> Tensor:  # fmt: skip
+    """The same by products of bytes."""
+    dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
+    tokens, chosen = indices.shape
+    order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
+    gate, up, down = (bytes_of(w) for w in routed)
+    shared_gate, shared_up, shared_down = (w and bytes_of(w) for w in shared or (None, None, None))
+    how = sizes | {"ROWS": use.rows}
+    h = x.new_empty(tokens * (chosen + more), inner)
+    chip.run(
+        up_bytes_kernel, (ceil_div(inner, use.up_outputs), places), fix(chip, x, group=step),
+        order, ends, work, gate, up, shared_gate, shared_up, h, tokens, count, **how,
+        **use.up | {"BLOCK_IN": step},
+    )  # fmt: skip
+    y = _slots(x, chosen + more, torch.float32, partial)
+    chip.run(
+        down_bytes_kernel, (ceil_div(dim, use.down_outputs), places), fix(chip, h, group=step),
+        order, ends, work, weights, down, shared_down, y, tokens, count, **how,
+        **use.down | {"BLOCK_IN": step},
+    )  # fmt: skip
+    return _added(chip, y, residual, x, 256)
 
 
 def _few_tokens(

@@ -44,16 +44,17 @@ class Fixed(NamedTuple):
     planes: Tensor
     """int32 (N, 4, length / 8)."""
     scales: Tensor
-    """fp32 (N, length / GROUP, 2): each group's scale, and the sum of its whole numbers.
+    """fp32 (N, length / GROUP, 2): each group's scale, and the sum of its whole numbers. (Products
+    by matrix units have larger groups: experts_bytes.py.)
 
     Side by side, so that a thread loads those of its own group, and not of four groups at once."""
 
     @staticmethod
-    def empty(like: Tensor, tokens: int, length: int) -> Fixed:
+    def empty(like: Tensor, tokens: int, length: int, group: int = GROUP.value) -> Fixed:
         """Memory for the vectors, on the device of `like`."""
         return Fixed(
             like.new_empty(tokens, 4, length // 8, dtype=torch.int32),
-            like.new_empty(tokens, length // GROUP.value, 2, dtype=torch.float32),
+            like.new_empty(tokens, length // group, 2, dtype=torch.float32),
         )
 
 
@@ -85,24 +86,28 @@ def storage_sizes(chip: Chip, x: Tensor, length: int, *operands: Operand | None)
     return (bits, 1) if fits(chip, x, length, *operands) else (bits,)
 
 
-def fix(chip: Chip, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Fixed:
-    """x (N, length), RMS-normed first with the gain `norm` (length,) if there is one.
+def fix(
+    chip: Chip, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, group: int = GROUP.value
+) -> Fixed:
+    """x (N, length), RMS-normed first with the gain `norm` (length,) if there is one. `group`
+    numbers have one scale.
 
     The next kernel may start at once. Before its own wait it reads weights, and no output that is
     younger than the previous kernel's wait (`down_vector_kernel`: the choice of experts).
     """
     tokens, length = x.shape
-    fixed = Fixed.empty(x, tokens, length)
+    fixed = Fixed.empty(x, tokens, length, group)
     chip.run(
         fix_kernel, (ceil_div(length, COLUMNS), tokens), x, x.stride(0), norm, eps, fixed,
-        LENGTH=length, BLOCK=COLUMNS, warps=4,
+        LENGTH=length, BLOCK=COLUMNS, EACH=group, warps=4,
     )  # fmt: skip
     return fixed
 
 
 @triton.jit
 def fix_kernel(
-    x, x_stride, norm, eps, fixed, LENGTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x, x_stride, norm, eps, fixed, LENGTH: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of one token's vector."""
     token = tl.program_id(1).to(tl.int64)
@@ -123,21 +128,23 @@ def fix_kernel(
             squares += u * u
         v *= tl.rsqrt(tl.sum(squares) / LENGTH + eps)
         v *= gain.to(tl.float32)
-    store_fixed(fixed, v, token, 1, first, LENGTH, LENGTH)
+    store_fixed(fixed, v, token, 1, first, LENGTH, LENGTH, EACH)
 
 
 @triton.jit
-def store_fixed(fixed, v, token, tokens, first, end, LENGTH: tl.constexpr):
+def store_fixed(
+    fixed, v, token, tokens, first, end, LENGTH: tl.constexpr, EACH: tl.constexpr = GROUP
+):
     """Round some numbers, and store them in the vectors of `fixed`.
 
     `v`, fp32 (T, C), has the columns from `first` on of T tokens from number `token` on, zeros
     where there is none: columns from `end` on and tokens from `tokens` on are not stored. C and
-    `first` are multiples of GROUP.
+    `first` are multiples of EACH, the numbers that have one scale.
     """
     T: tl.constexpr = v.shape[0]
     WORDS: tl.constexpr = v.shape[1] // 8
-    GROUPS: tl.constexpr = v.shape[1] // GROUP
-    groups = tl.reshape(v, (T, GROUPS, GROUP))
+    GROUPS: tl.constexpr = v.shape[1] // EACH
+    groups = tl.reshape(v, (T, GROUPS, EACH))
     largest = tl.max(tl.abs(groups), axis=2)
     scale = largest / LARGEST + tl.sum(groups * 0.0, axis=2)  # NaN and infinity stay
     shrink = LARGEST / tl.where(largest > 0.0, largest, 1.0)
@@ -150,9 +157,9 @@ def store_fixed(fixed, v, token, tokens, first, end, LENGTH: tl.constexpr):
     inside = (row < tokens) & (first + word * 8 < end)
     store_planes(place, tl.reshape(high, (T, WORDS, 4, 2)), inside, LENGTH)
     store_planes(place + LENGTH // 4, tl.reshape(low, (T, WORDS, 4, 2)), inside, LENGTH)
-    numbers: tl.constexpr = LENGTH // GROUP * 2  # of a token's scales
-    place = fixed.scales + token * numbers + first // GROUP * 2 + row * numbers + 2 * group
-    inside = (row < tokens) & (first + group * GROUP < end)
+    numbers: tl.constexpr = LENGTH // EACH * 2  # of a token's scales
+    place = fixed.scales + token * numbers + first // EACH * 2 + row * numbers + 2 * group
+    inside = (row < tokens) & (first + group * EACH < end)
     tl.store(place, scale, mask=inside)
     tl.store(place + 1, tl.sum(whole, axis=2).to(tl.float32), mask=inside)
 

@@ -210,10 +210,8 @@ def filled(make: Callable[[], nn.Module], scale: float, quant: str) -> Any:
 
 
 def experts_case(place: Place, c: Config, tokens: int) -> Case:
-    from r1.kernels.experts import experts, experts_torch
+    from r1.kernels.experts import Swiglu, experts, experts_torch, stored_sizes
     from r1.kernels.experts_launch import ExpertsLaunch
-    from r1.kernels.fixed import storage_sizes
-    from r1.kernels.tiles import operand
     from r1.model.dispatch import Grouped
     from r1.model.layers import MLP
     from r1.model.moe import Experts
@@ -243,7 +241,7 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     drawn = [torch.rand(tokens, count).topk(chosen).indices for _ in range(8)]
     shared = [filled(lambda: MLP(dim, more * inner), 0.02, place.quant) for _ in drawn]
     hit = sum(i.unique().numel() for i in drawn) / len(drawn)
-    bits = storage_sizes(place.chip, x, dim, *(operand(each, place.chip.ptx) for each in matrices))
+    bits = stored_sizes(place.chip, x, inner, Swiglu.of(place.chip, *matrices), None)
     sizes = (tokens, chosen, count, dim, inner, 2, *bits)
     default = ExpertsLaunch.default(sizes, place.chip)
     moved = int((hit + more) * one + 4 * x.numel())
