@@ -13,18 +13,20 @@ a token (K + shared).
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from r1.kernels.chip import LEAST_TILE, Chip, Sizes, ceil_div, power_of_two
-from r1.kernels.experts_bytes import bytes_of, down_bytes_kernel, step_of, up_bytes_kernel
 from r1.kernels.experts_few import down_few_kernel, up_few_kernel
 from r1.kernels.experts_launch import ExpertsLaunch
+from r1.kernels.experts_narrow import down_narrow_kernel, up_narrow_kernel
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
-from r1.kernels.fixed import GROUP, Fixed, fix, storage_sizes
+from r1.kernels.fixed import Fixed, fix, storage_sizes
+from r1.kernels.narrow import narrow, pairs
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
 from r1.kernels.tiles import Operand, operand, packed_bits, tensor_of
 from r1.model.dispatch import Gather
@@ -85,7 +87,8 @@ def experts_take_fixed(
     sizes = tuple(experts.down_proj.shape)
     stored = stored_sizes(chip, x, sizes[2], *_operands(chip, experts, shared))
     use = _use(chip, x, chosen, sizes, stored)
-    return sizes[1] if stored[1:] and use.rows < LEAST_TILE and not use.bytes else 0
+    dots = stored[1:2] == (1,) and use.rows < LEAST_TILE and not use.narrow
+    return sizes[1] if dots else 0
 
 
 def experts_torch(
@@ -115,8 +118,8 @@ def _launch(
     stored = stored_sizes(chip, x, inner, routed, shared)
     use = launch or _use(chip, x, chosen, sizes, stored)
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
-    if use.bytes and stored[2:]:
-        return _as_bytes(
+    if use.narrow and stored[2:]:
+        return _narrow(
             chip, use, names, stored[2], count, x, indices, weights, routed, shared, residual,
             partial,
         )  # fmt: skip
@@ -124,7 +127,7 @@ def _launch(
         return _several_tokens(
             chip, use, names, count, x, indices, weights, routed, shared, residual, partial
         )
-    given = (fixed or fix(chip, x)) if stored[1:] else x
+    given = (fixed or fix(chip, x)) if stored[1:2] == (1,) else x
     if tokens > 1:
         return _few_tokens(
             chip, use, names, count, x, given, indices, weights, routed, shared, residual, partial
@@ -149,15 +152,8 @@ def _launch(
 def stored_sizes(
     chip: Chip, x: Tensor, inner: int, routed: Swiglu, shared: Swiglu | None
 ) -> tuple[int, ...]:
-    """`storage_sizes` of the experts. Inner values are vectors, too. After the 1 comes the step, if
-    there is one, of products of bytes (experts_bytes.py).
-    """
-    dim = x.shape[-1]
-    stored = storage_sizes(chip, x, dim, *routed, *(shared or ()))
-    if inner % GROUP.value or not stored[1:]:
-        return stored[:1]
-    step = step_of(dim, inner, *routed, *(shared or ()))
-    return (*stored, step) if step else stored
+    """`storage_sizes` of the experts. Inner values are vectors, too."""
+    return storage_sizes(chip, x, gcd(x.shape[-1], inner), *routed, *(shared or ()))
 
 
 def _use(
@@ -189,27 +185,27 @@ def _several_tokens(
     return _added(chip, y, residual, x, min(1024, power_of_two(dim)) if use.apart else 256)
 
 
-def _as_bytes(
+def _narrow(
     chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], step: int, count: int, x: Tensor,
     indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
     residual: Tensor | None, partial: bool,
 ) -> Tensor:  # fmt: skip
-    """The same by products of bytes."""
+    """The same by narrow products."""
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
     order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
-    gate, up, down = (bytes_of(w) for w in routed)
-    shared_gate, shared_up, shared_down = (w and bytes_of(w) for w in shared or (None, None, None))
+    gate, up, down = (narrow(w) for w in routed)
+    shared_gate, shared_up, shared_down = (w and narrow(w) for w in shared or (None, None, None))
     how = sizes | {"ROWS": use.rows}
     h = x.new_empty(tokens * (chosen + more), inner)
     chip.run(
-        up_bytes_kernel, (ceil_div(inner, use.up_outputs), places), fix(chip, x, group=step),
+        up_narrow_kernel, (ceil_div(inner, use.up_outputs), places), pairs(chip, x, gate, step),
         order, ends, work, gate, up, shared_gate, shared_up, h, tokens, count, **how,
         **use.up | {"BLOCK_IN": step},
     )  # fmt: skip
     y = _slots(x, chosen + more, torch.float32, partial)
     chip.run(
-        down_bytes_kernel, (ceil_div(dim, use.down_outputs), places), fix(chip, h, group=step),
+        down_narrow_kernel, (ceil_div(dim, use.down_outputs), places), pairs(chip, h, down, step),
         order, ends, work, weights, down, shared_down, y, tokens, count, **how,
         **use.down | {"BLOCK_IN": step},
     )  # fmt: skip

@@ -19,7 +19,7 @@ class ExpertsLaunch:
     `apart` each tile of tokens has programs of its own, so that an expert's tokens are spread over
     the chip. Without it one program takes all of its expert's tokens, so weights are read once.
     `ahead`: of one token, so many tiles of down's weights are loaded before the wait.
-    `bytes`: the kernels of experts_bytes.py, which have their own number of columns.
+    `narrow`: the kernels of experts_narrow.py, which have their own number of columns.
     """
 
     rows: int
@@ -31,7 +31,7 @@ class ExpertsLaunch:
     stages: int = 1
     apart: bool = False
     ahead: int = 1
-    bytes: bool = False
+    narrow: bool = False
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
@@ -40,13 +40,13 @@ class ExpertsLaunch:
             down_inputs = min(512, power_of_two(inner, 32))
             up_inputs = min(2048, power_of_two(dim, 32))
             return ExpertsLaunch(1, 4, up_inputs, 2, down_inputs, 4, ahead=3)
-        if tokens > 1 and tokens * chosen <= experts and (packed == [8] or packed[:2] == [4, 1]):
+        if tokens > 1 and tokens * chosen <= experts and (packed[:1] == [8] or packed[:2] == [4, 1]):
             # One token of an expert, or none. (On an H100 they beat tiles for 4 bits. At 3 tokens
             # tiles are faster: 207 us a layer of Moonlight, against 280. No GPU has timed 8 bits.)
             up_inputs, down_inputs = power_of_two(dim, 32), min(512, power_of_two(inner, 32))
             return ExpertsLaunch(1, 4, min(1024, up_inputs), 8, down_inputs, 1)
         if tokens == 1 and packed:
-            down_inputs, warps = (512, 4) if packed == [8] else (256, 4)
+            down_inputs, warps = (512, 4) if packed[:1] == [8] else (256, 4)
             down_inputs = min(down_inputs, power_of_two(inner, 16))
             return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs, warps)
         if tokens == 1:
@@ -65,13 +65,13 @@ class ExpertsLaunch:
         if packed[2:]:
             # 149 us a layer of Moonlight at 32 tokens, on an H100.
             rows, stages = min(64, power_of_two(share, 8)), 3 if chip.shared > 2**17 else 2
-            return ExpertsLaunch(rows, 128, 128, 64, 128, 4, stages, apart=True, bytes=True)
+            return ExpertsLaunch(rows, 128, 128, 64, 128, 4, stages, apart=True, narrow=True)
         rows = min(64, power_of_two(2 * share, 16))
         columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
         # Packed: the best of a sweep on an H100, 32 tokens of Moonlight. For FP8 213 us a layer
         # (266 with up 64 and without apart), for int4 207.
-        large = packed != [8] and chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize
-        up, most = 64 if large else 32, 3 if packed and packed != [8] else 4
+        large = packed[:1] != [8] and chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize
+        up, most = 64 if large else 32, 3 if packed and packed[:1] != [8] else 4
         stages = max(1, min(most, chip.shared // ((2 * up + rows) * columns * itemsize)))
         return ExpertsLaunch(rows, up, columns, 64, columns, 4, stages, apart=bool(packed))
 
@@ -99,5 +99,5 @@ class ExpertsLaunch:
             "rows": (1, 2, 4, 8, 16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
             "up_inputs": (32, 64, 128, 256), "down_outputs": (16, 32, 64, 128, 256),
             "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
-            "apart": (False, True), "bytes": (False, True),
+            "apart": (False, True), "narrow": (False, True),
         }  # fmt: skip

@@ -77,13 +77,20 @@ def fits(chip: Chip, x: Tensor, length: int, *operands: Operand | None) -> bool:
 
 
 def storage_sizes(chip: Chip, x: Tensor, length: int, *operands: Operand | None) -> tuple[int, ...]:
-    """For launch parameters: nothing for dense matrices; the bits of packed numbers; and a 1 after
-    them where these are multiplied by a fixed-point vector (see `fits`).
+    """For launch parameters: nothing for dense matrices; the bits of packed numbers; then a 1 where
+    they are multiplied by a fixed-point vector (see `fits`), or else a 0; then the step of products
+    by the matrix units (narrow.py). Zeros at the end are left out.
     """
-    bits = BITS.get(next(w for w in operands if w is not None).FORMAT.value)
-    if bits is None:
+    given = [w for w in operands if w is not None]
+    kind = given[0].FORMAT.value
+    if kind not in BITS:
         return ()
-    return (bits, 1) if fits(chip, x, length, *operands) else (bits,)
+    fixed, step = fits(chip, x, length, *given), 0
+    if fixed or (kind == "fp8" and chip.ptx and x.itemsize == 2):
+        alike = all(w.FORMAT.value == kind and 4 * w.weight.itemsize == 16 for w in given)
+        sizes = (length, *(w.WIDE.value for w in given))
+        step = next((n for n in (128, 64) if alike and all(m % n == 0 for m in sizes)), 0)
+    return (BITS[kind], int(fixed), step) if step else (BITS[kind], 1) if fixed else (BITS[kind],)
 
 
 def fix(
@@ -110,16 +117,26 @@ def fix_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of one token's vector."""
-    token = tl.program_id(1).to(tl.int64)
-    x += token * x_stride
     let_next_start(PDL)
-    first = tl.program_id(0) * BLOCK
+    token, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK
+    v = ready_columns(x + token * x_stride, norm, eps, first, LENGTH, BLOCK, PDL)
+    store_fixed(fixed, v, token, 1, first, LENGTH, LENGTH, EACH)
+
+
+@triton.jit
+def ready_columns(
+    x, norm, eps, first, LENGTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """BLOCK columns of a token x from `first` on, fp32 (1, BLOCK), normed if there is a `norm`.
+
+    It waits for the previous kernel. The gain is a weight: it doesn't need that.
+    """
     column = tl.arange(0, BLOCK)[None, :]
     at = first + column
-    if norm is not None:  # the gain is a weight: it doesn't need the wait
+    if norm is not None:
         gain = tl.load(norm + at, mask=at < LENGTH, other=0.0)
     wait_for_previous(PDL)
-    v = tl.load(x + at, mask=at < LENGTH, other=0.0).to(tl.float32)  # (1, BLOCK)
+    v = tl.load(x + at, mask=at < LENGTH, other=0.0).to(tl.float32)
     if norm is not None:
         squares = tl.zeros((1, BLOCK), tl.float32)
         for start in range(0, LENGTH, BLOCK):
@@ -128,7 +145,7 @@ def fix_kernel(
             squares += u * u
         v *= tl.rsqrt(tl.sum(squares) / LENGTH + eps)
         v *= gain.to(tl.float32)
-    store_fixed(fixed, v, token, 1, first, LENGTH, LENGTH, EACH)
+    return v
 
 
 @triton.jit

@@ -28,6 +28,8 @@ from r1.kernels.chip import (
 from r1.kernels.fixed import GROUP, Fixed, columns_fixed, fix, storage_sizes, times_fixed
 from r1.kernels.linear_few import few_kernel
 from r1.kernels.linear_launch import LinearLaunch
+from r1.kernels.linear_narrow import narrow_kernel
+from r1.kernels.narrow import narrow, pairs
 from r1.kernels.tiles import add_product, load, matrix_of, operand, times
 from r1.storage.matrix import Matrix
 
@@ -49,7 +51,14 @@ def linear(
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize, *stored)
     programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
-    whole = stored[1:] == (1,) and use.rows < LEAST_TILE
+    if use.narrow and stored[2:]:
+        chip.run(
+            narrow_kernel, (programs, parts), pairs(chip, x, matrix, stored[2], norm, eps),
+            narrow(matrix), residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows,
+            BLOCK_OUT=use.outputs, STEP=stored[2], warps=use.warps, stages=use.stages,
+        )  # fmt: skip
+        return y
+    whole = stored[1:2] == (1,) and use.rows < LEAST_TILE
     given = (fixed or fix(chip, x, norm, eps)) if whole else x
     if use.rows == 1:
         chip.run(
@@ -81,10 +90,10 @@ def linear_takes_fixed(chip: Chip, x: Tensor, weight: Matrix, head: int) -> int:
     """
     outputs, inputs = weight.shape
     stored = storage_sizes(chip, x, inputs, operand(weight, chip.ptx))
-    if head % GROUP.value or stored[1:] != (1,):
+    if head % GROUP.value or stored[1:2] != (1,):
         return 0
     use = chip.launch(LinearLaunch, len(x), inputs, outputs, x.itemsize, *stored)
-    return inputs if use.rows < LEAST_TILE else 0
+    return inputs if use.rows < LEAST_TILE and not use.narrow else 0
 
 
 def prepare(

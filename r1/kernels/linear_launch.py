@@ -15,7 +15,8 @@ tokens take Moonlight's o_proj in FP8 7.8 us, where the bytes take 1.4."""
 class LinearLaunch:
     """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time.
 
-    With less than 16 rows it doesn't use tl.dot.
+    With less than 16 rows it doesn't use tl.dot, but if it is `narrow`: then products are those of
+    narrow.py, which have their own number of columns.
     """
 
     rows: int
@@ -23,15 +24,16 @@ class LinearLaunch:
     inputs: int
     warps: int
     stages: int = 1
+    narrow: bool = False
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
-        if tokens == 1 and packed == [4, 1]:
+        if tokens == 1 and packed[:2] == [4, 1]:
             # A warp for each 2,048 columns, and rows of 4,096 or less at once.
             columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
             return LinearLaunch(1, 2, columns, max(1, columns // 2048))
-        if 1 < tokens <= FEW and packed in ([8], [4, 1]):
+        if 1 < tokens <= FEW and (packed[:1] == [8] or packed[:2] == [4, 1]):
             columns = min(1024, power_of_two(inputs, 32))  # of a warp
             return LinearLaunch(min(4, power_of_two(tokens)), 4, columns, 1)
         if tokens == 1 and packed:
@@ -61,4 +63,5 @@ class LinearLaunch:
         return {
             "rows": (1, 2, 4, 8, 16, 32, 64), "outputs": (16, 32, 64, 128),
             "inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
+            "narrow": (False, True),
         }  # fmt: skip

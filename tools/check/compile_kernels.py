@@ -172,6 +172,7 @@ def type_of(value: Any) -> Any:
         torch.int16: "i16",
         torch.int8: "i8",
         torch.uint8: "u8",
+        torch.float8_e4m3fn: "fp8e4nv",
     }
     if isinstance(value, tuple):
         return type(value)(*map(type_of, value))
