@@ -6,8 +6,9 @@ file has the plan: what each kernel reads, how kernels overlap, and how long eac
 Every kernel reads weights through tiles.py, however they are stored, and takes its launch
 parameters as a frozen dataclass, with defaults by shape and chip; `--tune` searches better ones.
 block.py puts the kernels together to a layer. strategies.py offers two of them alone. Several
-tokens' experts are in experts_tiles.py, experts_few.py and sort.py. linear_few.py has dot products
-of a few tokens. fixed.py multiplies 4 bits by whole numbers. allreduce.py adds up over devices.
+tokens' experts are in experts_tiles.py, experts_narrow.py and sort.py. linear_few.py has dot
+products of a few tokens. fixed.py multiplies 4 bits by whole numbers, and narrow.py packed weights
+by the matrix units. allreduce.py adds up over devices.
 
 Tested in tests/test_kernels.py, test_fixed.py, test_tune.py, test_allreduce.py and test_gpus.py.
 """

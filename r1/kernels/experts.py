@@ -3,8 +3,8 @@
 Shared experts are extra experts that every token chooses with weight 1. A shared MLP of width n I
 is n experts of width I: their gates, ups and downs stand side by side in its matrices.
 
-One token takes the kernels of experts_vector.py, several take those of experts_tiles.py, or, where
-weights are packed and experts have one of them or none, of experts_few.py.
+One token takes the kernels of experts_vector.py, and so do a few whose weights are packed. Several
+take those of experts_narrow.py, where weights are packed, or else of experts_tiles.py.
 
 Shapes: N tokens, D hidden_size, I moe_intermediate_size, E experts, K experts per token, J slots of
 a token (K + shared).
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from r1.kernels.chip import LEAST_TILE, Chip, Sizes, ceil_div, power_of_two
-from r1.kernels.experts_few import down_few_kernel, up_few_kernel
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.experts_narrow import down_narrow_kernel, up_narrow_kernel
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
@@ -128,23 +127,19 @@ def _launch(
             chip, use, names, count, x, indices, weights, routed, shared, residual, partial
         )
     given = (fixed or fix(chip, x)) if stored[1:2] == (1,) else x
-    if tokens > 1:
-        return _few_tokens(
-            chip, use, names, count, x, given, indices, weights, routed, shared, residual, partial
-        )
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h, out = x.new_empty(tokens, chosen + more, inner), torch.empty_like(x)
     names["COUNT"], whole = count if partial else 0, isinstance(given, Fixed)
     chip.run(
-        up_vector_kernel, (ceil_div(inner, use.up_outputs), chosen + more, tokens),
+        up_vector_kernel, (ceil_div(inner, use.up_outputs) * (chosen + more) * tokens,),
         given, indices, routed.gate, routed.up, shared_gate, shared_up, residual, norm, eps, h,
-        FIXED=whole, **names, **use.up,
+        tokens, FIXED=whole, MANY=tokens > 1, **names, **use.up,
     )  # fmt: skip
     chip.run(
-        down_vector_kernel, (ceil_div(dim, use.down_outputs), tokens),
+        down_vector_kernel, (ceil_div(dim, use.down_outputs) * tokens,),
         fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down,
-        shared_down, residual, out, CHOSEN_PAD=power_of_two(chosen), FIXED=whole, AHEAD=use.ahead,
-        **names, **use.down,
+        shared_down, residual, out, tokens, CHOSEN_PAD=power_of_two(chosen), FIXED=whole,
+        AHEAD=use.ahead, **names, **use.down,
     )  # fmt: skip
     return out
 
@@ -208,32 +203,6 @@ def _narrow(
         down_narrow_kernel, (ceil_div(dim, use.down_outputs), places), pairs(chip, h, down, step),
         order, ends, work, weights, down, shared_down, y, tokens, count, **how,
         **use.down | {"BLOCK_IN": step},
-    )  # fmt: skip
-    return _added(chip, y, residual, x, 256)
-
-
-def _few_tokens(
-    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor,
-    given: Tensor | Fixed, indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
-    residual: Tensor | None, partial: bool,
-) -> Tensor:  # fmt: skip
-    """The same by dot products. A `Fixed` is given in place of x where products are of whole
-    numbers; then the inner values become one, too.
-    """
-    dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
-    (tokens, chosen), fixed = indices.shape, isinstance(given, Fixed)
-    order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
-    shared_gate, shared_up, shared_down = shared or (None, None, None)
-    how = sizes | {"ROWS": use.rows, "FIXED": fixed}
-    h = x.new_empty(tokens * (chosen + more), inner)
-    chip.run(
-        up_few_kernel, (ceil_div(inner, use.up_outputs), places), given, order, ends, work,
-        routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how, **use.up,
-    )  # fmt: skip
-    y = _slots(x, chosen + more, torch.float32, partial)
-    chip.run(
-        down_few_kernel, (ceil_div(dim, use.down_outputs), places), fix(chip, h) if fixed else h,
-        order, ends, work, weights, routed.down, shared_down, y, tokens, count, **how, **use.down,
     )  # fmt: skip
     return _added(chip, y, residual, x, 256)
 

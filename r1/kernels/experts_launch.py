@@ -15,9 +15,9 @@ class ExpertsLaunch:
     """Each program makes `up_outputs` inner values, or `down_outputs` outputs, for `rows` tokens.
 
     It reads `up_inputs` or `down_inputs` columns of weights at a time. Less than 16 rows: no
-    tl.dot; more than one token are then those of experts_few.py. With
-    `apart` each tile of tokens has programs of its own, so that an expert's tokens are spread over
-    the chip. Without it one program takes all of its expert's tokens, so weights are read once.
+    tl.dot, but if it is `narrow`. With `apart` each tile of tokens has programs of its own, so that
+    an expert's tokens are spread over the chip. Without it one program takes all of its expert's
+    tokens, so weights are read once.
     `ahead`: of one token, so many tiles of down's weights are loaded before the wait.
     `narrow`: the kernels of experts_narrow.py, which have their own number of columns.
     """
@@ -36,22 +36,22 @@ class ExpertsLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
-        if tokens == 1 and packed[:2] == [4, 1]:
-            down_inputs = min(512, power_of_two(inner, 32))
-            up_inputs = min(2048, power_of_two(dim, 32))
-            return ExpertsLaunch(1, 4, up_inputs, 2, down_inputs, 4, ahead=3)
-        if tokens > 1 and tokens * chosen <= experts and (packed[:1] == [8] or packed[:2] == [4, 1]):
-            # One token of an expert, or none. (On an H100 they beat tiles for 4 bits. At 3 tokens
-            # tiles are faster: 207 us a layer of Moonlight, against 280. No GPU has timed 8 bits.)
-            up_inputs, down_inputs = power_of_two(dim, 32), min(512, power_of_two(inner, 32))
-            return ExpertsLaunch(1, 4, min(1024, up_inputs), 8, down_inputs, 1)
-        if tokens == 1 and packed:
-            down_inputs, warps = (512, 4) if packed[:1] == [8] else (256, 4)
-            down_inputs = min(down_inputs, power_of_two(inner, 16))
-            return ExpertsLaunch(1, 4, min(2048, power_of_two(dim, 16)), 4, down_inputs, warps)
+        # Dot products of packed weights, on an H100: FP8 takes 83 us a layer for 4 tokens of
+        # Moonlight, tiles 86; 142 and 132 for 8. 4 bits: 84 for 8, 85 by narrow products.
+        most = experts if packed[:2] == [4, 1] else experts // 2
+        if packed and (tokens == 1 or tokens * chosen <= most):
+            up_inputs, down_inputs = (power_of_two(size, 32) for size in (dim, inner))
+            up_inputs, down_inputs = min(2048, up_inputs), min(512, down_inputs)
+            if packed[:2] == [4, 1]:
+                return ExpertsLaunch(1, 4, up_inputs, 2, down_inputs, 4, ahead=3)
+            down_inputs = down_inputs if packed[:1] == [8] else min(256, down_inputs)
+            return ExpertsLaunch(1, 4, up_inputs, 4, down_inputs, 4)
         if tokens == 1:
             down_inputs = min(512, power_of_two(inner))
             return ExpertsLaunch(1, 2, min(2048, power_of_two(dim)), 4, down_inputs)
+        share = ceil_div(tokens * chosen, experts)
+        if packed[2:] and (packed[0] == 8 or share < 128):
+            return _narrow(share, fp8=packed[0] == 8, chip=chip)
         if tokens * chosen >= 32 * experts:
             # A prompt: arithmetic is the limit, so tiles are as square as they can be. (Of fp32,
             # larger ones would spill.)
@@ -61,15 +61,9 @@ class ExpertsLaunch:
             stages = max(1, min(4, chip.shared // ((2 * up + 128) * columns * itemsize)))
             return ExpertsLaunch(128, up, columns, 2 * up, columns, 8, stages, apart=True)
         # Few experts get twice their share of tokens.
-        share = ceil_div(tokens * chosen, experts)
-        if packed[2:]:
-            # 149 us a layer of Moonlight at 32 tokens, on an H100.
-            rows, stages = min(64, power_of_two(share, 8)), 3 if chip.shared > 2**17 else 2
-            return ExpertsLaunch(rows, 128, 128, 64, 128, 4, stages, apart=True, narrow=True)
         rows = min(64, power_of_two(2 * share, 16))
         columns = min(256 // itemsize, power_of_two(min(dim, inner), 16))
-        # Packed: the best of a sweep on an H100, 32 tokens of Moonlight. For FP8 213 us a layer
-        # (266 with up 64 and without apart), for int4 207.
+        # Packed, where narrow products don't do: the best of a sweep on an H100, as above.
         large = packed[:1] != [8] and chip.shared >= 2 * (2 * 64 + rows) * columns * itemsize
         up, most = 64 if large else 32, 3 if packed and packed[:1] != [8] else 4
         stages = max(1, min(most, chip.shared // ((2 * up + rows) * columns * itemsize)))
@@ -91,13 +85,25 @@ class ExpertsLaunch:
     def choices(self) -> Choices:
         if self.rows < LEAST_TILE:
             return {
-                "rows": (1, 2, 4, 8, 16), "up_outputs": (1, 2, 4, 8),
+                "rows": (1, 16), "up_outputs": (1, 2, 4, 8),
                 "up_inputs": (512, 1024, 2048), "down_outputs": (1, 2, 4, 8),
                 "down_inputs": (64, 128, 256, 512), "warps": (1, 2, 4, 8), "ahead": (1, 2, 3, 4),
             }  # fmt: skip
         return {
-            "rows": (1, 2, 4, 8, 16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
+            "rows": (1, 8, 16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
             "up_inputs": (32, 64, 128, 256), "down_outputs": (16, 32, 64, 128, 256),
             "down_inputs": (32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
             "apart": (False, True), "narrow": (False, True),
         }  # fmt: skip
+
+
+def _narrow(share: int, fp8: bool, chip: Chip) -> ExpertsLaunch:
+    """Where an expert has `share` tokens. Best of sweeps on an H100, microseconds of a layer of
+    Moonlight for 32, 512 and 4,096 tokens: 4 bits 139, 368, 2,789 (tiles: 207, 653, 2,505), FP8
+    206, -, 2,120 (213, -, 2,595).
+    """
+    rows = min(64 if share >= 64 else 32, power_of_two(share, 8))
+    up, down = 128 if share >= 32 else 64, 128 if share >= 8 else 64
+    stages = min(6 if fp8 and share < 8 else 3, chip.shared // (2 * (up + rows) * 128))
+    warps = 8 if rows == 64 else 4
+    return ExpertsLaunch(rows, up, 128, down, 128, warps, max(1, stages), apart=True, narrow=True)

@@ -1,7 +1,10 @@
-"""The experts of one token: two kernels, both matrix-vector products without `tl.dot`.
+"""The experts of one token, or of so few that an expert has one of them or none: two kernels, both
+matrix-vector products without `tl.dot`.
 
-The first makes the inner values of each of the token's slots (its K choices, then the shared
+The first makes the inner values of each of a token's slots (its K choices, then the shared
 experts). The second runs over all slots of the token, so it adds up their outputs at once.
+Of several tokens, those programs run side by side that read the same rows of an expert's weights:
+all but the first find them in the second-level cache, and nothing need be sorted.
 
 Shapes: N tokens, D hidden_size, I moe_intermediate_size, E experts, K experts per token, J slots of
 a token (K + shared).
@@ -20,21 +23,24 @@ from r1.kernels.tiles import load, matrix_of, times
 
 @triton.jit
 def up_vector_kernel(
-    x, indices, gate, up, shared_gate, shared_up, residual, norm, eps, h,
+    x, indices, gate, up, shared_gate, shared_up, residual, norm, eps, h, tokens,
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
-    COUNT: tl.constexpr, FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    PDL: tl.constexpr,
+    COUNT: tl.constexpr, FIXED: tl.constexpr, MANY: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT inner values of one slot's expert, silu(gate) * up, into h (N, J, I). 0 for a
     choice of no expert: number COUNT, unless COUNT is 0.
 
     Shared experts start first: they do not depend on the router. With `norm` (x is then the
     residual's norm) they norm the residual themselves, so they don't wait for the router's x.
-    With FIXED x is a `Fixed`, and they wait.
+    With FIXED x is a `Fixed`, and they wait. MANY: there are several tokens.
     """
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    slot = CHOSEN + SHARED - 1 - tl.program_id(1)
-    token = tl.program_id(2).to(tl.int64)
+    places = (CHOSEN + SHARED) * tokens
+    blocks: tl.constexpr = (INNER + BLOCK_OUT - 1) // BLOCK_OUT
+    program = tl.program_id(0)
+    place = program % places if MANY else program // blocks
+    out = (program // places if MANY else program % blocks) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    slot, token = CHOSEN + SHARED - 1 - place // tokens, (place % tokens).to(tl.int64)
     h += (token * (CHOSEN + SHARED) + slot) * INNER + out
     if slot < CHOSEN:
         wait_for_previous(PDL)
@@ -100,10 +106,10 @@ def gated(
 
 @triton.jit
 def down_vector_kernel(
-    h, indices, weights, down, shared_down, residual, y, DIM: tl.constexpr, INNER: tl.constexpr,
-    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr,
-    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    h, indices, weights, down, shared_down, residual, y, tokens, DIM: tl.constexpr,
+    INNER: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr,
+    COUNT: tl.constexpr, FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT of a token's outputs: the weighted sum over all of its slots, and the residual.
     With FIXED h is a `Fixed`, of a token's slots side by side. COUNT: see `up_vector_kernel`.
@@ -112,8 +118,8 @@ def down_vector_kernel(
     before the wait: first BLOCK_IN columns of all chosen experts at once, tile after tile, then
     those of the shared experts.
     """
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    token = tl.program_id(1).to(tl.int64)
+    out = tl.program_id(0) // tokens * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    token = (tl.program_id(0) % tokens).to(tl.int64)
     slot = tl.arange(0, CHOSEN_PAD)
     expert = tl.load(indices + token * CHOSEN + slot, mask=slot < CHOSEN, other=0).to(tl.int64)
     weight = tl.load(weights + token * CHOSEN + slot, mask=slot < CHOSEN, other=0.0)
