@@ -120,12 +120,7 @@ def down_vector_kernel(
     """
     out = tl.program_id(0) // tokens * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = (tl.program_id(0) % tokens).to(tl.int64)
-    slot = tl.arange(0, CHOSEN_PAD)
-    expert = tl.load(indices + token * CHOSEN + slot, mask=slot < CHOSEN, other=0).to(tl.int64)
-    weight = tl.load(weights + token * CHOSEN + slot, mask=slot < CHOSEN, other=0.0)
-    some = slot < CHOSEN
-    if COUNT > 0:
-        some = some & (expert < COUNT)
+    expert, weight, some = choice_of(indices, weights, token, CHOSEN, CHOSEN_PAD, COUNT)
     routed: tl.constexpr = (INNER + BLOCK_IN - 1) // BLOCK_IN  # tiles
     size: tl.constexpr = CHOSEN_PAD * BLOCK_IN  # columns of a tile of shared experts
     tiles: tl.constexpr = routed + (SHARED * INNER + size - 1) // size
@@ -159,6 +154,20 @@ def down_vector_kernel(
             queue = queue + (w,)  # type: ignore[assignment]  # noqa: RUF005
     total += tl.sum(tl.reshape(sums, (BLOCK_OUT, sums.numel // BLOCK_OUT)), axis=1)
     tl.store(y + token * DIM + out, total.to(y.dtype.element_ty), mask=out < DIM)
+
+
+@triton.jit
+def choice_of(
+    indices, weights, token, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, COUNT: tl.constexpr
+):
+    """A token's experts, their weights, and which of them are real: (CHOSEN_PAD,) each."""
+    slot = tl.arange(0, CHOSEN_PAD)
+    some = slot < CHOSEN
+    expert = tl.load(indices + token * CHOSEN + slot, mask=some, other=0).to(tl.int64)
+    weight = tl.load(weights + token * CHOSEN + slot, mask=some, other=0.0)
+    if COUNT > 0:
+        some = some & (expert < COUNT)
+    return expert, weight, some
 
 
 @triton.jit
