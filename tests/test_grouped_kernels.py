@@ -173,12 +173,15 @@ def step_inputs(
 
 
 def check_step(given: dict[str, Any], dtype: str, launch: GroupedLaunch | None = None) -> None:
-    """The output is the twin's, and the cache's content is what `heads` writes, bit for bit."""
+    """The output is the twin's, and the cache's content is what `heads` writes, bit for bit. (Of
+    fp32, a GPU's compiler may join a product and a sum in one of the kernels alone.)
+    """
     cache, separate, theirs = (tuple(map(torch.clone, given["cache"])) for _ in range(3))
     ours = grouped_step(CHIP, **{**given, "cache": cache}, launch=launch)
     heads(CHIP, **{**given, "cache": separate})
     for new, old in zip(cache, separate, strict=True):
-        assert torch.equal(new.nan_to_num(7.0), old.nan_to_num(7.0))
+        free = dtype == "fp32" and DEVICE.type == "cuda"
+        torch.testing.assert_close(new, old, rtol=1e-6 * free, atol=1e-6 * free, equal_nan=True)
     cleared = tuple(each.nan_to_num_(0.0) for each in theirs)  # the twin looks at the whole cache
     close(ours, grouped_step_torch(**{**given, "cache": cleared}), dtype)
 

@@ -983,6 +983,7 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (LinearLaunch, (4, 2048, 2048, 2, 8), LinearLaunch(4, 4, 1024, 1)),
         (LinearLaunch, (2, 2048, 2048, 2, 8), LinearLaunch(2, 4, 1024, 1)),
         (LinearLaunch, (1, 2048, 2048, 2, 8), LinearLaunch(1, 4, 2048, 4)),
+        (LinearLaunch, (1, 2048, 3648, 2, 8, 0, 128), LinearLaunch(1, 8, 2048, 4)),
         (LinearLaunch, (32, 2048, 2048, 2, 8), LinearLaunch(32, 16, 128, 4, 5)),
         (LinearLaunch, (32, 2048, 2048, 2), LinearLaunch(32, 16, 128, 4, 5)),
         (LinearLaunch, (32, 2048, 3648, 2), LinearLaunch(32, 32, 128, 4, 5)),
@@ -991,7 +992,7 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (LinearLaunch, (8, 7168, 2112, 2), LinearLaunch(16, 64, 128, 4, 5)),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 256, 7168), RouterLaunch(8, 512, 4)),
-        (ExpertsLaunch, (4, 6, 64, 2048, 1408, 2, 8), ExpertsLaunch(1, 4, 2048, 4, 512, 4)),
+        (ExpertsLaunch, (2, 6, 64, 2048, 1408, 2, 8, 0, 128), ExpertsLaunch(1, 4, 2048, 4, 512, 4)),
         (
             ExpertsLaunch,
             (8, 6, 64, 2048, 1408, 2, 4, 1),
@@ -1004,7 +1005,7 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         ),
         (
             ExpertsLaunch,
-            (8, 6, 64, 2048, 1408, 2, 8, 0, 128),
+            (4, 6, 64, 2048, 1408, 2, 8, 0, 128),
             ExpertsLaunch(8, 64, 128, 64, 128, 4, 6, apart=True, narrow=True),
         ),
         (

@@ -36,9 +36,10 @@ class ExpertsLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
-        # Dot products of packed weights, on an H100: FP8 takes 83 us a layer for 4 tokens of
-        # Moonlight, tiles 86; 142 and 132 for 8. 4 bits: 84 for 8, 85 by narrow products.
-        most = experts if packed[:2] == [4, 1] else experts // 2
+        # Dot products of packed weights, also of several tokens as long as few experts meet two. On
+        # an H100, a step of Moonlight with 2, 4 and 8 tokens took 1.73, 2.42 and 3.77 ms so (4
+        # bits); narrow products take about as long with 4, and half a millisecond less with 8.
+        most = experts if packed[:2] == [4, 1] and not packed[2:] else experts // 4
         if packed and (tokens == 1 or tokens * chosen <= most):
             up_inputs, down_inputs = (power_of_two(size, 32) for size in (dim, inner))
             up_inputs, down_inputs = min(2048, up_inputs), min(512, down_inputs)

@@ -14,7 +14,7 @@ of both columns, and joins them.
 A step of a loop takes the STEP columns that share a scale, in the weights and in x. So scales cost
 a step's few sums, and no weight.
 
-Shapes: N tokens, `length` numbers of each; a program has `rows` of W and ROWS tokens.
+Shapes: N tokens of `length` numbers; programs have `rows` of W, and ROWS tokens.
 """
 
 from __future__ import annotations

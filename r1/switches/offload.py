@@ -110,5 +110,6 @@ def _check_host(backend: Backend, config: Config) -> None:
         raise InputError(
             f"{asked} needs experts that a CPU multiplies as they are stored: plain ones, int8 "
             "with a scale for each row, or symmetric int4 in bf16, of 64 rows or a multiple, with "
-            f"bf16 scales for 32 to 256 columns; not {stored}: use {instead}"
+            f"bf16 scales for 32 to 256 columns; not {stored}: use {setting('quant', 'int8')}, or "
+            f"{instead}"
         )
