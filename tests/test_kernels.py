@@ -1155,7 +1155,7 @@ def compile_kernels(*arguments: str) -> SimpleNamespace:
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942", "gfx1100"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "gfx942", "gfx1100"])
 def test_kernels_compile_for(target: str) -> None:
     """What R1 would launch there for 8 tokens: every kernel for several tokens and the attention,
     with shared experts and without; and for a prompt. For one token on Hopper alone (which asks for
@@ -1188,7 +1188,7 @@ def test_kernels_of_packed_weights_compile_for(target: str) -> None:
     to 8 of them by dot products (half bytes on NVIDIA's chips alone), more by tiles, and FP8 as it
     is where a chip multiplies it.
     """
-    batches = [1, 8, 9] if target == "sm_90" else [1, 8]
+    batches = [1, 9] if target == "sm_90" else [1, 8]
     done = compile_kernels(
         "--shape", "moonlight-16b", "--batch", ",".join(map(str, batches)), "--target", target,
         "--quant", "fp8,int4",
@@ -1196,7 +1196,8 @@ def test_kernels_of_packed_weights_compile_for(target: str) -> None:
     assert done.out.endswith("all kernels fit\n"), done.out + done.err
     whole = target.startswith("sm_")
     narrow = "up_narrow_kernel" if target == "sm_90" else "up_tile_kernel"
-    of = [("fp8", narrow), ("int4", "few_kernel" if whole else "tile_kernel")]
+    few = "narrow_kernel" if target == "sm_90" else "few_kernel"
+    of = [("fp8", narrow), ("int4", few if whole else "tile_kernel")]
     for kind, kernel in [*of, ("fp8", "down_vector_kernel"), ("int4", "down_vector_kernel")]:
         assert re.search(rf" {kernel} +moonlight-16b {kind} batch", done.out), done.out
     if target == "sm_90":

@@ -80,7 +80,7 @@ FEW = SPECS | {"fp8 128": Spec("fp8", 128, 128), "int8 zeros": Spec("int8", 1, 0
 
 
 @pytest.mark.parametrize("spec", FEW.values(), ids=list(FEW))
-@pytest.mark.parametrize(("tokens", "rows"), [(2, 2), (3, 2), (8, 4)])
+@pytest.mark.parametrize(("tokens", "rows"), [(3, 2), (8, 4)])
 def test_linear_of_a_few_tokens(tokens: int, rows: int, spec: Spec) -> None:
     """By dot products. Ragged: 37 rows in blocks of 16, 136 columns in tiles of 64, 3 tokens in
     pairs. x's rows are further apart than they are long.
@@ -142,7 +142,7 @@ def test_every_number(kind: str, columns: int, tokens: int, ptx: bool) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
-@pytest.mark.parametrize(("tokens", "apart"), [(1, False), (6, False), (6, True)])
+@pytest.mark.parametrize(("tokens", "apart"), [(1, False), (6, True)])
 def test_experts(tokens: int, apart: bool, spec: Spec) -> None:
     """Routed and shared experts, gate and up joined where blocks allow, all in one format."""
     config = V3.change(hidden_size=48, moe_intermediate_size=32, n_shared_experts=2)
@@ -176,12 +176,11 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("spec", FEW.values(), ids=list(FEW))
-@pytest.mark.parametrize(("tokens", "rows"), [(2, 1), (3, 2), (8, 4)])
-def test_experts_of_a_few_tokens(tokens: int, rows: int, spec: Spec, poisoned: None) -> None:
+def test_experts_of_a_few_tokens(spec: Spec, poisoned: None) -> None:
     """By dot products. Expert 5 has all tokens, expert 0 none. 44 outputs in blocks of 32, two
-    shared experts where blocks allow. Of 2 tokens, and of 8, the last half choose no expert here.
+    shared experts where blocks allow. Of 4 tokens the last half choose no expert here.
     """
-    more = 2 if max(spec.rows, spec.columns) <= 32 else 1
+    tokens, more = 4, 2 if max(spec.rows, spec.columns) <= 32 else 1
     config = V3.change(hidden_size=44, moe_intermediate_size=32, n_shared_experts=more)
     routed, shared = Experts(config), MLP(44, more * 32)
     routed.gate_proj, routed.up_proj = (stored(spec, 8, 32, 44) for _ in range(2))
@@ -192,9 +191,8 @@ def test_experts_of_a_few_tokens(tokens: int, rows: int, spec: Spec, poisoned: N
     indices = torch.stack([others[torch.randperm(6)[:3]] for _ in range(tokens)]).to(DEVICE)
     indices[:, 1] = 5
     weights = torch.rand(tokens, 3, device=DEVICE)
-    if tokens != 3:
-        indices[tokens // 2 :], routed.partial = 8, True
-    launch = ExpertsLaunch(rows, 32, 32, 32, 16, 2)
+    indices[tokens // 2 :], routed.partial = 8, True
+    launch = ExpertsLaunch(1, 32, 32, 32, 16, 2)
     ours = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch)
     close(ours, experts_torch(x, indices, weights, routed, shared, x))
 

@@ -55,8 +55,9 @@ def experts(
 
     The outputs of `shared` and the `residual` (N, D) are added in fp32. (With `apart` each expert's
     output is rounded to x's dtype before.) `norm` (D,) says that x is the residual, RMS-normed with
-    this gain by the previous kernel, and that the residual is older. Then shared experts don't wait
-    for x. `fixed` is x again, if an earlier kernel has made it (see `experts_take_fixed`).
+    this gain by the previous kernel, and that the residual is older. Then one token's shared
+    experts don't wait for x. `fixed` is x again, if an earlier kernel has made it (see
+    `experts_take_fixed`).
     """
     routed, always = _operands(chip, experts, shared)
     more, sizes = 0, tuple(experts.down_proj.shape)
@@ -132,8 +133,9 @@ def _launch(
     names["COUNT"], whole = count if partial else 0, isinstance(given, Fixed)
     chip.run(
         up_vector_kernel, (ceil_div(inner, use.up_outputs) * (chosen + more) * tokens,),
-        given, indices, routed.gate, routed.up, shared_gate, shared_up, residual, norm, eps, h,
-        tokens, FIXED=whole, MANY=tokens > 1, **names, **use.up,
+        given, indices, routed.gate, routed.up, shared_gate, shared_up, residual,
+        norm if tokens == 1 else None, eps, h, tokens, FIXED=whole, MANY=tokens > 1, **names,
+        **use.up,
     )  # fmt: skip
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs) * tokens,),

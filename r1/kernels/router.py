@@ -84,7 +84,7 @@ def route(
         PAD=power_of_two(experts), CHOSEN=chosen, CHOSEN_PAD=power_of_two(chosen),
         GROUPS=e.n_group if e.topk_method != "greedy" else 1, KEPT=e.topk_group,
         BEST=2 if biased else 1, SIGMOID=e.scoring_func == "sigmoid", NORMED=e.norm_topk_prob,
-        EARLY=tokens > 1, warps=use.warps,
+        EARLY=tokens > 1 or fixed is not None, warps=use.warps,
     )  # fmt: skip
     return h, indices, weights
 
@@ -124,8 +124,9 @@ def route_kernel(
     A token's first program also writes the normed x, and its last one chooses. Each stores PART
     columns in `fixed`, if it is given; the last one has chosen before. The norm comes first and is
     rounded, as layers.py does: the choice between near-tied experts depends on such bits.
-    EARLY lets the next kernel start early. For one token it must not: `up_vector_kernel` reads
-    megabytes before its own wait, and would delay the few bytes that the choice waits for.
+    EARLY lets the next kernel start early. For one token it must not, without `fixed`: then
+    `up_vector_kernel` reads megabytes before its own wait, and would delay the few bytes that the
+    choice waits for.
     """
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1).to(tl.int64)
