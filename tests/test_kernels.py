@@ -534,7 +534,7 @@ def test_route(name: str, dtype: str) -> None:
     check_route(router(name), dtype, 8)
 
 
-@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("tokens", [1, 65])
 def test_route_of_so_many(tokens: int) -> None:
     check_route(router("r1"), "fp32", tokens)
 
