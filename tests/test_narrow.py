@@ -195,3 +195,21 @@ def test_nobody_makes_a_vector_for_them_ahead() -> None:
     assert stored_sizes(CHIP, x, 128, operands, None) == (4, 1, 128)
     assert experts_take_fixed(CHIP, x[:1], routed, None, 3) == 256
     assert experts_take_fixed(CHIP, x, routed, None, 3) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (LinearLaunch, (32, 2048, 3648, 2, 4, 1, 128)),
+        (ExpertsLaunch, (8, 6, 64, 2048, 1408, 2, 8, 0, 128)),
+        (ExpertsLaunch, (512, 6, 64, 2048, 1408, 2, 4, 1, 128)),
+    ],
+)
+def test_a_search_begins_with_their_own_choices(
+    kind: type[LinearLaunch] | type[ExpertsLaunch], sizes: tuple[int, ...]
+) -> None:
+    """They have as few rows as dot products, and outputs as tiles."""
+    launch = kind.default(sizes, CHIP)
+    assert launch.narrow
+    for name in launch.choices.keys() - {"stages", "warps"}:
+        assert getattr(launch, name) in launch.choices[name], name

@@ -84,7 +84,7 @@ class ExpertsLaunch:
 
     @property
     def choices(self) -> Choices:
-        if self.rows < LEAST_TILE:
+        if self.rows < LEAST_TILE and not self.narrow:
             return {
                 "rows": (1, 16), "up_outputs": (1, 2, 4, 8),
                 "up_inputs": (512, 1024, 2048), "down_outputs": (1, 2, 4, 8),

@@ -62,7 +62,7 @@ class LinearLaunch:
 
     @property
     def choices(self) -> Choices:
-        if self.rows < LEAST_TILE:
+        if self.rows < LEAST_TILE and not self.narrow:
             return {
                 "rows": (1, 2, 4, 8, 16), "outputs": (1, 2, 4, 8, 16),
                 "inputs": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8),
