@@ -118,14 +118,10 @@ def _launch(
     stored = stored_sizes(chip, x, inner, routed, shared)
     use = launch or _use(chip, x, chosen, sizes, stored)
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
-    if use.narrow and stored[2:]:
-        return _narrow(
-            chip, use, names, stored[2], count, x, indices, weights, routed, shared, residual,
-            partial,
-        )  # fmt: skip
-    if use.rows >= LEAST_TILE:
+    step = stored[2] if use.narrow and stored[2:] else 0
+    if step or use.rows >= LEAST_TILE:
         return _several_tokens(
-            chip, use, names, count, x, indices, weights, routed, shared, residual, partial
+            chip, use, names, step, count, x, indices, weights, routed, shared, residual, partial
         )
     given = (fixed or fix(chip, x)) if stored[1:2] == (1,) else x
     shared_gate, shared_up, shared_down = shared or (None, None, None)
@@ -160,53 +156,38 @@ def _use(
 
 
 def _several_tokens(
-    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
-    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None, partial: bool,
-) -> Tensor:  # fmt: skip
-    """Sort the choices by expert, launch the tiles' kernels, and add up each token's slots."""
-    dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
-    tokens, chosen = indices.shape
-    order, ends, places, work = _sorted(chip, indices, count, use.rows, more, use.apart)
-    shared_gate, shared_up, shared_down = shared or (None, None, None)
-    how = sizes | {"ROWS": use.rows, "APART": use.apart}
-    h = x.new_empty(tokens, chosen + more, inner)
-    chip.run(
-        up_tile_kernel, (ceil_div(inner, use.up_outputs), places), x, order, ends, work,
-        routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how, **use.up,
-    )  # fmt: skip
-    y = _slots(x, chosen + more, x.dtype if use.apart else torch.float32, partial)
-    chip.run(
-        down_tile_kernel, (ceil_div(dim, use.down_outputs), places), h, order, ends, work, weights,
-        routed.down, shared_down, y, tokens, count, **how, **use.down,
-    )  # fmt: skip
-    return _added(chip, y, residual, x, min(1024, power_of_two(dim)) if use.apart else 256)
-
-
-def _narrow(
     chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], step: int, count: int, x: Tensor,
     indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
     residual: Tensor | None, partial: bool,
 ) -> Tensor:  # fmt: skip
-    """The same by narrow products."""
+    """Sort the choices by expert, launch the tiles' kernels, and add up each token's slots. With a
+    `step` products are narrow (narrow.py), and tiles apart.
+    """
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
-    order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
-    gate, up, down = (narrow(w) for w in routed)
-    shared_gate, shared_up, shared_down = (w and narrow(w) for w in shared or (None, None, None))
-    how = sizes | {"ROWS": use.rows}
+    order, ends, places, work = _sorted(chip, indices, count, use.rows, more, use.apart or step > 0)
+    up_kernel, down_kernel, how = up_tile_kernel, down_tile_kernel, sizes | {"ROWS": use.rows}
+    up, down, rounded = use.up, use.down, use.apart and not step
+    if step:
+        up_kernel, down_kernel = up_narrow_kernel, down_narrow_kernel
+        routed, shared = Swiglu(*map(narrow, routed)), shared and Swiglu(*map(narrow, shared))
+        up["BLOCK_IN"] = down["BLOCK_IN"] = step
+    else:
+        how["APART"] = use.apart
+    shared_gate, shared_up, shared_down = shared or (None, None, None)
     h = x.new_empty(tokens * (chosen + more), inner)
     chip.run(
-        up_narrow_kernel, (ceil_div(inner, use.up_outputs), places), pairs(chip, x, gate, step),
-        order, ends, work, gate, up, shared_gate, shared_up, h, tokens, count, **how,
-        **use.up | {"BLOCK_IN": step},
+        up_kernel, (ceil_div(inner, use.up_outputs), places),
+        pairs(chip, x, routed.gate, step) if step else x, order, ends, work, routed.gate,
+        routed.up, shared_gate, shared_up, h, tokens, count, **how, **up,
     )  # fmt: skip
-    y = _slots(x, chosen + more, torch.float32, partial)
+    y = _slots(x, chosen + more, x.dtype if rounded else torch.float32, partial)
     chip.run(
-        down_narrow_kernel, (ceil_div(dim, use.down_outputs), places), pairs(chip, h, down, step),
-        order, ends, work, weights, down, shared_down, y, tokens, count, **how,
-        **use.down | {"BLOCK_IN": step},
+        down_kernel, (ceil_div(dim, use.down_outputs), places),
+        pairs(chip, h, routed.down, step) if step else h, order, ends, work, weights, routed.down,
+        shared_down, y, tokens, count, **how, **down,
     )  # fmt: skip
-    return _added(chip, y, residual, x, 256)
+    return _added(chip, y, residual, x, min(1024, power_of_two(dim)) if rounded else 256)
 
 
 def _slots(x: Tensor, slots: int, dtype: torch.dtype, partial: bool) -> Tensor:

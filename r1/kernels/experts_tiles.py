@@ -50,22 +50,11 @@ def tile_of(
     """
     i = first + tl.arange(0, ROWS)
     choice = tl.load(order + i, mask=i < tl.where(expert < count, end, 0), other=0)
-    token, place, slot = places_of(expert, i, choice, tokens, count, CHOSEN, SHARED)
-    return token, choice, place, slot, i < end
-
-
-@triton.jit
-def places_of(
-    expert, i, choice, tokens, count, CHOSEN: tl.constexpr, SHARED: tl.constexpr
-):  # fmt: skip
-    """Of number `i` in the order of an expert's tokens, or several: the token, its place in h, its
-    slot in y.
-    """
     routed = expert < count
     token = tl.where(routed, choice // CHOSEN, i).to(tl.int64)
     slot = token * (CHOSEN + SHARED) + tl.where(routed, choice % CHOSEN, CHOSEN + expert - count)
     place = i + tl.where(routed, 0, tokens * (CHOSEN + expert - count)).to(tl.int64)
-    return token, place, slot
+    return token, choice, place, slot, i < end
 
 
 @triton.jit

@@ -87,10 +87,11 @@ def storage_sizes(chip: Chip, x: Tensor, length: int, *operands: Operand | None)
         return ()
     fixed, step = fits(chip, x, length, *given), 0
     if fixed or (kind == "fp8" and chip.ptx and x.itemsize == 2):
-        alike = all(w.FORMAT.value == kind and 4 * w.weight.itemsize == 16 for w in given)
-        sizes = (length, *(w.WIDE.value for w in given))
-        step = next((n for n in (128, 64) if alike and all(m % n == 0 for m in sizes)), 0)
-    return (BITS[kind], int(fixed), step) if step else (BITS[kind], 1) if fixed else (BITS[kind],)
+        words = all(w.FORMAT.value == kind and w.weight.itemsize == 4 for w in given)
+        multiples = (length, *(w.WIDE.value for w in given))
+        step = next((n for n in (128, 64) if words and all(m % n == 0 for m in multiples)), 0)
+    sizes = (BITS[kind], int(fixed), step)
+    return sizes if step else sizes[: 1 + fixed]
 
 
 def fix(

@@ -56,18 +56,6 @@ def vector_of(
 
 
 @triton.jit
-def ready(loaded, w, FIXED: tl.constexpr):
-    """A loaded tile, as `product_of` takes it for each token: fixed-point products take words."""
-    return loaded if FIXED else unpacked(loaded, w)
-
-
-@triton.jit
-def product_of(tile, v, w, FIXED: tl.constexpr):
-    """The sums of a ready tile times one token's columns, as `nothing` has them."""
-    return times_fixed(tile, v, w) if FIXED else times_unpacked(tile, v, w)
-
-
-@triton.jit
 def add_vectors(
     sums, loaded, x, stride, vectors, start, weight, LENGTH: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, FIXED: tl.constexpr,
@@ -75,10 +63,11 @@ def add_vectors(
     """The sums of ROWS tokens, and the products of a loaded tile, whose columns begin at `start`,
     with their `vectors` of x added.
     """
-    tile, more = ready(loaded, weight, FIXED), ()
+    tile, more = loaded if FIXED else unpacked(loaded, weight), ()
     for row in tl.static_range(ROWS):
         v = vector_of(x, stride, vectors[row], start, weight, LENGTH, COLUMNS, FIXED)
-        value = sums[row] + product_of(tile, v, weight, FIXED)
+        product = times_fixed(tile, v, weight) if FIXED else times_unpacked(tile, v, weight)
+        value = sums[row] + product
         more = more + (value,)  # type: ignore[assignment]  # noqa: RUF005
     return more
 
