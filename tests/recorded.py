@@ -22,6 +22,7 @@ class Recorded:
         self.beside: list[Recorded] = pool.beside if pool else []
         self.beside.append(self)
         self.inputs = tuple(tensor.clone() for tensor in inputs)
+        self.fed = 0  # inputs that were copied here
         for _ in range(3):
             self.outputs = step(*self.inputs, cache)
             cache.lengths.copy_(lengths)
@@ -29,15 +30,22 @@ class Recorded:
     def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for other in self.beside:
             for output in other.outputs if other is not self else ():
-                output.fill_(
-                    float("nan") if output.is_floating_point() else -1
-                )  # which isn't safe from those of its memory
-        for static, given in zip(
-            (*self.inputs, *self.outputs), (*inputs, *self.step(*inputs, self.cache)), strict=True
-        ):
-            assert static.shape == given.shape and static.dtype == given.dtype
-            static.copy_(given)
+                if all(output is not static for static in other.inputs):
+                    output.fill_(
+                        float("nan") if output.is_floating_point() else -1
+                    )  # which isn't safe from those of its memory
+        self.fed += sum(self.into(*pair) for pair in zip(self.inputs, inputs, strict=True))
+        for pair in zip(self.outputs, self.step(*self.inputs, self.cache), strict=True):
+            self.into(*pair)
         return self.outputs
+
+    @staticmethod
+    def into(static: Tensor, given: Tensor) -> bool:
+        """Copy what is not there already, and tell whether it had to be."""
+        assert static.shape == given.shape and static.dtype == given.dtype
+        if static is not given:
+            static.copy_(given)
+        return static is not given
 
     @property
     def graph(self) -> Recorded:

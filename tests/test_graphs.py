@@ -143,3 +143,25 @@ def test_a_kept_cache_has_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     for temperature, captures in ((0.5, 1), (0.7, 2), (0.7, 2), (0.5, 3)):
         engine.generate(PROMPTS, 9, temperature, seed=0)
         assert len(made) == captures and engine._kept and len(engine._kept.graphs) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_greedy_steps_feed_themselves(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step leaves its choice where the next one reads it: only the first is copied. (A
+    captured cache has a power of two of rows. Fewer of them are copied.) Choices at random are made
+    outside, of another graph.
+    """
+    made = recorded(monkeypatch)
+    plain = sharp_logits(device="cpu", moe="gather")
+    run = with_switches(plain, cuda_graphs=True)
+    prompts = [*PROMPTS, PROMPTS[0][::-1]][:rows]
+    texts = [
+        [[c.tokens for c in engine.generate(prompts, 9, t, seed=0)] for t in (0.0, 0.8, 0.0)]
+        for engine in (Engine(run.model, run.backend), Engine(plain.model, plain.backend))
+    ]
+    assert texts[0][::2] == texts[1][::2]
+    if rows != 3:  # numbers are drawn for as many rows as the cache has
+        assert texts[0][1] == texts[1][1]
+    greedy, drawn = made
+    calls = 18 if rows == 3 else 3  # two answers and, before the first, two steps
+    assert greedy.fed == calls and drawn.fed == 8

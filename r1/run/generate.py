@@ -35,7 +35,7 @@ def steps(
         tokens, scores = sampler(runner.prefill(rows, cache, depth)[:, None])  # (B, 1)
         yield tokens, scores
         for _ in range(limit - 1):
-            tokens, scores = sampler(runner.decode(tokens, cache))
+            tokens, scores = runner.next_tokens(tokens, cache, sampler)
             yield tokens, scores
 
     yield from arrivals(launched(), _advice(runner.backend))

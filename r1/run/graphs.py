@@ -36,14 +36,16 @@ class Captured:
     def replay(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the step on `inputs`.
 
-        The returned tensors are the graph's own, and change with the next replay.
+        The returned tensors are the graph's own, and change with the next replay. An input that is
+        the graph's own already needs no copy: a step may leave there what the next one reads.
         """
         for static, given in zip(self.inputs, inputs, strict=True):
             if given.shape != static.shape or given.dtype != static.dtype:
                 raise ValueError(
                     f"captured for a tensor {tuple(static.shape)}, called with {tuple(given.shape)}"
                 )
-            static.copy_(given)
+            if given is not static:
+                static.copy_(given)
         self.graph.replay()
         return self.outputs
 
