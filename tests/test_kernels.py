@@ -52,6 +52,7 @@ from r1.kernels.chip import Chip
 from r1.kernels.experts import dispatch, experts, experts_torch
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
+from r1.kernels.greedy import likeliest
 from r1.kernels.latent import LatentLaunch, latent, latent_torch
 from r1.kernels.linear import linear, linear_torch
 from r1.kernels.linear_launch import LinearLaunch
@@ -68,6 +69,7 @@ from r1.model.router import Router
 from r1.model.shapes import shape
 from r1.run.engine import Engine
 from r1.run.runner import MOST_TOKENS, Runner
+from r1.run.sampler import greedy
 from r1.run.ways import Eager, Fused
 from r1.storage.dense import Dense
 from r1.storage.joined import Part, join
@@ -275,6 +277,21 @@ def test_begin_step(new: int, interleave: bool) -> None:
     assert torch.equal(made[0], twin[0]) and made[0].dtype == torch.int64
     for ours, theirs in zip(made[1:], twin[1:], strict=True):
         close(ours, theirs, "fp32")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 163), (1, 3, 1024), (5, 1, 5000)])
+def test_likeliest(shape: tuple[int, ...]) -> None:
+    """The first of equals, also where programs share a row; NaN is the largest."""
+    logits = torch.randn(shape, device=DEVICE).round(decimals=1)
+    for fill in (None, float("inf"), float("nan"), float("-inf")):
+        if fill is not None:
+            logits[..., shape[-1] // 2 :: 7] = fill
+        if fill == float("-inf"):
+            logits.fill_(fill)
+        tokens, scores = likeliest(CHIP, logits)
+        wanted, best = greedy(logits.cpu())  # on a GPU torch takes any of equals
+        assert torch.equal(tokens.cpu(), wanted) and tokens.dtype == torch.int64
+        torch.testing.assert_close(scores.cpu(), best, rtol=0, atol=0, equal_nan=True)
 
 
 def test_begin_step_writes_what_is_its_own() -> None:
@@ -1254,7 +1271,7 @@ ORDERS = {
         for order in ("wait let write wait let write", "wait let write")
     ),
     # These let nobody start: what comes behind reads before its own wait what they write.
-    *(("step_kernel", True, "wait write"), ("route_kernel", True, "wait write")),
+    *((f"{name}_kernel", True, "wait write") for name in ("step", "route", "likeliest")),
 }
 """A kernel, whether it is for one token, and in which order it waits for the one ahead, lets the
 next start, and writes."""

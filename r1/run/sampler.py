@@ -47,8 +47,7 @@ class Sampler:
         no distribution, and then the token means nothing: arrivals.py looks at it on the host.
         """
         if self.temperature == 0:
-            score, token = logits.max(dim=-1)  # NaN counts as the largest
-            return token, score
+            return greedy(logits)
         random = torch.empty_like(logits).exponential_(generator=self.generator(logits.device))
         p = self.probabilities(logits)  # all NaN where one logit is NaN, or the best infinite
         token = draw(p, random)
@@ -78,6 +77,14 @@ class Sampler:
             else:
                 self._generator.manual_seed(self.seed)
         return self._generator
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 (..., W) -> each row's best token, int64 (...), and its logit, fp32 (...). NaN counts as
+    the largest.
+    """
+    score, token = logits.max(dim=-1)
+    return token, score
 
 
 def draw(p: Tensor, exponential: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from r1.model.cache import Cache
 from r1.model.mtp import MTPLayer
 from r1.model.step import Step
 from r1.model.transformer import Transformer
+from r1.run.sampler import greedy
 from r1.switches.backend import Backend
 
 Block = Callable[..., Tensor]
@@ -47,6 +48,10 @@ class Eager:
     def norm_and_head(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, S, D), not normed yet -> logits (B, S, W)."""
         return self.head(self.model.norm(hidden))
+
+    def likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 logits (..., W) -> each row's best token, int64 (...), and its logit, fp32 (...)."""
+        return greedy(logits)
 
     def next_step(self, cache: Cache, tokens: int) -> Step:
         """A decode step for `tokens` tokens of each row, after those that the cache holds."""
@@ -77,6 +82,7 @@ class Fused(Eager):
         super().__init__(model)
         from r1.kernels.block import DecodeBlock, output_head  # Triton is optional
         from r1.kernels.chip import Chip
+        from r1.kernels.greedy import likeliest
         from r1.kernels.step import begin_step
 
         self.chip = Chip.of(device)
@@ -86,7 +92,7 @@ class Fused(Eager):
             tuned = launches.load(torch.cuda.get_device_name(device))
             self.chip = replace(self.chip, tuned=tuned, asked={})
         self.fused, self.why_not = partial(DecodeBlock, chip=self.chip), DecodeBlock.why_not
-        self.begin, self.output_head = begin_step, output_head
+        self.begin, self.output_head, self.best = begin_step, output_head, likeliest
 
     def block(self, block: nn.Module) -> Block:
         if why := self.why_not(block):
@@ -101,6 +107,9 @@ class Fused(Eager):
 
     def norm_and_head(self, hidden: Tensor) -> Tensor:
         return self.output_head(self.model.lm_head, self.chip, hidden, self.model.norm)
+
+    def likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return self.best(self.chip, logits)
 
     def next_step(self, cache: Cache, tokens: int) -> Step:
         frequency, factor = self.model.frequency, self.model.table_factor

@@ -201,6 +201,7 @@ def launches(
     """
     from r1.kernels.allreduce import TURNS, all_reduce
     from r1.kernels.block import DecodeBlock, output_head
+    from r1.kernels.greedy import likeliest
     from r1.kernels.step import begin_step
     from r1.model.step import Step
     from r1.placement.symmetric import limit
@@ -218,7 +219,8 @@ def launches(
     model = build.sketch(config, Backend(dtype="bf16", join="on", quant=quant))
     for block in (model.layers[0], model.layers[-1]):
         DecodeBlock(block, recorder)(x, step, cache.layers[0])  # type: ignore[arg-type]
-    output_head(model.lm_head, recorder, x, model.norm)  # type: ignore[arg-type]
+    logits = output_head(model.lm_head, recorder, x, model.norm)  # type: ignore[arg-type]
+    likeliest(recorder, logits)  # type: ignore[arg-type]
     with lengths.device:  # the sum over so many devices
         peers, turns = torch.empty(DEVICES, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
         slots = TURNS.value * DEVICES * limit("triton", DEVICES)
