@@ -217,10 +217,10 @@ def test_a_result_tells_its_link(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(found))
     rows = measured.rows_of(file)
-    for row in rows:
+    for row, given in zip(rows, found["rows"], strict=True):
         assert row.kind == (False, "host", False) and row.decodes and row.tpot_ms
         assert row.link_gb_s == pytest.approx(110 / row.tpot_ms / 0.5, rel=0.01)
-        assert row.prompt_share == pytest.approx(0.75)
+        assert row.prompt_share * row.ttft_ms == pytest.approx(0.75 * given["ttft_ms"], rel=1e-4)
         assert "experts on host" in row.describe()
     link = statistics.median(row.link_gb_s or 0.0 for row in rows) * 1e9
     assert Predictor(rows).rates(gpus.gpu("h100")).link == pytest.approx(link)

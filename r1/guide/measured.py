@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -28,8 +29,7 @@ from r1.switches.backend import Backend
 
 FILE = Path(__file__).parent / "measured.json"
 GAP_US = 1.16
-"""Microseconds between two kernels of a CUDA graph: what one more tiny kernel costs on an H100
-(tools/measure/results/README.md)."""
+"""Microseconds of one more tiny kernel in a CUDA graph on an H100 (tools/measure/results)."""
 PLAIN_SHARE = 0.9
 """The share of a copy's rate that fused kernels over plain numbers reach at batch 1 on an H100."""
 LEAST_NEW = 16
@@ -188,7 +188,7 @@ def _row(
         round(matmul, 1),
         row["tpot_ms"],
         row["floor_ms"],
-        row["ttft_ms"],
+        _ttft_ms(row),
         round(max(1e3 * rates.seconds(prompt), _prompt_link_ms(row)), 4),
         row["step_gb"],
         round(read.nbytes / 1e9, 5),
@@ -202,8 +202,13 @@ def _row(
     )
 
 
+def _ttft_ms(row: dict[str, Any]) -> float:
+    """The lower median: the mean of two repetitions is useless if the host paused in one."""
+    return 1e3 * statistics.median_low(each["ttft"] for each in row["repetitions"])
+
+
 def _prompt_link_ms(row: dict[str, Any]) -> float:
-    """How long a prompt's copies take at the link's rate."""
+    """A prompt's copies at the link's rate."""
     return (row.get("prompt_link_share") or 0.0) * float(row["ttft_ms"])
 
 
@@ -285,7 +290,7 @@ def best_prompts(rows: Iterable[Measured]) -> list[Measured]:
 
 @cache
 def committed() -> tuple[Measured, ...]:
-    """The rows of the committed results."""
+    """Those of the committed results."""
     return tuple(Measured(**each) for each in json.loads(FILE.read_text(encoding="utf-8")))
 
 

@@ -189,11 +189,15 @@ class Like:
         return Like(backend.quant, setup.gpu.machine, fused, latent, layers)
 
     def distance(self, row: Measured) -> float:
-        """How unlike a row is."""
+        """How unlike a row is.
+
+        A layer with latent attention has other kernels, and more small ones, than a layer with
+        grouped queries: that weighs most.
+        """
         kinds = kind_of(row.quant), kind_of(self.quant)
         other, far = kinds[0] != kinds[1], (kinds[0] is None) != (kinds[1] is None)
         machine, fused = row.machine != self.machine, row.fused != self.fused
-        return 8 * other + 4 * far + 6 * machine + 6 * fused + 1.0 * (row.latent != self.latent)
+        return 8 * other + 4 * far + 6 * machine + 6 * fused + 9.0 * (row.latent != self.latent)
 
 
 @dataclass(frozen=True)
@@ -222,12 +226,13 @@ class Read:
 def step_ms(floor_ms: float, read: Read, row: Measured, like: Like) -> float:
     """A step's time, if it has the row's share of the floor, and its kernels a layer.
 
-    If both are packed, it has the row's rate of unpacking instead, and is never below the floor.
+    If both are packed, it has the row's rate of unpacking instead. It is never below the floor:
+    large kernels hide the gaps between them, and then a share is above 1.
     """
     busy = floor_ms / row.share
     if "none" not in (row.quant, like.quant) and row.experts == "device":
         busy = max(floor_ms, read.busy_ms(row.unpacked_per_ms))
-    return busy + row.gaps_ms / row.layers * like.layers
+    return max(floor_ms, busy + row.gaps_ms / row.layers * like.layers)
 
 
 def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float) -> Measured | None:

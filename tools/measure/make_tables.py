@@ -164,20 +164,30 @@ def sums() -> list[str]:
 
 
 def buys() -> list[str]:
-    """What each rung of the ladder brings to one row, and to 32 rows."""
+    """What each rung of the ladder brings to one row, to 32, and to one of a dense model."""
     lines = [
-        "| adds | ms a token | of the memory's bandwidth | 32 rows: ms a step | of the bandwidth |",
-        "|---|---:|---:|---:|---:|",
+        "| adds | ms a token | of the bandwidth | 32 rows: ms | of it | 8B distill: ms | of it |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    one, many = (read(RESULTS / f"{name}.json")["rows"] for name in ("ladder", "ladder-32"))
+    one, many, dense = (
+        read(RESULTS / f"{name}.json")["rows"]
+        for name in ("ladder", "ladder-32", "ladder-llama-8b")
+    )
+    rung_of = {row["arm"]: row for row in dense}
     for row, other in zip(one, many, strict=True):
         name = rung_link(row["arm"])
         if other["arm"] != row["arm"]:  # the same switch with another value
             assert switch_of(other) == switch_of(row)
             name += f" (32 rows: {rung_link(other['arm'])})"
+        if row["arm"] == "+ attention=absorbed":  # of a dense model: keys are not repeated
+            name, found = f"{name} (8B: `grouped`)", rung_of.pop("+ attention=grouped")
+        else:
+            found = rung_of.pop(row["arm"], None)
         cells = [name, f"{row['tpot_ms']:.2f}", f"{row['mbu']:.0%}"]
         cells += [f"{other['tpot_ms']:.1f}", f"{other['mbu']:.0%}"]
+        cells += [f"{found['tpot_ms']:.2f}", f"{found['mbu']:.0%}"] if found else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    assert not rung_of, "the dense model's ladder has rungs that the other one lacks"
     return lines
 
 
