@@ -1,8 +1,9 @@
 """A child process for each thing that is measured, and a pipe to it.
 
 Commands go in, dictionaries come out. A process of its own inherits no allocator, no caches and no
-compiled code. The parent handles signals: a child ignores them, and ends when the parent tells it
-to.
+compiled code, only imported modules: it is forked from a server that has imported torch, which
+takes seconds, and has done nothing else. The parent handles signals: a child ignores them, and ends
+when the parent tells it to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -32,6 +34,8 @@ Answer = dict[str, Any]
 Handler = Callable[[int, Any], object] | signal.Handlers
 
 
+IMPORTED = "r1.bench.worker.serve"
+"""What the server of children imports, with all that this imports."""
 DEAD = (EOFError, BrokenPipeError, ConnectionResetError)
 """What a pipe raises when the other end is gone."""
 
@@ -44,12 +48,15 @@ class Process:
 
     def __init__(self, target: Callable[..., None], *arguments: object) -> None:
         """Start the child, whose main is `target(pipe, *arguments)`. It calls `answer_commands`."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([IMPORTED])
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
-            target=target, args=(theirs, *arguments), daemon=True
-        )
+            target=as_here, args=(dict(os.environ), os.getcwd(), target, theirs, *arguments),
+            daemon=True,
+        )  # fmt: skip
+        resource_tracker.ensure_running()  # its start lets signals through again
         try:
             with deaf_children():
                 self.process.start()
@@ -108,6 +115,16 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.quit()
+
+
+def as_here(
+    environment: dict[str, str], folder: str, target: Callable[..., None], *arguments: object
+) -> None:
+    """In the child: go on as the parent is now. The server began as the parent was then."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    target(*arguments)
 
 
 def answer_commands(
