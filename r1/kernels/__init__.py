@@ -1,4 +1,5 @@
-"""Triton kernels for decode steps and for a prompt's experts, each beside its torch twin.
+"""Triton kernels for decode steps and for a prompt's experts and packed weights, each beside its
+torch twin.
 
 They run where `attention`, `moe`, `prefill_moe` or `kernels` are `triton`. README.md beside this
 file has the plan: what each kernel reads, how kernels overlap, and how long each takes.
@@ -8,7 +9,9 @@ parameters as a frozen dataclass, with defaults by shape and chip; `--tune` sear
 block.py puts the kernels together to a layer. strategies.py offers two of them alone. Several
 tokens' experts are in experts_tiles.py, experts_narrow.py and sort.py. linear_few.py has dot
 products of a few tokens. fixed.py multiplies 4 bits by whole numbers, and narrow.py packed weights
-by the matrix units. allreduce.py adds up over devices.
+by the matrix units. prompt.py multiplies a prompt by packed weights. allreduce.py adds up over
+devices.
 
-Tested in tests/test_kernels.py, test_fixed.py, test_tune.py, test_allreduce.py and test_gpus.py.
+Tested in tests/test_kernels.py, test_prompt_kernels.py, test_fixed.py, test_tune.py,
+test_allreduce.py and test_gpus.py.
 """

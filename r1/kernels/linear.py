@@ -54,7 +54,7 @@ def linear(
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     if use.narrow and stored[2:]:
         chip.run(
-            narrow_kernel, (programs, parts), pairs(chip, x, matrix, stored[2], norm, eps),
+            narrow_kernel, (parts, programs), pairs(chip, x, matrix, stored[2], norm, eps),
             narrow(matrix), residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows,
             BLOCK_OUT=use.outputs, STEP=stored[2], warps=use.warps, stages=use.stages,
         )  # fmt: skip
@@ -78,7 +78,7 @@ def linear(
         )  # fmt: skip
         return y
     chip.run(
-        tile_kernel, (programs, parts), x, x.stride(0), matrix, residual, y, tokens, outputs,
+        tile_kernel, (parts, programs), x, x.stride(0), matrix, residual, y, tokens, outputs,
         INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y
@@ -232,10 +232,11 @@ def tile_kernel(
 ):  # fmt: skip
     """BLOCK_OUT rows of W for ROWS tokens.
 
-    The tile is y transposed, so W's rows are the product's long side.
+    The tile is y transposed, so W's rows are the product's long side. Programs of the same rows run
+    side by side, so memory is read once.
     """
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_IN)
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     real = (out < outputs)[:, None]

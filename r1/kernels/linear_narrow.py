@@ -19,8 +19,8 @@ def narrow_kernel(
     BLOCK_OUT: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT rows of W for ROWS tokens: as `tile_kernel`, with x as pairs."""
-    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     wanted, real = (out < outputs)[:, None], row < tokens
     rows_twice, real_twice = twice(row), twice(real)

@@ -57,7 +57,7 @@ class GQA(nn.Module):
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D). Writes the tokens' cache entries where there is a cache."""
         size, layers = self.shape.head_dim, (self.q_proj, self.k_proj, self.v_proj)
-        outputs = zip(project(x, *layers), layers, strict=True)
+        outputs = zip(project(x, step.multiply, *layers), layers, strict=True)
         # (B, S, H, A), (B, S, U, A), (B, S, U, A)
         q, k, v = (layer.with_bias(y).unflatten(-1, (-1, size)) for y, layer in outputs)
         if self.shape.qk_norm:
@@ -66,7 +66,7 @@ class GQA(nn.Module):
         # Under autocast a norm is fp32.
         q, k = q.to(v.dtype), k.to(v.dtype)  # (B, S, H, A), (B, S, U, A)
         o = self.attend[step.phase](q, k, v, self.scale, step, cache)  # (B, S, H, A)
-        return self.o_proj(o.flatten(2))  # (B, S, H A) -> (B, S, D)
+        return self.o_proj(o.flatten(2), step.multiply)  # (B, S, H A) -> (B, S, D)
 
 
 def rotate(x: Tensor, step: Step) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: B rows, S tokens of a row, D hidden_size, I inner size, W vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,15 @@ from torch.nn import functional as F
 from r1.storage.dense import Dense
 from r1.storage.joined import products
 from r1.storage.matrix import Matrix
+
+Multiply = Callable[[Matrix, Tensor], Tensor]
+"""W (out, in) and x (..., in) -> x W^T (..., out). A call of the model may bring another one than
+the storage's own: Step.multiply."""
+
+
+def matmul(matrix: Matrix, x: Tensor) -> Tensor:
+    """The storage's own product."""
+    return matrix.matmul(x)
 
 
 class Linear(nn.Module):
@@ -25,14 +34,14 @@ class Linear(nn.Module):
         super().__init__()
         self.matrix = Dense.empty(outputs, inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, multiply: Multiply = matmul) -> Tensor:
         """(..., in) -> (..., out)."""
-        return self.matrix.matmul(x)
+        return multiply(self.matrix, x)
 
 
-def project(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
+def project(x: Tensor, multiply: Multiply, *layers: Linear) -> Sequence[Tensor]:
     """Each layer's output for the same x. Weights that are stored as one need one product only."""
-    return products(lambda matrix: matrix.matmul(x), *[layer.matrix for layer in layers])
+    return products(lambda matrix: multiply(matrix, x), *[layer.matrix for layer in layers])
 
 
 class Embedding(nn.Module):
@@ -80,7 +89,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(dim, intermediate)
         self.down_proj = Linear(intermediate, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, multiply: Multiply = matmul) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        gate, up = project(x, self.gate_proj, self.up_proj)  # (B, S, I) each
-        return self.down_proj(swiglu(gate, up))
+        gate, up = project(x, multiply, self.gate_proj, self.up_proj)  # (B, S, I) each
+        return self.down_proj(swiglu(gate, up), multiply)

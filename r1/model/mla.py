@@ -50,12 +50,14 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         """(B, S, D) -> (B, S, D). Writes the tokens' cache entries where there is a cache."""
-        a = self.shape
+        a, multiply = self.shape, step.multiply
         if a.q_lora_rank is None:
-            q, kv = project(x, self.q_proj, self.kv_a_proj_with_mqa)  # q: (B, S, H (P + R))
+            # (B, S, H (P + R)), (B, S, C + R)
+            q, kv = project(x, multiply, self.q_proj, self.kv_a_proj_with_mqa)
         else:
-            c_q, kv = project(x, self.q_a_proj, self.kv_a_proj_with_mqa)  # (B, S, Q), (B, S, C + R)
-            q = self.q_b_proj(self.q_a_layernorm(c_q))  # (B, S, H (P + R))
+            # (B, S, Q), (B, S, C + R)
+            c_q, kv = project(x, multiply, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q = self.q_b_proj(self.q_a_layernorm(c_q), multiply)  # (B, S, H (P + R))
         q = q.unflatten(-1, (a.num_attention_heads, -1))  # (B, S, H, P + R)
         # (B, S, H, P), (B, S, H, R)
         q_nope, q_pe = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
@@ -64,4 +66,4 @@ class MLA(nn.Module):
         q_pe, k_pe = self.rotate(q_pe, k_pe, step)  # (B, S, H, R), (B, S, R)
         attend, up = self.attend[step.phase], self.kv_b_proj
         o = attend(q_nope, q_pe, c_kv, k_pe, up, self.scale, step, cache)  # (B, S, H, V)
-        return self.o_proj(o.flatten(2))  # (B, S, H V) -> (B, S, D)
+        return self.o_proj(o.flatten(2), multiply)  # (B, S, H V) -> (B, S, D)

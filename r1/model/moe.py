@@ -14,7 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from r1.model.config import Config
-from r1.model.layers import MLP, swiglu
+from r1.model.layers import MLP, Multiply, matmul, swiglu
 from r1.model.router import Router
 from r1.storage.dense import Dense
 from r1.storage.joined import products
@@ -98,9 +98,9 @@ class MoE(nn.Module):
         # fp32 (M, E): a benchmark chooses by these (bench/routing.py)
         self.draws: Tensor | None = None
 
-    def forward(self, x: Tensor, phase: str) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+    def forward(self, x: Tensor, phase: str, multiply: Multiply = matmul) -> Tensor:
+        """(B, S, D) -> (B, S, D). `multiply` is for the shared experts."""
         flat = x.flatten(0, 1)  # (N, D)
         indices, weights = self.gate(flat, self.draws)  # (N, K) each
         y = self.experts(self.dispatch[phase], flat, indices, weights).view_as(x)  # (B, S, D)
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x, multiply)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from r1.model.cache import LayerCache
+from r1.model.layers import Multiply, matmul
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Step:
     # Which slots a token sees. At most one of the two is made: the one that the strategy needs.
     mask: Tensor | None = None  # bool (B, 1, S, T)
     bias: Tensor | None = None  # fp32 (B, 1, S, T), to add to scores: 0, or -inf for a hidden slot
+    multiply: Multiply = matmul  # the product with a projection's matrix: run/ways.py has another
 
     def write(self, cache: LayerCache, *new: Tensor) -> tuple[Tensor, ...]:
         """Write each `new` (B, S, ...) to its buffer (B, T, ...); returns tensors to attend to."""

@@ -48,7 +48,9 @@ class Block(nn.Module):
         """(B, S, D) -> (B, S, D)."""
         x = x + self.sum_heads(self.self_attn(self.input_layernorm(x), step, cache))  # (B, S, D)
         h = self.post_attention_layernorm(x)  # (B, S, D)
-        return x + self.sum_inner(self.mlp(h, step.phase) if self.sparse else self.mlp(h))
+        multiply = step.multiply
+        y = self.mlp(h, step.phase, multiply) if self.sparse else self.mlp(h, multiply)  # (B, S, D)
+        return x + self.sum_inner(y)
 
 
 class Transformer(nn.Module):

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from r1.model.layers import Linear
+from r1.model.layers import Linear, Multiply, matmul
 from r1.placement.mesh import Mesh
 from r1.placement.parallel import Parallel
 from r1.storage.matrix import Matrix
@@ -142,11 +142,11 @@ class StageHead(Linear):
         super().__init__(head.matrix.shape[1], head.matrix.shape[0])
         self.matrix, self.words, self.mesh = head.matrix, head.matrix.shape[0], mesh
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, multiply: Multiply = matmul) -> Tensor:
         """(..., D) -> (..., W), on every stage the last one's."""
         last = self.mesh.pp - 1
         if self.mesh.stage == last:
-            logits = super().forward(x).float().contiguous()
+            logits = super().forward(x, multiply).float().contiguous()
         else:
             logits = x.new_empty(*x.shape[:-1], self.words, dtype=torch.float32)
         dist.broadcast(logits, group=self.mesh.pp_group, group_src=last)

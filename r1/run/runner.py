@@ -128,7 +128,7 @@ class Runner:
             positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
             step = self.model.step("prefill", positions, 0)
             hidden = self.model(tokens, step, None, self.blocks["prefill"])
-            return self.model.lm_head(hidden).float()
+            return self.lm_head(hidden, "prefill").float()
 
     def prefill(self, prompts: list[list[int]], cache: Cache, depth: int = 0) -> Tensor:
         """Read prompts of any lengths, in chunks; returns each row's next logits, fp32 (B, W).
@@ -137,7 +137,7 @@ class Runner:
         """
         hidden = self.read(prompts, cache, depth)
         with self.context():
-            return self.model.lm_head(hidden).float()
+            return self.lm_head(hidden, "prefill").float()
 
     def read(
         self,
@@ -253,9 +253,9 @@ class Runner:
         hidden = self.model(tokens, step, cache.layers, self.blocks["decode"], normed=False)
         return (self.ways["decode"].norm_and_head(hidden).float(),)
 
-    def lm_head(self, hidden: Tensor) -> Tensor:
-        """A decode step's output head: (B, S, D) -> (B, S, W). Prompts use the model's own."""
-        return self.ways["decode"].head(hidden)
+    def lm_head(self, hidden: Tensor, phase: str = "decode") -> Tensor:
+        """The output head as a phase runs it: (B, S, D) -> (B, S, W); a prompt's (B, D) too."""
+        return self.ways[phase].head(hidden)
 
     def next_step(self, cache: Cache, tokens: int) -> Step:
         """A decode step for `tokens` tokens of each row, after those that the cache holds."""

@@ -76,7 +76,7 @@ def speculate(
     turn = Turn(drafter, sampler, assumed)
     hidden = runner.read(prompts, cache, depth, drafter.along)  # (prompts, D)
     with runner.context():
-        token, score = sampler(runner.model.lm_head(hidden).float())  # (prompts,)
+        token, score = sampler(runner.lm_head(hidden, "prefill").float())  # (prompts,)
     yield F.pad(token[:, None], (0, drafter.count + 1)), F.pad(score[:, None], (0, drafter.count))
     tokens, q = turn.begin(prompts, hidden, token, cache)
     for other in [key for key in cache.graphs if key[0] == "turn" and key != turn.key]:

@@ -11,18 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from r1.errors import InputError, setting
-from r1.model.cache import Cache
+from r1.model.cache import Cache, LayerCache
 from r1.model.mtp import MTPLayer
 from r1.model.step import Step
 from r1.model.transformer import Transformer
 from r1.run.sampler import greedy
 from r1.switches.backend import Backend
+
+if TYPE_CHECKING:
+    from r1.kernels.chip import Chip  # Triton is optional
 
 Block = Callable[..., Tensor]
 
@@ -122,6 +125,32 @@ class Fused(Eager):
         return Step("decode", positions, cos, sin, cache.numbers)
 
 
+class Unpacking(Eager):
+    """The model as it is written, but its packed weights are multiplied by our kernels.
+
+    The product comes with each call, in its Step. The model itself does not change, so other
+    runners of the same model keep their own.
+    """
+
+    def __init__(self, model: Transformer, chip: Chip) -> None:
+        super().__init__(model)
+        from r1.kernels.prompt import multiply  # Triton is optional
+
+        self.multiply = partial(multiply, chip)
+
+    def block(self, block: nn.Module) -> Block:
+        def call(x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+            return cast(Tensor, block(x, replace(step, multiply=self.multiply), cache))
+
+        return call
+
+    def mtp(self, layer: MTPLayer) -> Block:
+        return partial(layer, block=self.block(layer.block))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return cast(Tensor, self.model.lm_head(hidden, self.multiply))
+
+
 def ways_of(model: Transformer, backend: Backend, device: torch.device) -> dict[str, Eager]:
     """The way of each phase, as the resolved switches say."""
     phases = ("prefill", "decode")
@@ -130,5 +159,7 @@ def ways_of(model: Transformer, backend: Backend, device: torch.device) -> dict[
     else:
         ways = {phase: Eager(model) for phase in phases}
     if backend.kernels == "triton":
-        ways["decode"] = Fused(model, device, tune=backend.tune)
+        ways["decode"] = fused = Fused(model, device, tune=backend.tune)
+        if not backend.compile:  # the compiler makes its own kernels of the storages' operations
+            ways["prefill"] = Unpacking(model, fused.chip)
     return ways

@@ -88,7 +88,8 @@ class Backend:
     them (then it stays so for the process); empty-cache: what a prompt took is given back before
     decoding"""
     kernels: str = "torch"
-    """triton: hand-written kernels for a whole decode step, attention and experts included"""
+    """triton: hand-written kernels for a whole decode step, attention and experts included, and for
+    a prompt's products with packed weights"""
     quant: str = "auto"
     """how matrices are stored; auto: as the checkpoint has them, but FP8 on a CPU and what kernels
     can't read become plain numbers, as with none; the others quantize while loading: int4 in groups

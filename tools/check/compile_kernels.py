@@ -257,6 +257,24 @@ def launches_of_experts(config: Config, batch: int, target: Target) -> list[Laun
     return recorder.launches
 
 
+def launches_of_prompts(config: Config, target: Target, quant: str) -> list[Launch]:
+    """The launches that make a dense layer's packed matrices dense for a long prompt, in bf16.
+
+    (What a short prompt launches, a decode step of as many rows launches, too.)
+    """
+    from r1.kernels.prompt import FEW_TOKENS, multiply
+    from r1.model.layers import Linear
+
+    recorder = target.recorder()
+    model = build.sketch(config, Backend(dtype="bf16", join="on", quant=quant))
+    for layer in model.layers[0].modules():
+        if isinstance(layer, Linear):
+            shape = FEW_TOKENS + 1, layer.matrix.shape[1]
+            x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            multiply(recorder, layer.matrix, x)  # type: ignore[arg-type]
+    return recorder.launches
+
+
 @dataclass
 class Compiled:
     """The compiler's report on one kernel."""
@@ -340,6 +358,9 @@ def wanted(
                 step += launches_of_drafts(config, batch, target)
             weights = "" if quant == "none" else f" {quant}"
             found.append((f"{name}{weights} batch {batch}", step))
+        for quant in quants:
+            if quant != "none":
+                found.append((f"{name} {quant} prompt", launches_of_prompts(config, target, quant)))
         for where, recorded in found:
             for launch in recorded:
                 if launch.key not in seen:

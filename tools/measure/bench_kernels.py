@@ -30,7 +30,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where shared.py is
 import shared
 import torch
 from attention_cases import attention_case, grouped_case, latent_case
-from kernel_cases import Case, Place, experts_case, gated_case, linear_case, route_case, step_case
+from kernel_cases import (
+    Case,
+    Place,
+    experts_case,
+    gated_case,
+    linear_case,
+    prompt_case,
+    route_case,
+    step_case,
+)
 from torch import Tensor
 
 from r1 import Config, InputError
@@ -56,12 +65,14 @@ KERNELS = (
     "o_proj",
     "dense_up",
     "dense_down",
+    "prompt",
     "route",
     "lm_head",
     "experts",
 )
 """A model has some of them: q_b exists where queries are compressed, qkv where attention is
-grouped-query, route and experts where there are experts."""
+grouped-query, route and experts where there are experts. prompt is dense_down once more, as a long
+prompt multiplies by packed weights."""
 
 
 Maker = Callable[[], Case]
@@ -84,6 +95,8 @@ def makers(
         "dense_down": [lambda: linear("dense_down", inputs=inner, outputs=dim, residual=True)],
         "lm_head": [lambda: linear("lm_head", inputs=dim, outputs=c.vocab_size, head=True)],
     }
+    if place.quant != "none":
+        found["prompt"] = [lambda: prompt_case("prompt", place, tokens, inner, dim)]
     if c.experts.n_routed_experts:
         found["route"] = [lambda: route_case(place, c, tokens)]
         found["experts"] = [lambda: experts_case(place, c, tokens)]

@@ -131,6 +131,28 @@ def linear_case(
     return Case(name, weight.nbytes + moved, flops, weights, run, twin, default)
 
 
+def prompt_case(name: str, place: Place, tokens: int, inputs: int, outputs: int) -> Case:
+    """A packed matrix made dense in one pass, then torch's product: of any number of tokens, so
+    that it can be compared with `linear_case` of the same number.
+    """
+    from r1.kernels.prompt import dense
+
+    x = randn(tokens, inputs)
+
+    def run(weight: Matrix, _use: None) -> Tensor:
+        return F.linear(x, dense(place.chip, weight, x.dtype))
+
+    def twin(weight: Matrix) -> Tensor:
+        return weight.matmul(x)
+
+    weight = stored(randn(outputs, inputs, scale=inputs**-0.5), place.quant)
+    copies = place.copies(weight.nbytes) - 1
+    weights = [weight, *(copy.deepcopy(weight) for _ in range(copies))]
+    # The dense numbers are written, and read again.
+    moved = weight.nbytes + 2 * (2 * outputs * inputs + x.numel() + tokens * outputs)
+    return Case(name, moved, 2 * tokens * outputs * inputs, weights, run, twin, None)
+
+
 def gated_case(place: Place, c: Config, tokens: int) -> Case:
     """The norm, gate, up and SwiGLU of a dense feed-forward."""
     from r1.kernels.fixed import storage_sizes

@@ -1,0 +1,88 @@
+"""A prompt's product with a packed matrix: directly, or with the matrix made dense in one pass.
+
+What a weight of b bits costs N tokens on an H100, in picoseconds. Memory moves 3 TB/s, and torch's
+product does some 550 TFLOP/s of the 780 that the chip has in bf16, 2 N operations a weight.
+
+| way | bytes moved | ps |
+|---|---|---|
+| dense, then torch's product | b/8 read, 2 written, 2 read | (b/8 + 2) / 3 + max(2/3, 0.004 N) |
+| directly | b/8 read | max(b/8 / 3, 0.011 N) |
+
+0.011 ps is what linear.py's kernels should take, which unpack a tile of W again for every few
+tokens: those of experts, alike, took 0.008 to 0.018 ps (README.md here). So both ways should take
+the same time for about 140 tokens of int4, and 150 of FP8 and int8.
+(The storages make a matrix dense by several torch operations, each a pass over memory: of int4 some
+30 bytes a weight.)
+
+Shapes: out and in are a matrix's rows and columns; N tokens, of all rows of a batch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, wait_for_previous
+from r1.kernels.linear import linear
+from r1.kernels.tiles import load_tile, matrix_of, operand, packed_bits, why_not
+from r1.storage.matrix import Matrix
+
+FEW_TOKENS = 64
+"""Up to so many tokens W is multiplied directly. That is half of what the table above says: a tile
+has at most 64 tokens, so 65 tokens would take as long as 128. It is not timed yet."""
+ROWS, COLUMNS = 16, 256
+"""Of W, for a program that makes them dense: a thread of 128 reads 16 bytes of int4."""
+
+
+def multiply(chip: Chip, matrix: Matrix, x: Tensor) -> Tensor:
+    """W (out, in) and x (..., in) -> x W^T (..., out), in x's dtype. Of a matrix whose rows lie on
+    several devices, each multiplies its own.
+    """
+    return matrix.through(partial(_multiply, chip, x))
+
+
+def _multiply(chip: Chip, x: Tensor, matrix: Matrix) -> Tensor:
+    # A dense matrix needs no unpacking. And some packed ones have no format in tiles.py: those with
+    # g_idx or an odd number of 4-bit columns. A decode step's blocks refuse them, but an output
+    # head may have them. Both are left to the storage.
+    if not packed_bits(matrix) or why_not(matrix):
+        return matrix.matmul(x)
+    flat = x.flatten(0, -2)  # (N, in)
+    if len(flat) > FEW_TOKENS:
+        return F.linear(x, dense(chip, matrix, x.dtype))
+    return linear(chip, flat.contiguous(), matrix).unflatten(0, x.shape[:-1])
+
+
+def dense(chip: Chip, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """A packed matrix (out, in) in `dtype`: the same bits as its own `dense` gives."""
+    outputs, inputs = matrix.shape
+    packed = operand(matrix, chip.ptx)
+    made = torch.empty(outputs, inputs, dtype=dtype, device=packed.weight.device)
+    columns = min(COLUMNS, power_of_two(inputs, 16))
+    chip.run(
+        dense_kernel, (ceil_div(inputs, columns), ceil_div(outputs, ROWS)), packed, made, outputs,
+        INPUTS=inputs, BLOCK_OUT=ROWS, BLOCK_IN=columns, warps=4,
+    )  # fmt: skip
+    return made
+
+
+@triton.jit
+def dense_kernel(
+    w, made, outputs, INPUTS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_IN columns of BLOCK_OUT rows. Programs side by side write to memory side by side."""
+    first = tl.program_id(0) * BLOCK_IN
+    column = tl.arange(0, BLOCK_IN)[None, :]
+    row = (tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)[:, None]
+    real = row < outputs
+    tile = load_tile(matrix_of(w, 0), row, real, column, first, INPUTS, w)  # (BLOCK_OUT, BLOCK_IN)
+    wait_for_previous(PDL)
+    let_next_start(PDL)
+    place = made + row * INPUTS + first + column
+    tl.store(place, tile.to(made.dtype.element_ty), mask=real & (first + column < INPUTS))
