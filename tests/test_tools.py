@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import bench_load
+import bench_steps
 import compare_peers
 import pytest
 import shared
@@ -43,7 +45,7 @@ def test_every_command_has_help_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, *map(str, COMMANDS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(COMMANDS) == 22 and done.stdout.count("usage: ") == 22
+    assert len(COMMANDS) == 23 and done.stdout.count("usage: ") == 22
     assert "not built yet" not in done.stdout
 
 
@@ -130,6 +132,21 @@ def test_r1_beside_its_peer_is_an_arm_of_the_benchmark() -> None:
         started, turn = ask("start"), ask("measure")
     assert started["parity"]["passes"] and started["first_call_s"] > turn["ttft"] > 0
     assert turn["tpot"] > 0
+
+
+def test_steps_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each storage and batch, and what can't be had in one sentence."""
+    out, tiny = tmp_path / "steps.json", ["--shape", "tiny", "--layers", "2", "-r", "1"]
+    assert bench_steps.main([*tiny, "--quant", "none,int8", "--batch", "1,2", "-o", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [(row["quant"], row["batch"]) for row in rows] == [
+        (quant, batch) for quant in ("none", "int8") for batch in (1, 2)
+    ]
+    assert all(row["least"] == row["us"] == row["most"] > 0 for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[3].startswith("tiny int8, batch 2: ")
+    assert bench_steps.main(["--shape", "tiny", "--layers", "99"]) == 2
+    assert capsys.readouterr().err.startswith("bench_steps: ")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the tool reads /proc")
