@@ -22,6 +22,7 @@ from folders import load, rewrite, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FP8, TINY_GROUPED, TINY_QWEN2, V2, V3, model
+from refusals import refused
 from safetensors import safe_open
 from torch import Tensor
 
@@ -233,12 +234,24 @@ def test_a_tied_head_is_skipped_and_said(tmp_path: Path) -> None:
     assert "lm_head.weight" not in tensors(tmp_path / "x")
     _, report = load(tmp_path / "x")
     assert not report.skipped
-    rewrite(tmp_path / "x", lambda t: t.update({"lm_head.weight": torch.zeros(48, 32)}))
+    embedding = tensors(tmp_path / "x")["model.embed_tokens.weight"]
+    rewrite(tmp_path / "x", lambda t: t.update({"lm_head.weight": embedding.clone()}))
     found, report = load(tmp_path / "x")
     assert report.skipped == {
         "config.json ties the output head to the embedding": ["lm_head.weight"]
     }
     assert bool(found.lm_head.matrix.dense().any())
+
+
+@pytest.mark.parametrize("rows", [48, 47])
+def test_a_head_that_is_not_the_embedding_is_not_tied(rows: int, tmp_path: Path) -> None:
+    """transformers unties such a head. The last number alone differs here."""
+    save(model(V3.change(tie_word_embeddings=True, num_nextn_predict_layers=0)), tmp_path / "x")
+    head = tensors(tmp_path / "x")["model.embed_tokens.weight"][:rows].clone()
+    head[-1, -1] += 1
+    rewrite(tmp_path / "x", lambda t: t.update({"lm_head.weight": head}))
+    with refused("lm_head.weight is not model.embed_tokens.weight, though config.json ties them"):
+        load(tmp_path / "x")
 
 
 SURPLUS = [

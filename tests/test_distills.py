@@ -137,6 +137,8 @@ def test_transformers_5_spells_it_otherwise() -> None:
         ("r1-distill-llama-8b", {"attention_bias": True}, "attention_bias is True"),
         ("r1-distill-llama-8b", {"mlp_bias": True}, "mlp_bias is True"),
         ("r1-distill-llama-8b", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("r1-distill-llama-8b", {"is_causal": False}, "is_causal is False"),
+        ("r1-distill-llama-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("r1-0528-qwen3-8b", {"rope_scaling": {"rope_type": "dynamic"}}, "only yarn and llama3"),
         *(
             ("r1-0528-qwen3-8b", {"rope_scaling": QWEN3["rope_scaling"] | own}, "rope_scaling has")
@@ -250,7 +252,7 @@ def test_a_family_s_own_biases_are_no_mistake_of_a_writer(tmp_path: Path) -> Non
     ("switches", "said"),
     [
         ({"attention": "absorbed"}, "grouped-query attention, for which there is no absorbed"),
-        ({"prefill_attention": "expand"}, "no expand: choose naive, sdpa, grouped"),
+        ({"prefill_attention": "expand"}, "no expand: choose naive, sdpa, grouped$"),
         ({"speculate": "mtp"}, "drafts with the MTP layer, and this model has none"),
         ({"ep": 2}, "spreads experts, and this model has none"),
         ({"tp": 4}, "has 2 heads, which 4 devices can't share evenly"),

@@ -26,9 +26,10 @@ from tolerances import atol
 import r1
 from r1 import Backend, Config, build
 from r1.files.config_json import dump_config, load_config, parse_config
-from r1.files.families import FAMILIES, NEAREST, WRAPPERS
+from r1.files.families import FAMILIES, WRAPPERS
 from r1.files.layouts import tensors_of
 from r1.files.names import places
+from r1.files.nearest import NEAREST
 from r1.files.save import save
 from r1.model.config import FileFormat
 from r1.model.shapes import SHAPES
@@ -180,6 +181,13 @@ def test_the_words_of_transformers_5() -> None:
     own = {k: v for k, v in SARVAM.items() if k not in ("num_experts", "num_shared_experts")}
     own |= {"n_routed_experts": 128, "n_shared_experts": 1, "head_dim": 64}
     assert parse_config(own) == parse_config(SARVAM)
+    own = {"use_qk_norm": True, "moe_router_enable_expert_bias": True, "is_causal": True}
+    own |= {"moe_shared_expert_intermediate_size": SARVAM["moe_intermediate_size"]}
+    assert parse_config(SARVAM | own) == parse_config(SARVAM)
+    for word in ("indexed_attention", "deepseek_sparse_attention"):
+        assert parse_config(V32 | {"layer_types": [word] * 61}) == parse_config(V32)
+    images = {"projection_hidden_size": 32, "projection_layer_norm_eps": 1e-5}
+    assert parse_config(kimi(**images, vision_start_token_id=7)) == parse_config(kimi())
 
 
 # ---------------------------- what is refused
@@ -218,7 +226,21 @@ WRONG: dict[str, tuple[Raw, str]] = {
         V32 | {"rope_scaling": V32["rope_scaling"] | {"llama_4_scaling_beta": 0.1}},
         "rope_scaling has llama_4_scaling_beta, which r1 reads of mistral4 only",
     ),
-    "no list of words": (V32 | {"layer_types": [["indexed_attention"]]}, "layer_types is .* only"),
+    "no list of words": (
+        V32 | {"layer_types": [["indexed_attention"]]},
+        "layer_types is .*, but r1 takes indexed_attention in each of 61 layers",
+    ),
+    "too few words": (V32 | {"layer_types": ["indexed_attention"]}, "in each of 61 layers"),
+    "all tokens": (GLM | {"is_causal": False}, "is_causal is False, but r1 implements only True"),
+    "no norms": (SARVAM | {"use_qk_norm": False}, "use_qk_norm is False, but r1 implements only"),
+    "no bias of experts": (
+        SARVAM | {"moe_router_enable_expert_bias": False},
+        "moe_router_enable_expert_bias is False",
+    ),
+    "wider shared experts": (
+        SARVAM | {"moe_shared_expert_intermediate_size": 4096},
+        "moe_shared_expert_intermediate_size is not 2048",
+    ),
     "a word for a number": (
         GLM | {"mlp_layer_types": ["dense"] + ["sparse"] * 46, "first_k_dense_replace": "1"},
         "first_k_dense_replace is '1'",
@@ -228,10 +250,10 @@ WRONG: dict[str, tuple[Raw, str]] = {
         MISTRAL_TEXT | {"rope_scaling": ROPE | {"factor": 2.0}},
         "rope_scaling and rope_parameters differ",
     ),
-    "other layers": (V32 | {"layer_types": ["full_attention"] * 61}, "layer_types is .* only"),
+    "other layers": (V32 | {"layer_types": ["full_attention"] * 61}, "layer_types is .* of 61 lay"),
     "other text": (
         MISTRAL | {"text_config": {"model_type": "ministral3"}},
-        "text_config has model_type 'ministral3': of mistral3 r1 runs mistral4",
+        "model_type 'ministral3', and of mistral3 r1 runs mistral4: the nearest is llama",
     ),
     "no text": (kimi(text_config=None), "text_config is no JSON object"),
     "inside": (
@@ -259,6 +281,19 @@ def test_relatives_are_refused_by_name(name: str) -> None:
         parse_config(V32 | {"model_type": name})
     assert name not in FAMILIES.keys() | WRAPPERS.keys()
     assert NEAREST[name][1].split()[0] in FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        *((name, "llama, ") for name in ("ministral3", "arcee", "falcon", "glm4", "ernie4_5")),
+        *((name, "deepseek_v3, ") for name in ("bailing_moe", "ernie4_5_moe", "minimax_m2")),
+        *((name, "qwen2 or qwen3, ") for name in ("qwen3_moe", "qwen2_vl")),
+    ],
+)
+def test_any_other_model_has_a_nearest_one(name: str, nearest: str) -> None:
+    with refused(f"model_type is '{name}', but r1 runs only .*: the nearest is {nearest}"):
+        parse_config(V32 | {"model_type": name})
 
 
 @pytest.mark.parametrize("name", ["gpt2", None, ["deepseek_v3"]])

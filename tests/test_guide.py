@@ -95,7 +95,9 @@ def test_a_prompt_is_predicted_roughly(row: Measured) -> None:
     """Within 2.2 times, from rows of other work: a host's speed changes by two in itself."""
     others = [each for each in PROMPTS if (each.work, each.prompt) != (row.work, row.prompt)]
     like = Like(row.quant, row.machine, row.fused, row.latent, row.layers)
-    predicted, start = predict.prompt_ms(row.prompt_floor_ms, others, like, row.batch * row.prompt)
+    predicted, start = predict.prompt_ms(
+        row.prompt_floor_ms, others, like, row.batch * row.prompt, row.step_gb * 1e9
+    )
     assert start in others and 1 / 2.2 < predicted / row.ttft_ms < 2.2
 
 

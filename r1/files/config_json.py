@@ -45,6 +45,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "rope_interleave": (True,),
     "moe_layer_freq": (1,),
     "partial_rotary_factor": (1, 1.0),
+    "is_causal": (True,),
 }
 
 

@@ -7,7 +7,6 @@ the configuration classes of transformers 5.24, and the published files.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from r1.errors import InputError
 from r1.files import grouped_json
 from r1.files.json_fields import Fields
+from r1.files.nearest import NEAREST, nearest_to
 
 LeftOut = tuple[tuple[str, str], ...]
 """Regular expressions of tensors' names that this model goes without, each with the reason."""
@@ -83,8 +83,17 @@ def _youtu(f: Fields) -> Read:
 
 
 def _sarvam(f: Fields) -> Read:
-    """Older files have the latent's size as `head_dim`, and another word for YaRN."""
+    """Older files have the latent's size as `head_dim`, and another word for YaRN. Some fields
+    state what each of these models has: norms of the latents, a bias for the choice of experts.
+    """
     fields: dict[str, Any] = {}
+    for name in ("use_qk_norm", "moe_router_enable_expert_bias"):
+        if f.get(name, True) is not True:
+            raise f.fail(name, f"is {f.get(name)!r}, but r1 implements only True")
+    shared = f.get("n_shared_experts", 1) * f.integer("moe_intermediate_size")
+    if f.get("moe_shared_expert_intermediate_size", shared) != shared:
+        problem = f"is not {shared}: that of the shared experts together"
+        raise f.fail("moe_shared_expert_intermediate_size", problem)
     latent = f.integer("kv_lora_rank") + f.integer("qk_rope_head_dim")
     if f.get("head_dim") == latent:
         fields["head_dim"] = None
@@ -126,10 +135,12 @@ def _deepseek_v32(f: Fields) -> Read:
     for name in ("index_head_dim", "index_n_heads"):
         f.integer(name, 1)
     keys = f.integer("index_topk", 2048)
-    kinds = f.get("layer_types")
-    alike = isinstance(kinds, list) and all(kind == "indexed_attention" for kind in kinds)
+    kinds, layers = f.get("layer_types"), f.integer("num_hidden_layers")
+    words = ("indexed_attention", "deepseek_sparse_attention")  # the latter until transformers 5.17
+    alike = any(kinds == [word] * layers for word in words)
     if kinds is not None and not alike:
-        raise f.fail("layer_types", f"is {str(kinds)[:60]}, but r1 takes indexed_attention only")
+        problem = f"is {str(kinds)[:60]}, but r1 takes {words[0]} in each of {layers} layers"
+        raise f.fail("layer_types", problem)
     reason = f"its indexer chooses all keys of up to {keys:,} tokens, so r1 runs so many at most"
     left_out = ((r"model\.layers\.\d+\.self_attn\.indexer\..*", reason),)
     why = f"beyond {keys:,} tokens its indexer chooses keys, which r1 does not implement"
@@ -163,37 +174,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
-NEAREST: dict[str, tuple[str, str]] = {
-    "glm_moe_dsa": ("has an indexer that layers may share", "glm4_moe_lite (GLM-4.7-Flash)"),
-    "axk2": ("has gates, and an indexer", "deepseek_v32 (V3.2)"),
-    "hy_v4": ("has hyper-connections, and an indexer", "deepseek_v32 (V3.2)"),
-    "dots3_note": ("has an indexer and windows", "deepseek_v32 (V3.2)"),
-    "deepseek_v4": ("has compressed attention, and no latent", "deepseek_v32 (V3.2)"),
-    "axk1": ("has one more norm in each layer", "deepseek_v3 (V3)"),
-    "longcat_flash": ("has two attentions in each layer", "deepseek_v3 (V3)"),
-    "minicpm3": ("has scaled embeddings and residuals", "youtu (Youtu-LLM-2B)"),
-    "kimi_linear": ("has linear attention", "kimi_k2 (Kimi-K2)"),
-    "bailing_hybrid": ("has linear attention", "kimi_k2 (Kimi-K2)"),
-    "glm5_next": ("has linear attention", "glm4_moe_lite (GLM-4.7-Flash)"),
-    "mistral_large4": ("shares keys between layers", "mistral4 (Mistral-Small-4)"),
-    "glm4_moe": ("has no latent attention", "glm4_moe_lite (GLM-4.7-Flash)"),
-    "dots1": ("has no latent attention", "deepseek_v3 (V3)"),
-    "sarvam_moe": ("has no latent attention", "sarvam_mla (sarvam-105b)"),
-    "deepseek_vl_v2": ("is a model of images, in a layout of its own", "deepseek_v2 (V2-Lite)"),
-}
-"""Relatives that r1 does not run: why not, and the nearest one that it does."""
-
-
-NEAREST_OF_KIND = {
-    r"qwen": "qwen2 or qwen3, its dense relatives, such as R1's distilled models",
-    r"llama|mistral|mixtral|gemma|phi|smollm|olmo|granite|exaone|internlm": "llama, such as "
-    "DeepSeek-R1-Distill-Llama-8B",
-    r"deepseek": "deepseek_v3",
-    r"glm|kimi|moonlight|longcat|minicpm|hunyuan|ernie|dots|minimax|gpt_oss": "deepseek_v3, such "
-    "as Moonlight-16B-A3B",
-}
-"""Patterns of other names, and the nearest models that r1 runs."""
-
 
 def refusal(raw: Mapping[str, Any]) -> str:
     """What is wrong with the `model_type` of a config.json that is none of ours, after its name."""
@@ -203,9 +183,8 @@ def refusal(raw: Mapping[str, Any]) -> str:
         return f"is {model_type!r}, which r1 does not run: it {why}; the nearest it runs: {nearest}"
     told = inner.get("model_type") if isinstance(inner, dict) else model_type
     name = told.lower() if isinstance(told, str) else ""
-    near = next((near for kind, near in NEAREST_OF_KIND.items() if re.match(kind, name)), "")
     runs = f"r1 runs only {', '.join((*FAMILIES, *WRAPPERS, *grouped_json.FAMILIES))}"
-    return f"is {model_type!r}, but {runs}{near and f': the nearest is {near}'}"
+    return f"is {model_type!r}, but {runs}{nearest_to(name)}"
 
 
 # ---------------------------- models of images around a model of text
@@ -213,7 +192,8 @@ _VISION = (
     "vision_config", "vision_feature_layer", "vision_tower", "image_token_id", "image_token_index",
     "video_token_id", "media_placeholder_token_id", "video_placeholder", "use_unified_vision_chunk",
     "multimodal_projector_bias", "projector_hidden_act", "projector_hidden_size",
-    "spatial_merge_size", "mm_projector_type", "ignore_index",
+    "projection_hidden_size", "projection_layer_norm_eps", "vision_start_token_id",
+    "vision_end_token_id", "spatial_merge_size", "mm_projector_type", "ignore_index",
 )  # fmt: skip
 """Fields of a wrapper that say nothing of the text model."""
 _SHARED = (
@@ -278,8 +258,10 @@ def text_part(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], str, Lef
         raise outer.fail("text_config", "is no JSON object: it holds the text model's fields")
     runs = WRAPPERS[kind]
     if inner.get("model_type") not in runs:
-        problem = f"has model_type {inner.get('model_type')!r}: of {kind} r1 runs {', '.join(runs)}"
-        raise outer.fail("text_config", problem)
+        name = inner.get("model_type")
+        problem = f"has model_type {name!r}, and of {kind} r1 runs {', '.join(runs)}"
+        near = nearest_to(name.lower()) if isinstance(name, str) else ""
+        raise outer.fail("text_config", problem + near)
     for name in _VISION:
         outer.get(name)
     stated = {name: outer.get(name) for name in _SHARED}

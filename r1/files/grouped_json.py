@@ -30,7 +30,12 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", attention_bias=False, qk_norm=True, head_dim=128),
 }
 
-ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "mlp_bias": (False,)}
+ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "is_causal": (True,),
+}
 """Fields and their supported values, the published models' own."""
 
 

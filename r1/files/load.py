@@ -27,6 +27,10 @@ from r1.files.shards import DTYPES, one, some, stream
 from r1.model.transformer import Transformer
 from r1.placement.placement import Part, Placement
 
+EMBEDDING = "model.embed_tokens.weight"
+ROWS = 4096
+"""Of two matrices that are compared, so many at a time."""
+
 
 @dataclass
 class Report:
@@ -96,6 +100,8 @@ def survey(model: Transformer, directory: str | Path, placement: Placement | Non
     if files.unused:
         report.skipped["r1 does not quantize activations or the cache"] = files.unused
     _check_biases(files)
+    if model.config.tie_word_embeddings:
+        _check_tied(files)
     for key, reason in _left_out(files.keys(), wanted, model, placement).items():
         report.skipped.setdefault(reason, []).extend(files.remove(key))
     _check_keys(directory, files, wanted)
@@ -191,6 +197,24 @@ def _check_biases(files: Recognized) -> None:
                 f"{entry.path}: {entry.key} is not 0, and this matrix has no bias in its family: "
                 "compare the file with its publisher's"
             )
+
+
+def _check_tied(files: Recognized) -> None:
+    """The output head of a file whose config.json ties it. Raises InputError where it is another
+    matrix than the embedding: transformers unties them then.
+    """
+    head, embedding = (files.plain.get(key) for key in ("lm_head.weight", EMBEDDING))
+    if head is None or embedding is None:
+        return
+    alike, rows = head.shape == embedding.shape, head.shape[0]
+    for start in range(0, rows if alike else 0, ROWS):
+        part = (slice(start, min(rows, start + ROWS)),)
+        alike = alike and torch.equal(one(head, part).float(), one(embedding, part).float())
+    if not alike:
+        raise InputError(
+            f"{head.path}: lm_head.weight is not {EMBEDDING}, though config.json ties them: set "
+            "tie_word_embeddings to false there"
+        )
 
 
 def _shape(files: Recognized, key: str, slot: Slot, placement: Placement) -> tuple[int, ...]:

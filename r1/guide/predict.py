@@ -128,7 +128,7 @@ class Predictor:
         first, tokens, like_prompt = None, rows * sizes.prompt, None
         prompts = measured.best_prompts(known)
         if prompts and prompt_floor:
-            first, like_prompt = prompt_ms(prompt_floor, prompts, like, tokens)
+            first, like_prompt = prompt_ms(prompt_floor, prompts, like, tokens, step.nbytes)
             first += _exchange_ms(setup, tokens)
         staged = self._step(setup, sizes, math.ceil(sizes.rows / backend.pp), slots)
         return Times(
@@ -253,15 +253,18 @@ def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float)
 
 
 def prompt_ms(
-    floor_ms: float, rows: Sequence[Measured], like: Like, tokens: int
+    floor_ms: float, rows: Sequence[Measured], like: Like, tokens: int, step_bytes: float
 ) -> tuple[float, Measured]:
     """The time to the first token of a prompt, and the row that it starts from.
 
-    `tokens`: how many all rows have together. By these the nearest rows are chosen.
+    `tokens`: how many all rows have together. By these, and by the bytes of a layer, the nearest
+    rows are chosen.
     """
 
     def far(row: Measured) -> float:
-        return like.distance(row) + abs(math.log2(tokens / (row.batch * row.prompt)))
+        size = step_bytes / like.layers / (row.step_gb * 1e9 / row.layers)
+        away = abs(math.log2(tokens / (row.batch * row.prompt))) + abs(math.log2(size))
+        return like.distance(row) + away
 
     times = []
     elsewhere = [row for row in rows if row.experts != "device"]  # it waits for copies

@@ -57,10 +57,9 @@ def likeliest_kernel(
     if tl.atomic_add(tickets + row, 1) == PARTS - 1:
         tl.store(tickets + row, 0)
         each = tl.arange(0, PAD)
-        v = tl.load(best + each, mask=each < PARTS, other=float("-inf"))
-        winner, score = largest(v)
+        winner, most = largest(tl.load(best + each, mask=each < PARTS, other=float("-inf")))
         tl.store(tokens + row, tl.load(where + winner).to(tl.int64))
-        tl.store(scores + row, score)
+        tl.store(scores + row, most)
 
 
 @triton.jit

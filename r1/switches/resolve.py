@@ -223,7 +223,9 @@ def _attention(backend: Backend, uses: Mapping[str, Use]) -> tuple[str, str]:
         if name not in ("auto", *table):
             kinds = {id(ATTENTION): "latent", id(GROUPED): "grouped-query"}
             has = f"this model has {kinds[id(table)]} attention, for which there is no {name}"
-            raise InputError(f"{setting(slot, name)}: {has}: choose {', '.join(table)}")
+            phase = "decode" if slot == "attention" else "prefill"
+            could = ", ".join(n for n, each in table.items() if phase in each.phases)
+            raise InputError(f"{setting(slot, name)}: {has}: choose {could}")
     chosen = []
     for phase, other, slot in (
         ("decode", "prefill", "attention"),
