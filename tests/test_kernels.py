@@ -1241,6 +1241,8 @@ def check_widths(text: str, batches: list[int], quants: list[str], target: str) 
         loads = {int(size): int(count) for count, size in re.findall(r"(\d+) x (\d+)\b", line)}
         assert loads[16] >= words / 4, line
         others = words if launch.name.startswith("down") else 0  # indices, weights, shared experts
+        if "tile" in launch.name:
+            others = max(others, launch.stages)  # the scales, in each stage of the pipeline
         if "narrow" not in launch.name:  # whose scales of x are fp32 numbers
             assert loads.get(4, 0) < words + others, line
 
@@ -1272,7 +1274,8 @@ ORDERS = {
         for order in ("wait let write wait let write", "wait let write")
     ),
     # These let nobody start: what comes behind reads before its own wait what they write.
-    *((f"{name}_kernel", True, "wait write") for name in ("step", "route", "likeliest")),
+    *((f"{name}_kernel", True, "wait write") for name in ("step", "likeliest")),
+    ("route_kernel", True, "wait write let write"),
 }
 """A kernel, whether it is for one token, and in which order it waits for the one ahead, lets the
 next start, and writes."""
