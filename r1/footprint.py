@@ -183,8 +183,10 @@ class Work:
             return 0
         gate = part.gate_proj.matrix
         inner, inputs = gate.shape
-        fused = phase == "decode" and self.backend.kernels == "triton"
-        values = (3 if self.backend.compile else 4) * tokens * inner * self.itemsize
-        packed = gate.unpacked_bytes > 0 and not fused
-        unpacked = 2 * inner * inputs * (gate.unpacked_bytes + self.itemsize) if packed else 0
-        return values + unpacked
+        compiled, kernels = self.backend.compile, self.backend.kernels == "triton"
+        values = (3 if compiled else 4) * tokens * inner * self.itemsize
+        if not gate.unpacked_bytes or (kernels and phase == "decode"):
+            return values
+        # A kernel makes a prompt's matrix dense in one pass: there is nothing beside the result.
+        beside = 0 if kernels and not compiled else gate.unpacked_bytes
+        return values + 2 * inner * inputs * (beside + self.itemsize)

@@ -103,7 +103,7 @@ def test_host_memory_has_to_hold_them() -> None:
     enough = ask("r1", "4090", places=(Places("host", 400e9),))
     assert enough.setup and enough.setup.place == "in 337 GB of RAM"
     assert ask("r1", "4090", places=(Places("host", 300e9),)).setup is None
-    disk = ask("r1", "4090", places=(Places("disk", 300e9),))
+    disk = ask("r1", "4090", places=(Places("disk", 200e9),))
     assert disk.setup and disk.first.times.floor_tpot_ms > enough.first.times.floor_tpot_ms
 
 

@@ -7,6 +7,7 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 
 - NAME.json: a result of bench.py, compare_peers.py or bench_kernels.py
 - NAME, a folder: several results of bench.py, in one table
+- h200-NAME, h200-x2-NAME: NAME.json in the folders h200 and h200-x2 beside that one
 - `step-N`: a profiled step of the last arm in kernels/N.json
 - `buys`: what each rung of the ladder brings, for one row and for 32
 - `rung ...`: what a rung measured, in sentences (rungs.py)
@@ -139,6 +140,10 @@ def peers_command(how: dict[str, Any]) -> str:
 def tables() -> dict[str, list[str]]:
     """All tables by name."""
     found = {path.stem: lines(read(path)) for path in sorted(RESULTS.glob("*.json"))}
+    found |= {
+        f"{path.parent.name}-{path.stem}": lines(read(path))
+        for path in sorted(RESULTS.parent.glob("h200*/*.json"))
+    }
     found |= {
         path.name: together([read(run) for run in path.glob("*.json")])
         for path in RESULTS.iterdir()
