@@ -136,7 +136,7 @@ def route_kernel(
     token = tl.program_id(1).to(tl.int64)
     # x is a row, as weights are: so Triton gives both the same threads, and x needn't move.
     d, real = tl.arange(0, BLOCK_D)[None, :], (expert < EXPERTS)[:, None]
-    x += token * DIM
+    x, logits = x + token * DIM, logits + token * EXPERTS
     place = weight + expert[:, None] * DIM + d
     w = tl.load(place, mask=real & (d < DIM), other=0.0)
     g, added = gain_columns(gain, d, DIM), gain_columns(bias, tl.arange(0, PAD), EXPERTS)
@@ -153,7 +153,6 @@ def route_kernel(
         sums += w * v.to(tl.float32)
         w = tl.load(place + start + BLOCK_D, mask=real & (at + BLOCK_D < DIM), other=0.0)
         g = gain_columns(gain, at + BLOCK_D, DIM)
-    logits += token * EXPERTS
     tl.store(logits + expert, tl.sum(sums, axis=1), mask=expert < EXPERTS)
     if not EARLY:
         let_next_start(PDL)
