@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -132,6 +133,36 @@ def test_r1_beside_its_peer_is_an_arm_of_the_benchmark() -> None:
         started, turn = ask("start"), ask("measure")
     assert started["parity"]["passes"] and started["first_call_s"] > turn["ttft"] > 0
     assert turn["tpot"] > 0
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_peers_where_one_model_fits(in_turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then r1 is measured and gone before transformers comes, and the table says so."""
+    asked: list[str] = []
+
+    def side(name: str, *_: Any) -> Any:
+        def ask(command: str) -> dict[str, Any]:
+            asked.append(f"{name} {command}")
+            turn = {"ttft": 0.1, "tpot": 0.1 * len(asked)}
+            return {"measure": turn, "memory": {"allocated_gb": 1.0}}.get(command, {})
+
+        return contextlib.nullcontext(ask)
+
+    monkeypatch.setattr(compare_peers, "own_side", lambda _: side("r1"))
+    monkeypatch.setattr(compare_peers, "peer", side)
+    arguments = compare_peers.parser().parse_args(["--shape", "tiny", "-r", "2"])
+    *_, figures = compare_peers.compare(["a", "b"], arguments, in_turn=in_turn)
+    own = [each for each in asked if each.startswith("r1")]
+    assert len(figures["r1"]["repetitions"]) == (4 if in_turn else 2)
+    assert len(figures["b"]["beside"]) == len(figures["b"]["repetitions"]) == 2
+    measured = ["r1 measure", "r1 measure"]
+    assert in_turn or own[:4] == asked[:4] == ["r1 start", *measured, "r1 quit"]
+    assert asked[-3:] == ["b measure", "b memory", "r1 memory"]
+    for each in figures.values():
+        each["first_call_s"] = 1.0
+    result = {"arguments": vars(arguments), "figures": figures, "in_turn": in_turn}
+    assert (compare_peers.table(result)[-1] == compare_peers.ALONE) is not in_turn
+    assert compare_peers.two_fit(arguments), "tiny fits twice"
 
 
 def test_steps_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

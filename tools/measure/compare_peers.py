@@ -5,9 +5,10 @@
     python tools/measure/compare_peers.py --shape moonlight-16b --compiled --cuda-graphs
 
 Each side has its own random weights, N(0, 0.02), so the work is the same and the tokens differ.
-Each side has a process of its own, and repetitions are taken in turn. r1's is that of a bench.py
-arm: before anything is timed, its logits are held against the fp32 reference. If they fail, no
-ratio is shown, and the exit status is 1.
+Each side has a process of its own. Repetitions are taken in turn where the memory holds two models
+in the dtype that is asked for, and otherwise one side after the other. r1's process is that of a
+bench.py arm: before anything is timed, its logits are held against the fp32 reference. If they
+fail, no ratio is shown, and the exit status is 1.
 transformers runs as its users run it: `generate`, with its default attention and experts.
 `--compiled` adds a second run of transformers with its static cache, whose decode step it compiles.
 """
@@ -38,6 +39,7 @@ from peer_transformers import serve
 from r1 import InputError
 from r1.bench.arms import from_switches
 from r1.bench.compiler_checks import CompilerChecks
+from r1.bench.measure import how_many_fit
 from r1.bench.process import Answer, Process, interrupt_once, signals
 from r1.bench.reference import make_reference
 from r1.bench.session import Session
@@ -50,8 +52,9 @@ from r1.switches.backend import Backend
 from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
+ALONE = "The memory holds one model at a time, so r1 was measured first, and the others after it."
 Ask = Callable[[str], Answer]
-"""Sends a command to a side's process: "start", "measure" or "memory"."""
+"""Sends a command to a side's process: "start", "measure" or "memory"; to r1's also "quit"."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,9 +100,10 @@ def work(arguments: argparse.Namespace) -> int:
     versions = f"torch {torch.__version__}, transformers {version('transformers')}"
     machine = f"{Machine.here().name}, {versions}, python {platform.python_version()}"
     result: dict[str, Any] = {"machine": machine, "arguments": shared.recorded(arguments)}
+    result["in_turn"] = two_fit(arguments)
     try:
         with signals(interrupt_once):  # children ignore signals: on SIGTERM too we must end them
-            for figures in compare(names, arguments):
+            for figures in compare(names, arguments, in_turn=result["in_turn"]):
                 result["figures"] = figures
                 if arguments.output:
                     text = json.dumps(result, indent=1) + "\n"
@@ -127,6 +131,7 @@ def table(result: dict[str, Any]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|",
         *(_row(name, each, how["batch"], wrong) for name, each in figures.items()),
         *(() if parity is None else ("", _parity(parity))),
+        *(() if result.get("in_turn", True) else ("", ALONE)),
     ]
 
 
@@ -152,20 +157,36 @@ def _row(name: str, figures: dict[str, Any], batch: int, wrong: bool) -> str:
     return f"| {name} | {times} | {batch * 1e3 / tpot:.1f} | {ratio} | {ends} |"
 
 
-def compare(names: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, dict[str, Any]]]:
+def two_fit(arguments: argparse.Namespace) -> bool:
+    """Whether the memory holds r1's model and transformers' at a time."""
+    sizes = (arguments.batch, arguments.prompt, arguments.new, 0, 0)
+    workload = Workload(None, arguments.shape, arguments.layers, *sizes)
+    return how_many_fit(from_switches(flags.given(arguments))[:1], workload, workload.config()) > 1
+
+
+def compare(
+    names: list[str], arguments: argparse.Namespace, *, in_turn: bool = True
+) -> Iterator[dict[str, dict[str, Any]]]:
     """Measure each of `names` in turn with r1. Yields all figures so far, after each.
 
     r1 stays, and the others come one after another, so two models need memory at a time. The
-    "beside" of a side holds those repetitions of r1 that were taken in turn with its own.
+    "beside" of a side holds those repetitions of r1 that were taken in turn with its own. Not
+    `in_turn`: r1 is measured once, and ends, before the others come.
     """
+    times = range(arguments.repetitions)
     with own_side(arguments) as us:
         figures: dict[str, dict[str, Any]] = {"r1": {**us("start"), "repetitions": []}}
+        before: list[Answer] = []
+        if not in_turn:
+            before = figures["r1"]["repetitions"] = [us("measure") for _ in times]
+            us("quit")
         for name in names:
             with peer(name, arguments) as them:
                 started = them("start")
-                turns = [(us("measure"), them("measure")) for _ in range(arguments.repetitions)]
+                turns = [(us("measure") if in_turn else before[n], them("measure")) for n in times]
                 beside, repetitions = [ours for ours, _ in turns], [theirs for _, theirs in turns]
-                figures["r1"]["repetitions"] += beside
+                if in_turn:
+                    figures["r1"]["repetitions"] += beside
                 figures[name] = {
                     **started,
                     "repetitions": repetitions,
@@ -212,7 +233,12 @@ def own_side(arguments: argparse.Namespace) -> Iterator[Ask]:
             tpot = (answer["total"] - answer["ttft"]) / (arguments.new - 1)
             return {"ttft": answer["ttft"], "tpot": tpot}
 
-        commands = {"start": start, "measure": measure, "memory": lambda: {"allocated_gb": peak}}
+        def end() -> Answer:
+            session.process.quit()
+            return {}
+
+        commands = {"start": start, "measure": measure, "quit": end}
+        commands["memory"] = lambda: {"allocated_gb": peak}
         yield lambda command: commands[command]()
 
 
