@@ -18,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
+import test_quantized_kernels
 from test_kernels import CHIP, DEVICE, DTYPES, SWITCHES, run_here
 from test_quantized_kernels import stored
 
@@ -36,17 +37,10 @@ from r1.storage.matrix import Matrix
 from r1.storage.spec import Spec
 
 SPECS = {
+    **test_quantized_kernels.SPECS,
     "fp8 128": Spec("fp8", 128, 128),
-    "fp8 blocks": Spec("fp8", 16, 32),
-    "fp8 rows": Spec("fp8", 1, 0),
-    "fp8 whole": Spec("fp8", 0, 0),
-    "int8 rows": Spec("int8", 1, 0),
-    "int8 zeros": Spec("int8", 16, 16, zeros=True),
-    "int8 groups": Spec("int8", 1, 32),
-    "int4 32": Spec("int4", 1, 32, scale="bf16"),
     "int4 64": Spec("int4", 1, 64, scale="fp16", zeros=True),
     "int4 128": Spec("int4", 1, 128, zeros=True),
-    "int4 rows": Spec("int4", 1, 0),
 }
 TINY_SPECS = {
     "fp8": Spec("fp8", 16, 16),

@@ -42,7 +42,7 @@ class Eager:
 
     def mtp(self, layer: MTPLayer) -> Block:
         """An MTP layer, ready to be called."""
-        return layer
+        return partial(layer, block=self.block(layer.block))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Normed hidden states (B, S, D) -> logits (B, S, W)."""
@@ -102,9 +102,6 @@ class Fused(Eager):
             raise InputError(f"{setting('kernels', 'triton')}: {why}")
         return cast(Block, self.fused(block))
 
-    def mtp(self, layer: MTPLayer) -> Block:
-        return partial(layer, block=self.block(layer.block))
-
     def head(self, hidden: Tensor) -> Tensor:
         return self.output_head(self.model.lm_head, self.chip, hidden)
 
@@ -143,9 +140,6 @@ class Unpacking(Eager):
             return cast(Tensor, block(x, replace(step, multiply=self.multiply), cache))
 
         return call
-
-    def mtp(self, layer: MTPLayer) -> Block:
-        return partial(layer, block=self.block(layer.block))
 
     def head(self, hidden: Tensor) -> Tensor:
         return cast(Tensor, self.model.lm_head(hidden, self.multiply))

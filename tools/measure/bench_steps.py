@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import shared
 
 from r1 import InputError, streams
 from r1.bench import timeline
+from r1.bench.process import Process, answer_commands, end_with_parent
 from r1.bench.worker import profiling
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
@@ -78,23 +80,15 @@ def work(arguments: argparse.Namespace) -> int:
 
 def timed(name: str, quant: str, batches: list[int], arguments: argparse.Namespace) -> list[Found]:
     """The rows of one model, made and printed in a process of its own. Raises InputError."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=measure, args=(theirs, name, quant, batches, vars(arguments)))
-    child.start()
-    theirs.close()
     rows: list[Found] = []
-    try:
-        while True:
-            row: Found = ours.recv()
+    with Process(serve, name, quant, arguments) as process:
+        for batch in batches:
+            row = process.ask("time", batch)
             if "refused" in row:
                 raise InputError(row["refused"])
             rows.append(row)
             streams.write(line(row))
-    except EOFError:
-        return rows
-    finally:
-        child.join()
+    return rows
 
 
 def line(row: Found) -> str:
@@ -108,29 +102,23 @@ def line(row: Found) -> str:
     return "\n".join([head, *timeline.table(row["parts"])]) if row["parts"] else head
 
 
-def measure(
-    pipe: Any, name: str, quant: str, batches: list[int], arguments: dict[str, Any]
-) -> None:
-    """In the child: one model, and all batches."""
-    try:
-        for batch in batches:
-            pipe.send(one(name, quant, batch, arguments))
-    except InputError as error:
-        pipe.send({"refused": str(error)})
-    pipe.close()
+def serve(pipe: Connection, name: str, quant: str, arguments: argparse.Namespace) -> None:
+    """The main function of a model's process, which answers one command: "time", with a batch."""
+    end_with_parent()
+    answer_commands(pipe, {"time": partial(one, name, quant, arguments)})
 
 
-def one(name: str, quant: str, batch: int, arguments: dict[str, Any]) -> Found:
+def one(name: str, quant: str, arguments: argparse.Namespace, batch: int) -> Found:
     """Time the steps of one batch. They choose their tokens, as bench.py's do."""
     gpu = Machine.here().device != "cpu"
-    kernels = arguments["kernels"] if gpu else "torch"
+    kernels = arguments.kernels if gpu else "torch"
     backend = Backend(dtype="bf16", quant=quant, kernels=kernels, cuda_graphs=gpu)
-    workload = Workload(None, name, arguments["layers"], batch, PROMPT, STEPS, depth=0, seed=0)
+    workload = Workload(None, name, arguments.layers, batch, PROMPT, STEPS, depth=0, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(backend, workload, Path(folder))
         subject.build()
-        times = [1e6 * seconds(subject) for _ in range(1 + arguments["repetitions"])][1:]
-        parts = profiling.kernels(subject)["parts"] if arguments["profile"] else None
+        times = [1e6 * seconds(subject) for _ in range(1 + arguments.repetitions)][1:]
+        parts = profiling.kernels(subject)["parts"] if arguments.profile else None
     found = {"shape": name, "quant": quant, "batch": batch, "us": statistics.median(times)}
     return found | {"least": min(times), "most": max(times), "parts": parts}
 

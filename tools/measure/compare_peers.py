@@ -159,9 +159,14 @@ def _row(name: str, figures: dict[str, Any], batch: int, wrong: bool) -> str:
 
 def two_fit(arguments: argparse.Namespace) -> bool:
     """Whether the memory holds r1's model and transformers' at a time."""
-    sizes = (arguments.batch, arguments.prompt, arguments.new, 0, 0)
-    workload = Workload(None, arguments.shape, arguments.layers, *sizes)
+    workload = workload_of(arguments)
     return how_many_fit(from_switches(flags.given(arguments))[:1], workload, workload.config()) > 1
+
+
+def workload_of(arguments: argparse.Namespace) -> Workload:
+    """The work of both sides."""
+    sizes = (arguments.batch, arguments.prompt, arguments.new, 0, 0)
+    return Workload(None, arguments.shape, arguments.layers, *sizes)
 
 
 def compare(
@@ -200,8 +205,7 @@ def compare(
 @contextmanager
 def own_side(arguments: argparse.Namespace) -> Iterator[Ask]:
     """r1's process, an arm of bench.py, after its fp32 reference is made."""
-    sizes = (arguments.batch, arguments.prompt, arguments.new, 0, 0)
-    workload = Workload(None, arguments.shape, arguments.layers, *sizes)
+    workload = workload_of(arguments)
     compared, config = from_switches(flags.given(arguments)), workload.config()
     arm, lead, setup = compared[-1], Lead(), Setup()
     peak = 0.0
