@@ -993,6 +993,10 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (LinearLaunch, (1, 3584, 37888, 2, 4, 1), LinearLaunch(1, 2, 4096, 2)),
         (LinearLaunch, (1, 18944, 3584, 2, 4, 1), LinearLaunch(1, 2, 2048, 1)),
         (LinearLaunch, (1, 2048, 2048, 2, 4, 1), LinearLaunch(1, 2, 2048, 1)),
+        (LinearLaunch, (1, 1536, 24576, 2, 4, 1, 128), LinearLaunch(1, 16, 512, 2)),
+        (LinearLaunch, (1, 1536, 24576, 2, 8, 0, 128), LinearLaunch(1, 8, 2048, 4)),
+        (LinearLaunch, (1, 7168, 2112, 2, 4, 1, 128), LinearLaunch(1, 2, 4096, 4)),
+        (LinearLaunch, (1, 16384, 7168, 2, 4, 1, 128), LinearLaunch(1, 4, 2048, 2)),
         (LinearLaunch, (8, 2048, 2048, 2, 4, 1), LinearLaunch(2, 8, 2048, 1)),
         (LinearLaunch, (8, 2048, 3648, 2, 4, 1, 128), LinearLaunch(4, 8, 2048, 1)),
         (LinearLaunch, (32, 2048, 3648, 2, 4, 1, 128), LinearLaunch(32, 64, 128, 4, 4, True)),
@@ -1007,9 +1011,25 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (LinearLaunch, (8, 2048, 163840, 2), LinearLaunch(16, 64, 128, 4, 5)),
         (LinearLaunch, (32, 16384, 7168, 2), LinearLaunch(32, 64, 128, 4, 4)),
         (LinearLaunch, (8, 7168, 2112, 2), LinearLaunch(16, 64, 128, 4, 5)),
+        (
+            AttentionLaunch, (1, 128, 512, 64, 256, 2),
+            AttentionLaunch(16, 16, 16, 8, 3, True, True, 64, 64, 128, 4, 3),
+        ),
+        (
+            AttentionLaunch, (1, 128, 512, 64, 4096, 2),
+            AttentionLaunch(64, 64, 64, 8, 2, True, True, 64, 64, 128, 4, 3),
+        ),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 256, 7168), RouterLaunch(8, 512, 4)),
         (ExpertsLaunch, (2, 6, 64, 2048, 1408, 2, 8, 0, 128), ExpertsLaunch(1, 4, 2048, 4, 512, 4)),
+        (
+            ExpertsLaunch, (1, 8, 256, 7168, 2048, 2, 4, 1, 128),
+            ExpertsLaunch(1, 8, 2048, 4, 512, 4, ahead=3),
+        ),
+        (
+            ExpertsLaunch, (1, 8, 256, 7168, 2048, 2, 8, 0, 128),
+            ExpertsLaunch(1, 8, 2048, 4, 512, 4),
+        ),
         (
             ExpertsLaunch,
             (8, 6, 64, 2048, 1408, 2, 4, 1),

@@ -25,10 +25,10 @@ class LinearLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
+        # Very many short rows: R1's q_b (24576, 1536).
+        wide = outputs >= 64 * chip.processors and inputs <= 2048
         if tokens == 1 and packed[:2] == [4, 1]:
-            # A warp for each 2,048 columns, and rows of 4,096 or less at once.
-            columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
-            return LinearLaunch(1, 2, columns, max(1, columns // 2048))
+            return _four_bits(inputs, outputs, wide, chip)
         # Dot products of a few tokens, on an H100: of 8 and 4 bits, Moonlight's first projection
         # takes 6.0 us, by narrow products 7.1; of 4 and FP8 7.4, as tiles 7.6; of 8 10.0 and 7.6.
         if 1 < tokens <= 8 and packed[:2] == [4, 1]:
@@ -39,9 +39,10 @@ class LinearLaunch:
             return LinearLaunch(power_of_two(tokens), 4, columns, 1)
         if tokens == 1 and packed:
             # 8 rows where 4 make more programs than run at once: 3.4 us for Moonlight's first
-            # projection in FP8 on an H100, and 3.9 with 4.
-            few = 16 * chip.processors < outputs <= 32 * chip.processors and packed[0] == 8
-            return LinearLaunch(1, 8 if few else 4, min(2048, power_of_two(inputs, 16)), 4)
+            # projection in FP8 on an H100, and 3.9 with 4; 14.9 for R1's q_b, and 16.0 with 4.
+            few = 16 * chip.processors < outputs <= 32 * chip.processors or wide
+            rows = 8 if few and packed[0] == 8 else 4
+            return LinearLaunch(1, rows, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
             if inputs == 2048 >= outputs:
                 return LinearLaunch(1, 1, 2048, 2)  # few rows: a program for each
@@ -72,3 +73,20 @@ class LinearLaunch:
             "inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
             "narrow": (False, True),
         }  # fmt: skip
+
+
+def _four_bits(inputs: int, outputs: int, wide: bool, chip: Chip) -> LinearLaunch:
+    """Of one token that is fixed-point. Best of sweeps on an H100, microseconds, and those of the
+    first rule below for all: R1's qkv_a (2112, 7168) 5.2 and 7.4, q_b 8.4 and 16.6, o_proj
+    (7168, 16384) 23.3 and 26.1.
+    """
+    if wide:
+        return LinearLaunch(1, 16, min(512, power_of_two(inputs, 32)), 2)
+    many = outputs > 32 * chip.processors
+    if inputs > 8192 and many:
+        return LinearLaunch(1, 4, 2048, 2)
+    if 4096 < inputs <= 8192 and not many:
+        return LinearLaunch(1, 2, 4096, 4)
+    # A warp for each 2,048 columns, and rows of 4,096 or less at once.
+    columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
+    return LinearLaunch(1, 2, columns, max(1, columns // 2048))
