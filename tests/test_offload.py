@@ -325,7 +325,7 @@ def test_an_expert_is_one_row() -> None:
     for layer in streamed_layers(run.model):
         for expert, slot in layer.slots.slot.items():
             assert torch.equal(layer.places[slot].cpu(), layer.outside[1].rows[expert])
-        stored = [layer.whole(name).stored() for name in MATRICES]
+        stored = [getattr(layer.outside[0], name).stored() for name in MATRICES]
         row = sum(tensor[0].nbytes for each in stored for tensor in each.values())
         assert row <= layer.places.shape[1] < row + 256 * 6
 

@@ -144,7 +144,7 @@ def shared_by_all(given: Settings, machine: Machine, workload: Workload) -> Sett
     """
     spread = {name: given[name] for name in SHARING if given.get(name, 1) > 1}
     if given.get("experts", "device") != "device":
-        spread |= {name: given[name] for name in arms.PLACES if name in given}
+        spread |= arms.places(given)
         if given["experts"] == "cpu":  # for some storages only: the baseline may have another
             spread["experts"] = "host"
     if not spread:

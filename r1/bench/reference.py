@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1.bench.arms import Arm, textbook
+from r1.bench.arms import KEEPING, PLACES, Arm, textbook
 from r1.bench.compiler_checks import CompilerChecks
 from r1.bench.parity import rounds_by
 from r1.bench.process import Answer
@@ -20,7 +20,7 @@ from r1.switches.backend import SHARING, Backend
 from r1.switches.resolve import resolve
 
 NAME = "fp32 reference"
-SAME = ("device", "quant", *SHARING, "experts", "expert_slots", "expert_cache_gb")
+SAME = ("device", "quant", *SHARING, *PLACES, *KEEPING)
 """The baseline's switches that the reference has too."""
 
 

@@ -1,5 +1,7 @@
 """Experts that lie in host memory or in files, and are copied to a few slots when chosen.
 
+Some may be resident: they lie in slots for good, and nowhere else.
+
 The strategies of dispatch.py and the kernels see a stack of as many experts as there are slots.
 A call makes passes. The first one computes the chosen experts that lie in a slot already; meanwhile
 the missing ones are copied. Where they are more than the slots, they come in batches: one is
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from r1.placement.link import Link
 from r1.placement.slots import Slots
 from r1.placement.sources import InMemory
 from r1.placement.traffic import Traffic
-from r1.storage.matrix import Matrix
 
 FEW = 64
 """Tokens of a call up to which the next layer's experts are guessed: a prompt uses nearly all."""
@@ -38,7 +38,7 @@ MANY = 0.875
 
 
 class StreamedExperts(Holding):
-    """The experts of one layer: all in host memory or in files, some also on the device."""
+    """The experts of one layer: in host memory or in files, and some on the device."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class StreamedExperts(Holding):
         device: torch.device,
         link: Link,
     ) -> None:
-        """`whole` has the layer's stacks; without memory where they lie in files. `bare` is the
-        same without memory.
+        """`whole` has the layer's stacks, without resident experts; without memory where they lie
+        in files. `bare` is the same without memory.
         """
         super().__init__(bare, slots, source, device, link)
         self.leads = whole.leads
@@ -70,8 +70,10 @@ class StreamedExperts(Holding):
         self.fetched: set[int] = set()
         """Experts that were guessed and fetched since this layer's last call."""
 
-    def whole(self, name: str) -> Matrix:
-        return cast(Matrix, getattr(self.outside[0], name))
+    def home(self, number: int) -> tuple[Experts, int]:
+        whole, source = self.outside
+        slot = self.slots.slot.get(number, self.count)
+        return (self, slot) if slot < self.slots.first else (whole, source.home(number))
 
     def combine(self, y: Tensor) -> Tensor:
         back, self.back = self.back, None
@@ -158,7 +160,7 @@ class StreamedExperts(Holding):
             missing, there = self._divide(missing)
         held, width = current.keys() | staged, self.places.shape[1]
         note.add(chosen, held, missing, self.early, self.fetched, width)
-        if apart and self.staging and (staged or len(missing) > self.count - len(current)):
+        if apart and self.staging and (staged or len(missing) > slots.room(current.values())):
             ahead = len(chosen) >= MANY * len(self.ids)
             yield from self._stream(current, staged, missing, len(choices) if ahead else 0)
         else:
@@ -191,13 +193,14 @@ class StreamedExperts(Holding):
         self, current: dict[int, int], missing: list[int], note: Traffic
     ) -> Iterator[Pass]:
         """Passes over slots only. Where the missing experts are too many, they take turns."""
-        most = self.count - len(current)
+        slots = self.slots
+        most = slots.room(current.values())
         if len(missing) > most:
-            most = max(1, self.count // 2)
+            most = max(1, slots.room() // 2)
         if self.landing:
             most = min(most, self.landing[0].half)
         while True:
-            room = min(most, self.count - len(current))
+            room = min(most, slots.room(current.values()))
             coming, missing = self.fetch(missing[:room], current.values()), missing[room:]
             if not missing and self.next is not None and self.expected:
                 self._fetch_next(note)
@@ -242,7 +245,8 @@ class StreamedExperts(Holding):
         other, expected, self.expected = self.next[1], self.expected, []
         expected = [e - other.ids.start for e in expected if e in other.ids]
         held = {e: other.slots.slot[e] for e in expected if e in other.slots.slot}
-        early = [expert for expert in expected if expert not in held][: other.count - len(held)]
+        room = other.slots.room(held.values())
+        early = [expert for expert in expected if expert not in held][:room]
         other.fetched.update(early)
         note.guessed += len(early)
         early = [e for e in other.source.begin(early) if other.source.ready(e)]  # not from a drive

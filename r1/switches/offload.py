@@ -31,8 +31,10 @@ def check(backend: Backend, config: Config) -> None:
         disk = setting("experts", "disk")
         raise InputError(f"{cache} is of no use without {disk}: add that, or leave it out")
     pinned, file = setting("expert_policy", "pinned"), setting("expert_profile", "FILE")
-    if backend.expert_profile and backend.expert_policy != "pinned":
-        raise InputError(f"{file} is of no use without {pinned}: add that, or leave it out")
+    resident = setting("expert_policy", "resident")
+    if backend.expert_profile and backend.expert_policy not in ("pinned", "resident"):
+        either = f"{pinned} or {resident}"
+        raise InputError(f"{file} is of no use without {either}: add one, or leave it out")
     if backend.expert_policy == "pinned" and not backend.expert_profile:
         raise InputError(f"{pinned} needs a recording: add {file}")
     if backend.experts == "device":
@@ -55,6 +57,16 @@ def check(backend: Backend, config: Config) -> None:
     if backend.expert_slots > own:
         slots = setting("expert_slots", backend.expert_slots)
         raise InputError(f"{slots}: a device has {own} experts of a layer: give at most so many")
+    if backend.expert_policy == "resident" and backend.experts != "host":
+        needs = {
+            "cpu": "to multiply any expert there",
+            "disk": "no copy of any: its files have all",
+        }[backend.experts]
+        host = setting("experts", "host")
+        raise InputError(
+            f"{resident} leaves experts out of host memory, and {asked} needs {needs}: use {host}, "
+            f"or {setting('expert_policy', 'most')}"
+        )
     if backend.experts == "cpu":
         _check_host(backend, config)
     for name in CAN_NOT_WAIT:
