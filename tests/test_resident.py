@@ -164,14 +164,14 @@ def test_processes_share_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> No
     """Each of two takes as much as this one: the check counts both."""
     made, placement, backend = sketched(**RESIDENT, expert_slots=3)
     needed = placement.sizes(made, torch.device("cpu"))["cpu"] + build.HEADROOM
-    both = {"tp": 2, "device": "cpu", "dtype": "fp32"}
-    shared = resolve(Backend(**both, **RESIDENT, expert_slots=3), TINY)
+    asked: dict[str, Any] = {"tp": 2, "device": "cpu", "dtype": "fp32", **RESIDENT}
+    shared = resolve(Backend(**asked, expert_slots=3), TINY)
     sizes = {"cpu": needed - build.HEADROOM}
     monkeypatch.setattr(build, "available_bytes", lambda _: 2 * needed - 1)
     build._check_memory(sizes, made, shared, None)  # here runs one process
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "here"), monkeypatch.setenv("MASTER_PORT", "1")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name, value in zip(names, ("0", "2", "2", "here", "1"), strict=True):
+        monkeypatch.setenv(name, value)
     with refused("cpu has"):
         build._check_memory(sizes, made, shared, None)
     build._check_memory(sizes, made, backend, None)  # a model that one of the two has alone
@@ -226,7 +226,7 @@ def test_host_memory_is_freed() -> None:
 
 # ---------------------------- refusals
 def test_what_needs_a_copy_of_each_expert() -> None:
-    for where, why in (("cpu", "multiply any expert there"), ("disk", "its files have all")):
+    for where, why in (("cpu", "to multiply"), ("disk", "its files have all")):
         with refused("leaves experts out of host memory", why, "expert_policy=most"):
             resolve(Backend(device="cpu", **{**RESIDENT, "experts": where}), TINY)
     with refused("expert_policy=resident is of no use without experts=host"):

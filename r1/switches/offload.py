@@ -13,6 +13,8 @@ OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "expert_profile", "gu
 """The switches that say how experts are fetched."""
 CAN_NOT_WAIT = ("compile", "cuda_graphs", "prefill_graphs", "tune")
 """Switches under which nothing may wait for a number in the middle of a step."""
+NEEDS = {"cpu": "all of them there, to multiply", "disk": "no copies there, as its files have all"}
+"""By the value of `experts`: why no expert is resident."""
 
 
 def check_strategies(backend: Backend, config: Config) -> None:
@@ -30,13 +32,7 @@ def check(backend: Backend, config: Config) -> None:
         cache = setting("expert_cache_gb", backend.expert_cache_gb)
         disk = setting("experts", "disk")
         raise InputError(f"{cache} is of no use without {disk}: add that, or leave it out")
-    pinned, file = setting("expert_policy", "pinned"), setting("expert_profile", "FILE")
-    resident = setting("expert_policy", "resident")
-    if backend.expert_profile and backend.expert_policy not in ("pinned", "resident"):
-        either = f"{pinned} or {resident}"
-        raise InputError(f"{file} is of no use without {either}: add one, or leave it out")
-    if backend.expert_policy == "pinned" and not backend.expert_profile:
-        raise InputError(f"{pinned} needs a recording: add {file}")
+    _check_profile(backend)
     if backend.experts == "device":
         for name in OWN:
             value = getattr(backend, name)
@@ -57,15 +53,11 @@ def check(backend: Backend, config: Config) -> None:
     if backend.expert_slots > own:
         slots = setting("expert_slots", backend.expert_slots)
         raise InputError(f"{slots}: a device has {own} experts of a layer: give at most so many")
-    if backend.expert_policy == "resident" and backend.experts != "host":
-        needs = {
-            "cpu": "to multiply any expert there",
-            "disk": "no copy of any: its files have all",
-        }[backend.experts]
-        host = setting("experts", "host")
+    if backend.expert_policy == "resident" and (needs := NEEDS.get(backend.experts)):
         raise InputError(
-            f"{resident} leaves experts out of host memory, and {asked} needs {needs}: use {host}, "
-            f"or {setting('expert_policy', 'most')}"
+            f"{setting('expert_policy', 'resident')} leaves experts out of host memory, and "
+            f"{asked} needs {needs}: use {setting('experts', 'host')}, or "
+            f"{setting('expert_policy', 'most')}"
         )
     if backend.experts == "cpu":
         _check_host(backend, config)
@@ -75,6 +67,16 @@ def check(backend: Backend, config: Config) -> None:
                 f"{asked} has to know each layer's choices on the CPU, for which {setting(name)} "
                 "has no place: leave one of them out"
             )
+
+
+def _check_profile(backend: Backend) -> None:
+    """Raise InputError for a recording without use, or the lack of one."""
+    pinned, file = setting("expert_policy", "pinned"), setting("expert_profile", "FILE")
+    if backend.expert_profile and backend.expert_policy not in ("pinned", "resident"):
+        either = f"{pinned} or {setting('expert_policy', 'resident')}"
+        raise InputError(f"{file} is of no use without {either}: add one, or leave it out")
+    if backend.expert_policy == "pinned" and not backend.expert_profile:
+        raise InputError(f"{pinned} needs a recording: add {file}")
 
 
 def stored_kind(backend: Backend, config: Config) -> str | None:
