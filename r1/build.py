@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -78,8 +79,12 @@ def from_shape(
     seed: int = 0,
     mtp: bool = False,
     placement: Placement | None = None,
+    packed: bool = False,
 ) -> Transformer:
-    """A model of random weights, made on the device: N(0, 0.02), norms of 1, biases of 0."""
+    """A model of random weights, made on the device: N(0, 0.02), norms of 1, biases of 0.
+
+    `packed`: see randomize.
+    """
     if backend.experts == "disk":
         raise InputError(
             f"{setting('experts', 'disk')} reads experts from a checkpoint's files, and random "
@@ -89,7 +94,7 @@ def from_shape(
     placement = placement or placement_of(config, backend, connected(backend))
     model = allocate(config, backend, mtp=mtp, placement=placement, cut=setting("layers", "N"))
     whole = None if placement.complete else sketch(config, backend, mtp=mtp, placement=Placement())
-    randomize(model, seed, whole, placement)
+    randomize(model, seed, whole, placement, packed=packed)
     _repack(model, backend)
     return finish(model, backend)
 
@@ -277,10 +282,15 @@ def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:
 
     Where devices share the model: of the one with the largest share.
     """
-    device, most = torch_device(backend.device), 0
+    return placed_bytes(config, backend, mtp=mtp)[torch_device(backend.device).type]
+
+
+def placed_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> Counter[str]:
+    """The same by the type of device ("cuda", "cpu"), of one process."""
+    device, most = torch_device(backend.device), Counter[str]()
     for stage in range(backend.pp):
         first = Mesh(backend.tp, backend.ep, stage * backend.tp * backend.ep, pp=backend.pp)
         placement = placement_of(config, backend, first)
         model = sketch(config, backend, mtp=mtp, placement=placement)
-        most = max(most, placement.sizes(model, device)[device.type])
+        most |= placement.sizes(model, device)
     return most

@@ -111,6 +111,13 @@ def from_switches(
     return [each for each in arms if each.is_of(kinds)]
 
 
+def itself(given: Settings) -> Arm:
+    """The given switches together, without a baseline beside them."""
+    common = common_settings(given)
+    switches = {n: v for n, v in given.items() if n == "quant" or n not in common}
+    return Arm(label(switches) or "all off", "together", Backend(**given))
+
+
 def _alone(switches: Settings) -> list[Settings]:
     """Each switch, with the switches without which it does nothing."""
     alone: list[Settings] = [{name: value} for name, value in switches.items()]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from r1.bench.worker.subject import Subject
+from r1.model.router import Router
 from r1.run import graphs
 from r1.run.sampler import Sampler
 from r1.run.speculate import speculate
@@ -60,6 +61,26 @@ def noise(subject: Subject, error: float, seed: int) -> Iterator[None]:
     hooks = [m.register_forward_hook(disturb) for m in (model.embed_tokens, *model.layers)]
     try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def counted_experts(subject: Subject) -> Iterator[list[int]]:
+    """A list that gets the number of different experts of each router call in this context."""
+    hits: list[int] = []
+
+    def count(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        hits.append(output[0].unique().numel())
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in subject.engine.model.modules()
+        if isinstance(module, Router)
+    ]
+    try:
+        yield hits
     finally:
         for hook in hooks:
             hook.remove()
