@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -97,11 +98,12 @@ class StreamedExperts(Holding):
         ((indices, weights),) = self.outside[0].here(indices, weights)
         choices, none = self._read(indices, weights), True
         self.staged.clear()  # a call that failed may have left some
-        for _, table in self._passes(choices):
+        for _, table, ready in self._passes(choices):
             none = False
             slots = table[choices]  # (N, K), -1: not in this pass
-            slots = slots.where(slots >= 0, self.count)
-            yield slots.to(indices.device, non_blocking=True), weights
+            slots = slots.where(slots >= 0, self.count).to(indices.device, non_blocking=True)
+            ready()
+            yield slots, weights
         if none:
             yield torch.full_like(indices, self.count), weights
 
@@ -111,15 +113,18 @@ class StreamedExperts(Holding):
         ((indices, weights),) = self.outside[0].here(indices, weights)
         choices, device = self._read(indices, weights), x.device
         y = torch.zeros(x.shape, dtype=torch.float32, device=device)
-        for stack, table in self._passes(choices, apart=True):
+        for stack, table, ready in self._passes(choices, apart=True):
             slots = table[choices]  # (N, K), -1: not in this pass
             if bool((slots >= 0).all()):
-                y = run(stack, x, slots.to(device, non_blocking=True), weights)
+                slots = slots.to(device, non_blocking=True)
+                ready()
+                y = run(stack, x, slots, weights)
                 continue  # there is no other pass; but this one's end is still to be noted
             token, place = (slots >= 0).nonzero().unbind(dim=1)  # (M,) each
             chosen = slots[token, place].to(device, non_blocking=True)[:, None]  # (M, 1)
             token = token.to(device, non_blocking=True)
             place = place.to(device, non_blocking=True)
+            ready()
             part = run(stack, x[token], chosen, weights[token, place][:, None])  # (M, D)
             y.index_add_(0, token, part.float())
         return self.combine(y.to(x.dtype))
@@ -137,8 +142,8 @@ class StreamedExperts(Holding):
             self.sent = x, weights.to("cpu", non_blocking=True)
         if guess is None:
             self.expected: list[int] = []
-            return indices.cpu()
-        both = torch.cat((indices, guess), dim=1).cpu()
+            return self.link.read(indices)
+        both = self.link.read(torch.cat((indices, guess), dim=1))
         self.expected = both[:, indices.shape[1] :].unique().tolist()
         return both[:, : indices.shape[1]]
 
@@ -159,12 +164,15 @@ class StreamedExperts(Holding):
         if self.sent is not None:
             missing, there = self._divide(missing)
         held, width = current.keys() | staged, self.places.shape[1]
-        note.add(chosen, held, missing, self.early, self.fetched, width)
         if apart and self.staging and (staged or len(missing) > slots.room(current.values())):
             ahead = len(chosen) >= MANY * len(self.ids)
-            yield from self._stream(current, staged, missing, len(choices) if ahead else 0)
+            passes = self._stream(current, staged, missing, len(choices) if ahead else 0)
         else:
-            yield from self._in_slots(current, missing, note)
+            passes = self._in_slots(current, missing, note)
+        first = list(islice(passes, 1))  # copies begin, and then there is time for the rest
+        note.add(chosen, held, missing, self.early, self.fetched, width)
+        yield from first
+        yield from passes
         note.read += source.read_bytes()
         if there:
             self._multiply(choices, there)
@@ -192,7 +200,11 @@ class StreamedExperts(Holding):
     def _in_slots(
         self, current: dict[int, int], missing: list[int], note: Traffic
     ) -> Iterator[Pass]:
-        """Passes over slots only. Where the missing experts are too many, they take turns."""
+        """Passes over slots only. Where the missing experts are too many, they take turns.
+
+        Nothing is copied after the last one has come, until the next layer has chosen. So that one
+        is computed by itself, and all others before, while it is copied.
+        """
         slots = self.slots
         most = slots.room(current.values())
         if len(missing) > most:
@@ -204,6 +216,10 @@ class StreamedExperts(Holding):
             coming, missing = self.fetch(missing[:room], current.values()), missing[room:]
             if not missing and self.next is not None and self.expected:
                 self._fetch_next(note)
+            if not missing and coming:
+                *others, last = coming
+                current = current | {expert: coming[expert] for expert in others}
+                coming = {last: coming[last]}
             yield from self.compute(current)
             if not coming and not missing:
                 break
