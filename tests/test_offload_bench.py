@@ -90,7 +90,8 @@ def test_resident_experts_say_where_experts_lie() -> None:
     found = arms.from_switches(given, ("alone", "all-but-one"))
     own = "experts=host + expert_slots=4 + expert_policy=resident + expert_profile=skew.json"
     guess = f"{own} + guess_experts"
-    names = ["baseline", own, guess, "join=off", *(f"all but {n}" for n in (own, guess, "join=off"))]
+    three = [own, guess, "join=off"]
+    names = ["baseline", *three, *(f"all but {name}" for name in three)]
     assert [arm.name for arm in found] == names
     assert [arm.backend.experts for arm in found[4:]] == ["device", "host", "host"]
     assert arms.places({**HOST, "expert_policy": "most"}) == HOST
@@ -296,7 +297,7 @@ def test_the_command_without_a_baseline(
 
 def test_without_a_baseline_nothing_is_beside_it() -> None:
     for more in ("--only alone", "--ablate"):
-        with refused("--no-baseline measures all switches together", f"leave {more.split()[0]} out"):
+        with refused("--no-baseline measures all switches", f"leave {more.split()[0]} out"):
             plan.check(parser(EMBEDDED).parse_args(["--no-baseline", *more.split()]))
 
 

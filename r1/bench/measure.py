@@ -173,7 +173,7 @@ class Comparison:
         """
         place, times = len(self.result["rows"]), self.arguments.repetitions
         one_at_a_time = how_many_fit(compared, self.workload, self.config) == 1
-        if one_at_a_time and len(compared) > 1:
+        if one_at_a_time and not self.workload.alone:
             self.result["notes"].append(
                 "Only one model fits the memory at a time, so arms were measured one after the "
                 "other, not in turn with the baseline."
