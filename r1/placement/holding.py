@@ -55,6 +55,9 @@ class Holding(Stack):
         self.slots, self.link, self.layout = slots, link, Rows(self)
         self.arrived: list[Event | None] = [None] * count
         self.used: list[Event | None] = [None] * count
+        self.place = torch.zeros(len(bare.ids) + 1, dtype=torch.int64, device=device)
+        """Where each expert lies for the next piece of a step (run/pieces.py)."""
+        self.place_there = link.host(self.place)
         self.traffic: defaultdict[int, Traffic] = defaultdict(Traffic)
         """By the number of a call's tokens."""
         self.staging: tuple[Staging] | None = None

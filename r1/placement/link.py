@@ -81,6 +81,9 @@ class Link:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.device = device
+        self.cut: Callable[[Callable[[], None]], None] | None = None
+        """While a step is recorded in pieces (run/pieces.py): ends one. The host does what it is
+        given before each run of the next piece."""
 
     def copy(self, target: Tensor, source: Tensor, after: Event | None) -> None:
         """Copy a row from pinned memory, once `after` has happened on the device."""
@@ -109,6 +112,10 @@ class Link:
         if event := self.now():
             event.synchronize()
         return there
+
+    def host(self, like: Tensor) -> Tensor:
+        """Host memory of a tensor's shape, pinned where there is a GPU."""
+        return torch.empty_like(like, device="cpu", pin_memory=self.stream is not None)
 
     def wait(self, event: Event | None) -> None:
         """The device's arithmetic goes on when `event` has happened. The CPU does not wait."""

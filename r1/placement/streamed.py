@@ -17,28 +17,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from r1.errors import InputError, setting
 from r1.model.moe import Experts, Run
-from r1.model.router import Router
-from r1.placement.holding import Arrivals, Holding, Pass
+from r1.placement.guessing import FEW, Guessing
+from r1.placement.holding import Arrivals, Pass
 from r1.placement.link import Link
 from r1.placement.slots import Slots
 from r1.placement.sources import InMemory
 from r1.placement.traffic import Traffic
 
-FEW = 64
-"""Tokens of a call up to which the next layer's experts are guessed: a prompt uses nearly all."""
 Multiply = Callable[[Experts, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Experts, x, and of each choice its token, its expert and its weight -> fp32 sums: host.py."""
 MANY = 0.875
 """A call that chooses this share of a layer's experts will choose nearly all of the next one's."""
 
 
-class StreamedExperts(Holding):
+class StreamedExperts(Guessing):
     """The experts of one layer: in host memory or in files, and some on the device."""
 
     def __init__(
@@ -56,9 +56,6 @@ class StreamedExperts(Holding):
         super().__init__(bare, slots, source, device, link)
         self.leads = whole.leads
         self.outside = (whole, source)  # in a tuple: no part of this module
-        self.next: tuple[Router, StreamedExperts] | None = None
-        """The next sparse layer, where its experts are to be guessed."""
-        self.guess: Tensor | None = None
         self.multiply: Multiply | None = None
         """Multiplies on the host what a step misses, where that is asked for."""
         self.sent: tuple[Tensor, Tensor] | None = None
@@ -68,8 +65,6 @@ class StreamedExperts(Holding):
         """What the host has made, fp32 (N, D), on the device."""
         self.following: tuple[StreamedExperts] | None = None
         """The next sparse layer, for prompts; in a tuple: no part of this module."""
-        self.fetched: set[int] = set()
-        """Experts that were guessed and fetched since this layer's last call."""
 
     def home(self, number: int) -> tuple[Experts, int]:
         whole, source = self.outside
@@ -82,12 +77,11 @@ class StreamedExperts(Holding):
 
     # ------------------------- one call
     def look_ahead(self, x: Tensor) -> None:
-        """Ask the next layer's router for this layer's input: hidden states change slowly. Keep
-        the input of a step whose missing experts the host multiplies.
+        """Guess the next layer's choices. Keep the input of a step whose missing experts the host
+        multiplies.
         """
         self.input = x if self.multiply and len(x) <= FEW else None
-        if self.next is not None and len(x) <= FEW:
-            self.guess = self.next[0](x)[0]  # (N, K)
+        self.ask_next(x)
 
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """A pass for each group of experts. A choice of another pass is of no expert.
@@ -96,6 +90,9 @@ class StreamedExperts(Holding):
         the residual in it.
         """
         ((indices, weights),) = self.outside[0].here(indices, weights)
+        if self.link.cut is not None:
+            yield self._cut(indices), weights
+            return
         choices, none = self._read(indices, weights), True
         self.staged.clear()  # a call that failed may have left some
         for _, table, ready in self._passes(choices):
@@ -110,6 +107,8 @@ class StreamedExperts(Holding):
     def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """As the base's. Where there are several passes, each computes its own choices only."""
         self.look_ahead(x)
+        if self.link.cut is not None:
+            return super().forward(run, x, indices, weights)
         ((indices, weights),) = self.outside[0].here(indices, weights)
         choices, device = self._read(indices, weights), x.device
         y = torch.zeros(x.shape, dtype=torch.float32, device=device)
@@ -135,27 +134,68 @@ class StreamedExperts(Holding):
         The guess of the next layer's experts is read with them, in the same wait; so is what the
         host needs to multiply.
         """
-        guess, self.guess = self.guess, None
         self.sent = self.back = None
         if self.input is not None:
             x = self.input.to("cpu", non_blocking=True)
             self.sent = x, weights.to("cpu", non_blocking=True)
-        if guess is None:
-            self.expected: list[int] = []
-            return self.link.read(indices)
-        both = self.link.read(torch.cat((indices, guess), dim=1))
-        self.expected = both[:, indices.shape[1] :].unique().tolist()
-        return both[:, : indices.shape[1]]
+        return self.apart(self.link.read(self.with_guess(indices)), indices.shape[1])
 
+    # ------------------------- a step in pieces
+    def _cut(self, indices: Tensor) -> Tensor:
+        """End a piece of a step, and begin the next one with the places of its choices (N, K).
+
+        One pass computes them all, so all must have slots. Raises InputError where they are fewer.
+        """
+        assert self.link.cut is not None
+        most = min(indices.numel(), len(self.ids) - self.slots.first)
+        if self.slots.room() < most:
+            graphs = setting("cuda_graphs")
+            raise InputError(
+                f"{graphs} computes all experts of a layer at once: up to {most} have to come, and "
+                f"there are slots for {self.slots.room()}: give {setting('expert_slots')} or fewer "
+                f"rows, or leave {graphs} out"
+            )
+        self.link.cut(partial(self._serve, self.with_guess(indices), indices.shape[1]))
+        return self.place[indices]
+
+    def _serve(self, chosen: Tensor, own: int) -> None:
+        """What the host does before a piece that begins with this layer's experts.
+
+        `chosen`, int64 (N, K) or more columns: after `own` of them comes the next layer's guess.
+        """
+        choices, slots = self.apart(self.link.read(chosen), own), self.slots
+        counted, current = self._chosen(choices)
+        note = self.traffic[len(choices)]
+        missing = self.source.begin(slots.order(e for e in counted if e not in current))
+        held = current | self.fetch(missing, current.values())
+        self.fetch_next(note)
+        slots.use(held.values())
+        places = self.place_there.fill_(self.count)
+        for expert, slot in held.items():
+            places[expert] = slot
+        self.place.copy_(places, non_blocking=True)
+        for event in {self.arrived[slot] for slot in held.values()}:
+            self.link.wait(event)
+        for slot in held.values():
+            self.arrived[slot] = None
+        width = self.places.shape[1]
+        note.add(list(counted), current.keys(), missing, self.early, self.fetched, width)
+        note.read += self.source.read_bytes()
+
+    def _chosen(self, choices: Tensor) -> tuple[Counter[int], dict[int, int]]:
+        """How many tokens chose each expert, in order, and the slots of those that have one."""
+        chosen = Counter(sorted(choices.flatten().tolist()))
+        chosen.pop(len(self.ids), None)  # another device has it
+        self.slots.count(chosen, chosen.values())
+        return chosen, {e: self.slots.slot[e] for e in chosen if e in self.slots.slot}
+
+    # ------------------------- passes
     def _passes(self, choices: Tensor, apart: bool = False) -> Iterator[Pass]:
         """Fetch the chosen experts, and give the passes. While one is computed, its places stay as
         they are. `apart`: passes may be over other stacks than this one.
         """
-        slots, counted = self.slots, Counter(choices.flatten().tolist())
-        counted.pop(len(self.ids), None)
-        chosen = sorted(counted)
-        slots.count(chosen, (counted[expert] for expert in chosen))
-        current = {expert: slots.slot[expert] for expert in chosen if expert in slots.slot}
+        slots, (counted, current) = self.slots, self._chosen(choices)
+        chosen = list(counted)
         came, self.staged = self.staged, {}
         staged = {e: place for e, place in came.items() if e in counted and e not in current}
         note, source = self.traffic[len(choices)], self.source
@@ -214,8 +254,8 @@ class StreamedExperts(Holding):
         while True:
             room = min(most, slots.room(current.values()))
             coming, missing = self.fetch(missing[:room], current.values()), missing[room:]
-            if not missing and self.next is not None and self.expected:
-                self._fetch_next(note)
+            if not missing:
+                self.fetch_next(note)
             if not missing and coming:
                 *others, last = coming
                 current = current | {expert: coming[expert] for expert in others}
@@ -254,17 +294,3 @@ class StreamedExperts(Holding):
             self.following[0].fetch_early(ahead)
         for each in now:
             yield from each
-
-    def _fetch_next(self, note: Traffic) -> None:
-        """Fetch what the next layer is expected to choose, once."""
-        assert self.next is not None
-        other, expected, self.expected = self.next[1], self.expected, []
-        expected = [e - other.ids.start for e in expected if e in other.ids]
-        held = {e: other.slots.slot[e] for e in expected if e in other.slots.slot}
-        room = other.slots.room(held.values())
-        early = [expert for expert in expected if expert not in held][:room]
-        other.fetched.update(early)
-        note.guessed += len(early)
-        early = [e for e in other.source.begin(early) if other.source.ready(e)]  # not from a drive
-        note.copied += len(early) * other.places.shape[1]
-        other.fetch(early, held.values())

@@ -11,8 +11,9 @@ from r1.switches.precision import spec_of
 
 OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "expert_profile", "guess_experts")
 """The switches that say how experts are fetched."""
-CAN_NOT_WAIT = ("compile", "cuda_graphs", "prefill_graphs", "tune")
-"""Switches under which nothing may wait for a number in the middle of a step."""
+CAN_NOT_WAIT = ("compile", "prefill_graphs", "tune")
+"""Switches under which nothing may wait for a number in the middle of a step. cuda_graphs records
+a step in pieces, between which the host fetches experts (run/pieces.py)."""
 NEEDS = {"cpu": "all of them there, to multiply", "disk": "no copies there, as its files have all"}
 """By the value of `experts`: why no expert is resident."""
 
@@ -61,7 +62,7 @@ def check(backend: Backend, config: Config) -> None:
         )
     if backend.experts == "cpu":
         _check_host(backend, config)
-    for name in CAN_NOT_WAIT:
+    for name in (*CAN_NOT_WAIT, *(("cuda_graphs",) if backend.experts == "cpu" else ())):
         if getattr(backend, name):
             raise InputError(
                 f"{asked} has to know each layer's choices on the CPU, for which {setting(name)} "

@@ -127,4 +127,8 @@ def moe_chain(subject: Subject, layers: list[int]) -> Callable[[], object]:
             for layer in layers:
                 hidden = runner.blocks["decode"][layer](hidden, step, cache.layers[layer])
 
-    return graphs.record(chain).replay if runner.backend.cuda_graphs else chain
+    if not runner.backend.cuda_graphs:
+        return chain
+    if runner.link is not None:
+        return graphs.record_pieces(chain, lambda: None, runner.link).replay
+    return graphs.record(chain).replay
