@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from r1.placement.mesh import Mesh
 from r1.placement.offload import Offloaded, Slotted
 from r1.placement.parallel import Parallel
 from r1.placement.placement import Placement
+from r1.placement.ranks import crew
 from r1.placement.stages import Stages
 from r1.placement.streamed import StreamedExperts
 from r1.storage import int4_cpu
@@ -76,8 +79,12 @@ def from_shape(
     seed: int = 0,
     mtp: bool = False,
     placement: Placement | None = None,
+    packed: bool = False,
 ) -> Transformer:
-    """A model of random weights, made on the device: N(0, 0.02), norms of 1, biases of 0."""
+    """A model of random weights, made on the device: N(0, 0.02), norms of 1, biases of 0.
+
+    `packed`: see randomize.
+    """
     if backend.experts == "disk":
         raise InputError(
             f"{setting('experts', 'disk')} reads experts from a checkpoint's files, and random "
@@ -87,7 +94,7 @@ def from_shape(
     placement = placement or placement_of(config, backend, connected(backend))
     model = allocate(config, backend, mtp=mtp, placement=placement, cut=setting("layers", "N"))
     whole = None if placement.complete else sketch(config, backend, mtp=mtp, placement=Placement())
-    randomize(model, seed, whole, placement)
+    randomize(model, seed, whole, placement, packed=packed)
     _repack(model, backend)
     return finish(model, backend)
 
@@ -121,6 +128,7 @@ def placement_of(config: Config, backend: Backend, mesh: Mesh | None = None) -> 
         host=backend.experts == "cpu",
         repacked=backend.experts == "cpu" and offload.stored_kind(backend, config) == "int4",
         cache=int(backend.expert_cache_gb * 1e9),
+        sharers=min(crew().here, backend.ranks),
     )
     return Offloaded(placement, how)
 
@@ -170,14 +178,29 @@ def allocate(
     placement = placement or placement_of(config, backend)
     model = sketch(config, backend, mtp=mtp, placement=placement)
     device = torch_device(backend.device)
-    for kind, nbytes in placement.sizes(model, device).items():
-        needed = nbytes + (least(model, backend) if kind == device.type else HEADROOM)
-        if needed > (available := available_bytes(torch.device(kind))):
-            where = backend.device if kind == device.type else "the host"
-            raise _too_large(needed, available, where, model, backend, cut)
+    sizes = placement.sizes(model, device)
+    # All ranks look before one of them takes memory that others see as free.
+    placement.mesh.together(lambda: _check_memory(sizes, model, backend, cut))
     placement.allocate(model, device)
     model.derive()
     return model
+
+
+def _check_memory(
+    sizes: Mapping[str, int], model: Transformer, backend: Backend, cut: str | None
+) -> None:
+    """Raise InputError where the bytes of each kind of device are not free.
+
+    The processes of a host share its memory, and each takes so much.
+    """
+    own = torch_device(backend.device).type
+    for kind, nbytes in sizes.items():
+        needed = nbytes + (least(model, backend) if kind == own else HEADROOM)
+        if kind == "cpu":
+            needed *= min(crew().here, backend.ranks)
+        if needed > (available := available_bytes(torch.device(kind))):
+            where = backend.device if kind == own else "the host"
+            raise _too_large(needed, available, where, model, backend, cut)
 
 
 def _too_large(
@@ -187,12 +210,12 @@ def _too_large(
     halved = backend.dtype == "fp32" and backend.amp == "off" and needed / 2 <= available
     could = [setting("dtype", "bf16") if halved else None]
     if kind_of(backend.quant) != "int4" and "triton" not in (backend.moe, backend.prefill_moe):
-        smaller = replace(backend, quant="int4")
-        small = sketch(model.config, smaller, mtp=len(model.mtp) > 0)
-        device = torch_device(backend.device)
-        own = placement_of(model.config, smaller).sizes(small, device)[device.type]
-        if own + least(small, smaller) <= available:
-            could.append(setting("quant", "int4"))
+        smaller, device = replace(backend, quant="int4"), torch_device(backend.device)
+        with suppress(InputError):  # devices might have to split a block
+            small = sketch(model.config, smaller, mtp=len(model.mtp) > 0)
+            own = placement_of(model.config, smaller).sizes(small, device)[device.type]
+            if own + least(small, smaller) <= available:
+                could.append(setting("quant", "int4"))
     if (
         backend.device != "cpu"
         and backend.experts == "device"
@@ -259,10 +282,15 @@ def weight_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> int:
 
     Where devices share the model: of the one with the largest share.
     """
-    device, most = torch_device(backend.device), 0
+    return placed_bytes(config, backend, mtp=mtp)[torch_device(backend.device).type]
+
+
+def placed_bytes(config: Config, backend: Backend, *, mtp: bool = False) -> Counter[str]:
+    """The same by the type of device ("cuda", "cpu"), of one process."""
+    device, most = torch_device(backend.device), Counter[str]()
     for stage in range(backend.pp):
         first = Mesh(backend.tp, backend.ep, stage * backend.tp * backend.ep, pp=backend.pp)
         placement = placement_of(config, backend, first)
         model = sketch(config, backend, mtp=mtp, placement=placement)
-        most = max(most, placement.sizes(model, device)[device.type])
+        most |= placement.sizes(model, device)
     return most

@@ -30,6 +30,7 @@ from r1.files.embedded import EMBEDDED
 from r1.files.names import places
 from r1.files.save import save
 from r1.kernels.block import DecodeBlock
+from r1.model.cache import Cache
 from r1.model.dispatch import Gather
 from r1.model.moe import Experts, MoE
 from r1.model.router import Router
@@ -42,8 +43,10 @@ from r1.placement.staging import MATRICES
 from r1.placement.streamed import StreamedExperts
 from r1.placement.traffic import Traffic
 from r1.run.engine import Engine
+from r1.run.graphs import Step
 from r1.run.runner import Runner
 from r1.storage.rows import Rows
+from r1.switches.machine import Machine
 from r1.switches.resolve import resolve
 
 torch.set_num_threads(1)  # the models are tiny
@@ -197,6 +200,82 @@ def test_a_rank_that_has_none_of_the_choices() -> None:
     assert not layer.slots.slot
 
 
+# ---------------------------- steps in pieces
+def in_pieces(run: Runner) -> Runner:
+    """Its steps are cut, and on a GPU recorded. On a CPU the host's part is done at once."""
+    if GPU:
+        return run
+    plain = run.callers["decode"]
+
+    def call(
+        key: tuple[Any, ...], step: Step, inputs: tuple[Tensor, ...], cache: Cache
+    ) -> tuple[Tensor, ...]:
+        assert run.link is not None
+        run.link.cut = lambda stop: stop()
+        try:
+            return plain(key, step, inputs, cache)
+        finally:
+            run.link.cut = None
+
+    run.callers["decode"] = call
+    return run
+
+
+PIECES: dict[str, Any] = {**HOST, "cuda_graphs": GPU}
+
+
+@pytest.mark.parametrize("policy", ["last", "resident"])
+@pytest.mark.parametrize("guess", [False, True])
+def test_steps_in_pieces(policy: str, guess: bool) -> None:
+    """Three ragged rows may choose all experts, so all have slots; one row has evictions."""
+    switches: dict[str, Any] = {**PIECES, "expert_policy": policy, "guess_experts": guess}
+    check(sharp_logits(), in_pieces(sharp_logits(**switches, expert_slots=EXPERTS)))
+    slots = 4 if policy == "last" else 8
+    right, run = sharp_logits(), in_pieces(sharp_logits(**switches, expert_slots=slots))
+    tokens = torch.tensor([[7], [3], [11], [250], [8], [40]], device=run.device)
+    both = []
+    for each in (right, run):
+        cache = each.cache(1, 64)
+        logits = [each.prefill(PROMPTS[:1], cache).clone()]
+        logits += [each.decode(token[None], cache)[:, -1].clone() for token in tokens]
+        both.append(torch.stack(logits))
+    torch.testing.assert_close(both[1], both[0], atol=atol("algebra fp32"), rtol=0)
+    steps = [layer.traffic[1] for layer in streamed_layers(run.model)]
+    assert sum(note.copied for note in steps) > 0, "some were evicted"
+    assert not guess or sum(note.guessed for note in steps) > 0
+    if not guess:
+        width = streamed_layers(run.model)[0].places.shape[1]
+        assert all(note.copied == (note.visits - note.hits) * width for note in steps)
+
+
+def test_text_and_drafts_in_pieces() -> None:
+    """Greedy answers of the embedded model; drafts, whose steps choose for several tokens."""
+    question, answers = "17 * 23 = ?", []
+    for switches in ({}, {**PIECES, "expert_slots": 4}):
+        engine = loaded(**switches)
+        if switches:
+            in_pieces(engine.runner)
+        (done,) = engine.generate([engine.encode(question)], 40, temperature=0.0)
+        answers.append(done.tokens)
+    assert answers[0] == answers[1]
+    drafts = drafting_engine(TINY, 3, k=2, **PIECES, expert_slots=EXPERTS)
+    in_pieces(drafts.runner)
+    texts = [
+        [done.tokens for done in engine.generate(PROMPTS, 12, temperature=0.0)]
+        for engine in (drafting_engine(TINY, 3, k=2), drafts)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_piece_needs_slots_for_all_that_is_chosen() -> None:
+    run = in_pieces(sharp_logits(**PIECES, expert_slots=5))
+    cache = run.cache(len(PROMPTS), 64)
+    run.prefill(PROMPTS, cache)
+    most = 16 if GPU else 12  # a captured step has a power of two of rows
+    with refused(f"up to {most} have to come, and there are slots for 5: give expert_slots or"):
+        run.decode(torch.tensor([[1], [2], [3]], device=run.device), cache)
+
+
 # ---------------------------- what is copied
 def test_a_prompt_copies_each_expert_once() -> None:
     """60 tokens choose more than the four slots hold; four of them lie there afterwards."""
@@ -325,7 +404,7 @@ def test_an_expert_is_one_row() -> None:
     for layer in streamed_layers(run.model):
         for expert, slot in layer.slots.slot.items():
             assert torch.equal(layer.places[slot].cpu(), layer.outside[1].rows[expert])
-        stored = [layer.whole(name).stored() for name in MATRICES]
+        stored = [getattr(layer.outside[0], name).stored() for name in MATRICES]
         row = sum(tensor[0].nbytes for each in stored for tensor in each.values())
         assert row <= layer.places.shape[1] < row + 256 * 6
 
@@ -446,14 +525,21 @@ def test_saving(tmp_path: Path) -> None:
 
 
 # ---------------------------- refusals
-@pytest.mark.parametrize("name", ["compile", "cuda_graphs", "prefill_graphs"])
-def test_switches_that_can_not_wait(name: str) -> None:
-    from r1.switches.machine import Machine
-
+@pytest.mark.parametrize(
+    ("experts", "name"), [("host", "compile"), ("disk", "prefill_graphs"), ("cpu", "cuda_graphs")]
+)
+def test_switches_that_can_not_wait(experts: str, name: str) -> None:
     machine = Machine(cuda=True, name="H100", capability=(9, 0))
-    with refused("experts=host has to know", f"{name} has no place"):
-        asked: dict[str, Any] = {**HOST, name: True}
+    with refused(f"experts={experts} has to know", f"{name} has no place"):
+        asked: dict[str, Any] = {"experts": experts, name: True}
         resolve(Backend(**asked), TINY, machine)
+
+
+@pytest.mark.parametrize("experts", ["host", "disk"])
+def test_graphs_in_pieces_go_with_experts_elsewhere(experts: str) -> None:
+    machine = Machine(cuda=True, name="H100", capability=(9, 0))
+    found = resolve(Backend(experts=experts, cuda_graphs=True), TINY, machine)
+    assert found.cuda_graphs and found.experts == experts
 
 
 @pytest.mark.parametrize(

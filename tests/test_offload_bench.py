@@ -20,6 +20,7 @@ from refusals import refused
 import bench
 from r1 import Backend, build
 from r1.bench import arms, plan, rates
+from r1.bench import measure as bench_measure
 from r1.bench.arms import Arm
 from r1.bench.flags import parser
 from r1.bench.process import Answer
@@ -31,9 +32,11 @@ from r1.bench.team import Lead
 from r1.bench.worker.serve import COMMANDS
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
+from r1.files import draw
 from r1.files.embedded import EMBEDDED
 from r1.model.router import Router
 from r1.model.shapes import shape
+from r1.placement.offload import sparse
 from r1.placement.profile import Profile
 from r1.placement.streamed import StreamedExperts
 from r1.roofline import Work, fetched_bytes
@@ -78,6 +81,20 @@ def test_a_profile_goes_with_its_policy() -> None:
     pinned = "experts=host + expert_slots=4 + expert_policy=pinned + expert_profile=skew.json"
     assert [arm.name for arm in found] == ["baseline", "experts=host + expert_slots=4", pinned]
     assert found[2].backend.expert_profile == "/data/skew.json"
+
+
+def test_resident_experts_say_where_experts_lie() -> None:
+    """So the policy goes into every arm that streams, as the number of slots does."""
+    resident = {"expert_policy": "resident", "expert_profile": "/data/skew.json"}
+    given = {**HOST, **resident, "guess_experts": True, "join": "off"}
+    found = arms.from_switches(given, ("alone", "all-but-one"))
+    own = "experts=host + expert_slots=4 + expert_policy=resident + expert_profile=skew.json"
+    guess = f"{own} + guess_experts"
+    three = [own, guess, "join=off"]
+    names = ["baseline", *three, *(f"all but {name}" for name in three)]
+    assert [arm.name for arm in found] == names
+    assert [arm.backend.experts for arm in found[4:]] == ["device", "host", "host"]
+    assert arms.places({**HOST, "expert_policy": "most"}) == HOST
 
 
 def test_a_baseline_that_does_not_fit_streams_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +269,66 @@ def test_the_command(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert bool(made["disk_mb"]) == bool(made["disk_share"]) == (where == "disk")
     assert made["expert_slots"] == 5 and made["model"].endswith(f"routing {Path(routing).name}")
     assert made["floor_ms"] > 0 and made["backend"]["experts"] == where
+
+
+def test_the_command_without_a_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row, whose numbers are held against the same numbers in fp32. It is shown like others."""
+    monkeypatch.setattr(Lead, "start", lambda _, *arguments: Here(*arguments))
+    monkeypatch.setattr(rates, "_best", partial(rates._best, repeats=3))
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(draw, "_draw_packed", lambda *a, f=draw._draw_packed: made.append(f(*a)))
+    asked = "--shape tiny --layers 3 --device cpu --dtype bf16 --quant int8 --routing fresh"
+    where = "--experts host --expert-policy resident --expert-slots 6 --no-baseline"
+    sizes = f"--prompt 20 --new 8 -r 1 --output-file {tmp_path / 'result.json'}"
+    assert bench.main(f"{asked} {where} {sizes}".split()) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    (found,) = result["rows"]
+    assert found["kind"] == "together" and found["parity"] and found["positions"] == 8
+    assert found["arm"] == "quant=int8 + experts=host + expert_policy=resident + expert_slots=6"
+    assert found["experts_hit"] == 4 and found["expert_slots"] == 6 and found["link_mb"] > 0
+    assert found["quant_kl"] is None and found["speedup"] is None and found["same_text"] == 1
+    assert len(made) > 2 * 3 * 16, "no plain number was made of an expert"
+    assert "Nothing was measured beside it" in result["notes"][0]
+    assert bench.main(["--show", str(tmp_path / "result.json")]) == 0
+    assert found["arm"] in capsys.readouterr().out
+
+
+def test_without_a_baseline_nothing_is_beside_it() -> None:
+    for more in ("--only alone", "--ablate"):
+        with refused("--no-baseline measures all switches", f"leave {more.split()[0]} out"):
+            plan.check(parser(EMBEDDED).parse_args(["--no-baseline", *more.split()]))
+
+
+def test_slots_that_take_all_leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arms are then measured one after the other; else as many as both memories hold."""
+    monkeypatch.setattr(bench_measure, "available_bytes", lambda _: 10**12)
+
+    def fit(**switches: Any) -> int:
+        base = Arm("baseline", "baseline", Backend(device="cpu", **switches))
+        return bench_measure.how_many_fit([base], WORK, TINY)
+
+    assert fit() > 1 and fit(**HOST) > 1 and fit(experts="host") == 1
+
+
+def test_devices_copy_at_a_time() -> None:
+    """The link's rate is that of all at once: they meet before each repetition."""
+    met: list[None] = []
+    assert link_rate(torch.device("cpu"), lambda: met.append(None)) > 1e8
+    assert len(met) == 10
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "fp8"])
+def test_packed_numbers_are_drawn(quant: str) -> None:
+    """About as large as others, finite, no expert like another, and always the same."""
+    backend = resolve(Backend(device="cpu", dtype="fp32", quant=quant), TINY)
+    models = [build.from_shape(TINY, backend, seed=seed, packed=True) for seed in (0, 0, 1)]
+    experts, again, other = (sparse(each)[0].experts.gate_proj.dense() for each in models)
+    assert experts.isfinite().all() and abs(experts.square().mean().sqrt() / 0.02 - 1) < 0.1
+    assert torch.equal(experts, again) and not torch.equal(experts, other)
+    assert not torch.equal(experts[0], experts[1])
+    assert models[0].norm.weight.eq(1).all()
 
 
 def test_a_workload_names_its_routing() -> None:

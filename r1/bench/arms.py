@@ -18,6 +18,8 @@ USUAL = ("alone", "together")
 """Default kinds when switches are given without --only."""
 PLACES = ("experts", "expert_slots", "expert_cache_gb")
 """Switches that say where experts lie."""
+KEEPING = ("expert_policy", "expert_profile")
+"""Switches that say it too, where some experts are resident."""
 FETCHING = {"expert_policy", "expert_profile", "guess_experts"}
 """Switches that say how experts in host memory are fetched."""
 FILES = ("expert_profile",)
@@ -68,6 +70,12 @@ def textbook(config: Config) -> Settings:
     return {name: value for name, value in TEXTBOOK.items() if sparse or "moe" not in name}
 
 
+def places(given: Settings) -> Settings:
+    """The settings that say where experts lie, of those given."""
+    names = PLACES + (KEEPING if given.get("expert_policy") == "resident" else ())
+    return {name: given[name] for name in names if name in given}
+
+
 def common_settings(given: Settings) -> Settings:
     """The device and the dtype of all arms, which are no optimizations.
 
@@ -103,6 +111,13 @@ def from_switches(
     return [each for each in arms if each.is_of(kinds)]
 
 
+def itself(given: Settings) -> Arm:
+    """The given switches together, without a baseline beside them."""
+    common = common_settings(given)
+    switches = {n: v for n, v in given.items() if n == "quant" or n not in common}
+    return Arm(label(switches) or "all off", "together", Backend(**given))
+
+
 def _alone(switches: Settings) -> list[Settings]:
     """Each switch, with the switches without which it does nothing."""
     alone: list[Settings] = [{name: value} for name, value in switches.items()]
@@ -112,9 +127,9 @@ def _alone(switches: Settings) -> list[Settings]:
         alone = [s for s in alone if "speculate" not in s and "draft_tokens" not in s]
         alone.append({name: switches[name] for name in ("speculate", "draft_tokens")})
     if "experts" in switches:  # its other switches do nothing without it
-        own: Settings = {name: switches[name] for name in PLACES if name in switches}
+        own = places(switches)
         others = [s for s in alone if not s.keys() & own.keys()]
-        if "expert_profile" in switches:  # it and its policy are one optimization
+        if "expert_profile" in switches.keys() - own.keys():  # with its policy one optimization
             pinned = {name: switches[name] for name in ("expert_policy", "expert_profile")}
             others = [pinned, *(s for s in others if not s.keys() & pinned.keys())]
         alone = [own, *({**own, **s} if s.keys() & FETCHING else s for s in others)]
@@ -130,7 +145,7 @@ def _all_but_one(base: Backend, alone: list[Settings]) -> list[Arm]:
     for left in alone:
         # Without kernels there is nothing to tune, so tune is left out too.
         kept = [s for s in alone if s is not left and not ("kernels" in left and "tune" in s)]
-        if "experts" in left and not left.keys() & FETCHING:
+        if "experts" in left and left == places(left):
             kept = [s for s in kept if "experts" not in s]
         left = {"tune": True} if "tune" in left else left
         if "allreduce" in left:

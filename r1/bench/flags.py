@@ -78,6 +78,12 @@ def _add_measurement(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--only", type=kinds, metavar="KIND,..", help=text)
     text = (
+        "only all switches together, and parity with their own numbers in fp32 in place of the "
+        "original's: for a model whose plain numbers fit nowhere; random packed weights are drawn "
+        "packed, in a minute"
+    )
+    p.add_argument("--no-baseline", action="store_true", help=text)
+    text = (
         "model (default): by scores, where random weights crowd on a few; uniform: experts drawn "
         "for each row; fresh: anew for each token, as --experts host needs; FILE: as often as "
         "in a recording (tools/measure/record_routing.py)"

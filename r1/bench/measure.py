@@ -26,7 +26,7 @@ from r1.bench.sizes import check_sizes
 from r1.bench.team import Lead
 from r1.bench.worker.serve import Setup
 from r1.bench.workload import Workload
-from r1.build import HEADROOM, weight_bytes
+from r1.build import HEADROOM, placed_bytes, weight_bytes
 from r1.device import available_bytes, torch_device
 from r1.errors import InputError
 from r1.files.config_json import load_config
@@ -91,7 +91,11 @@ def measure(
         asked = _questions_for(workload, arguments, questions, result["notes"])
         setup = Setup(result["machine"].get("threads"), tuple(arguments.imports))
         reference = make_reference(compared, workload, config, folder, checks, setup, lead)
-        if compared[0].backend.ranks > 1:
+        if workload.alone:
+            result["notes"].append(
+                "Nothing was measured beside it. Parity is with its own numbers in fp32."
+            )
+        elif compared[0].backend.ranks > 1:
             result["notes"].append(
                 "No single device could hold the model, so devices share it in the baseline and in "
                 "the reference too."
@@ -169,7 +173,7 @@ class Comparison:
         """
         place, times = len(self.result["rows"]), self.arguments.repetitions
         one_at_a_time = how_many_fit(compared, self.workload, self.config) == 1
-        if one_at_a_time:
+        if one_at_a_time and not self.workload.alone:
             self.result["notes"].append(
                 "Only one model fits the memory at a time, so arms were measured one after the "
                 "other, not in turn with the baseline."
@@ -177,7 +181,8 @@ class Comparison:
         baseline = self.session(compared[0])
         try:
             if not baseline.start(self.arguments.warm_start):
-                raise InputError(f"the baseline can't be had: {baseline.answers['refused']}")
+                what = "it" if self.workload.alone else "the baseline"
+                raise InputError(f"{what} can't be had: {baseline.answers['refused']}")
             checks.join()
             alone = None
             if one_at_a_time:
@@ -225,7 +230,11 @@ class Comparison:
 
     def row(self, arm: Arm, session: Session) -> Answer:
         """An arm's row of the result."""
-        return rows.row(arm, self.workload, session.answers, self.reference, self.config)
+        reference = self.reference
+        if self.workload.alone and "parity" in session.answers:
+            hit = session.answers["parity"]["experts_hit"]
+            reference = reference | {"reference": {"experts_hit": hit}}
+        return rows.row(arm, self.workload, session.answers, reference, self.config)
 
     def check_pairs(self, compared: list[Arm]) -> None:
         """Pairs of switches, of which only parity is checked."""
@@ -242,10 +251,17 @@ class Comparison:
 def how_many_fit(compared: list[Arm], workload: Workload, config: Config) -> int:
     """How many models the memory holds at a time, with room for caches and activations."""
     resolved = resolve(compared[0].backend, config, batch=workload.batch)
+    if resolved.experts != "device" and not resolved.expert_slots:
+        return 1  # its slots take all that is free
     mtp = any(arm.backend.speculate == "mtp" for arm in compared)
-    need = weight_bytes(config, resolved, mtp=mtp) + 4 * HEADROOM
+    own = torch_device(resolved.device).type
+    placed = placed_bytes(config, resolved, mtp=mtp)
+    need = placed.pop(own) + 4 * HEADROOM
     drafting = next((arm.backend for arm in compared if arm.backend.speculate == "draft"), None)
     if drafting and workload.draft:
         small = load_config(workload.draft)
         need += weight_bytes(small, resolve_draft(drafting, small, batch=workload.batch))
-    return max(1, int(available_bytes(torch_device(resolved.device)) // need))
+    fit = available_bytes(torch_device(own)) // need
+    if on_host := placed["cpu"] * resolved.ranks:  # beside the device
+        fit = min(fit, available_bytes(torch_device("cpu")) // (on_host + 4 * HEADROOM))
+    return max(1, int(fit))

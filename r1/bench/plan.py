@@ -36,6 +36,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"-r {arguments.repetitions}: give a whole number above 0")
     if arguments.layers is not None and arguments.shape is None:
         raise InputError("--layers cuts a --shape, and none is given: a checkpoint is run whole")
+    if arguments.no_baseline:
+        for name in ("ablate", "only"):
+            if getattr(arguments, name):
+                takes = "--no-baseline measures all switches together, and nothing beside them"
+                raise InputError(f"{takes}: leave --{name} out")
     asked, draft = Backend(**flags.given(arguments)), arguments.draft_model
     if draft is not None and arguments.shape is not None:
         raise InputError(
@@ -77,7 +82,7 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
     draft = None if arguments.draft_model is None else str(arguments.draft_model)
     how = (arguments.seed, str(arguments.routing), arguments.assume_acceptance)
     return [
-        Workload(*source, *sizes, *how, draft=draft)
+        Workload(*source, *sizes, *how, draft=draft, alone=arguments.no_baseline)
         for sizes in itertools.product(
             arguments.batch, arguments.prompt, arguments.new, arguments.depth
         )
@@ -123,6 +128,8 @@ def arms_of(
 
     Raises InputError if --only names a kind that has no arm.
     """
+    if arguments.no_baseline:
+        return [arms.itself(given)]
     shared = shared_by_all(given, machine, workload)
     if arguments.ablate:
         kinds = arguments.only or arms.KINDS
@@ -144,7 +151,7 @@ def shared_by_all(given: Settings, machine: Machine, workload: Workload) -> Sett
     """
     spread = {name: given[name] for name in SHARING if given.get(name, 1) > 1}
     if given.get("experts", "device") != "device":
-        spread |= {name: given[name] for name in arms.PLACES if name in given}
+        spread |= arms.places(given)
         if given["experts"] == "cpu":  # for some storages only: the baseline may have another
             spread["experts"] = "host"
     if not spread:

@@ -60,8 +60,11 @@ def copy_rate(device: torch.device) -> float:
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 
 
-def link_rate(device: torch.device) -> float:
-    """Bytes a second from pinned host memory, in copies of 16 MiB, as large as experts are."""
+def link_rate(device: torch.device, meet: Callable[[], object] = lambda: None) -> float:
+    """Bytes a second from pinned host memory, in copies of 16 MiB, as large as experts are.
+
+    Where processes share a model, all copy at a time: `meet` waits for all of them.
+    """
     count = 64 if device.type == "cuda" else 8
     rows, link = host_rows(count, 2**24, device), Link(device)
     places = torch.zeros(rows.shape, dtype=torch.uint8, device=device)
@@ -70,7 +73,7 @@ def link_rate(device: torch.device) -> float:
         for place, row in zip(places, rows, strict=True):
             link.copy(place, row, None)
 
-    return rows.nbytes / _best(copy, device)
+    return rows.nbytes / _best(copy, device, meet=meet)
 
 
 def ram_rate(size: int = 2**30) -> float:
@@ -107,11 +110,12 @@ def measure_rates(
     link: bool = False,
     files: str | None = None,
     ram: bool = False,
+    meet: Callable[[], object] = lambda: None,
 ) -> dict[str, Rates]:
     """Measure the device, matrix products in each of `dtypes` ("bf16", ...); some seconds.
 
     With `link`, copies from host memory too; reads of the folder `files`, if there is one; and with
-    `ram` of host memory.
+    `ram` of host memory. `meet`: see link_rate.
     """
     gpu, copy = device.type == "cuda", copy_rate(device)
     size = 8192 if gpu else 1024
@@ -120,7 +124,7 @@ def measure_rates(
         square = torch.randn(size, size, dtype=torch.float32, device=device).to(DTYPES[dtype])
         matmul[dtype] = 2 * size**3 / _best(partial(torch.mm, square, square), device)
     launch, replay = _launches(device) if gpu else (0.0, 0.0)
-    host = link_rate(device) if link else 0.0
+    host = link_rate(device, meet) if link else 0.0
     disk = disk_rate(files) if files else 0.0
     read = ram_rate(2**30 if gpu else 2**27) if ram else 0.0
     more = (launch, replay, host, disk, read)
@@ -165,11 +169,17 @@ def bottleneck(
     return max(parts, key=lambda name: parts[name])
 
 
-def _best(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Seconds of the fastest of some calls: a ceiling is not an average."""
+def _best(
+    call: Callable[[], object], device: torch.device, repeats: int = 10,
+    meet: Callable[[], object] = lambda: None,
+) -> float:  # fmt: skip
+    """Seconds of the fastest of some calls: a ceiling is not an average. `meet` comes before each
+    of them.
+    """
     times = []
     for _ in range(repeats):
         synchronize(device)
+        meet()
         start = time.perf_counter()
         call()
         synchronize(device)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1.bench.arms import Arm, textbook
+from r1.bench.arms import KEEPING, PLACES, Arm, textbook
 from r1.bench.compiler_checks import CompilerChecks
 from r1.bench.parity import rounds_by
 from r1.bench.process import Answer
@@ -20,7 +20,7 @@ from r1.switches.backend import SHARING, Backend
 from r1.switches.resolve import resolve
 
 NAME = "fp32 reference"
-SAME = ("device", "quant", *SHARING, "experts", "expert_slots", "expert_cache_gb")
+SAME = ("device", "quant", *SHARING, *PLACES, *KEEPING)
 """The baseline's switches that the reference has too."""
 
 
@@ -39,12 +39,13 @@ def make_reference(
     steps hit, "rates" the machine's rates in the arms' dtypes. Starts the compiler's checks after
     the rates are measured, so that they do not disturb them. `setup` is that of the arms. `lead`
     starts the process, or several if the baseline has several.
+
+    For an arm that is measured alone there are only the rates.
     """
-    base = compared[0].backend
+    base, backends = compared[0].backend, resolved(compared, workload, config)
     # Packed numbers are multiplied as the fp32 numbers that they stand for.
     same = {name: getattr(base, name) for name in SAME}
     plain = Backend(**{**textbook(config), **same, "dtype": "fp32"})
-    backends = resolved(compared, workload, config)
     dtypes = sorted({each.compute for each in backends}) or ["fp32"]
     # A quantized arm has a reference of its own (worker/dequantized.py).
     streams = any(each.experts != "device" for each in backends)
@@ -55,11 +56,12 @@ def make_reference(
     name = "inductor-reference"
     process = lead.start(plain.ranks, serve, plain, workload, folder, name, setup)
     try:
-        if keep(answers, process, NAME, "build_reference") and keep(
+        if (workload.alone or keep(answers, process, NAME, "build_reference")) and keep(
             answers, process, NAME, "rates", dtypes, streams, reads, multiplies
         ):
             checks.start()
-            keep(answers, process, NAME, "reference", sorted(filter(None, rounding)))
+            if not workload.alone:
+                keep(answers, process, NAME, "reference", sorted(filter(None, rounding)))
     finally:
         process.quit()
     if "refused" in answers:

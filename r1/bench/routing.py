@@ -97,14 +97,15 @@ def sparse_layers(model: Transformer) -> dict[int, MoE]:
 
 def draw_from(model: Transformer, tables: list[Tensor]) -> None:
     """Choose by these scores, fp32 (M, E) of each layer: a token by its position and its row."""
-    tables = [table.to(model.norm.weight.device) for table in tables]
+    every = torch.stack(tables).to(model.norm.weight.device)  # (layers, M, E)
     layers = sparse_layers(model)
 
     def draw(_model: Any, inputs: tuple[Any, ...]) -> None:
         step: Step = inputs[1]
         place = (step.positions + APART * step.rows).flatten() % ROWS  # (N,)
-        for layer, table in zip(layers.values(), tables, strict=True):
-            layer.draws = table[place]  # (N, E)
+        draws = every[:, place].unbind()  # once for all layers: it counts as time of the step
+        for layer, own in zip(layers.values(), draws, strict=True):
+            layer.draws = own  # (N, E)
 
     model.register_forward_pre_hook(draw)
 

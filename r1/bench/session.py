@@ -69,7 +69,13 @@ class Session:
                 return False
             self.answers["cold"] = self.answers["warm"]["start_seconds"]
             self.process = self.new_process()
-        return self.ask("build", "warm", "parity", "kernels")
+        if not self.ask("build", "warm"):
+            return False
+        if self.workload.alone and not keep(
+            self.answers, self.process, self.title, "reference", ()
+        ):  # it writes the text that it is compared on
+            return False
+        return self.ask("parity", "kernels")
 
     def once(self) -> Answer:
         """One repetition."""

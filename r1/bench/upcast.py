@@ -27,7 +27,7 @@ class Widened(Matrix):
         return self.narrow.dense(dtype or torch.float32)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.narrow.dense(torch.float32))
+        return self.narrow.through(lambda part: F.linear(x, part.dense(torch.float32)))
 
     def one(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.narrow.one(index, dtype or torch.float32)

@@ -36,6 +36,9 @@ class Workload:
     Random weights draft badly, so their own acceptance says little."""
     draft: str | None = None
     """The path of the folder of the model that drafts, in arms that speculate with one."""
+    alone: bool = False
+    """There is no baseline and no reference of the original numbers: an arm is compared with its
+    own numbers in fp32. So random packed weights need not be those of other storages."""
 
     @property
     def name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -10,28 +12,39 @@ from r1.model.transformer import Transformer
 from r1.placement.placement import Part, Placement
 from r1.storage.codes import part
 from r1.storage.kinds import KINDS
+from r1.storage.spec import Spec
 
+DEVIATION = 0.02
+SPREAD = {"int4": 4.637, "int8": 73.9, "fp8": 107.2}
+"""The root of the mean square of numbers of random bits, where their scale is 1."""
 DRAW_ELEMENTS = 2**24
 """Random numbers drawn at a time: bounds the fp32 scratch."""
 
 
 def randomize(
     model: Transformer, seed: int, whole: Transformer | None = None,
-    placement: Placement | None = None,
+    placement: Placement | None = None, *, packed: bool = False,
 ) -> None:  # fmt: skip
     """Set every tensor from `seed`: the same bf16 numbers in every dtype, joined or not.
 
     Quantized matrices are made of the same numbers, one by one, so the model is never held as it
     was before. Where this process holds a part of a model, `whole` is all of it, without memory:
     each of its tensors is drawn, and `placement`'s part of it is kept.
+
+    `packed` draws quantized matrices as they are stored, and only the part that is kept: they are
+    other numbers, but 300 GB of them take seconds.
     """
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     mine, place = slots(model), placement or Placement()
     with torch.no_grad():
         for key, all_of_it in (slots(whole) if whole is not None else mine).items():
-            slot = mine.get(key)
-            if key.endswith("bias"):
+            slot, spec = mine.get(key), all_of_it.spec
+            if packed and spec is not None and not spec.zeros and not spec.indexed:
+                if slot is not None:
+                    mine_of_it = place.part(key, all_of_it.shape)
+                    _draw_packed(slot, spec, device, f"{seed} {key} {mine_of_it}")
+            elif key.endswith("bias"):
                 if slot is not None:
                     slot.weight.zero_()
             elif len(all_of_it.shape) == 1:
@@ -44,6 +57,20 @@ def randomize(
                 _draw(drawn, generator)
                 if slot is not None:
                     _keep(slot, drawn, place.part(key, all_of_it.shape))
+
+
+def _draw_packed(slot: Slot, spec: Spec, device: torch.device, name: str) -> None:
+    """Random bits for a matrix's numbers, of its `name`, and one scale. Its numbers are about as
+    large as others'.
+    """
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    numbers, scale = (slot.views[ending] for ending in KINDS[spec.kind].NAMES[:2])
+    bits = torch.empty(numbers.shape, dtype=torch.uint8, device=device)
+    bits.random_(generator=generator)
+    if spec.kind == "fp8":
+        bits -= ((bits & 0x7F) == 0x7F).to(torch.uint8)  # which would be NaN
+    numbers.copy_(bits.view(numbers.dtype))
+    scale.fill_(DEVIATION / SPREAD[spec.kind])
 
 
 def _keep(slot: Slot, drawn: Tensor, mine: Part) -> None:
@@ -62,4 +89,4 @@ def _keep(slot: Slot, drawn: Tensor, mine: Part) -> None:
 def _draw(place: Tensor, generator: torch.Generator) -> None:
     for some in place.view(-1).split(DRAW_ELEMENTS):
         drawn = torch.empty(some.shape, dtype=torch.float32, device=generator.device)
-        some.copy_(drawn.normal_(0.0, 0.02, generator=generator).bfloat16())
+        some.copy_(drawn.normal_(0.0, DEVIATION, generator=generator).bfloat16())

@@ -71,7 +71,12 @@ def places(model: Transformer) -> dict[str, Tensor]:
 def _slots(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, Slot]]:
     """The checkpoint's weights that a module owns itself."""
     if isinstance(module, Experts):
-        for expert, each in zip(module.ids, expert_slots(module), strict=True):
+        stacks: dict[int, list[dict[str, Slot]]] = {}
+        for number, expert in enumerate(module.ids):
+            stack, place = module.home(number)
+            if id(stack) not in stacks:
+                stacks[id(stack)] = expert_slots(stack)
+            each = stacks[id(stack)][place]
             yield from ((f"{key}.{expert}.{name}.weight", slot) for name, slot in each.items())
         return
     matrix = getattr(module, "matrix", None)
@@ -88,7 +93,7 @@ def _slots(module: nn.Module, key: str, seen: set[int]) -> Iterator[tuple[str, S
 
 def expert_slots(experts: Experts) -> list[dict[str, Slot]]:
     """By place in the stacks, then by matrix: where an expert's weights lie."""
-    stacks = {name: experts.whole(name) for name in EXPERT_MATRICES}
+    stacks: dict[str, Matrix] = {name: getattr(experts, name) for name in EXPERT_MATRICES}
     stored = {name: stack.stored() for name, stack in stacks.items()}
     count = len(next(iter(stored["down_proj"].values())))
     return [

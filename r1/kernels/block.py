@@ -143,12 +143,11 @@ class DecodeBlock:
             once["residual"] = self.dense(x, apart)
         elif self.block.leads_inner:
             once |= {"residual": x, "norm": norm.weight, "eps": norm.eps}
-        passes: list[Tensor] = []
+        extra, y = once if moe.experts.leads else {}, x
         moe.experts.look_ahead(h)
         for choices in moe.experts.here(indices, weights):
-            extra = once if moe.experts.leads and not passes else {}
-            passes.append(self.experts(h, *choices, moe.experts, fixed=fixed, **extra))
-        y = passes[0] if len(passes) == 1 else torch.stack(passes).sum(dim=0)
+            y = self.experts(h, *choices, moe.experts, fixed=fixed, **extra)
+            extra = {"residual": y}  # the next pass adds to it
         return moe.experts.combine(y)
 
 

@@ -61,9 +61,12 @@ class Experts(nn.Module):
     def look_ahead(self, x: Tensor) -> None:
         """Called with the input (N, D) before `here`. A place that fetches experts may use it."""
 
-    def whole(self, name: str) -> Matrix:
-        """The stack `name` of all `ids`, wherever it lies. Loading and saving ask for it."""
-        return cast(Matrix, getattr(self, name))
+    def home(self, number: int) -> tuple[Experts, int]:
+        """The stack where expert ids[number] lies for good, and its place there.
+
+        Loading and saving ask for it.
+        """
+        return self, number
 
     def combine(self, y: Tensor) -> Tensor:
         """Add up the outputs (N, D) of several places. Here: one place."""

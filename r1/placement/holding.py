@@ -20,8 +20,9 @@ from r1.placement.staging import Stack, Staging
 from r1.placement.traffic import Traffic
 from r1.storage.rows import Rows
 
-Pass = tuple[Experts, Tensor]
-"""A stack, and the place in it of each expert, int64 (E + 1,): -1 for those of other passes."""
+Pass = tuple[Experts, Tensor, Callable[[], None]]
+"""A stack, the place in it of each expert, int64 (E + 1,), -1 for those of other passes, and what
+waits until they have come. Call it last: what is sent to the device before is there by then."""
 Arrivals = dict[int, tuple[int, Event | None]]
 """By expert: its place in the staging, and when it has arrived there."""
 
@@ -54,6 +55,9 @@ class Holding(Stack):
         self.slots, self.link, self.layout = slots, link, Rows(self)
         self.arrived: list[Event | None] = [None] * count
         self.used: list[Event | None] = [None] * count
+        self.place = torch.zeros(len(bare.ids) + 1, dtype=torch.int64, device=device)
+        """Where each expert lies for the next piece of a step (run/pieces.py)."""
+        self.place_there = link.host(self.place)
         self.traffic: defaultdict[int, Traffic] = defaultdict(Traffic)
         """By the number of a call's tokens."""
         self.staging: tuple[Staging] | None = None
@@ -152,13 +156,15 @@ class Holding(Stack):
         if not current:
             return
         self.slots.use(current.values())
-        for event in {self.arrived[slot] for slot in current.values()}:
-            self.link.wait(event)
-        for slot in current.values():
-            self.arrived[slot] = None
-        for expert, slot in current.items():
-            self._land(expert, self.places[slot])
-        yield self, self.table(current)
+
+        def ready() -> None:
+            for event in {self.arrived[slot] for slot in current.values()}:
+                self.link.wait(event)
+            for expert, slot in current.items():
+                self.arrived[slot] = None
+                self._land(expert, self.places[slot])
+
+        yield self, self.table(current), ready
         done = self.link.now()
         for slot in current.values():
             self.used[slot] = done
@@ -168,12 +174,15 @@ class Holding(Stack):
         if not staged or self.staging is None:
             return
         (staging,) = self.staging
-        for event in {event for _, event in staged.values()}:
-            self.link.wait(event)
         places = {expert: place for expert, (place, _) in staged.items()}
-        for expert, place in places.items():
-            self._land(expert, staging.rows[place])
-        yield staging.stack, self.table(places)
+
+        def ready() -> None:
+            for event in {event for _, event in staged.values()}:
+                self.link.wait(event)
+            for expert, place in places.items():
+                self._land(expert, staging.rows[place])
+
+        yield staging.stack, self.table(places), ready
         for expert in stay:
             slot = self.slots.take(expert, ())
             self.link.wait(self.arrived[slot])  # of what is given up, which nobody used

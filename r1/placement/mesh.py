@@ -101,12 +101,17 @@ class Mesh:
         return box[0]
 
     def together(self, call: Callable[[], T]) -> T:
-        """Call it on every rank. If it raises InputError on one of them, every rank raises it."""
-        if self.ranks == 1:
+        """Call it on every rank. If it raises InputError on one of them, every rank raises it.
+
+        None goes on before all have called it.
+        """
+        if self.group is None:
             return call()
         wrong: str | None = None
         try:
             result = call()
+        except SharedError:  # every rank knows
+            raise
         except InputError as error:
             wrong = str(error)
         for rank, sentence in enumerate(self.gather(wrong)):

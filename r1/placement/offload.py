@@ -1,5 +1,6 @@
 """The placement of `experts=host`, `cpu` and `disk`: routed experts in host memory, or in files
-behind a cache there. Everything else lies as before.
+behind a cache there. Everything else lies as before. With `expert_policy=resident` the experts that
+lie on the device for good have no place in host memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from r1.placement import host
 from r1.placement.link import Link, host_rows
 from r1.placement.placement import Part, Placement
 from r1.placement.profile import Profile
-from r1.placement.slots import POLICIES, Recorded, Slots
+from r1.placement.slots import POLICIES, Recorded, Resident, Slots, residents
 from r1.placement.sources import THREADS, InFiles, InMemory
 from r1.placement.staging import Staging, places_for
 from r1.placement.streamed import StreamedExperts
@@ -43,7 +44,7 @@ class Slotted:
     """Of each layer; 0: as many as the device has memory for."""
     policy: str = "last"
     profile: Profile | None = None
-    """What the policy "pinned" keeps."""
+    """What the policies "pinned" and "resident" keep."""
     guess: bool = False
     files: bool = False
     """Experts stay in the checkpoint's files."""
@@ -53,13 +54,15 @@ class Slotted:
     """It is int4 there, in the order of the CPU's operator (host.py), once it is loaded."""
     cache: int = 0
     """Bytes of host memory in front of them; 0: what is free."""
+    sharers: int = 1
+    """Processes of this host that share its memory, each with so much as this one."""
 
 
 class Offloaded(Placement):
     """Experts outside the device, which has some slots for them; the rest as `base` has it."""
 
     def __init__(self, base: Placement, how: Slotted) -> None:
-        self.base, self.how = base, how
+        self.base, self.how, self.mesh = base, how, base.mesh
 
     @property
     def complete(self) -> bool:
@@ -78,20 +81,36 @@ class Offloaded(Placement):
         return self.base.part(key, shape)
 
     def sizes(self, model: nn.Module, device: torch.device) -> Counter[str]:
-        """The device has the fewest slots that are asked for, one if their number is free."""
+        """The device has the fewest slots that are asked for, one if their number is free. But
+        what is resident is counted as it will be: the host has the rest.
+        """
+        slots = self.how.slots or 1
+        if self._keeps and not self.how.slots:
+            slots = self.slots(model, self.free(model, device))
         needed = Counter({device.type: rest_bytes(model)})
-        needed[device.type] += staging_bytes(model, self.how.slots or 1)
+        needed[device.type] += staging_bytes(model, slots)
         for layer in sparse(model):
             width = Rows(layer.experts).width
-            needed[device.type] += (self.how.slots or 1) * width
+            needed[device.type] += slots * width
             more = host.order_bytes(layer.experts) if self.how.repacked else 0
-            needed["cpu"] += (1 if self.how.files else layer.experts.count) * (width + more)
+            there = layer.experts.count - self.residents(layer, slots)
+            needed["cpu"] += (1 if self.how.files else there) * (width + more)
         if self.how.repacked:  # the layer that is being repacked; and where experts arrive
             needed["cpu"] += 2 * layer.experts.count * (width + more)
-            needed[device.type] += self._landing(model, self.how.slots or 1)
+            needed[device.type] += self._landing(model, slots)
         if self.how.files and self.how.cache:
             needed["cpu"] += (self.cached(model, 0) - 1) * expert_width(model)
         return needed
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether some experts are resident."""
+        return POLICIES[self.how.policy] is Resident
+
+    def residents(self, layer: MoE, slots: int) -> int:
+        """How many of a layer's experts lie in its slots and nowhere else."""
+        chosen = layer.gate.shape.num_experts_per_tok
+        return residents(slots, layer.experts.count, chosen) if self._keeps else 0
 
     def slots(self, model: nn.Module, free: int) -> int:
         """Slots of each layer, of a device with so many bytes free for everything."""
@@ -142,15 +161,16 @@ class Offloaded(Placement):
         for module in _rest(model):
             module.to_empty(device=device, recurse=False)
         link = Link(device)
-        cached = self.cached(model, available_bytes(CPU) - taken)
+        cached = self.cached(model, available_bytes(CPU) // self.how.sharers - taken)
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="experts")
         bares: list[Experts] = []
         for layer in sparse(model):
             whole, slots = layer.experts, self._slots(count, layer, model)
             bare = copy.deepcopy(whole)
             near = CPU if self.how.repacked else device  # what is given back is not pinned
-            rows = host_rows(min(cached, whole.count), Rows(whole).width, near)
-            source = InMemory(rows)
+            there = [expert for expert in range(whole.count) if expert not in slots.slot]
+            rows = host_rows(min(cached, len(there)), Rows(whole).width, near)
+            source = InMemory(rows, there)
             held = copy.deepcopy(whole) if self.how.files else whole
             Rows(held).place(rows)
             if self.how.files:
@@ -167,9 +187,15 @@ class Offloaded(Placement):
         """The slots of one layer, with what the policy knows of its experts."""
         slots = POLICIES[self.how.policy](count, layer.experts.count)
         number = next((n for n, block in enumerate(model.layers) if block.mlp is layer), None)
-        if isinstance(slots, Recorded) and self.how.profile and number is not None:
-            counts = self.how.profile.counts[number]
-            slots.expect([counts[expert] for expert in layer.experts.ids])
+        counts = [0.0] * layer.experts.count
+        if self.how.profile and number is not None:
+            recorded = self.how.profile.counts[number]
+            counts = [recorded[expert] for expert in layer.experts.ids]
+        if isinstance(slots, Recorded):
+            slots.expect(counts)
+        elif isinstance(slots, Resident):
+            best = sorted(range(len(counts)), key=lambda expert: -counts[expert])
+            slots.settle(sorted(best[: self.residents(layer, count)]))
         return slots
 
     def _chain(self, model: Any, bares: list[Experts], staging: Staging | None) -> None:
@@ -192,7 +218,9 @@ class Offloaded(Placement):
         """Bytes that the device has for all but the experts in host memory."""
         free = available_bytes(device)
         if device.type == "cpu":  # the host's memory is the device's
-            free -= self.cached(model, free // 2) * expert_width(model)
+            free //= self.how.sharers
+            if not self._keeps:  # what is resident takes as much of it on either side
+                free -= self.cached(model, free // 2) * expert_width(model)
         return free
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from r1.placement.mesh import Mesh
 from r1.storage.matrix import Matrix
 
 Part = tuple[slice, ...]
@@ -16,6 +17,9 @@ Part = tuple[slice, ...]
 
 class Placement:
     """Everything on one device. build.py asks it while it makes and loads a model."""
+
+    mesh = Mesh()
+    """The processes that share the model."""
 
     def arrange(self, model: Any) -> None:
         """Swap modules of a Transformer that has no memory yet, such as experts held elsewhere."""

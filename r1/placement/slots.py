@@ -5,7 +5,7 @@ A policy is one class and one entry in POLICIES.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Sequence
 
 
 class Slots:
@@ -16,6 +16,8 @@ class Slots:
         """By slot."""
         self.slot: dict[int, int] = {}
         """By expert, of those that lie in one."""
+        self.first = 0
+        """Slots before this one are never given away."""
         self.used, self.clock = [0] * slots, 0
         self.counts: list[float] = [0] * experts
         """Tokens that chose each expert."""
@@ -23,6 +25,10 @@ class Slots:
     def worth(self, slot: int) -> tuple[float, ...]:
         """The slot with the least worth is given away first."""
         return (self.used[slot],)
+
+    def room(self, keep: Collection[int] = ()) -> int:
+        """How many slots may be given away, other than `keep`."""
+        return len(self.expert) - self.first - sum(slot >= self.first for slot in keep)
 
     def order(self, missing: Iterable[int]) -> list[int]:
         """The order in which experts are fetched. What comes last stays longest."""
@@ -58,7 +64,8 @@ class Slots:
             held = self.expert[slot]
             return (held is not None, held not in elsewhere, *self.worth(slot))
 
-        slot = min((s for s in range(len(self.expert)) if s not in keep), key=worth)
+        every = range(self.first, len(self.expert))
+        slot = min((s for s in every if s not in keep), key=worth)
         before = self.expert[slot]
         if before is not None:
             del self.slot[before]
@@ -104,5 +111,31 @@ class Recorded(MostUsed):
         pass
 
 
-POLICIES: dict[str, type[Slots]] = {"last": Slots, "most": MostUsed, "pinned": Recorded}
+class Resident(Slots):
+    """Some experts have slots for good. The others pass through the few slots that are left.
+
+    A resident expert needs no copy in host memory. If all experts are chosen alike, the share that
+    is found is the same as with slots that hold what was used last.
+    """
+
+    def settle(self, experts: Sequence[int]) -> None:
+        """These have the first slots."""
+        self.first = len(experts)
+        self.expert[: self.first] = experts
+        self.slot = {expert: slot for slot, expert in enumerate(experts)}
+
+
+def residents(slots: int, experts: int, chosen: int) -> int:
+    """How many of a layer's experts are resident on a device with so many slots for it.
+
+    The others get slots for two tokens, which choose `chosen` experts each, but at most half of
+    the slots. More slots that pass would cost host memory, and find no more. Where all experts have
+    slots, all are resident.
+    """
+    return slots if slots >= experts else slots - min((slots + 1) // 2, 2 * chosen)
+
+
+POLICIES: dict[str, type[Slots]] = {
+    "last": Slots, "most": MostUsed, "pinned": Recorded, "resident": Resident,
+}  # fmt: skip
 """By the value of the switch expert_policy."""

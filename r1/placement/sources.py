@@ -1,4 +1,4 @@
-"""Where a layer's experts come from: host memory that holds all, or files with a cache before them.
+"""Where a layer's experts come from: host memory, or files with a cache in host memory before them.
 
 A layer asks for some experts (`begin`), takes one after the other (`row`), and tells when its copy
 to the device is on its way (`sent`).
@@ -8,7 +8,7 @@ Shapes: E experts of a layer; W bytes of an expert (storage/rows.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
@@ -22,11 +22,13 @@ THREADS = 8
 
 
 class InMemory:
-    """All experts of a layer, in host memory."""
+    """The experts of a layer that are not resident on the device, in host memory."""
 
-    def __init__(self, rows: Tensor) -> None:
-        """`rows`: uint8 (E, W)."""
+    def __init__(self, rows: Tensor, experts: Iterable[int]) -> None:
+        """`rows`: uint8 (n, W), of these n experts."""
         self.rows = rows
+        self.place = {expert: row for row, expert in enumerate(experts)}
+        """By expert: its row."""
 
     def begin(self, experts: Collection[int]) -> list[int]:
         """These experts are wanted. Returns the order in which they are to be taken."""
@@ -42,10 +44,14 @@ class InMemory:
 
     def row(self, expert: int) -> Tensor:
         """The bytes of one of them, (W,)."""
-        return self.rows[expert]
+        return self.rows[self.home(expert)]
 
     def sent(self, expert: int, arrived: Event | None) -> None:
         """Its copy to the device is done when `arrived` has happened."""
+
+    def home(self, expert: int) -> int:
+        """Its place in the layer's stack outside the device."""
+        return self.place[expert]
 
     def read_bytes(self) -> int:
         """Bytes that were read from files since this was last asked."""
@@ -118,6 +124,9 @@ class InFiles(InMemory):
         self.cache.use([row])
         self.wanted.remove(expert)
         self._start()
+
+    def home(self, expert: int) -> int:
+        return expert
 
     def read_bytes(self) -> int:
         started, self.started = self.started, 0

@@ -1,5 +1,7 @@
 """Experts that lie in host memory or in files, and are copied to a few slots when chosen.
 
+Some may be resident: they lie in slots for good, and nowhere else.
+
 The strategies of dispatch.py and the kernels see a stack of as many experts as there are slots.
 A call makes passes. The first one computes the chosen experts that lie in a slot already; meanwhile
 the missing ones are copied. Where they are more than the slots, they come in batches: one is
@@ -15,30 +17,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from r1.errors import InputError, setting
 from r1.model.moe import Experts, Run
-from r1.model.router import Router
-from r1.placement.holding import Arrivals, Holding, Pass
+from r1.placement.guessing import FEW, Guessing
+from r1.placement.holding import Arrivals, Pass
 from r1.placement.link import Link
 from r1.placement.slots import Slots
 from r1.placement.sources import InMemory
 from r1.placement.traffic import Traffic
-from r1.storage.matrix import Matrix
 
-FEW = 64
-"""Tokens of a call up to which the next layer's experts are guessed: a prompt uses nearly all."""
 Multiply = Callable[[Experts, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Experts, x, and of each choice its token, its expert and its weight -> fp32 sums: host.py."""
 MANY = 0.875
 """A call that chooses this share of a layer's experts will choose nearly all of the next one's."""
 
 
-class StreamedExperts(Holding):
-    """The experts of one layer: all in host memory or in files, some also on the device."""
+class StreamedExperts(Guessing):
+    """The experts of one layer: in host memory or in files, and some on the device."""
 
     def __init__(
         self,
@@ -49,15 +50,12 @@ class StreamedExperts(Holding):
         device: torch.device,
         link: Link,
     ) -> None:
-        """`whole` has the layer's stacks; without memory where they lie in files. `bare` is the
-        same without memory.
+        """`whole` has the layer's stacks, without resident experts; without memory where they lie
+        in files. `bare` is the same without memory.
         """
         super().__init__(bare, slots, source, device, link)
         self.leads = whole.leads
         self.outside = (whole, source)  # in a tuple: no part of this module
-        self.next: tuple[Router, StreamedExperts] | None = None
-        """The next sparse layer, where its experts are to be guessed."""
-        self.guess: Tensor | None = None
         self.multiply: Multiply | None = None
         """Multiplies on the host what a step misses, where that is asked for."""
         self.sent: tuple[Tensor, Tensor] | None = None
@@ -67,11 +65,11 @@ class StreamedExperts(Holding):
         """What the host has made, fp32 (N, D), on the device."""
         self.following: tuple[StreamedExperts] | None = None
         """The next sparse layer, for prompts; in a tuple: no part of this module."""
-        self.fetched: set[int] = set()
-        """Experts that were guessed and fetched since this layer's last call."""
 
-    def whole(self, name: str) -> Matrix:
-        return cast(Matrix, getattr(self.outside[0], name))
+    def home(self, number: int) -> tuple[Experts, int]:
+        whole, source = self.outside
+        slot = self.slots.slot.get(number, self.count)
+        return (self, slot) if slot < self.slots.first else (whole, source.home(number))
 
     def combine(self, y: Tensor) -> Tensor:
         back, self.back = self.back, None
@@ -79,12 +77,11 @@ class StreamedExperts(Holding):
 
     # ------------------------- one call
     def look_ahead(self, x: Tensor) -> None:
-        """Ask the next layer's router for this layer's input: hidden states change slowly. Keep
-        the input of a step whose missing experts the host multiplies.
+        """Guess the next layer's choices. Keep the input of a step whose missing experts the host
+        multiplies.
         """
         self.input = x if self.multiply and len(x) <= FEW else None
-        if self.next is not None and len(x) <= FEW:
-            self.guess = self.next[0](x)[0]  # (N, K)
+        self.ask_next(x)
 
     def here(self, indices: Tensor, weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """A pass for each group of experts. A choice of another pass is of no expert.
@@ -93,31 +90,40 @@ class StreamedExperts(Holding):
         the residual in it.
         """
         ((indices, weights),) = self.outside[0].here(indices, weights)
+        if self.link.cut is not None:
+            yield self._cut(indices), weights
+            return
         choices, none = self._read(indices, weights), True
         self.staged.clear()  # a call that failed may have left some
-        for _, table in self._passes(choices):
+        for _, table, ready in self._passes(choices):
             none = False
             slots = table[choices]  # (N, K), -1: not in this pass
-            slots = slots.where(slots >= 0, self.count)
-            yield slots.to(indices.device, non_blocking=True), weights
+            slots = slots.where(slots >= 0, self.count).to(indices.device, non_blocking=True)
+            ready()
+            yield slots, weights
         if none:
             yield torch.full_like(indices, self.count), weights
 
     def forward(self, run: Run, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """As the base's. Where there are several passes, each computes its own choices only."""
         self.look_ahead(x)
+        if self.link.cut is not None:
+            return super().forward(run, x, indices, weights)
         ((indices, weights),) = self.outside[0].here(indices, weights)
         choices, device = self._read(indices, weights), x.device
         y = torch.zeros(x.shape, dtype=torch.float32, device=device)
-        for stack, table in self._passes(choices, apart=True):
+        for stack, table, ready in self._passes(choices, apart=True):
             slots = table[choices]  # (N, K), -1: not in this pass
             if bool((slots >= 0).all()):
-                y = run(stack, x, slots.to(device, non_blocking=True), weights)
+                slots = slots.to(device, non_blocking=True)
+                ready()
+                y = run(stack, x, slots, weights)
                 continue  # there is no other pass; but this one's end is still to be noted
             token, place = (slots >= 0).nonzero().unbind(dim=1)  # (M,) each
             chosen = slots[token, place].to(device, non_blocking=True)[:, None]  # (M, 1)
             token = token.to(device, non_blocking=True)
             place = place.to(device, non_blocking=True)
+            ready()
             part = run(stack, x[token], chosen, weights[token, place][:, None])  # (M, D)
             y.index_add_(0, token, part.float())
         return self.combine(y.to(x.dtype))
@@ -128,27 +134,68 @@ class StreamedExperts(Holding):
         The guess of the next layer's experts is read with them, in the same wait; so is what the
         host needs to multiply.
         """
-        guess, self.guess = self.guess, None
         self.sent = self.back = None
         if self.input is not None:
             x = self.input.to("cpu", non_blocking=True)
             self.sent = x, weights.to("cpu", non_blocking=True)
-        if guess is None:
-            self.expected: list[int] = []
-            return indices.cpu()
-        both = torch.cat((indices, guess), dim=1).cpu()
-        self.expected = both[:, indices.shape[1] :].unique().tolist()
-        return both[:, : indices.shape[1]]
+        return self.apart(self.link.read(self.with_guess(indices)), indices.shape[1])
 
+    # ------------------------- a step in pieces
+    def _cut(self, indices: Tensor) -> Tensor:
+        """End a piece of a step, and begin the next one with the places of its choices (N, K).
+
+        One pass computes them all, so all must have slots. Raises InputError where they are fewer.
+        """
+        assert self.link.cut is not None
+        most = min(indices.numel(), len(self.ids) - self.slots.first)
+        if self.slots.room() < most:
+            graphs = setting("cuda_graphs")
+            raise InputError(
+                f"{graphs} computes all experts of a layer at once: up to {most} have to come, and "
+                f"there are slots for {self.slots.room()}: give {setting('expert_slots')} or fewer "
+                f"rows, or leave {graphs} out"
+            )
+        self.link.cut(partial(self._serve, self.with_guess(indices), indices.shape[1]))
+        return self.place[indices]
+
+    def _serve(self, chosen: Tensor, own: int) -> None:
+        """What the host does before a piece that begins with this layer's experts.
+
+        `chosen`, int64 (N, K) or more columns: after `own` of them comes the next layer's guess.
+        """
+        choices, slots = self.apart(self.link.read(chosen), own), self.slots
+        counted, current = self._chosen(choices)
+        note = self.traffic[len(choices)]
+        missing = self.source.begin(slots.order(e for e in counted if e not in current))
+        held = current | self.fetch(missing, current.values())
+        self.fetch_next(note)
+        slots.use(held.values())
+        places = self.place_there.fill_(self.count)
+        for expert, slot in held.items():
+            places[expert] = slot
+        self.place.copy_(places, non_blocking=True)
+        for event in {self.arrived[slot] for slot in held.values()}:
+            self.link.wait(event)
+        for slot in held.values():
+            self.arrived[slot] = None
+        width = self.places.shape[1]
+        note.add(list(counted), current.keys(), missing, self.early, self.fetched, width)
+        note.read += self.source.read_bytes()
+
+    def _chosen(self, choices: Tensor) -> tuple[Counter[int], dict[int, int]]:
+        """How many tokens chose each expert, in order, and the slots of those that have one."""
+        chosen = Counter(sorted(choices.flatten().tolist()))
+        chosen.pop(len(self.ids), None)  # another device has it
+        self.slots.count(chosen, chosen.values())
+        return chosen, {e: self.slots.slot[e] for e in chosen if e in self.slots.slot}
+
+    # ------------------------- passes
     def _passes(self, choices: Tensor, apart: bool = False) -> Iterator[Pass]:
         """Fetch the chosen experts, and give the passes. While one is computed, its places stay as
         they are. `apart`: passes may be over other stacks than this one.
         """
-        slots, counted = self.slots, Counter(choices.flatten().tolist())
-        counted.pop(len(self.ids), None)
-        chosen = sorted(counted)
-        slots.count(chosen, (counted[expert] for expert in chosen))
-        current = {expert: slots.slot[expert] for expert in chosen if expert in slots.slot}
+        slots, (counted, current) = self.slots, self._chosen(choices)
+        chosen = list(counted)
         came, self.staged = self.staged, {}
         staged = {e: place for e, place in came.items() if e in counted and e not in current}
         note, source = self.traffic[len(choices)], self.source
@@ -157,12 +204,15 @@ class StreamedExperts(Holding):
         if self.sent is not None:
             missing, there = self._divide(missing)
         held, width = current.keys() | staged, self.places.shape[1]
-        note.add(chosen, held, missing, self.early, self.fetched, width)
-        if apart and self.staging and (staged or len(missing) > self.count - len(current)):
+        if apart and self.staging and (staged or len(missing) > slots.room(current.values())):
             ahead = len(chosen) >= MANY * len(self.ids)
-            yield from self._stream(current, staged, missing, len(choices) if ahead else 0)
+            passes = self._stream(current, staged, missing, len(choices) if ahead else 0)
         else:
-            yield from self._in_slots(current, missing, note)
+            passes = self._in_slots(current, missing, note)
+        first = list(islice(passes, 1))  # copies begin, and then there is time for the rest
+        note.add(chosen, held, missing, self.early, self.fetched, width)
+        yield from first
+        yield from passes
         note.read += source.read_bytes()
         if there:
             self._multiply(choices, there)
@@ -190,17 +240,26 @@ class StreamedExperts(Holding):
     def _in_slots(
         self, current: dict[int, int], missing: list[int], note: Traffic
     ) -> Iterator[Pass]:
-        """Passes over slots only. Where the missing experts are too many, they take turns."""
-        most = self.count - len(current)
+        """Passes over slots only. Where the missing experts are too many, they take turns.
+
+        Nothing is copied after the last one has come, until the next layer has chosen. So that one
+        is computed by itself, and all others before, while it is copied.
+        """
+        slots = self.slots
+        most = slots.room(current.values())
         if len(missing) > most:
-            most = max(1, self.count // 2)
+            most = max(1, slots.room() // 2)
         if self.landing:
             most = min(most, self.landing[0].half)
         while True:
-            room = min(most, self.count - len(current))
+            room = min(most, slots.room(current.values()))
             coming, missing = self.fetch(missing[:room], current.values()), missing[room:]
-            if not missing and self.next is not None and self.expected:
-                self._fetch_next(note)
+            if not missing:
+                self.fetch_next(note)
+            if not missing and coming:
+                *others, last = coming
+                current = current | {expert: coming[expert] for expert in others}
+                coming = {last: coming[last]}
             yield from self.compute(current)
             if not coming and not missing:
                 break
@@ -235,16 +294,3 @@ class StreamedExperts(Holding):
             self.following[0].fetch_early(ahead)
         for each in now:
             yield from each
-
-    def _fetch_next(self, note: Traffic) -> None:
-        """Fetch what the next layer is expected to choose, once."""
-        assert self.next is not None
-        other, expected, self.expected = self.next[1], self.expected, []
-        expected = [e - other.ids.start for e in expected if e in other.ids]
-        held = {e: other.slots.slot[e] for e in expected if e in other.slots.slot}
-        early = [expert for expert in expected if expert not in held][: other.count - len(held)]
-        other.fetched.update(early)
-        note.guessed += len(early)
-        early = [e for e in other.source.begin(early) if other.source.ready(e)]  # not from a drive
-        note.copied += len(early) * other.places.shape[1]
-        other.fetch(early, held.values())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from r1.device import DTYPES
 from r1.model.cache import Cache
+from r1.placement.link import Link
 from r1.run.graphs import Step, capture
 from r1.switches.backend import Backend
 
@@ -64,8 +65,9 @@ class Captured:
     The tensors returned are the graph's own, and change with the next replay.
     """
 
-    def __init__(self, plain: Plain) -> None:
-        self.plain = plain
+    def __init__(self, plain: Plain, link: Link | None = None) -> None:
+        """`link`: over which experts come, if they do."""
+        self.plain, self.link = plain, link
 
     def __call__(
         self, key: tuple[Any, ...], step: Step, inputs: tuple[Tensor, ...], cache: Cache
@@ -79,6 +81,6 @@ class Captured:
                 # Graphs of one kind never run at the same time, so they share working memory.
                 alike = (made for other, made in cache.graphs.items() if other[0] == key[0])
                 pool = next((made.graph.pool() for made in alike), None)
-                cache.graphs[key] = capture(once, inputs, cache, pool)
+                cache.graphs[key] = capture(once, inputs, cache, pool, self.link)
             outputs: tuple[Tensor, ...] = cache.graphs[key].replay(*inputs)
             return outputs

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from r1.model.cache import Cache
+from r1.placement.link import Link
+from r1.run.pieces import Pieces
 
 WARM_UPS = 3
 """Runs before the capture, in which libraries make their handles and code is compiled."""
@@ -29,7 +31,7 @@ the host."""
 class Captured:
     """One recorded step: bound to one cache and one shape of each input."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph | Pieces
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
@@ -56,9 +58,10 @@ share one."""
 
 
 def capture(
-    step: Step, inputs: tuple[Tensor, ...], cache: Cache, pool: Pool | None = None
-) -> Captured:
-    """Record `step(*inputs, cache)`.
+    step: Step, inputs: tuple[Tensor, ...], cache: Cache, pool: Pool | None = None,
+    link: Link | None = None,
+) -> Captured:  # fmt: skip
+    """Record `step(*inputs, cache)`; in pieces where experts come over a `link`.
 
     It leaves the cache's lengths as they were. Slots after them may be written.
     """
@@ -68,8 +71,11 @@ def capture(
     def once() -> None:
         outputs[:] = [step(*static, cache)]
 
-    graph = record(once, lambda: cache.lengths.copy_(lengths), pool)
-    return Captured(graph, static, outputs[0])
+    def undo() -> None:
+        cache.lengths.copy_(lengths)
+
+    recorded = record_pieces(once, undo, link, pool) if link else record(once, undo, pool)
+    return Captured(recorded, static, outputs[0])
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph, repetitions: int) -> list[float]:
@@ -92,6 +98,26 @@ def record(
 
     `undo` is called after each of these, and is not recorded.
     """
+    warm_up(call, undo)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    undo()
+    return graph
+
+
+def record_pieces(
+    call: Callable[[], None], undo: Callable[[], object], link: Link, pool: Pool | None = None
+) -> Pieces:
+    """The same of a step whose experts come over a `link`."""
+    warm_up(call, undo)
+    pieces = Pieces(call, link, pool)
+    undo()
+    return pieces
+
+
+def warm_up(call: Callable[[], None], undo: Callable[[], object]) -> None:
+    """Run `call` some times on a side stream, as it must be before it is recorded."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -99,8 +125,3 @@ def record(
             call()
             undo()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        call()
-    undo()
-    return graph

@@ -20,6 +20,7 @@ from r1.model.config import Config
 from r1.model.step import Step
 from r1.model.strategy import Attention
 from r1.model.transformer import Block, Transformer
+from r1.placement.streamed import StreamedExperts
 from r1.run.callers import Caller, Captured, Plain
 from r1.run.sampler import Sampler
 from r1.run.ways import ways_of
@@ -80,9 +81,11 @@ class Runner:
         self.blocks = {p: [way.block(b) for b in model.layers] for p, way in self.ways.items()}
         self.plain = Plain(backend, self.device)
         self.context = self.plain.context
+        streamed = (each for each in model.modules() if isinstance(each, StreamedExperts))
+        self.link = next((each.link for each in streamed), None)
         captured = {"prefill": backend.prefill_graphs, "decode": backend.cuda_graphs}
         self.callers: dict[str, Caller] = {
-            phase: Captured(self.plain) if asked else self.plain
+            phase: Captured(self.plain, self.link) if asked else self.plain
             for phase, asked in captured.items()
         }
 

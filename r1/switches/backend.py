@@ -130,11 +130,11 @@ class Backend:
     expert_cache_gb: float = 0.0
     """GB of the CPU's memory for experts that were read, with `experts=disk`; 0: what is free"""
     expert_policy: str = "last"
-    """which expert gives its slot away; last: the one that was used longest ago; most: the one that
-    the fewest tokens chose, a prompt's tokens included; pinned: the one chosen least in
-    `expert_profile`"""
+    """which expert gives its slot away; last: the one used longest ago; most: the one that fewest
+    tokens chose; pinned: the one chosen least in `expert_profile`; resident: most experts keep
+    theirs (the profile's best), and have no copy in host memory"""
     expert_profile: str = ""
-    """the file of `expert_policy=pinned`: how often each expert was chosen, as
+    """the file of `expert_policy=pinned` (or resident): how often each expert was chosen, as
     tools/measure/record_routing.py records it"""
     guess_experts: bool = False
     """with `experts=host` or disk: the next layer's router guesses one layer early which experts

@@ -11,8 +11,11 @@ from r1.switches.precision import spec_of
 
 OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "expert_profile", "guess_experts")
 """The switches that say how experts are fetched."""
-CAN_NOT_WAIT = ("compile", "cuda_graphs", "prefill_graphs", "tune")
-"""Switches under which nothing may wait for a number in the middle of a step."""
+CAN_NOT_WAIT = ("compile", "prefill_graphs", "tune")
+"""Switches under which nothing may wait for a number in the middle of a step. cuda_graphs records
+a step in pieces, between which the host fetches experts (run/pieces.py)."""
+NEEDS = {"cpu": "all of them there, to multiply", "disk": "no copies there, as its files have all"}
+"""By the value of `experts`: why no expert is resident."""
 
 
 def check_strategies(backend: Backend, config: Config) -> None:
@@ -30,11 +33,7 @@ def check(backend: Backend, config: Config) -> None:
         cache = setting("expert_cache_gb", backend.expert_cache_gb)
         disk = setting("experts", "disk")
         raise InputError(f"{cache} is of no use without {disk}: add that, or leave it out")
-    pinned, file = setting("expert_policy", "pinned"), setting("expert_profile", "FILE")
-    if backend.expert_profile and backend.expert_policy != "pinned":
-        raise InputError(f"{file} is of no use without {pinned}: add that, or leave it out")
-    if backend.expert_policy == "pinned" and not backend.expert_profile:
-        raise InputError(f"{pinned} needs a recording: add {file}")
+    _check_profile(backend)
     if backend.experts == "device":
         for name in OWN:
             value = getattr(backend, name)
@@ -55,14 +54,30 @@ def check(backend: Backend, config: Config) -> None:
     if backend.expert_slots > own:
         slots = setting("expert_slots", backend.expert_slots)
         raise InputError(f"{slots}: a device has {own} experts of a layer: give at most so many")
+    if backend.expert_policy == "resident" and (needs := NEEDS.get(backend.experts)):
+        raise InputError(
+            f"{setting('expert_policy', 'resident')} leaves experts out of host memory, and "
+            f"{asked} needs {needs}: use {setting('experts', 'host')}, or "
+            f"{setting('expert_policy', 'most')}"
+        )
     if backend.experts == "cpu":
         _check_host(backend, config)
-    for name in CAN_NOT_WAIT:
+    for name in (*CAN_NOT_WAIT, *(("cuda_graphs",) if backend.experts == "cpu" else ())):
         if getattr(backend, name):
             raise InputError(
                 f"{asked} has to know each layer's choices on the CPU, for which {setting(name)} "
                 "has no place: leave one of them out"
             )
+
+
+def _check_profile(backend: Backend) -> None:
+    """Raise InputError for a recording without use, or the lack of one."""
+    pinned, file = setting("expert_policy", "pinned"), setting("expert_profile", "FILE")
+    if backend.expert_profile and backend.expert_policy not in ("pinned", "resident"):
+        either = f"{pinned} or {setting('expert_policy', 'resident')}"
+        raise InputError(f"{file} is of no use without {either}: add one, or leave it out")
+    if backend.expert_policy == "pinned" and not backend.expert_profile:
+        raise InputError(f"{pinned} needs a recording: add {file}")
 
 
 def stored_kind(backend: Backend, config: Config) -> str | None:

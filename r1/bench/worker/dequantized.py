@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from r1.bench.parity import Bound, rounds_by
 from r1.bench.upcast import upcast
 from r1.bench.worker import steps
 from r1.bench.worker.rounding import Roundings, measure_rounding
+from r1.bench.worker.steps import counted_experts
 from r1.bench.worker.subject import Subject
 from r1.bench.worker.text import read
 from r1.model.gqa import GQA
@@ -42,25 +44,34 @@ SLOTS: dict[type, tuple[str, ...]] = {
 """The attributes of a model that its switches decide."""
 
 
-def own_reference(
-    subject: Subject, reference: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], Roundings]:
-    """The reference, with the logits that the arm's own numbers give its text, fp32 (M, B, W).
+@dataclass(frozen=True)
+class Own:
+    """What an arm's own numbers give in fp32."""
 
-    And what rounding does to these: other numbers have their near ties elsewhere.
-    """
+    reference: dict[str, Tensor]
+    """The reference, with their logits of its text, fp32 (M, B, W)."""
+    rounding: Roundings
+    """What rounding does to these: other numbers have their near ties elsewhere."""
+    experts_hit: float
+    """How many different experts a MoE layer uses in a step, on average."""
+
+
+def own_reference(subject: Subject, reference: dict[str, Tensor]) -> Own:
+    """Read the reference's text with an arm's own numbers, in fp32 and rounded."""
     tokens, rows = reference["tokens"].to(subject.device), reference["logits"].shape[1]
     compared = set(reference["steps"].tolist())
-    switch = rounds_by(subject.engine.backend)
+    switch, kept = rounds_by(subject.engine.backend), []
     with _plain(subject) as plain:
-        kept = [
-            logits[:rows].cpu()
-            for number, logits in enumerate(read(plain, tokens))
-            if number in compared
-        ]
+        with counted_experts(plain) as hits:
+            for number, logits in enumerate(read(plain, tokens)):
+                if number in compared:
+                    kept.append(logits[:rows].cpu())
+                if number == 0:  # the prompts' are not a step's
+                    hits.clear()
         own = {**reference, "logits": torch.stack(kept)}
         made = {} if switch is None else {switch: measure_rounding(plain, switch, own)}
-    return own, made
+    every = [n for each in subject.engine.mesh.gather(hits) for n in each]  # of all stages
+    return Own(own, made, sum(every) / len(every) if every else 0.0)
 
 
 @contextmanager

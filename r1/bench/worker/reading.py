@@ -30,14 +30,18 @@ def check(subject: Subject) -> Answer:
     """The command: is the arm's distance from the reference within its bounds, and its text right?
 
     The reference of a quantized arm is its own weights (dequantized.py). "quantizing" is then its
-    distance from the original's, else None. "wrong_tokens" counts the tokens of an arm with drafts
-    that it should not have written. It is None without drafts.
+    distance from the original's, else None. An arm that is measured alone has no other reference
+    than its own weights, and answers how many experts its steps hit. "wrong_tokens" counts the
+    tokens of an arm with drafts that it should not have written. It is None without drafts.
     """
     reference = load_file(subject.folder / REFERENCE)
-    backend, right, cost = subject.engine.backend, reference, None
-    if backend.quantized:
-        cost = vars(compare_text(subject, reference, NO_BOUND))
-        right, rounding = own_reference(subject, reference)
+    backend, right, cost, hit = subject.engine.backend, reference, None, None
+    alone = subject.workload.alone
+    if backend.quantized or alone:
+        if not alone:
+            cost = vars(compare_text(subject, reference, NO_BOUND))
+        own = own_reference(subject, reference)
+        right, rounding, hit = own.reference, own.rounding, own.experts_hit
     else:
         rounding = load_rounding(subject)
     allowed = parity.bound(backend, rounding)
@@ -50,6 +54,7 @@ def check(subject: Subject) -> Answer:
         "wrong_tokens": wrong,
         "same_text": _same_text(subject, reference),
         "quantizing": cost,
+        "experts_hit": hit,
     }
 
 

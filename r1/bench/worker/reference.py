@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from r1 import build
 from r1.bench import parity
@@ -21,7 +18,7 @@ from r1.bench.worker.reading import REFERENCE, ROUNDING
 from r1.bench.worker.rounding import as_tensors, measure_rounding
 from r1.bench.worker.subject import Subject
 from r1.device import available_bytes, torch_device
-from r1.model.router import Router
+from r1.placement.mesh import Mesh
 from r1.switches.resolve import resolve
 
 
@@ -54,7 +51,7 @@ def write_reference(subject: Subject, switches: Iterable[str]) -> Answer:
     rows, compared = parity.rows_and_steps(w.batch, w.new, subject.engine.config.vocab_size)
     kept, text = [], []
     logits = steps.prefill(subject)  # (B, W)
-    with _counted_experts(subject) as hits:
+    with steps.counted_experts(subject) as hits:
         for step in range(max(w.new, 2)):
             if step in compared:
                 kept.append(logits[:rows].cpu())
@@ -74,26 +71,6 @@ def write_reference(subject: Subject, switches: Iterable[str]) -> Answer:
     return {"experts_hit": sum(every) / len(every) if every else 0.0}
 
 
-@contextmanager
-def _counted_experts(subject: Subject) -> Iterator[list[int]]:
-    """A list that gets the number of different experts of each router call in this context."""
-    hits: list[int] = []
-
-    def count(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        hits.append(output[0].unique().numel())
-
-    hooks = [
-        module.register_forward_hook(count)
-        for module in subject.engine.model.modules()
-        if isinstance(module, Router)
-    ]
-    try:
-        yield hits
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def rates(
     subject: Subject,
     dtypes: Iterable[str],
@@ -103,8 +80,13 @@ def rates(
 ) -> Answer:
     """The machine's measured copy bandwidth and matmul rate, by dtype; with `link`, that of copies
     from host memory too; with `disk`, that of reads of the checkpoint's files; with `ram`, of host
-    memory.
+    memory. Devices that share the model copy from host memory at a time: of the slowest link.
     """
-    files = subject.workload.model if disk else None
-    measured = measure_rates(subject.device, dtypes, link, files, ram)
-    return {dtype: vars(each) for dtype, each in measured.items()}
+    files, device = subject.workload.model if disk else None, subject.connect()
+    asked = subject.backend
+    mesh = Mesh.here(asked.tp, asked.ep, device.type, asked.pp)
+    measured = measure_rates(device, dtypes, link, files, ram, meet=lambda: mesh.gather(None))
+    slowest = min(mesh.gather(min(each.link for each in measured.values())))
+    if device.type != "cpu":
+        torch.cuda.empty_cache()  # a model that is made then has all that is free
+    return {dtype: vars(each) | {"link": slowest} for dtype, each in measured.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from r1.bench.worker.subject import Subject
+from r1.model.router import Router
 from r1.run import graphs
 from r1.run.sampler import Sampler
 from r1.run.speculate import speculate
@@ -65,6 +66,26 @@ def noise(subject: Subject, error: float, seed: int) -> Iterator[None]:
             hook.remove()
 
 
+@contextmanager
+def counted_experts(subject: Subject) -> Iterator[list[int]]:
+    """A list that gets the number of different experts of each router call in this context."""
+    hits: list[int] = []
+
+    def count(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        hits.append(output[0].unique().numel())
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in subject.engine.model.modules()
+        if isinstance(module, Router)
+    ]
+    try:
+        yield hits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def cache_in_fp32(subject: Subject) -> None:
     """From the next cache on, keep keys and values in fp32, whatever the weights' dtype."""
     subject.engine.runner.cache_dtype = torch.float32
@@ -106,4 +127,8 @@ def moe_chain(subject: Subject, layers: list[int]) -> Callable[[], object]:
             for layer in layers:
                 hidden = runner.blocks["decode"][layer](hidden, step, cache.layers[layer])
 
-    return graphs.record(chain).replay if runner.backend.cuda_graphs else chain
+    if not runner.backend.cuda_graphs:
+        return chain
+    if runner.link is not None:
+        return graphs.record_pieces(chain, lambda: None, runner.link).replay
+    return graphs.record(chain).replay

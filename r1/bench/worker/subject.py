@@ -52,11 +52,17 @@ class Subject:
         self.prepare()
         return built
 
+    def connect(self) -> torch.device:
+        """Connect the processes that share the model. Returns the device."""
+        asked = self.backend.device
+        device = torch_device(Machine.here().device if asked == "auto" else asked)
+        self.place.connect(device.type)
+        return device
+
     def load(self) -> Answer:
         """Load or make the model, with the workload's routing."""
         w = self.workload
-        asked = self.backend.device
-        self.place.connect(torch_device(Machine.here().device if asked == "auto" else asked).type)
+        self.connect()
         start = time.perf_counter()
         if w.model is not None:
             draft = w.draft if self.backend.speculate == "draft" else None
@@ -69,7 +75,11 @@ class Subject:
             mesh = build.connected(backend)
             mesh.check_alike("the switches", vars(backend), "use devices of one kind")
             placement = build.placement_of(config, backend, mesh)
-            made = build.from_shape(config, backend, seed=w.seed, placement=placement)
+            made = mesh.together(
+                lambda: build.from_shape(
+                    config, backend, seed=w.seed, placement=placement, packed=w.alone
+                )
+            )
             self.engine = Engine(made, backend, mesh=mesh)
         routing.make(w.routing, self.engine.model, w.seed)
         seconds = time.perf_counter() - start
