@@ -20,9 +20,10 @@ from r1.guide.answer import Answer, Question, power_share, within
 from r1.guide.cost import Terms
 from r1.guide.layouts import setups
 from r1.guide.links import exchange_seconds
-from r1.guide.measured import Measured, Packed
-from r1.guide.predict import Like, Predictor, Read
+from r1.guide.measured import Measured
+from r1.guide.predict import Like, Predictor
 from r1.guide.setup import ON_DEVICE, Setup, find_model, precisions
+from r1.guide.steps import UNPACK_PS, Packed, packed
 from r1.model.shapes import SHAPES
 from r1.roofline import expected_experts, step_work
 
@@ -94,9 +95,9 @@ PROMPTS = measured.best_prompts(measured.committed())
 def test_a_prompt_is_predicted_roughly(row: Measured) -> None:
     """Within 2.2 times, from rows of other work: a host's speed changes by two in itself."""
     others = [each for each in PROMPTS if (each.work, each.prompt) != (row.work, row.prompt)]
-    like = Like(row.quant, row.machine, row.fused, row.latent, row.layers)
+    like, tokens = Like.of_row(row), row.batch * row.prompt
     predicted, start = predict.prompt_ms(
-        row.prompt_floor_ms, others, like, row.batch * row.prompt, row.step_gb * 1e9
+        row.prompt_floor_ms, others, like, tokens, row.step_gb * 1e9
     )
     assert start in others and 1 / 2.2 < predicted / row.ttft_ms < 2.2
 
@@ -128,47 +129,56 @@ def test_a_measured_machine_has_its_measured_rates() -> None:
     assert PREDICTOR.rates(gpus.gpu("3090")).matmul == float("inf"), "no source for its rate"
 
 
-def test_the_nearest_row_is_of_like_storage_and_kernels() -> None:
-    """A row of the same storage is nearer than any other, then one of like kernels.
-
-    Of packed numbers one token's kernels are nearer than the same storage for several tokens.
+def test_the_nearest_row_is_of_like_kernels_and_storage() -> None:
+    """Attention first, then fused kernels, sums, packed or not, the processors. Of rows that are as
+    near, that of the more similar size, then of the more similar batch.
     """
-    row = next(r for r in BEST if r.fused and r.batch == 1)
-    rows = [
-        replace(row, quant="int4", step_gb=4 * row.step_gb),
-        replace(row, fused=False),
-        replace(row, machine="another"),
+    row = next(r for r in BEST if r.fused and r.latent and r.quant == "int4" and r.batch == 1)
+    like, size = Like.of_row(row), row.step_gb * 1e9
+    worse = [
+        replace(row, copy_gb_s=row.copy_gb_s + 1),
+        replace(row, machine="NVIDIA H200"),
         replace(row, quant="fp8"),
+        replace(row, machine="another"),
+        replace(row, quant="none"),
+        replace(row, ranks=2),
+        replace(row, fused=False),
+        replace(row, latent=False),
     ]
-    like = Like("int4", row.machine, True, True, row.layers)
-    assert predict.nearest(rows, like, 1, row.step_gb * 1e9) is rows[0]
-    assert predict.nearest(rows[1:], like, 1, row.step_gb * 1e9) is rows[3], "int4 is unlike bf16"
-    several = [replace(rows[0], batch=32), rows[3]]
-    assert predict.nearest(several, like, 1, row.step_gb * 1e9) is rows[3]
-    assert predict.nearest(several, like, 8, row.step_gb * 1e9) is several[0]
-    like = replace(like, quant="none", fused=False)
-    assert predict.nearest(rows, like, 1, row.step_gb * 1e9) is rows[1]
+    for number, nearest in enumerate(worse):
+        assert predict.nearest(worse[number:][::-1], like, 1, size) is nearest, nearest
+    larger = [replace(row, step_gb=row.step_gb * each) for each in (3, 1.5)]
+    assert predict.nearest(larger, like, 1, size) is larger[1]
+    several = [replace(row, batch=batch) for batch in (32, 8)]
+    assert predict.nearest(several, like, 16, size) is several[0]
+    assert predict.nearest([*several, row], like, 2, size) is several[1], "one token is unlike two"
     assert predict.nearest([], like, 1, 1e9) is None
 
 
-def test_packed_rows_of_another_format_have_their_rate_of_numbers() -> None:
-    """An int4 step from an FP8 row: as many numbers a millisecond, though half the bytes."""
-    row = next(r for r in BEST if r.quant == "fp8")
-    like, read = Like("int4", row.machine, True, True, row.layers), Read.of(row)
+def test_a_step_is_bytes_unpacking_and_layers() -> None:
+    """A row gives its own time again; of an int4 step from an FP8 row the bytes halve, the numbers
+    take longer each, and the layers as long.
+    """
+    row = next(r for r in BEST if r.quant == "fp8" and r.batch == 1 and r.ranks == 1)
+    like, read = Like.of_row(row), row.read
     assert predict.step_ms(row.floor_ms, read, row, like) == pytest.approx(row.tpot_ms)
     halved = Packed(read.packed.nbytes / 2, read.packed.elements)
-    half = replace(read, nbytes=read.nbytes - halved.nbytes, packed=halved)
-    assert predict.step_ms(row.floor_ms / 2, half, row, like) == pytest.approx(row.tpot_ms)
-    slow = replace(half, copy=half.copy / 10)
-    assert predict.step_ms(1.0, slow, row, like) > 4 * (row.tpot_ms or 0), "bytes take longer"
-    assert predict.step_ms(100.0, half, row, like) > 100.0, "never below the floor"
+    half = replace(read, nbytes=read.nbytes - halved.nbytes, packed=halved, quant="int4")
+    saved = 1e3 * halved.nbytes / read.copy
+    more = (UNPACK_PS["int4"][0] - UNPACK_PS["fp8"][0]) * read.packed.elements / 1e9
+    found = predict.step_ms(row.floor_ms / 2, half, row, like)
+    assert found == pytest.approx((row.tpot_ms or 0) - saved + more)
+    deeper = predict.step_ms(row.floor_ms, read, row, replace(like, layers=2 * row.layers))
+    assert deeper - (row.tpot_ms or 0) == pytest.approx(row.layers * row.layer_ms)
+    assert predict.step_ms(100.0, half, row, like) == 100.0, "never below the floor"
+    assert replace(row, tpot_ms=0.1).layer_ms == 0.0, "faster than its bytes"
 
 
 def test_packed_weights_are_counted() -> None:
     """Of Moonlight's shape all but the head, kv_b_proj and the router are packed."""
     config = SHAPES["moonlight-16b"]
-    found = measured.packed(config, setup("moonlight-16b", "h100", "int4").backend, 6)
-    plain = measured.packed(config, setup("moonlight-16b", "h100").backend, 6)
+    found = packed(config, setup("moonlight-16b", "h100", "int4").backend, 6)
+    plain = packed(config, setup("moonlight-16b", "h100").backend, 6)
     assert 2.1 < found.elements / 1e9 < 2.3 and plain == Packed()
     assert 0.5 < found.nbytes / found.elements < 0.6
 
@@ -180,12 +190,22 @@ def test_nothing_is_expected_where_nothing_was_measured() -> None:
 
 
 def test_devices_that_share_a_model_exchange_sums() -> None:
+    """By our own kernel on NVIDIA's GPUs, and a large sum by NCCL."""
     one, two = setup("moonlight-16b", "h100"), setup("moonlight-16b", "h100", count=2)
     assert exchange_seconds(one.config, one.backend, one.gpu, 1) == 0
-    latency = gpus.gpu("h100").figures["link_latency_us"] * 1e-6
-    moved = 2048 * 2 / 450e9
-    found = exchange_seconds(two.config, two.backend, two.gpu, 1)
-    assert found == pytest.approx(2 * 27 * (latency + moved))
+    assert (one.backend.allreduce, two.backend.allreduce) == ("off", "triton")
+    kernel, nccl = replace(two.backend), replace(two.backend, allreduce="nccl")
+    for backend, tokens, figure in (
+        (kernel, 1, "link_kernel_latency_us"),
+        (nccl, 1, "link_latency_us"),
+        (kernel, 1000, "link_latency_us"),
+    ):
+        latency = gpus.gpu("h100").figures[figure] * 1e-6
+        moved = tokens * 2048 * 2 / 450e9
+        found = exchange_seconds(two.config, backend, two.gpu, tokens)
+        assert found == pytest.approx(2 * 27 * (latency + moved))
+    amd = setup("moonlight-16b", "mi300x", count=2).backend
+    assert (amd.kernels, amd.allreduce) == ("triton", "nccl")
     floor = [PREDICTOR.times(each, Sizes()).floor_tpot_ms for each in (one, two)]
     assert floor[1] < floor[0]
 

@@ -3,6 +3,7 @@
 In the order in which a question is answered:
 
 gpus       what is published of each machine, every figure with its source and date (gpus.json)
+steps      what a step's time is made of
 measured   the rows of bench.py that predictions start from (measured.json, or --calibrate)
 setup      a model on some machines: where experts lie, memory
 layouts    the ways to share a model between machines, and the switches

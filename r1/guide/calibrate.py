@@ -12,7 +12,7 @@ from r1.guide.gpus import Gpu, all_gpus
 from r1.guide.links import LEAST_STEP_GB
 from r1.guide.measured import Measured
 from r1.guide.page import table
-from r1.guide.predict import Like, Read, nearest, step_ms
+from r1.guide.predict import Like, nearest, step_ms
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Check:
 def check(row: Measured, others: Sequence[Measured]) -> Check | None:
     """Predict a row from rows of other work; None if there is none of its kind."""
     known = [each for each in others if each.work != row.work and each.kind == row.kind]
-    like = Like(row.quant, row.machine, row.fused, row.latent, row.layers)
+    like = Like.of_row(row)
     start = nearest(known, like, row.batch, row.step_gb * 1e9)
     if start is None:
         return None
-    predicted = step_ms(row.floor_ms, Read.of(row), start, like) + row.exchange_ms
+    predicted = step_ms(row.floor_ms, row.read, start, like) + row.exchange_ms
     return Check(row, start, predicted)
 
 

@@ -80,6 +80,8 @@ def switches(config: Config, gpu: Gpu, shares: Shares) -> Backend | None:
     for fast in fastest:
         sparse = config.experts.n_routed_experts > 0
         more = {name: value for name, value in fast.items() if sparse or "moe" not in name}
+        if "kernels" in fast and shares.tp * shares.ep > 1 and not machine.hip:
+            more["allreduce"] = "triton"
         try:
             backend = resolve(Backend(cuda_graphs=graphs, **common, **more), config, machine)
             model_of(config, replace(backend, experts="device"), False)  # can it be cut so?

@@ -13,6 +13,7 @@ from r1.bench.rates import Rates
 from r1.guide.gpus import MEASURED, Gpu, all_gpus
 from r1.guide.setup import Setup
 from r1.model.config import Config
+from r1.placement.symmetric import limit
 from r1.roofline import Work
 from r1.switches.backend import Backend
 
@@ -63,19 +64,26 @@ def parts_ms(setup: Setup, work: Work, rates: Rates, tokens: int) -> dict[str, f
 def exchange_seconds(config: Config, backend: Backend, gpu: Gpu, tokens: int) -> float | None:
     """The sums of one call: two in each layer, of every token's hidden state. None: not known.
 
-    A sum takes the latency, and 2 (n - 1) / n of its bytes over one direction of the link. Where
-    only the link's bandwidth is published, the latency is the one measured on an H100.
+    A sum takes the latency, which is less for small sums with allreduce=triton, and 2 (n - 1) / n
+    of its bytes over one direction of the link. Where only the link's bandwidth is published, the
+    latency is the one measured on an H100.
     """
     n = backend.tp * backend.ep
     if n == 1:
         return 0.0
-    link = gpu.get("link_both_ways_gb_s")
-    latency = gpu.get("link_latency_us") or all_gpus()[MEASURED].get("link_latency_us")
+    nbytes = tokens * config.hidden_size * 2
+    link, latency = gpu.get("link_both_ways_gb_s"), sum_latency_us(gpu)
+    if backend.allreduce == "triton" and nbytes <= limit("triton", n):
+        latency = sum_latency_us(gpu, "link_kernel_latency_us")
     if not link or not latency or n > gpu.linked:
         return None
-    nbytes = tokens * config.hidden_size * 2
     moving = 2 * (n - 1) / n * nbytes / (link * 1e9 / 2)
     return 2 * config.num_hidden_layers * (latency / 1e6 + moving)
+
+
+def sum_latency_us(gpu: Gpu, figure: str = "link_latency_us") -> float | None:
+    """Of one small sum, in microseconds: the machine's own, or that of the one measured."""
+    return gpu.get(figure) or all_gpus()[MEASURED].get(figure)
 
 
 def only_floor(setup: Setup, work: Work) -> str | None:

@@ -7,7 +7,6 @@ of the user's own machine gives more: --calibrate.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,17 +20,11 @@ from r1.bench.rates import Rates
 from r1.files.config_json import parse_config
 from r1.guide.gpus import all_gpus
 from r1.guide.links import LEAST_STEP_GB, exchange_seconds
+from r1.guide.steps import Packed, Read, packed
 from r1.model.config import AttentionShape, Config
-from r1.model.layers import Linear
-from r1.model.moe import Experts
-from r1.model.transformer import Transformer
 from r1.switches.backend import Backend
 
 FILE = Path(__file__).parent / "measured.json"
-GAP_US = 1.16
-"""Microseconds of one more tiny kernel in a CUDA graph on an H100 (tools/measure/results)."""
-PLAIN_SHARE = 0.9
-"""The share of a copy's rate that fused kernels over plain numbers reach at batch 1 on an H100."""
 LEAST_NEW = 16
 """Fewer new tokens measure prompts: they are too few for the time of a step."""
 
@@ -92,9 +85,9 @@ class Measured:
         return self.device == "cpu", self.experts, self.pp > 1
 
     @property
-    def gaps_ms(self) -> float:
-        """The time between kernels in a step: known for captured steps."""
-        return (self.kernels or 0) * GAP_US / 1e3 if self.captured else 0.0
+    def whole(self) -> bool:
+        """Whether all weights lie on GPUs that work at the same time: then its parts are known."""
+        return self.kind == (False, "device", False)
 
     @property
     def decodes(self) -> bool:
@@ -102,26 +95,28 @@ class Measured:
 
         Experts elsewhere, and stages, can't be captured: so that wait is a part of their speed.
         """
-        runs = self.captured or self.kind != (False, "device", False)
+        runs = self.captured or not self.whole
         large = self.new >= LEAST_NEW and self.step_gb >= LEAST_STEP_GB
         return bool(self.tpot_ms) and runs and large
 
     @property
-    def share(self) -> float:
-        """The floor's share of a step's time, without the gaps between its kernels, and sums."""
-        assert self.tpot_ms
-        return self.floor_ms / (self.tpot_ms - self.gaps_ms - self.exchange_ms)
+    def read(self) -> Read:
+        """What a step reads."""
+        numbers = Packed(self.packed_gb * 1e9, self.packed_giga_elements * 1e9)
+        copy = self.copy_gb_s * 1e9
+        return Read(self.step_gb * 1e9, numbers, copy, self.quant, self.batch)
 
     @property
-    def unpacked_per_ms(self) -> float:
-        """How many 10^9 packed numbers a step read in a millisecond.
-
-        Gaps between kernels are taken off, and the time of plain numbers, at their usual share.
-        """
+    def layer_ms(self) -> float:
+        """What a layer takes beside its bytes, and the sums between devices."""
         assert self.tpot_ms
-        plain_ms = 1e3 * (self.step_gb - self.packed_gb) / self.copy_gb_s / PLAIN_SHARE
-        unpacking_ms = self.tpot_ms - self.gaps_ms - self.exchange_ms - plain_ms
-        return self.packed_giga_elements / unpacking_ms if unpacking_ms > 0 else math.inf
+        return max(0.0, self.tpot_ms - self.exchange_ms - self.read.ms) / self.layers
+
+    @property
+    def share(self) -> float:
+        """The floor's share of a step's time, without the sums between devices."""
+        assert self.tpot_ms
+        return self.floor_ms / (self.tpot_ms - self.exchange_ms)
 
     @property
     def prompt_share(self) -> float:
@@ -223,39 +218,6 @@ def _exchange_ms(config: Config, backend: Backend, machine: str, rows: int) -> f
     gpu = next((each for each in all_gpus().values() if each.machine == machine), None)
     seconds = gpu and exchange_seconds(config, backend, gpu, rows)
     return round(1e3 * (seconds or 0.0), 4)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Packed weights: their bytes, and how many numbers they are."""
-
-    nbytes: float = 0.0
-    elements: float = 0.0
-
-    def __add__(self, other: Packed) -> Packed:
-        return Packed(self.nbytes + other.nbytes, self.elements + other.elements)
-
-    def __mul__(self, times: float) -> Packed:
-        return Packed(self.nbytes * times, self.elements * times)
-
-
-def packed(config: Config, backend: Backend, experts_hit: float) -> Packed:
-    """The packed weights that one step reads, on the device with the largest share."""
-    always, expert = _packed(roofline.model_of(config, backend, False))
-    return always + expert * (experts_hit / backend.ep)
-
-
-@cache
-def _packed(model: Transformer) -> tuple[Packed, Packed]:
-    """Of a kept model: what every token reads, and one expert of each layer."""
-    always = expert = Packed()
-    for module in model.modules():
-        if isinstance(module, Linear) and module.matrix.unpacked_bytes:
-            always += Packed(module.matrix.nbytes, module.matrix.shape.numel())
-        elif isinstance(module, Experts) and module.gate_proj.unpacked_bytes:
-            for stack in (module.gate_proj, module.up_proj, module.down_proj):
-                expert += Packed(stack.nbytes, stack.shape.numel()) * (1 / module.count)
-    return always, expert
 
 
 def prompt_work(

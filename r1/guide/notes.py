@@ -81,7 +81,7 @@ def _sharing(setup: Setup, answer: Answer) -> list[str]:
             f"{best.sizes.rows} would have at most {best.sizes.rows * 1e3 / staged:,.0f} tokens/s."
         )
     if setup.count > 1:
-        lines.append("r1's tensor, expert and pipeline parallel are tested on CPUs only.")
+        lines.append("r1 was run on one and two GPUs. More are tested on CPUs only.")
     return lines
 
 
@@ -89,9 +89,12 @@ def _starts(speed: Speed, word: str) -> list[str]:
     """The measured rows that expected times start from."""
     lines, row, prompt = [], speed.times.step_row, speed.times.prompt_row
     if row:
+        part = f"{row.share:.0%} of its floor's rates"
+        if row.whole:
+            part = f"{1e3 * row.layer_ms:.3g} us a layer beside its bytes"
         lines.append(
             f"{word}TPOT at batch {speed.sizes.rows} starts from the measured row "
-            f"{row.describe()}: {row.share:.0%} of the floor's rates while kernels run."
+            f"{row.describe()}: {part}."
         )
     if prompt:
         lines.append(

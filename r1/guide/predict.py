@@ -6,14 +6,13 @@ measured machine's share of its own published ones is taken as this machine's to
 
 The time to expect of a step is
 
-    floor / share + kernels x gap + sums between devices (links.py)
+    its bytes and unpacking (steps.py) + layers x what a layer takes beside them + sums (links.py)
 
-where share and kernels are those of the nearest measured row (measured.py): the floor's share of
-the time that its kernels ran, and kernels a layer. So a prediction starts from one row, and says
-which. Nothing predicted is shown as measured. Where both are packed, the first term has two parts:
-plain numbers, by their bytes, and packed ones, by their bytes or by the rate at which the row
-unpacked numbers, whichever takes longer. That rate is taken as it is for other machines too:
-unpacking is the work of processors, which differ less than memories do.
+where the second term is that of the nearest measured row (measured.py). So a prediction starts from
+one row, and says which. Nothing predicted is shown as measured. What a layer takes beside its bytes
+is taken as it is for other machines too: it is kernels that start and wait, and their processors
+differ less than memories do. Where experts lie elsewhere, stages take turns, or a CPU computes, it
+is floor / share + sums: the nearest row reached that share of its own floor.
 
 A prompt that is not captured takes the longer of two times: the device's, floor / share of the
 nearest row that waited for the device, and the host's, a layer's launches in the nearest row that
@@ -31,8 +30,9 @@ from r1.bench.rates import Rates
 from r1.footprint import Sizes
 from r1.guide import links, measured
 from r1.guide.gpus import Gpu, all_gpus
-from r1.guide.measured import GAP_US, PLAIN_SHARE, Measured, Packed
+from r1.guide.measured import Measured
 from r1.guide.setup import Setup
+from r1.guide.steps import Read, packed
 from r1.model.config import AttentionShape
 from r1.roofline import Work, expected_experts, step_work
 from r1.run.runner import round_rows
@@ -40,8 +40,6 @@ from r1.storage.kinds import kind_of
 
 DEVICE_SHARE = 0.5
 """A prompt that reached less of the floor's rates than that waited for the host."""
-OTHER_KERNELS = 12.0
-"""How unlike packed rows are of which one has one token, the other several."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,14 @@ class Predictor:
             matmul = statistics.median(row.matmul_tflop_s for row in own)
             rates = [row.link_gb_s for row in own if row.link_gb_s]
             host = statistics.median(rates) * 1e9 if rates else host
-            return Rates(copy * 1e9, matmul * 1e12, 0.0, GAP_US / 1e6, host, drive)
+            return Rates(copy * 1e9, matmul * 1e12, 0.0, 0.0, host, drive)
         copy_share, matmul_share = self.shares()
         products = gpu.get("bf16_tflop_s")
         return Rates(
             gpu.figures["bandwidth_gb_s"] * 1e9 * copy_share,
             products * 1e12 * matmul_share if products else math.inf,
             0.0,
-            GAP_US / 1e6,
+            0.0,
             host,
             drive,
         )
@@ -123,7 +121,8 @@ class Predictor:
         like, why = Like.of(setup), links.only_floor(setup, step)
         known = [] if why else self._of_kind(setup)
         row = nearest(measured.best(known), like, rows, step.nbytes)
-        read = Read(step.nbytes, measured.packed(config, backend, hit), rates.copy)
+        numbers = packed(config, backend, hit)
+        read = Read(step.nbytes, numbers, rates.copy, backend.quant, rows)
         expected = step_ms(floor, read, row, like) + _exchange_ms(setup, rows) if row else None
         first, tokens, like_prompt = None, rows * sizes.prompt, None
         prompts = measured.best_prompts(known)
@@ -178,6 +177,7 @@ class Like:
     fused: bool
     latent: bool
     layers: int
+    ranks: int = 1
 
     @staticmethod
     def of(setup: Setup) -> Like:
@@ -186,68 +186,57 @@ class Like:
         latent = isinstance(config.attention, AttentionShape)
         fused = backend.kernels == "triton"
         layers = config.num_hidden_layers
-        return Like(backend.quant, setup.gpu.machine, fused, latent, layers)
+        return Like(backend.quant, setup.gpu.machine, fused, latent, layers, backend.ranks)
+
+    @staticmethod
+    def of_row(row: Measured) -> Like:
+        """As a measured row was."""
+        return Like(row.quant, row.machine, row.fused, row.latent, row.layers, row.ranks)
 
     def distance(self, row: Measured) -> float:
-        """How unlike a row is.
+        """How unlike a row is, but for its batch and its sizes.
 
         A layer with latent attention has other kernels, and more small ones, than a layer with
-        grouped queries: that weighs most.
+        grouped queries: that weighs most. A layer of several devices ends in sums, which its
+        kernels wait for. A machine with the same processors weighs least.
         """
         kinds = kind_of(row.quant), kind_of(self.quant)
         other, far = kinds[0] != kinds[1], (kinds[0] is None) != (kinds[1] is None)
-        machine, fused = row.machine != self.machine, row.fused != self.fused
-        return 8 * other + 4 * far + 6 * machine + 6 * fused + 9.0 * (row.latent != self.latent)
+        shared, fused = (row.ranks > 1) != (self.ranks > 1), row.fused != self.fused
+        chips = chip_of(row.machine), chip_of(self.machine)
+        machine = 2 * (chips[0] != chips[1]) + 0.3 * (row.machine != self.machine)
+        most = 9 * (row.latent != self.latent)
+        return most + 6 * fused + 5.5 * shared + 4 * far + machine + other
 
 
-@dataclass(frozen=True)
-class Read:
-    """What a step reads, and at which rate."""
-
-    nbytes: float
-    packed: Packed
-    """Of these."""
-    copy: float
-    """Bytes a second of a copy."""
-
-    @staticmethod
-    def of(row: Measured) -> Read:
-        """Of a measured row."""
-        packed = Packed(row.packed_gb * 1e9, row.packed_giga_elements * 1e9)
-        return Read(row.step_gb * 1e9, packed, row.copy_gb_s * 1e9)
-
-    def busy_ms(self, unpacked_per_ms: float) -> float:
-        """The time of both parts, if 10^9 packed numbers are read at such a rate."""
-        rate = self.copy * PLAIN_SHARE / 1e3  # bytes a millisecond
-        plain = (self.nbytes - self.packed.nbytes) / rate
-        return plain + max(self.packed.nbytes / rate, self.packed.elements / 1e9 / unpacked_per_ms)
+def chip_of(machine: str | None) -> object:
+    """What a machine's processors are: an H200's are an H100's."""
+    known = (gpu for gpu in all_gpus().values() if gpu.machine == machine and machine)
+    return next(((gpu.device, gpu.capability) for gpu in known), machine)
 
 
 def step_ms(floor_ms: float, read: Read, row: Measured, like: Like) -> float:
-    """A step's time, if it has the row's share of the floor, and its kernels a layer.
+    """A step's time without sums, if its layers take as long beside their bytes as the row's.
 
-    If both are packed, it has the row's rate of unpacking instead. It is never below the floor:
-    large kernels hide the gaps between them, and then a share is above 1.
+    It is never below the floor: a step of large kernels may read faster than a copy.
     """
-    busy = floor_ms / row.share
-    if "none" not in (row.quant, like.quant) and row.experts == "device":
-        busy = max(floor_ms, read.busy_ms(row.unpacked_per_ms))
-    return max(floor_ms, busy + row.gaps_ms / row.layers * like.layers)
+    if not row.whole:
+        return floor_ms / row.share
+    return max(floor_ms, read.ms + row.layer_ms * like.layers)
 
 
 def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float) -> Measured | None:
-    """The row to start from: of like storage, machine, kernels and attention, then of like sizes.
+    """The row to start from: of like attention, kernels and storage, then of like sizes.
 
     Bytes a layer decide how long a kernel runs, and so what its start and end weigh. Of two rows
-    as far away, the one of the more similar batch is taken. One token has kernels of its own, which
-    unpack at another rate than those of several: that tells more than how the numbers are packed.
+    as far away, the one of the more similar batch is taken. One token has kernels of its own.
     """
 
     def far(row: Measured) -> float:
         own, theirs = step_bytes / like.layers, row.step_gb * 1e9 / row.layers
-        sizes = abs(math.log2(own / theirs)) + 0.1 * abs(math.log2(batch / row.batch))
-        other = "none" not in (like.quant, row.quant) and (batch == 1) != (row.batch == 1)
-        return like.distance(row) + sizes + OTHER_KERNELS * other
+        sizes = math.log2(own / theirs) ** 2 / 2 + 0.2 * abs(math.log2(batch / row.batch))
+        several = 2 * ((batch == 1) != (row.batch == 1))
+        return like.distance(row) + sizes + several
 
     return min(rows, key=far, default=None)
 
@@ -258,13 +247,13 @@ def prompt_ms(
     """The time to the first token of a prompt, and the row that it starts from.
 
     `tokens`: how many all rows have together. By these, and by the bytes of a layer, the nearest
-    rows are chosen.
+    rows are chosen, and those first that are packed if this is.
     """
 
     def far(row: Measured) -> float:
         size = step_bytes / like.layers / (row.step_gb * 1e9 / row.layers)
         away = abs(math.log2(tokens / (row.batch * row.prompt))) + abs(math.log2(size))
-        return like.distance(row) + away
+        return like.distance(row) + away + 8 * ((row.quant == "none") != (like.quant == "none"))
 
     times = []
     elsewhere = [row for row in rows if row.experts != "device"]  # it waits for copies

@@ -21,18 +21,13 @@ from r1.guide import measured
 from r1.guide.measured import Measured
 
 RESULTS = Path(__file__).parent / "results"
-LATER = ("h200", "h200-x2")
-"""Folders that predictions do not start from yet. From them the rows of two GPUs and of packed
-weights are predicted 17 to 26% too slow: what small kernels take is not told apart well enough."""
 
 
 def rows() -> list[Measured]:
     """The rows to keep, in the order of their files."""
     found = []
     for path in sorted(RESULTS.rglob("*.json")):
-        if path.parent.name not in LATER and "schema" in json.loads(
-            path.read_text(encoding="utf-8")
-        ):
+        if "schema" in json.loads(path.read_text(encoding="utf-8")):
             found += measured.rows_of(path)
     kept = [*measured.best(found), *measured.best_prompts(found)]
     return [row for row in found if row in kept]
