@@ -7,17 +7,21 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import replace_language_once
 from torch import Tensor
 
 pytest.register_assert_rewrite("cases", "refusals")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # without a GPU its kernels are run as Python
+    if find_spec("triton"):
+        replace_language_once()
 
 
 # A suite in the background (nohup, `&`) ignores these, and so would every command that it starts.
