@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import replace_language_once
+from ranks import Ranks
 from torch import Tensor
 
 pytest.register_assert_rewrite("cases", "refusals")
@@ -54,6 +55,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(model(WITH_TEXT, mtp=True), folder, shard_bytes=40_000)
     make_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Processes for tests of several devices. A test must leave them as they were."""
+    with Ranks(tmp_path_factory.mktemp("ranks")) as running:
+        yield running
 
 
 @pytest.fixture
