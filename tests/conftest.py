@@ -7,17 +7,22 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import replace_language_once
+from ranks import Ranks
 from torch import Tensor
 
 pytest.register_assert_rewrite("cases", "refusals")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # without a GPU its kernels are run as Python
+    if find_spec("triton"):
+        replace_language_once()
 
 
 # A suite in the background (nohup, `&`) ignores these, and so would every command that it starts.
@@ -50,6 +55,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(model(WITH_TEXT, mtp=True), folder, shard_bytes=40_000)
     make_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Processes for tests of several devices. A test must leave them as they were."""
+    with Ranks(tmp_path_factory.mktemp("ranks")) as running:
+        yield running
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Processes that stay, for tests of several devices: each test is a function that all of them run.
 
-Starting a process takes seconds, most of them for imports. A new process group takes milliseconds,
-so the same processes serve as two ranks and as four.
+Starting a process takes seconds, most of them for imports. So each is forked from bench.py's server
+of children, which has imported torch. A new process group takes milliseconds, so the same processes
+serve as two ranks and as four, and in all test files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from r1 import InputError
+from r1.bench.process import IMPORTED
 
 PATIENCE = 120
 """Seconds to wait for an answer: a rank that waits for another one must not hang the suite."""
@@ -41,7 +43,8 @@ class Ranks:
 
     def run(self, count: int, call: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `call(*arguments)` returns on each of `count` ranks. A defect on one is raised."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([IMPORTED])
         while len(self.pipes) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

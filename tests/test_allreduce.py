@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,12 +39,6 @@ H100 = Machine(cuda=True, name="H100", capability=(9, 0))
 MI300X = Machine(cuda=True, hip="7.0", arch="gfx942", name="MI300X")
 MOST = 4096
 """Bytes of a slot in these tests: four programs."""
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("ranks")) as running:
-        yield running
 
 
 def part(rank: int, call: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ r1/bench/ablation.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +25,6 @@ from r1.bench.workload import Workload
 from r1.placement.collectives import Gather, Sum
 from r1.placement.ranks import Crew
 from r1.switches.resolve import resolve
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("ranks")) as running:
-        yield running
 
 
 # ---------------------------- bench.py

@@ -8,6 +8,7 @@ Run as in test_kernels.py: under the interpreter on a CPU, as machine code on a 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -139,8 +140,13 @@ def test_attention(lengths: list[list[int]], dtype: str) -> None:
         close(grouped(CHIP, **given, launch=launch), twin, dtype)
 
 
-@both
-@pytest.mark.parametrize(("heads", "groups", "size"), [(20, 1, 12), (34, 2, 40), (3, 3, 2)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "dtype"),
+    [
+        (20, 1, 12, "fp32"), (34, 2, 40, "fp32"), (3, 3, 2, "fp32"),
+        (20, 1, 12, "fp16"), (34, 2, 40, "bf16"),
+    ],
+)  # fmt: skip
 def test_any_heads(heads: int, groups: int, size: int, dtype: str) -> None:
     """Groups beyond a tile of 16, one head of keys, a head for each query; and a row that has
     outgrown its cache, as one that a graph decodes beyond its batch.
@@ -186,9 +192,14 @@ def check_step(given: dict[str, Any], dtype: str, launch: GroupedLaunch | None =
     close(ours, grouped_step_torch(**{**given, "cache": cleared}), dtype)
 
 
-@both
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("position", [0, 15, 16, 32, 69])
+@pytest.mark.parametrize(
+    ("position", "family", "dtype"),
+    [
+        *((position, "qwen3", "fp32") for position in (0, 15, 32, 69)),
+        *((0, family, "fp32") for family in ("qwen2", "llama")),
+        *((16, family, dtype) for family in MODELS for dtype in DTYPES),
+    ],
+)
 def test_a_step_of_one_token(position: int, family: str, dtype: str) -> None:
     """The first token of an empty cache, and new slots at the borders of tiles and of splits."""
     given = step_inputs([[position]], family, dtype)
@@ -196,8 +207,10 @@ def test_a_step_of_one_token(position: int, family: str, dtype: str) -> None:
         check_step(given, dtype, launch)
 
 
-@both
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, "fp32") for family in MODELS), ("qwen2", "bf16"), ("qwen3", "fp16")],
+)
 @pytest.mark.parametrize("positions", [[[0], [33], [64], [5]], [[5, 6], [0, 1]]], ids=str)
 def test_a_step_of_ragged_rows(positions: list[list[int]], family: str, dtype: str) -> None:
     """Several rows with one token each, and with several, which keep kernels of their own."""
@@ -206,8 +219,7 @@ def test_a_step_of_ragged_rows(positions: list[list[int]], family: str, dtype: s
         check_step(given, dtype, launch)
 
 
-@both
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "dtype"), zip(MODELS, DTYPES, strict=True))
 @pytest.mark.parametrize("shape", [(8, 2, 64), (7, 1, 80), (14, 2, 128), (18, 1, 64)], ids=str)
 def test_a_step_of_published_sizes(shape: tuple[int, int, int], family: str, dtype: str) -> None:
     """Sizes of heads that are a power of two and not, and more query heads than a tile has."""
@@ -296,13 +308,15 @@ def test_the_fused_block_of_twins_is_the_block(family: str) -> None:
 
 
 # ---------------------------- for GPUs that aren't here
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "gfx942", "gfx1100"])
-def test_kernels_compile_for(target: str) -> None:
-    """With biases, without experts; no kernel writes before it has waited."""
+def test_kernels_compile() -> None:
+    """For every target. With biases, without experts; no kernel writes before it has waited."""
+    targets = ("sm_80", "sm_86", "sm_89", "sm_90", "gfx942", "gfx1100")
     done = compile_kernels(
-        "--shape", "r1-distill-qwen-7b", "--batch", "1", "--target", target, "--quant", "none"
-    )
+        "--shape", "r1-distill-qwen-7b", "--batch", "1", "--target", ",".join(targets),
+        "--quant", "none",
+    )  # fmt: skip
     assert done.status == 0, done.out + done.err
     assert done.out.endswith("all kernels fit\n")
-    for kernel in ("heads", "grouped_split", "grouped_step", "grouped_sum"):
-        assert f"{kernel}_kernel" in done.out
+    for target in targets:
+        for kernel in ("heads", "grouped_split", "grouped_step", "grouped_sum"):
+            assert re.search(rf"^{target} +{kernel}_kernel", done.out, re.MULTILINE), target

@@ -10,7 +10,6 @@ import itertools
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -101,12 +100,6 @@ def drawn(config: Config, switches: dict[str, Any]) -> dict[str, Tensor]:
 
 
 # ---------------------------- fixtures
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("ranks")) as running:
-        yield running
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in fp32 whose experts are no near ties: rounding flips none."""

@@ -153,7 +153,7 @@ def test_experts(tokens: int, apart: bool, spec: Spec) -> None:
     x = torch.randn(tokens, 48, device=DEVICE)
     indices = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)]).to(DEVICE)
     weights = torch.rand(tokens, 3, device=DEVICE)
-    one, several = ExpertsLaunch(1, 8, 32, 16, 16), ExpertsLaunch(16, 32, 32, 16, 32, apart=apart)
+    one, several = ExpertsLaunch(1, 16, 32, 32, 16), ExpertsLaunch(16, 32, 32, 32, 32, apart=apart)
     launch = one if tokens == 1 else several
     ours = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch)
     close(ours, experts_torch(x, indices, weights, routed, shared, x))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,6 @@ GRIDS = [{"pp": 2}, {"pp": 4}, {"tp": 2, "pp": 2}, {"ep": 2, "pp": 2}]
 
 
 # ---------------------------- fixtures
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("ranks")) as running:
-        yield running
-
-
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(DEEP, tmp_path_factory.mktemp("deep") / "model")
