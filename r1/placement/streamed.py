@@ -3,8 +3,8 @@
 Some may be resident: they lie in slots for good, and nowhere else.
 
 The strategies of dispatch.py and the kernels see a stack of as many experts as there are slots.
-A call makes passes. The first one computes the chosen experts that lie in a slot already; meanwhile
-the missing ones are copied. Where they are more than the slots, they come in batches: one is
+A call makes passes. The first one computes the chosen experts that lie in a slot already, and all
+that come before the last one is there; meanwhile the missing ones are copied. Where they are more than the slots, they come in batches: one is
 copied while the one before is computed. So a prompt copies each expert at most once, for all its
 tokens: most of them through the staging (staging.py), so that the slots keep what their policy
 wants. When its last batch of a layer is on its way, the next layer's first experts follow, before
