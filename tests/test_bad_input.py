@@ -547,7 +547,7 @@ def test_no_flag_always_refuses() -> None:
     needs: dict[str, dict[str, Any]] = {
         "attention=naive": {"prefill_attention": "naive"},
         "prefill_attention=naive": {"attention": "naive"},
-        "expert_policy=most": {"experts": "host"},
+        **{f"expert_policy={kind}": {"experts": "host"} for kind in ("most", "resident")},
         **{f"allreduce={kind}": {"tp": 2} for kind in ALLREDUCE},
         "expert_policy=pinned": {"experts": "host", "expert_profile": "routing.json"},
     }

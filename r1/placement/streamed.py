@@ -3,12 +3,13 @@
 Some may be resident: they lie in slots for good, and nowhere else.
 
 The strategies of dispatch.py and the kernels see a stack of as many experts as there are slots.
-A call makes passes. The first one computes the chosen experts that lie in a slot already; meanwhile
-the missing ones are copied. Where they are more than the slots, they come in batches: one is
-copied while the one before is computed. So a prompt copies each expert at most once, for all its
-tokens: most of them through the staging (staging.py), so that the slots keep what their policy
-wants. When its last batch of a layer is on its way, the next layer's first experts follow, before
-that layer has chosen. The host has to know the choices, so it waits for the router in each layer.
+A call makes passes. The first one computes the chosen experts that lie in a slot already, and those
+that come before the last one. Meanwhile the missing ones are copied. Where they are more than the
+slots, they come in batches: one is copied while the one before is computed. So a prompt copies each
+expert at most once, for all its tokens: most of them through the staging (staging.py), so that the
+slots keep what their policy wants. When its last batch of a layer is on its way, the next layer's
+first experts follow, before that layer has chosen. The host has to know the choices, so it waits
+for the router in each layer.
 
 Shapes: N tokens, K experts per token, E experts, D hidden_size, M choices of a pass.
 """
