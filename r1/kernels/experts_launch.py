@@ -36,6 +36,8 @@ class ExpertsLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
+        if packed[3:]:
+            return _one_number(ceil_div(tokens * chosen, experts), chip)
         # Dot products of packed weights, also of several tokens as long as few experts meet two. On
         # an H100, a step of Moonlight with 2, 4 and 8 tokens took 1.73, 2.42 and 3.77 ms so (4
         # bits); narrow products take about as long with 4, and half a millisecond less with 8.
@@ -108,3 +110,13 @@ def _narrow(share: int, fp8: bool, chip: Chip) -> ExpertsLaunch:
     stages = min(6 if fp8 and share < 8 else 3, chip.shared // (2 * (up + rows) * 128))
     warps = 8 if rows == 64 else 4
     return ExpertsLaunch(rows, up, 128, down, 128, warps, max(1, stages), apart=True, narrow=True)
+
+
+def _one_number(share: int, chip: Chip) -> ExpertsLaunch:
+    """Where x is one narrow number, and an expert has `share` tokens. A program of up makes a whole
+    group of inner values, 128, which it rounds itself.
+    """
+    rows = min(128, power_of_two(share, 16))
+    stages = min(4, chip.shared // ((256 + rows) * 128))
+    warps = 8 if rows >= 64 else 4
+    return ExpertsLaunch(rows, 128, 128, 256, 128, warps, stages, apart=True, narrow=True)

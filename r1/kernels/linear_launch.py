@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from r1.kernels.chip import LEAST_TILE, Chip, Choices, Sizes, power_of_two
+from r1.kernels.chip import LEAST_TILE, Chip, Choices, Sizes, ceil_div, power_of_two
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class LinearLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
+        if packed[3:]:
+            return _one_number(tokens, inputs, outputs, chip)
         if tokens == 1 and packed[:2] == [4, 1]:
             # A warp for each 2,048 columns, and rows of 4,096 or less at once.
             columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
@@ -68,7 +70,18 @@ class LinearLaunch:
                 "inputs": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8),
             }  # fmt: skip
         return {
-            "rows": (1, 2, 4, 8, 16, 32, 64), "outputs": (16, 32, 64, 128),
+            "rows": (1, 2, 4, 8, 16, 32, 64, 128), "outputs": (16, 32, 64, 128, 256),
             "inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
             "narrow": (False, True),
         }  # fmt: skip
+
+
+def _one_number(tokens: int, inputs: int, outputs: int, chip: Chip) -> LinearLaunch:
+    """Where x is one narrow number (narrow.py). The more rows of W a program has, the less often x
+    is read, and the fewer programs there are.
+    """
+    rows = min(128, power_of_two(tokens, 16))
+    programs = ceil_div(tokens, rows) * ceil_div(outputs, 256)
+    block = 256 if programs >= chip.processors and rows == 128 else 128 if rows == 128 else 64
+    stages = min(4, chip.shared // ((block + rows) * 128))
+    return LinearLaunch(rows, block, 128, 8 if rows == 128 else 4, stages, narrow=True)
