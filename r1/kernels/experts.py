@@ -19,13 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r1.kernels import rounded
 from r1.kernels.chip import LEAST_TILE, Chip, Sizes, ceil_div, power_of_two
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.experts_narrow import down_narrow_kernel, up_narrow_kernel
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
 from r1.kernels.fixed import Fixed, fix, storage_sizes
-from r1.kernels.narrow import WIDEST, narrow, narrow_memory, pairs, rounds
+from r1.kernels.narrow import narrow, pairs
+from r1.kernels.rounded import down_rounded_kernel, round_input, rounds, up_rounded_kernel
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
 from r1.kernels.tiles import Operand, operand, packed_bits, tensor_of
 from r1.model.dispatch import Gather
@@ -33,7 +35,7 @@ from r1.model.layers import MLP, matmul
 from r1.model.moe import Experts
 from r1.model.rounded import Rounded, RoundedExperts
 from r1.storage import activations
-from r1.storage.activations import NEVER, rounded
+from r1.storage.activations import GROUP, NEVER
 from r1.storage.matrix import Matrix
 
 
@@ -126,11 +128,11 @@ def _launch(
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
     step = stored[2] if use.narrow and stored[2:] else 0
     if step and stored[3:]:
-        return _one_number(
-            chip, use, names, step, count, x, indices, weights, routed, shared, residual, partial
+        return _rounded_tokens(
+            chip, use, names, count, x, indices, weights, routed, shared, residual, partial
         )
-    # No kernel takes one narrow number here: x and inner values are rounded, and none is faster.
-    x, round_h = (rounded(x) if round_x and rounds(routed.gate) else x), round_x
+    # Here no kernel takes an x of FP8: it is rounded, and nothing is faster.
+    x, round_h = (activations.rounded(x) if round_x and rounds(routed.gate) else x), round_x
     if step or use.rows >= LEAST_TILE:
         return _several_tokens(
             chip, use, names, step, count, x, indices, weights, routed, shared, residual, partial,
@@ -146,7 +148,7 @@ def _launch(
         norm if tokens == 1 else None, eps, h, tokens, FIXED=whole, MANY=tokens > 1, **names,
         **use.up,
     )  # fmt: skip
-    h = rounded(h) if round_h and rounds(routed.down) else h
+    h = activations.rounded(h) if round_h and rounds(routed.down) else h
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs) * tokens,),
         fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down,
@@ -187,8 +189,7 @@ def _several_tokens(
     if step:
         up_kernel, down_kernel = up_narrow_kernel, down_narrow_kernel
         routed, shared = Swiglu(*map(narrow, routed)), shared and Swiglu(*map(narrow, shared))
-        up |= {"BLOCK_IN": step, "EACH": 2}
-        down |= {"BLOCK_IN": step, "EACH": 2, "DOUBLE": False}
+        up["BLOCK_IN"] = down["BLOCK_IN"] = step
     else:
         how["APART"] = use.apart
     shared_gate, shared_up, shared_down = shared or (None, None, None)
@@ -198,7 +199,7 @@ def _several_tokens(
         pairs(chip, x, routed.gate, step) if step else x, order, ends, work, routed.gate,
         routed.up, shared_gate, shared_up, h, tokens, count, **how, **up,
     )  # fmt: skip
-    h = rounded(h) if round_h and rounds(routed.down) else h
+    h = activations.rounded(h) if round_h and rounds(routed.down) else h
     y = _slots(x, chosen + more, x.dtype if whole else torch.float32, partial)
     chip.run(
         down_kernel, (ceil_div(dim, use.down_outputs), places),
@@ -208,32 +209,28 @@ def _several_tokens(
     return _added(chip, y, residual, x, min(1024, power_of_two(dim)) if whole else 256)
 
 
-def _one_number(
-    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], step: int, count: int, x: Tensor,
-    indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
-    residual: Tensor | None, partial: bool,
+def _rounded_tokens(
+    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
+    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None, partial: bool,
 ) -> Tensor:  # fmt: skip
-    """The same where x and the inner values are one narrow number each. A program of up makes a
-    group of inner values, and rounds them. Each expert's output is rounded to x's dtype.
+    """The same where x and the inner values are FP8 (rounded.py). Each expert's output is rounded
+    to x's dtype.
     """
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
     order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
-    how = sizes | {"ROWS": use.rows, "BLOCK_IN": step, "EACH": 1}
-    how |= {"warps": use.warps, "stages": use.stages}
+    how = sizes | {"ROWS": use.rows, "warps": use.warps, "stages": use.stages}
     routed, shared = Swiglu(*map(narrow, routed)), shared and Swiglu(*map(narrow, shared))
     shared_gate, shared_up, shared_down = shared or (None, None, None)
-    h = narrow_memory(x, tokens * (chosen + more), inner, step, 1)
+    h = rounded.empty(x, tokens * (chosen + more), inner)
     chip.run(
-        up_narrow_kernel, (inner // step, places), pairs(chip, x, routed.gate, step, each=1), order,
-        ends, work, routed.gate, routed.up, shared_gate, shared_up, h, tokens, count,
-        BLOCK_OUT=step, **how,
+        up_rounded_kernel, (inner // GROUP, places), round_input(chip, x), order, ends, work,
+        routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how,
     )  # fmt: skip
-    y, double = _slots(x, chosen + more, x.dtype, partial), use.down_outputs > WIDEST
+    y = _slots(x, chosen + more, x.dtype, partial)
     chip.run(
-        down_narrow_kernel, (ceil_div(dim, use.down_outputs), places), h, order, ends, work,
-        weights, routed.down, shared_down, y, tokens, count, DOUBLE=double,
-        BLOCK_OUT=use.down_outputs // (1 + double), **how,
+        down_rounded_kernel, (ceil_div(dim, use.down_outputs), places), h, order, ends, work,
+        weights, routed.down, shared_down, y, tokens, count, BLOCK=use.down_outputs // 2, **how,
     )  # fmt: skip
     return _added(chip, y, residual, x, min(1024, power_of_two(dim)))
 

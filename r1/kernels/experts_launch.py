@@ -19,7 +19,8 @@ class ExpertsLaunch:
     an expert's tokens are spread over the chip. Without it one program takes all of its expert's
     tokens, so weights are read once.
     `ahead`: of one token, so many tiles of down's weights are loaded before the wait.
-    `narrow`: the kernels of experts_narrow.py, which have their own number of columns.
+    `narrow`: the kernels of experts_narrow.py, or of rounded.py, which have their own number of
+    columns. (Of rounded.py `up_outputs` is always 128, too.)
     """
 
     rows: int
@@ -37,7 +38,7 @@ class ExpertsLaunch:
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
         if packed[3:]:
-            return _one_number(ceil_div(tokens * chosen, experts), chip)
+            return _rounded(ceil_div(tokens * chosen, experts), chip)
         # Dot products of packed weights, also of several tokens as long as few experts meet two. On
         # an H100, a step of Moonlight with 2, 4 and 8 tokens took 1.73, 2.42 and 3.77 ms so (4
         # bits); narrow products take about as long with 4, and half a millisecond less with 8.
@@ -112,11 +113,9 @@ def _narrow(share: int, fp8: bool, chip: Chip) -> ExpertsLaunch:
     return ExpertsLaunch(rows, up, 128, down, 128, warps, max(1, stages), apart=True, narrow=True)
 
 
-def _one_number(share: int, chip: Chip) -> ExpertsLaunch:
-    """Where x is one narrow number, and an expert has `share` tokens. A program of up makes a whole
-    group of inner values, 128, which it rounds itself.
-    """
-    rows = min(128, power_of_two(share, 16))
+def _rounded(share: int, chip: Chip) -> ExpertsLaunch:
+    """Where x is FP8, too (rounded.py), and an expert has `share` tokens. Not timed yet."""
+    rows = 64 if share <= 64 else 128
     stages = min(4, chip.shared // ((256 + rows) * 128))
-    warps = 8 if rows >= 64 else 4
+    warps = 8 if rows == 128 else 4
     return ExpertsLaunch(rows, 128, 128, 256, 128, warps, stages, apart=True, narrow=True)

@@ -30,7 +30,8 @@ from r1.kernels.fixed import GROUP, Fixed, columns_fixed, fix, storage_sizes, ti
 from r1.kernels.linear_few import few_kernel
 from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.linear_narrow import narrow_kernel
-from r1.kernels.narrow import WIDEST, narrow, pairs, rounds
+from r1.kernels.narrow import narrow, pairs
+from r1.kernels.rounded import round_input, rounded_kernel, rounds
 from r1.kernels.tiles import add_product, load, matrix_of, operand, times
 from r1.storage.activations import given, rounded
 from r1.storage.matrix import Matrix
@@ -57,13 +58,18 @@ def linear(
         norm = None
     programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
-    if use.narrow and stored[2:]:
-        each, double = 1 if stored[3:] else 2, use.outputs > WIDEST
+    if use.narrow and stored[3:]:
         chip.run(
-            narrow_kernel, (parts, programs), pairs(chip, x, matrix, stored[2], norm, eps, each),
-            narrow(matrix), residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows,
-            BLOCK_OUT=use.outputs // (1 + double), STEP=stored[2], EACH=each, DOUBLE=double,
+            rounded_kernel, (parts, programs), round_input(chip, x, norm, eps), narrow(matrix),
+            residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows, BLOCK=use.outputs // 2,
             warps=use.warps, stages=use.stages,
+        )  # fmt: skip
+        return y
+    if use.narrow and stored[2:]:
+        chip.run(
+            narrow_kernel, (parts, programs), pairs(chip, x, matrix, stored[2], norm, eps),
+            narrow(matrix), residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows,
+            BLOCK_OUT=use.outputs, STEP=stored[2], warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
     whole = stored[1:2] == (1,) and use.rows < LEAST_TILE

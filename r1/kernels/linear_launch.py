@@ -12,7 +12,7 @@ class LinearLaunch:
     """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time.
 
     With less than 16 rows it doesn't use tl.dot, but if it is `narrow`: then products are those of
-    narrow.py, which have their own number of columns.
+    narrow.py, or of rounded.py, which have their own number of columns.
     """
 
     rows: int
@@ -26,7 +26,7 @@ class LinearLaunch:
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
         if packed[3:]:
-            return _one_number(tokens, inputs, outputs, chip)
+            return _rounded(tokens, outputs, chip)
         if tokens == 1 and packed[:2] == [4, 1]:
             # A warp for each 2,048 columns, and rows of 4,096 or less at once.
             columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
@@ -76,12 +76,16 @@ class LinearLaunch:
         }  # fmt: skip
 
 
-def _one_number(tokens: int, inputs: int, outputs: int, chip: Chip) -> LinearLaunch:
-    """Where x is one narrow number (narrow.py). The more rows of W a program has, the less often x
-    is read, and the fewer programs there are.
+def _rounded(tokens: int, outputs: int, chip: Chip) -> LinearLaunch:
+    """Where x is FP8, too (rounded.py). Not timed yet: the largest tiles that leave work for all
+    processors.
     """
-    rows = min(128, power_of_two(tokens, 16))
-    programs = ceil_div(tokens, rows) * ceil_div(outputs, 256)
-    block = 256 if programs >= chip.processors and rows == 128 else 128 if rows == 128 else 64
+    rows = 64 if tokens <= 64 else 128
+    blocks = [
+        n
+        for n in (256, 128, 64)
+        if ceil_div(tokens, rows) * ceil_div(outputs, n) >= chip.processors
+    ]
+    block = next(iter(blocks), 32)
     stages = min(4, chip.shared // ((block + rows) * 128))
     return LinearLaunch(rows, block, 128, 8 if rows == 128 else 4, stages, narrow=True)

@@ -9,47 +9,34 @@ import triton
 import triton.language as tl
 
 from r1.kernels.chip import let_next_start, wait_for_previous
-from r1.kernels.narrow_products import load_factors, product_of, rows_of, two_products
+from r1.kernels.narrow import add_pairs, load_factors, load_pairs, load_scales, twice
 from r1.kernels.tiles import matrix_of
 
 
 @triton.jit
 def narrow_kernel(
     x, weight, residual, y, tokens, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, STEP: tl.constexpr, EACH: tl.constexpr, DOUBLE: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT rows of W for ROWS tokens: as `tile_kernel`, with x as EACH narrow numbers. With
-    DOUBLE as many rows again, which share what is loaded of x.
-    """
-    first_out = tl.program_id(1) * (2 * BLOCK_OUT if DOUBLE else BLOCK_OUT)
-    out = first_out + tl.arange(0, BLOCK_OUT)
+    """BLOCK_OUT rows of W for ROWS tokens: as `tile_kernel`, with x as pairs."""
+    out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     matrix, w_row = matrix_of(weight, 0), out.to(tl.int64)[:, None]
     wanted, real = (out < outputs)[:, None], row < tokens
-    rows = rows_of(first_out, w_row, wanted, outputs, weight, EACH)
-    a = load_factors(matrix, rows[2], rows[3], 0, INPUTS, weight)
-    if DOUBLE:
-        others = (out + BLOCK_OUT < outputs)[:, None]
-        other_rows = rows_of(
-            first_out + BLOCK_OUT, w_row + BLOCK_OUT, others, outputs, weight, EACH
-        )
-        b = load_factors(matrix, other_rows[2], other_rows[3], 0, INPUTS, weight)
+    rows_twice, real_twice = twice(row), twice(real)
+    # Scales are loaded one step ahead: the pipeline, which loads the rest, leaves them out.
+    factors = load_factors(matrix, w_row, wanted, 0, INPUTS, weight)
     wait_for_previous(PDL)
     let_next_start(PDL)
-    if DOUBLE:
-        sums, other_sums = two_products(
-            x, row, real, matrix, rows, a, weight, matrix, other_rows, b, weight, INPUTS, STEP, EACH
-        )
-        store_sums(y, residual, other_sums, row, out + BLOCK_OUT, others & real[None, :], outputs)
-    else:
-        sums = product_of(x, row, real, matrix, rows, a, weight, INPUTS, STEP, EACH)
-    store_sums(y, residual, sums, row, out, wanted & real[None, :], outputs)
-
-
-@triton.jit
-def store_sums(y, residual, sums, row, out, mask, outputs):
-    """fp32 sums (BLOCK_OUT, ROWS), and the residual, to rows `row` and columns `out` of y."""
+    scales = load_scales(x, weight, row, real, 0, INPUTS, STEP)
+    sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
+    for start in range(0, INPUTS, STEP):
+        v = load_pairs(x, weight, rows_twice, real_twice, start, INPUTS, STEP)
+        next_factors = load_factors(matrix, w_row, wanted, start + STEP, INPUTS, weight)
+        next_scales = load_scales(x, weight, row, real, start + STEP, INPUTS, STEP)
+        sums = add_pairs(sums, matrix, w_row, wanted, start, weight, v, factors, scales, STEP)
+        factors, scales = next_factors, next_scales
+    mask = wanted & real[None, :]
     place = row[None, :] * outputs + out[:, None]
     if residual is not None:
         sums += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)

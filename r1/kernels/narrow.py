@@ -11,12 +11,10 @@ of both columns, and joins them.
 | int4 | 256 high + low, two bytes (fixed.py) | the even ones, then the odd ones | int32, exact |
 | fp8 | high + low / 16, both e4m3 | in their order | fp32 |
 
-Of FP8 weights x may be one e4m3 number (r1/storage/activations.py): half the products, and x has 4
-bits left. EACH is how many numbers each one of x has become, 2 or 1.
+A step of a loop takes the STEP columns that share a scale, in the weights and in x. So scales cost
+a step's few sums, and no weight.
 
-Here x is made; narrow_products.py multiplies.
-
-Shapes: N tokens of `length` numbers; programs have ROWS tokens.
+Shapes: N tokens of `length` numbers; programs have `rows` of W, and ROWS tokens.
 """
 
 from __future__ import annotations
@@ -26,16 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1.kernels.chip import Chip, ceil_div, let_next_start
+from r1.kernels.chip import INTERPRETED, Chip, ceil_div, let_next_start
 from r1.kernels.fixed import COLUMNS, Fixed, fix, ready_columns
 from r1.kernels.tiles import Operand
 from r1.storage import activations
-from r1.storage.activations import GROUP
 
+HALVES = tl.constexpr("and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;")
 TO_REST = tl.constexpr(16.0)
 """An e4m3 number is off by up to a 16th: so its rest, times this, has the same range."""
-WIDEST = 128
-"""Rows of W that are one product. Of twice as many a program makes two, one after the other."""
 LARGEST = tl.constexpr(activations.LARGEST)
 """Of e4m3."""
 LEAST = tl.constexpr(activations.LEAST)
@@ -53,47 +49,33 @@ def narrow(w: Operand) -> Operand:
     )  # fmt: skip
 
 
-def rounds(*operands: Operand | None) -> bool:
-    """Whether the inputs of products with these matrices may be one e4m3 number each: `takes` of
-    activations.py.
-    """
-    given = [w for w in operands if w is not None]
-    return all(w.FORMAT.value == "fp8" and w.WIDE.value % GROUP == 0 for w in given)
-
-
 def pairs(
-    chip: Chip, x: Tensor, w: Operand, step: int, norm: Tensor | None = None, eps: float = 0.0,
-    each: int = 2,
-) -> Fixed:  # fmt: skip
+    chip: Chip, x: Tensor, w: Operand, step: int, norm: Tensor | None = None, eps: float = 0.0
+) -> Fixed:
     """x (N, length) for products with `w`, RMS-normed first with the gain `norm` if there is one.
 
-    Of FP8 the planes are (N, each, length), and the scales (N, length / step).
+    Of FP8 the planes are (N, 2, length), and the scales (N, length / step).
     """
     if w.FORMAT.value == "int4":
         return fix(chip, x, norm, eps, step)
     tokens, length = x.shape
-    made = narrow_memory(x, tokens, length, step, each)
+    made = Fixed(
+        x.new_empty(tokens, 2, length, dtype=torch.float8_e4m3fn),
+        x.new_empty(tokens, length // step, dtype=torch.float32),
+    )
     chip.run(
         pair_kernel, (ceil_div(length, COLUMNS), tokens), x, x.stride(0), norm, eps, made,
-        LENGTH=length, BLOCK=COLUMNS, STEP=step, EACH=each, warps=4,
+        LENGTH=length, BLOCK=COLUMNS, STEP=step, warps=4,
     )  # fmt: skip
     return made
-
-
-def narrow_memory(like: Tensor, tokens: int, length: int, step: int, each: int) -> Fixed:
-    """Memory for such an x of FP8, on the device of `like`."""
-    return Fixed(
-        like.new_empty(tokens, each, length, dtype=torch.float8_e4m3fn),
-        like.new_empty(tokens, length // step, dtype=torch.float32),
-    )
 
 
 @triton.jit
 def pair_kernel(
     x, x_stride, norm, eps, made, LENGTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-    EACH: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of one token, as EACH e4m3 numbers."""
+    """BLOCK numbers of one token, as two e4m3 numbers each."""
     let_next_start(PDL)
     token, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK
     v = ready_columns(x + token * x_stride, norm, eps, first, LENGTH, BLOCK, PDL)
@@ -102,29 +84,14 @@ def pair_kernel(
     scale = largest / LARGEST + tl.sum(steps * 0.0, axis=1)  # NaN and infinity stay
     steps *= inverse(largest)[:, None]
     high = to_e4m3(steps)
+    low = to_e4m3((steps - high) * TO_REST)
     number = tl.arange(0, BLOCK // STEP)
     at = first + number[:, None] * STEP + tl.arange(0, STEP)[None, :]
-    place = made.planes + token * EACH * LENGTH + at
+    place = made.planes + token * 2 * LENGTH + at
     tl.store(place, high.to(tl.float8e4nv), mask=at < LENGTH)
-    if EACH == 2:
-        low = to_e4m3((steps - high) * TO_REST)
-        tl.store(place + LENGTH, low.to(tl.float8e4nv), mask=at < LENGTH)
+    tl.store(place + LENGTH, low.to(tl.float8e4nv), mask=at < LENGTH)
     step = first // STEP + number
     tl.store(made.scales + token * (LENGTH // STEP) + step, scale, mask=step < LENGTH // STEP)
-
-
-@triton.jit
-def store_rounded(made, v, row, real, first, LENGTH: tl.constexpr):
-    """A step of each token's numbers, fp32 (STEP, ROWS), from column `first` on: one e4m3 number
-    each, to the tokens' rows of `made`.
-    """
-    # NaN becomes infinity: so does the scale, and the products are no numbers.
-    largest = tl.max(tl.where(v == v, tl.abs(v), float("inf")), axis=0)
-    high = to_e4m3(v * inverse(largest)[None, :])
-    place = made.planes + row[None, :] * LENGTH + first + tl.arange(0, v.shape[0])[:, None]
-    tl.store(place, high.to(tl.float8e4nv), mask=real[None, :])
-    step = row * (LENGTH // v.shape[0]) + first // v.shape[0]
-    tl.store(made.scales + step, largest / LARGEST, mask=real)
 
 
 @triton.jit
@@ -144,3 +111,88 @@ def to_e4m3(v):
     rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
     small = tl.floor(v * 512.0 + 0.5) / 512.0
     return tl.where(tl.abs(v) < 0.015625, small, rounded.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def twice(rows):
+    """(ROWS,) -> (2 ROWS,): each one two times."""
+    return tl.reshape(tl.join(rows, rows), (2 * rows.shape[0],))
+
+
+@triton.jit
+def load_pairs(x, w, token, real, first, LENGTH: tl.constexpr, STEP: tl.constexpr):
+    """STEP columns of tokens' pairs, from `first` on: (STEP, 2 ROWS), of 4 bits the even ones and
+    the odd ones, (STEP / 2, 2 ROWS) each. `token` and `real` (2 ROWS,) have each token twice.
+    """
+    plane = token * 2 * LENGTH + tl.arange(0, token.shape[0]) % 2 * LENGTH  # high, low
+    if w.FORMAT == "fp8":
+        place = x.planes + plane[None, :] + first + tl.arange(0, STEP)[:, None]
+        v = tl.load(place, real[None, :], 0.0)
+    else:
+        planes = x.planes.to(tl.pointer_type(tl.int8), bitcast=True)
+        place = planes + plane[None, :] + first // 2 + tl.arange(0, STEP // 2)[:, None]
+        odd = place + LENGTH // 2
+        v = (tl.load(place, real[None, :], 0), tl.load(odd, real[None, :], 0))
+    return v
+
+
+@triton.jit
+def load_scales(x, w, token, real, first, LENGTH: tl.constexpr, STEP: tl.constexpr):
+    """Of the same columns: each token's scale, and its sum for zero points, fp32 (1, ROWS). Beyond
+    the last column, any.
+    """
+    step = token * (LENGTH // STEP) + tl.minimum(first, LENGTH - STEP) // STEP
+    if w.FORMAT == "fp8":
+        scale = tl.load(x.scales + step, real, 0.0)
+        total = scale
+    else:
+        scale = tl.load(x.scales + 2 * step, real, 0.0)
+        total = tl.load(x.scales + 2 * step + 1, real, 0.0)
+    return scale[None, :], total[None, :]
+
+
+@triton.jit
+def load_factors(matrix, row, wanted, first, limit, w):
+    """The rows' scales and zero points of these columns, fp32 (rows, 1). Beyond the last, any."""
+    _place, factors, zeros, _stride, scale_stride = matrix
+    block = row // w.TALL * scale_stride + tl.minimum(first, limit - 1) // w.WIDE
+    off = tl.load(zeros + block, wanted, 0).to(tl.float32) if w.ZEROS else 8.0
+    return tl.load(factors + block, wanted, 0.0).to(tl.float32), off
+
+
+@triton.jit
+def add_pairs(sums, matrix, row, wanted, first, w, v, factors, scales, STEP: tl.constexpr):
+    """fp32 sums (rows, ROWS) + STEP columns of the matrix times the pairs."""
+    place, stride = matrix[0], matrix[3]
+    factor, off = factors
+    scale, total = scales
+    R: tl.constexpr = sums.shape[0]
+    T: tl.constexpr = sums.shape[1]
+    if w.FORMAT == "fp8":
+        at = first + tl.arange(0, STEP)[None, :]
+        tile, pair = tl.load(place + row * stride + at, wanted, 0.0), v
+        if INTERPRETED:
+            tile, pair = tile.to(tl.float32), pair.to(tl.float32)
+        both = tl.dot(tile, pair, tl.zeros((R, 2 * T), tl.float32))
+        highs, lows = tl.split(tl.reshape(both, (R, T, 2)))
+        products = highs + lows * (1.0 / TO_REST)
+    else:
+        at = first // 2 + tl.arange(0, STEP // 2)[None, :]
+        low, high = halves(tl.load(place + row * stride + at, wanted, 0))
+        both = tl.dot(low, v[0], tl.zeros((R, 2 * T), tl.int32), out_dtype=tl.int32)
+        both = tl.dot(high, v[1], both, out_dtype=tl.int32)
+        highs, lows = tl.split(tl.reshape(both, (R, T, 2)))
+        products = (256 * highs + lows).to(tl.float32) - off * total
+    return sums + products * (factor * scale)
+
+
+@triton.jit
+def halves(pairs):
+    """int8 -> the numbers 0 to 15 in the low and in the high halves, int8 both."""
+    if INTERPRETED:
+        low, high = pairs & 15, (pairs >> 4) & 15
+    else:
+        low, high = tl.inline_asm_elementwise(
+            HALVES, "=r,=r,r", [pairs], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    return low, high
