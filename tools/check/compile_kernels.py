@@ -285,8 +285,8 @@ def launches_of_prompts(
         with torch.device("meta"):
             x = torch.empty(CONTEXT, config.hidden_size, dtype=torch.bfloat16)
             indices, shares = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
-        weights = model.layers[-1].mlp.experts
-        experts(recorder, x, indices, shares, weights, round_x=round_x)  # type: ignore[arg-type]
+        mlp: Any = model.layers[-1].mlp
+        experts(recorder, x, indices, shares, mlp.experts, round_x=round_x)  # type: ignore[arg-type]
     return recorder.launches
 
 
