@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -272,11 +272,10 @@ def test_steps_round_as_the_arm_rounds(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setitem(FROM_TOKENS, "decode", least)
         arm = subject(tmp_path, monkeypatch, **SWITCHES)
         with dequantized._plain(arm) as plain:
-            way, mlp = plain.engine.runner.ways["decode"], plain.engine.model.layers[-1].mlp
-            dispatch: Any = mlp.dispatch["decode"]
+            way, last = plain.engine.runner.ways["decode"], cast(Any, plain.engine.model.layers[-1])
             wanted = 1 if rounds else NEVER
-            assert (way.least, dispatch.least) == (wanted, wanted)
+            assert (way.least, last.mlp.dispatch["decode"].least) == (wanted, wanted)
             assert plain.engine.runner.ways["prefill"].least == 1
-            assert takes(plain.engine.model.layers[0].self_attn.o_proj.matrix)
+            assert takes(last.self_attn.o_proj.matrix)
         if rounds:
             assert COMMANDS["parity"](arm)["median_kl"] < 1e-9

@@ -39,7 +39,7 @@ from r1.storage.spec import Spec
 from r1.switches.strategies import EXPERTS
 
 pytestmark = test_narrow.ABLE
-BF16 = torch.bfloat16
+BF16, CPU = torch.bfloat16, torch.device("cpu")
 PLAIN = Chip.of(DEVICE)
 """The interpreter has none of the instructions that unpack FP8 on a chip with FP8 products."""
 H100 = Chip(132, 227 * 1024, True, ptx=True, byte_products=True)
@@ -248,7 +248,7 @@ def test_a_fused_block_rounds_from_64_tokens_on(
     """
     runner = run(packed(), attention="naive", prefill_attention="naive")
     step = runner.next_step(runner.cache(tokens, 16), 1)
-    shapes, cache = counted(monkeypatch), Cache([(32,)], tokens, 16, 1, device="cpu", dtype=BF16)
+    shapes, cache = counted(monkeypatch), Cache([(32,)], tokens, 16, 1, device=CPU, dtype=BF16)
     x = torch.randn(tokens, 1, CONFIG.hidden_size).to(BF16)
     for block, products in zip(runner.model.layers, (4, 6), strict=True):
         shapes.clear()

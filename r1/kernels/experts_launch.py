@@ -93,6 +93,12 @@ class ExpertsLaunch:
                 "up_inputs": (512, 1024, 2048), "down_outputs": (1, 2, 4, 8),
                 "down_inputs": (64, 128, 256, 512), "warps": (1, 2, 4, 8), "ahead": (1, 2, 3, 4),
             }  # fmt: skip
+        if self.narrow:
+            return {
+                "rows": (8, 16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
+                "down_outputs": (16, 32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
+                "narrow": (False, True),
+            }  # fmt: skip
         return {
             "rows": (1, 8, 16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
             "up_inputs": (32, 64, 128, 256), "down_outputs": (16, 32, 64, 128, 256),

@@ -69,8 +69,13 @@ class LinearLaunch:
                 "rows": (1, 2, 4, 8, 16), "outputs": (1, 2, 4, 8, 16),
                 "inputs": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8),
             }  # fmt: skip
+        if self.narrow:
+            return {
+                "rows": (8, 16, 32, 64, 128), "outputs": (16, 32, 64, 128, 256), "warps": (4, 8),
+                "stages": (2, 3, 4, 5, 6), "narrow": (False, True),
+            }  # fmt: skip
         return {
-            "rows": (1, 2, 4, 8, 16, 32, 64, 128), "outputs": (16, 32, 64, 128, 256),
+            "rows": (1, 2, 4, 8, 16, 32, 64), "outputs": (16, 32, 64, 128),
             "inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
             "narrow": (False, True),
         }  # fmt: skip
