@@ -32,7 +32,7 @@ from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.linear_narrow import narrow_kernel
 from r1.kernels.narrow import narrow, pairs
 from r1.kernels.rounded import round_input, rounded_kernel, rounds
-from r1.kernels.tiles import add_product, load, matrix_of, operand, times
+from r1.kernels.tiles import Operand, add_product, load, matrix_of, operand, times
 from r1.storage.activations import given, rounded
 from r1.storage.matrix import Matrix
 
@@ -58,20 +58,8 @@ def linear(
         norm = None
     programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
-    if use.narrow and stored[3:]:
-        chip.run(
-            rounded_kernel, (parts, programs), round_input(chip, x, norm, eps), narrow(matrix),
-            residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows, BLOCK=use.outputs // 2,
-            warps=use.warps, stages=use.stages,
-        )  # fmt: skip
-        return y
     if use.narrow and stored[2:]:
-        chip.run(
-            narrow_kernel, (parts, programs), pairs(chip, x, matrix, stored[2], norm, eps),
-            narrow(matrix), residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows,
-            BLOCK_OUT=use.outputs, STEP=stored[2], warps=use.warps, stages=use.stages,
-        )  # fmt: skip
-        return y
+        return _narrow(chip, use, x, matrix, norm, eps, residual, y, stored)
     whole = stored[1:2] == (1,) and use.rows < LEAST_TILE
     given = (fixed or fix(chip, x, norm, eps)) if whole else x
     if use.rows == 1:
@@ -94,6 +82,27 @@ def linear(
         tile_kernel, (parts, programs), x, x.stride(0), matrix, residual, y, tokens, outputs,
         INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
+    return y
+
+
+def _narrow(
+    chip: Chip, use: LinearLaunch, x: Tensor, matrix: Operand, norm: Tensor | None, eps: float,
+    residual: Tensor | None, y: Tensor, stored: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """`linear` with an x of narrow numbers: one each (rounded.py), or pairs (narrow.py)."""
+    (tokens, inputs), outputs, w = x.shape, y.shape[1], narrow(matrix)
+    grid = (ceil_div(tokens, use.rows), ceil_div(outputs, use.outputs))
+    how = {"INPUTS": inputs, "ROWS": use.rows, "warps": use.warps, "stages": use.stages}
+    if stored[3:]:
+        chip.run(
+            rounded_kernel, grid, round_input(chip, x, norm, eps), w, residual, y, tokens, outputs,
+            BLOCK=use.outputs // 2, **how,
+        )  # fmt: skip
+    else:
+        chip.run(
+            narrow_kernel, grid, pairs(chip, x, matrix, stored[2], norm, eps), w, residual, y,
+            tokens, outputs, BLOCK_OUT=use.outputs, STEP=stored[2], **how,
+        )  # fmt: skip
     return y
 
 

@@ -286,7 +286,8 @@ def launches_of_prompts(
             x = torch.empty(CONTEXT, config.hidden_size, dtype=torch.bfloat16)
             indices, shares = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
         mlp: Any = model.layers[-1].mlp
-        experts(recorder, x, indices, shares, mlp.experts, round_x=round_x)  # type: ignore[arg-type]
+        chip: Any = recorder
+        experts(chip, x, indices, shares, mlp.experts, round_x=round_x)
     return recorder.launches
 
 
