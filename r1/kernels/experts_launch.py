@@ -123,5 +123,4 @@ def _rounded(share: int, chip: Chip) -> ExpertsLaunch:
     """Where x is FP8, too (rounded.py), and an expert has `share` tokens. Not timed yet."""
     rows = 64 if share <= 64 else 128
     stages = min(4, chip.shared // ((256 + rows) * 128))
-    warps = 8 if rows == 128 else 4
-    return ExpertsLaunch(rows, 128, 128, 256, 128, warps, stages, apart=True, narrow=True)
+    return ExpertsLaunch(rows, 128, 128, 256, 128, 8, stages, apart=True, narrow=True)
