@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import bench_kernels
+import kernel_cases
 import pytest
 import torch
 from models import V3
@@ -270,3 +272,20 @@ def test_launches() -> None:
             assert getattr(launch, name) in launch.choices[name], name
     wide = ExpertsLaunch(128, 128, 128, 256, 128, 8, 4, apart=True, narrow=True)
     assert ExpertsLaunch.default((4096, 6, 64, 2048, 1408, 2, 8, 0, 128, 1), H100) == wide
+
+
+@pytest.mark.parametrize("kernel", ["qkv_a", "dense_up", "experts"])
+def test_what_is_timed_is_right(kernel: str) -> None:
+    """tools/measure/bench_kernels.py --quant fp8 --quant-activations fp8."""
+    with torch.device(DEVICE), torch.inference_mode():
+        place = kernel_cases.Place(watched(), 1, "fp8", True)
+        (make,) = bench_kernels.makers(place, CONFIG, 3, [20], [kernel])
+        case = make()
+        assert bench_kernels.off(case, None) < bench_kernels.MOST_OFF
+        assert case.default.narrow
+        assert {"rounded_kernel", "up_rounded_kernel"} & place.chip.ran
+
+
+def test_a_tool_rounds_inputs_of_fp8_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main(["--quant-activations", "fp8", "--quant", "int4"]) == 2
+    assert "add --quant fp8" in capsys.readouterr().err
