@@ -1219,6 +1219,8 @@ def test_kernels_of_packed_weights_compile_for(target: str) -> None:
     for kind, kernel in [*of, ("fp8", "down_vector_kernel"), ("int4", "down_vector_kernel")]:
         assert re.search(rf" {kernel} +moonlight-16b {kind} batch", done.out), done.out
     if target == "sm_90":
+        for kernel in ("rounded_kernel", "up_rounded_kernel", "down_rounded_kernel"):
+            assert re.search(rf" {kernel} +moonlight-16b W8A8 prompt", done.out), done.out
         check_widths(done.out, batches, ["fp8", "int4"], target)
 
 

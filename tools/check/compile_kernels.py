@@ -265,7 +265,7 @@ def launches_of_prompts(
     config: Config, target: Target, quant: str, round_x: bool = False
 ) -> list[Launch]:
     """The launches that make a dense layer's packed matrices dense for a long prompt, in bf16; with
-    `round_x` those that multiply by them with inputs of FP8. And those of packed experts.
+    `round_x` those that multiply by them with inputs of FP8, and those of the experts.
 
     (What a short prompt launches, a decode step of as many rows launches, too.)
     """
@@ -280,7 +280,7 @@ def launches_of_prompts(
             shape = CONTEXT, layer.matrix.shape[1]
             x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
             multiply(recorder, layer.matrix, x, round_x)  # type: ignore[arg-type]
-    if config.experts.n_routed_experts:
+    if round_x and config.experts.n_routed_experts:
         chosen = (CONTEXT, config.experts.num_experts_per_tok)
         with torch.device("meta"):
             x = torch.empty(CONTEXT, config.hidden_size, dtype=torch.bfloat16)
