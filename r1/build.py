@@ -19,11 +19,13 @@ from r1.files.load import Report, load
 from r1.footprint import HEADROOM, least
 from r1.model import gqa
 from r1.model.config import Config
+from r1.model.dispatch import Dispatch
 from r1.model.gqa import GQA
 from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
 from r1.model.mtp import MTPLayer
 from r1.model.rope import rotate_each, rotate_jointly
+from r1.model.rounded import Rounded
 from r1.model.router import Router
 from r1.model.temper import tempered
 from r1.model.transformer import Transformer
@@ -36,6 +38,7 @@ from r1.placement.ranks import crew
 from r1.placement.stages import Stages
 from r1.placement.streamed import StreamedExperts
 from r1.storage import int4_cpu
+from r1.storage.activations import FROM_TOKENS
 from r1.storage.kinds import kind_of
 from r1.storing import join_matrices, quantize_matrices, share_matrices
 from r1.switches import offload
@@ -250,7 +253,9 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
     experts = {"prefill": backend.prefill_moe, "decode": backend.moe} if sparse else {}
     table: Mapping[str, Any] = attention_of(model.config.attention)
     attend = {phase: table[name] for phase, name in attention.items()}
-    dispatch = {phase: EXPERTS[name] for phase, name in experts.items()}
+    dispatch: dict[str, Dispatch] = {phase: EXPERTS[name] for phase, name in experts.items()}
+    if backend.quant_activations != "none":
+        dispatch = {phase: Rounded(s, FROM_TOKENS[phase]) for phase, s in dispatch.items()}
     for strategy in (*attend.values(), *dispatch.values()):
         strategy.prepare()
     for module in model.modules():

@@ -234,6 +234,42 @@ SWITCHES: dict[str, tuple[dict[str, Any], Machine, Config, str]] = {
         V3,
         "use dtype=fp32, or amp=off",
     ),
+    "FP8 inputs of plain numbers": (
+        {"quant_activations": "fp8"},
+        H100,
+        V3,
+        "here is none: add quant=fp8, or leave it out",
+    ),
+    "FP8 inputs of int4": (
+        {"quant_activations": "fp8", "quant": "int4", "kernels": "triton"},
+        H100,
+        V3,
+        "here is none: add quant=fp8",
+    ),
+    "FP8 inputs of small blocks": (
+        {"quant_activations": "fp8", "device": "cuda"},
+        H100,
+        V3.change(fp8_block=(16, 16)),
+        "a scale for 128 columns or a multiple, and here is none",
+    ),
+    "FP8 inputs on an old GPU": (
+        {"quant_activations": "fp8", "quant": "fp8"},
+        T4,
+        V3,
+        "FP8 products need compute capability 8.9",
+    ),
+    "FP8 inputs on AMD": (
+        {"quant_activations": "fp8", "quant": "fp8"},
+        replace(MI300, arch="gfx942"),
+        V3,
+        "the kernels multiply FP8 on NVIDIA's GPUs only",
+    ),
+    "FP8 inputs and experts on the CPU": (
+        {"quant_activations": "fp8", "quant": "fp8", "experts": "cpu"},
+        H100,
+        V3,
+        "experts=cpu multiplies unrounded inputs: leave one out",
+    ),
     "naive decode": (
         {"attention": "naive", "prefill_attention": "expand"},
         Machine(),
@@ -548,6 +584,7 @@ def test_no_flag_always_refuses() -> None:
         "attention=naive": {"prefill_attention": "naive"},
         "prefill_attention=naive": {"attention": "naive"},
         **{f"expert_policy={kind}": {"experts": "host"} for kind in ("most", "resident")},
+        "quant_activations=fp8": {"quant": "fp8"},
         **{f"allreduce={kind}": {"tp": 2} for kind in ALLREDUCE},
         "expert_policy=pinned": {"experts": "host", "expert_profile": "routing.json"},
     }

@@ -1041,22 +1041,26 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (LinearLaunch, (32, 16384, 7168, 2), LinearLaunch(32, 64, 128, 4, 4)),
         (LinearLaunch, (8, 7168, 2112, 2), LinearLaunch(16, 64, 128, 4, 5)),
         (
-            AttentionLaunch, (1, 128, 512, 64, 256, 2),
+            AttentionLaunch,
+            (1, 128, 512, 64, 256, 2),
             AttentionLaunch(16, 16, 16, 8, 3, True, True, 64, 64, 128, 4, 3),
         ),
         (
-            AttentionLaunch, (1, 128, 512, 64, 4096, 2),
+            AttentionLaunch,
+            (1, 128, 512, 64, 4096, 2),
             AttentionLaunch(64, 64, 64, 8, 2, True, True, 64, 64, 128, 4, 3),
         ),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 256, 7168), RouterLaunch(8, 512, 4)),
         (ExpertsLaunch, (2, 6, 64, 2048, 1408, 2, 8, 0, 128), ExpertsLaunch(1, 4, 2048, 4, 512, 4)),
         (
-            ExpertsLaunch, (1, 8, 256, 7168, 2048, 2, 4, 1, 128),
+            ExpertsLaunch,
+            (1, 8, 256, 7168, 2048, 2, 4, 1, 128),
             ExpertsLaunch(1, 8, 2048, 4, 512, 4, ahead=3),
         ),
         (
-            ExpertsLaunch, (1, 8, 256, 7168, 2048, 2, 8, 0, 128),
+            ExpertsLaunch,
+            (1, 8, 256, 7168, 2048, 2, 8, 0, 128),
             ExpertsLaunch(1, 8, 2048, 4, 512, 4),
         ),
         (
@@ -1279,6 +1283,8 @@ def test_kernels_of_packed_weights_compile_for(targets: list[str], batches: list
             line = rf"^{target} +{kernel} +moonlight-16b {kind} batch"
             assert re.search(line, done.out, re.MULTILINE), done.out
         if target == "sm_90":
+            for kernel in ("rounded_kernel", "up_rounded_kernel", "down_rounded_kernel"):
+                assert re.search(rf" {kernel} +moonlight-16b W8A8 prompt", done.out), done.out
             check_widths(done.out, batches, ["fp8", "int4"], target)
 
 

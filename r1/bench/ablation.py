@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from r1.bench.arms import KINDS, Arm, Settings, common_settings, label, textbook
+from r1.bench.arms import IDLE_WITHOUT, KINDS, Arm, Settings, common_settings, label, textbook
 from r1.model.config import Config
 from r1.model.shapes import R1
 from r1.switches.backend import SHARING, Backend
@@ -14,7 +14,8 @@ from r1.switches.machine import Machine
 from r1.switches.resolve import BEST_ATTENTION
 from r1.switches.strategies import attention_of
 
-READ = {"device", "dtype", "amp", "quant", "quant_head", *SHARING, "allreduce"}
+QUANT = ("quant", "quant_activations", "quant_head")
+READ = {"device", "dtype", "amp", *QUANT, *SHARING, "allreduce"}
 """The switches of the command line that the ladder depends on; it sets all others itself."""
 
 
@@ -52,10 +53,9 @@ def ladder_steps(
     sharing = [{name: given[name]} for name in SHARING if given.get(name, 1) > 1]
     steps += [{"tune": True}] if kernels and not sharing else []
     steps += [{"amp": "bf16"}] if amp else []
-    if given.get("quant", "auto") not in ("auto", "none"):
-        steps += [{"quant": given["quant"]}]
-    if given.get("quant_head", "none") != "none":
-        steps += [{"quant_head": given["quant_head"]}]
+    steps += [
+        {name: given[name]} for name in QUANT if given.get(name) not in (None, "auto", "none")
+    ]
     # Several devices are there only if torchrun started a process for each.
     steps += sharing
     adds = given.get("allreduce", "triton" if kernels else "auto")
@@ -130,12 +130,11 @@ class _Ladder:
         ]
 
     def all_but(self, step: Settings) -> Arm:
-        """The whole ladder without one step. Without kernels, tune is left out too."""
-        others = [
-            other
-            for other in self.steps
-            if other is not step and not (step is self.kernels and "tune" in other)
-        ]
+        """The whole ladder without one step. Without kernels, tune is left out too, and without
+        `quant` inputs of FP8.
+        """
+        idle = {other for name, other in IDLE_WITHOUT.items() if name in step}
+        others = [other for other in self.steps if other is not step and not other.keys() & idle]
         arm = self.arm("all-but-one", others, f"all but {step_label(step)}")
         backend = arm.backend
         if step.keys() & set(SHARING) and backend.tp * backend.ep == 1:
@@ -154,7 +153,8 @@ class _Ladder:
         """The steps without which these can't run.
 
         A loop over experts can be neither compiled nor captured, so compile and CUDA graphs need
-        the experts' step. tune needs the kernels that it tunes, and allreduce devices that share.
+        the experts' step. tune needs the kernels that it tunes, inputs of FP8 need matrices of FP8,
+        and allreduce devices that share.
         """
         switches = {name for part in parts for name in part}
         needed = [self.kernels] if "tune" in switches and "kernels" not in switches else []
@@ -166,6 +166,8 @@ class _Ladder:
             and (self.prompts != self.experts or "prefill_moe" not in switches)
         ):
             needed += [self.prompts]
+        if "quant_activations" in switches:
+            needed += [step for step in self.steps if "quant" in step]
         if "allreduce" in switches:
             needed += [step for step in self.steps if step.keys() & set(SHARING)]
         return [step for step in needed if step]

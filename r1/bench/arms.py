@@ -24,6 +24,9 @@ FETCHING = {"expert_policy", "expert_profile", "guess_experts"}
 """Switches that say how experts in host memory are fetched."""
 FILES = ("expert_profile",)
 """Switches that name a file."""
+IDLE_WITHOUT = {"kernels": "tune", "quant": "quant_activations"}
+"""Switches, and those that do nothing without them: there is nothing to tune, and no matrix of FP8
+that could have inputs of FP8."""
 ALL_BUT = "all-but-"
 """With a switch's name after it: only the "all-but-one" arm that leaves out this switch."""
 
@@ -123,6 +126,9 @@ def _alone(switches: Settings) -> list[Settings]:
     alone: list[Settings] = [{name: value} for name, value in switches.items()]
     if "kernels" in switches:  # tune does nothing without kernels to tune
         alone = [{"kernels": switches["kernels"], **s} if "tune" in s else s for s in alone]
+    if "quant" in switches:  # inputs of FP8 are for matrices of FP8
+        quant: Settings = {"quant": switches["quant"]}
+        alone = [quant | s if "quant_activations" in s else s for s in alone]
     if "speculate" in switches and "draft_tokens" in switches:  # one optimization, two switches
         alone = [s for s in alone if "speculate" not in s and "draft_tokens" not in s]
         alone.append({name: switches[name] for name in ("speculate", "draft_tokens")})
@@ -144,12 +150,12 @@ def _all_but_one(base: Backend, alone: list[Settings]) -> list[Arm]:
     arms = []
     for left in alone:
         # Without kernels there is nothing to tune, so tune is left out too.
-        kept = [s for s in alone if s is not left and not ("kernels" in left and "tune" in s)]
+        idle = {other for name, other in IDLE_WITHOUT.items() if name in left}
+        kept = [s for s in alone if s is not left and not s.keys() & idle]
         if "experts" in left and left == places(left):
             kept = [s for s in kept if "experts" not in s]
-        left = {"tune": True} if "tune" in left else left
-        if "allreduce" in left:
-            left = {"allreduce": left["allreduce"]}
+        for name in ("tune", "quant_activations", "allreduce"):
+            left = {name: left[name]} if name in left else left
         settings = {name: value for s in kept for name, value in s.items()}
         if left.keys() & set(SHARING):
             settings = without_sharing(settings, left, base)

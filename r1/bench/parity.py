@@ -121,9 +121,14 @@ class Parity:
 
 
 def rounds_by(backend: Backend) -> str | None:
-    """The switch that makes an arm round, as in "amp=bf16" or "dtype=fp16". None: it is fp32."""
+    """The switch that makes an arm round, as in "amp=bf16" or "dtype=fp16". None: it is fp32.
+
+    An fp32 arm whose inputs are FP8 rounds by "quant_activations=fp8": where a number is close to
+    the middle of two e4m3 ones, another order of sums makes it the other one.
+    """
     if backend.compute == "fp32":
-        return None
+        rounds = backend.quant_activations
+        return None if rounds == "none" else f"quant_activations={rounds}"
     return f"amp={backend.amp}" if backend.amp != "off" else f"dtype={backend.dtype}"
 
 

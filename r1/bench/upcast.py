@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from r1.model.layers import Embedding, Linear
 from r1.model.moe import Experts
 from r1.model.transformer import Transformer
+from r1.storage.activations import stored_as
 from r1.storage.matrix import Matrix
 
 
@@ -21,7 +22,7 @@ class Widened(Matrix):
 
     def __init__(self, narrow: Matrix) -> None:
         super().__init__()
-        self.narrow, self.shape = narrow, narrow.shape
+        self.narrow, self.shape, self.spec = narrow, narrow.shape, stored_as(narrow)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.narrow.dense(dtype or torch.float32)

@@ -39,23 +39,27 @@ from r1.model.mla import MLA
 from r1.model.moe import MoE
 from r1.model.step import Step
 from r1.model.transformer import Block
+from r1.storage.activations import NEVER
 from r1.storage.joined import products
 from r1.storage.matrix import Matrix
 
 
 class DecodeBlock:
-    """Stands in for a Block in decode steps. `chip` None takes the kernels' torch twins."""
+    """Stands in for a Block in decode steps. `chip` None takes the kernels' torch twins.
 
-    def __init__(self, block: nn.Module, chip: Chip | None) -> None:
+    From `least` tokens on the inputs of FP8 products are rounded (r1/storage/activations.py).
+    """
+
+    def __init__(self, block: nn.Module, chip: Chip | None, least: int = NEVER) -> None:
         assert isinstance(block, Block)
-        self.block, self.chip = block, chip
+        self.block, self.chip, self.least = block, chip, least
         self.lengths: dict[tuple[Any, int], int] = {}
         """What `fixed` has asked, by question and tokens: the answers."""
 
         def pick(table: Mapping[str, Any]) -> Callable[..., Any]:
             return partial(table["triton"], chip) if chip else table["torch"]
 
-        self.linear, self.latent, self.attention = pick(LINEAR), pick(LATENT), pick(ATTENTION)
+        self.product, self.latent, self.attention = pick(LINEAR), pick(LATENT), pick(ATTENTION)
         self.grouped = pick(GROUPED)
         self.attend = {MLA: self.to_latents, GQA: self.to_heads}[type(block.self_attn)]
         self.route, self.experts, self.gated = pick(ROUTE), pick(EXPERTS), pick(GATED)
@@ -84,6 +88,11 @@ class DecodeBlock:
         if length is None:
             length = self.lengths[ask, len(x)] = ask(self.chip, x, *about)
         return Fixed.empty(x, len(x), length) if length else None
+
+    def linear(self, x: Tensor, matrix: Matrix, **given: Any) -> Tensor:
+        """A projection of x (N, in), with its neighbours: linear.py."""
+        y: Tensor = self.product(x, matrix, round_x=len(x) >= self.least, **given)
+        return y
 
     def to_heads(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """x + grouped-query attention(norm(x)), (N, D)."""
@@ -125,7 +134,7 @@ class DecodeBlock:
     def dense(self, x: Tensor, mlp: MLP) -> Tensor:
         """x + mlp(norm(x)), (N, D); without x where another device adds it."""
         norm = self.block.post_attention_layernorm
-        h = self.gated(x, mlp, norm.weight, norm.eps)  # (N, I)
+        h = self.gated(x, mlp, norm.weight, norm.eps, round_x=len(x) >= self.least)  # (N, I)
         residual = x if self.block.leads_inner else None
         return self.linear(h, mlp.down_proj.matrix, residual=residual)
 
@@ -139,6 +148,7 @@ class DecodeBlock:
         h, indices, weights = self.route(moe.gate, x, norm.weight, norm.eps, moe.draws, fixed=fixed)
         # The residual and the shared experts are added once: in one place, in its first pass.
         once: dict[str, Any] = {"shared": shared}
+        how: dict[str, Any] = {"fixed": fixed, "round_x": len(x) >= self.least}
         if apart is not None:
             once["residual"] = self.dense(x, apart)
         elif self.block.leads_inner:
@@ -146,7 +156,7 @@ class DecodeBlock:
         extra, y = once if moe.experts.leads else {}, x
         moe.experts.look_ahead(h)
         for choices in moe.experts.here(indices, weights):
-            y = self.experts(h, *choices, moe.experts, fixed=fixed, **extra)
+            y = self.experts(h, *choices, moe.experts, **how, **extra)
             extra = {"residual": y}  # the next pass adds to it
         return moe.experts.combine(y)
 

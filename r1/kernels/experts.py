@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r1.kernels import rounded
 from r1.kernels.chip import LEAST_TILE, Chip, Sizes, ceil_div, power_of_two
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.experts_narrow import down_narrow_kernel, up_narrow_kernel
@@ -26,11 +27,15 @@ from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kerne
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
 from r1.kernels.fixed import Fixed, fix, storage_sizes
 from r1.kernels.narrow import narrow, pairs
+from r1.kernels.rounded import down_rounded_kernel, round_input, rounds, up_rounded_kernel
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
 from r1.kernels.tiles import Operand, operand, packed_bits, tensor_of
 from r1.model.dispatch import Gather
-from r1.model.layers import MLP
+from r1.model.layers import MLP, matmul
 from r1.model.moe import Experts
+from r1.model.rounded import Rounded, RoundedExperts
+from r1.storage import activations
+from r1.storage.activations import GROUP, NEVER
 from r1.storage.matrix import Matrix
 
 
@@ -50,6 +55,7 @@ def experts(
     chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, experts: Experts,
     shared: MLP | None = None, residual: Tensor | None = None, norm: Tensor | None = None,
     eps: float = 0.0, launch: ExpertsLaunch | None = None, fixed: Fixed | None = None,
+    round_x: bool = False,
 ) -> Tensor:  # fmt: skip
     """x (N, D), indices int64 (N, K), weights fp32 (N, K) -> the experts' weighted sum, (N, D).
 
@@ -57,7 +63,8 @@ def experts(
     output is rounded to x's dtype before.) `norm` (D,) says that x is the residual, RMS-normed with
     this gain by the previous kernel, and that the residual is older. Then one token's shared
     experts don't wait for x. `fixed` is x again, if an earlier kernel has made it (see
-    `experts_take_fixed`).
+    `experts_take_fixed`). `round_x`: x and the inner values become FP8 for matrices of FP8
+    (r1/storage/activations.py).
     """
     routed, always = _operands(chip, experts, shared)
     more, sizes = 0, tuple(experts.down_proj.shape)
@@ -65,7 +72,7 @@ def experts(
         more = shared.down_proj.matrix.shape[1] // sizes[2]
     return _launch(
         chip, x, indices, weights, sizes, routed, more, always, residual, norm, eps,
-        experts.partial, launch, fixed,
+        experts.partial, launch, fixed, round_x,
     )  # fmt: skip
 
 
@@ -94,12 +101,12 @@ def experts_take_fixed(
 def experts_torch(
     x: Tensor, indices: Tensor, weights: Tensor, experts: Experts, shared: MLP | None = None,
     residual: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    fixed: None = None,
+    fixed: None = None, round_x: bool = False,
 ) -> Tensor:  # fmt: skip
     """The twin. It waits for x in any case, and has no use for `norm`."""
-    y = Gather()(experts, x, indices, weights)
+    y = Rounded(Gather(), 1 if round_x else NEVER)(experts, x, indices, weights)
     if shared is not None:
-        y = y + shared(x)
+        y = y + shared(x, activations.multiply if round_x else matmul)
     return y if residual is None else residual + y
 
 
@@ -110,19 +117,27 @@ def _launch(
     chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, sizes: Sizes, routed: Swiglu,
     more: int, shared: Swiglu | None, residual: Tensor | None, norm: Tensor | None, eps: float,
     partial: bool, launch: ExpertsLaunch | None, fixed: Fixed | None = None,
+    round_x: bool = False,
 ) -> Tensor:  # fmt: skip
     """`experts` of operands: `sizes` are E, D, I of routed.down, and there are `more` shared
     experts. `partial`: an index E is no expert (see dispatch.py).
     """
     (count, dim, inner), (tokens, chosen) = sizes, indices.shape
-    stored = stored_sizes(chip, x, inner, routed, shared)
+    stored = stored_sizes(chip, x, inner, routed, shared, round_x)
     use = launch or _use(chip, x, chosen, sizes, stored)
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
     step = stored[2] if use.narrow and stored[2:] else 0
+    if step and stored[3:]:
+        return _rounded_tokens(
+            chip, use, names, count, x, indices, weights, routed, shared, residual, partial
+        )
+    # Here no kernel takes an x of FP8: it is rounded, and nothing is faster.
+    x, round_h = (activations.rounded(x) if round_x and rounds(routed.gate) else x), round_x
     if step or use.rows >= LEAST_TILE:
         return _several_tokens(
-            chip, use, names, step, count, x, indices, weights, routed, shared, residual, partial
-        )
+            chip, use, names, step, count, x, indices, weights, routed, shared, residual, partial,
+            round_h,
+        )  # fmt: skip
     given = (fixed or fix(chip, x)) if stored[1:2] == (1,) else x
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h, out = x.new_empty(tokens, chosen + more, inner), torch.empty_like(x)
@@ -133,6 +148,7 @@ def _launch(
         norm if tokens == 1 else None, eps, h, tokens, FIXED=whole, MANY=tokens > 1, **names,
         **use.up,
     )  # fmt: skip
+    h = activations.rounded(h) if round_h and rounds(routed.down) else h
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs) * tokens,),
         fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down,
@@ -143,10 +159,12 @@ def _launch(
 
 
 def stored_sizes(
-    chip: Chip, x: Tensor, inner: int, routed: Swiglu, shared: Swiglu | None
-) -> tuple[int, ...]:
+    chip: Chip, x: Tensor, inner: int, routed: Swiglu, shared: Swiglu | None,
+    round_x: bool = False,
+) -> tuple[int, ...]:  # fmt: skip
     """`storage_sizes` of the experts. Inner values are vectors, too."""
-    return storage_sizes(chip, x, gcd(x.shape[-1], inner), *routed, *(shared or ()))
+    length = gcd(x.shape[-1], inner)
+    return storage_sizes(chip, x, length, *routed, *(shared or ()), round_x=round_x)
 
 
 def _use(
@@ -158,16 +176,16 @@ def _use(
 def _several_tokens(
     chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], step: int, count: int, x: Tensor,
     indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
-    residual: Tensor | None, partial: bool,
+    residual: Tensor | None, partial: bool, round_h: bool,
 ) -> Tensor:  # fmt: skip
     """Sort the choices by expert, launch the tiles' kernels, and add up each token's slots. With a
-    `step` products are narrow (narrow.py), and tiles apart.
+    `step` products are narrow (narrow.py), and tiles apart. `round_h`: inner values are rounded.
     """
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
     order, ends, places, work = _sorted(chip, indices, count, use.rows, more, use.apart or step > 0)
     up_kernel, down_kernel, how = up_tile_kernel, down_tile_kernel, sizes | {"ROWS": use.rows}
-    up, down, rounded = use.up, use.down, use.apart and not step
+    up, down, whole = use.up, use.down, use.apart and not step
     if step:
         up_kernel, down_kernel = up_narrow_kernel, down_narrow_kernel
         routed, shared = Swiglu(*map(narrow, routed)), shared and Swiglu(*map(narrow, shared))
@@ -181,13 +199,40 @@ def _several_tokens(
         pairs(chip, x, routed.gate, step) if step else x, order, ends, work, routed.gate,
         routed.up, shared_gate, shared_up, h, tokens, count, **how, **up,
     )  # fmt: skip
-    y = _slots(x, chosen + more, x.dtype if rounded else torch.float32, partial)
+    h = activations.rounded(h) if round_h and rounds(routed.down) else h
+    y = _slots(x, chosen + more, x.dtype if whole else torch.float32, partial)
     chip.run(
         down_kernel, (ceil_div(dim, use.down_outputs), places),
         pairs(chip, h, routed.down, step) if step else h, order, ends, work, weights, routed.down,
         shared_down, y, tokens, count, **how, **down,
     )  # fmt: skip
-    return _added(chip, y, residual, x, min(1024, power_of_two(dim)) if rounded else 256)
+    return _added(chip, y, residual, x, min(1024, power_of_two(dim)) if whole else 256)
+
+
+def _rounded_tokens(
+    chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
+    weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None, partial: bool,
+) -> Tensor:  # fmt: skip
+    """The same where x and the inner values are FP8 (rounded.py). Each expert's output is rounded
+    to x's dtype.
+    """
+    dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
+    tokens, chosen = indices.shape
+    order, ends, places, work = _sorted(chip, indices, count, use.rows, more, True)
+    how = sizes | {"ROWS": use.rows, "warps": use.warps, "stages": use.stages}
+    routed, shared = Swiglu(*map(narrow, routed)), shared and Swiglu(*map(narrow, shared))
+    shared_gate, shared_up, shared_down = shared or (None, None, None)
+    h = rounded.empty(x, tokens * (chosen + more), inner)
+    chip.run(
+        up_rounded_kernel, (inner // GROUP, places), round_input(chip, x), order, ends, work,
+        routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how,
+    )  # fmt: skip
+    y = _slots(x, chosen + more, x.dtype, partial)
+    chip.run(
+        down_rounded_kernel, (ceil_div(dim, use.down_outputs), places), h, order, ends, work,
+        weights, routed.down, shared_down, y, tokens, count, BLOCK=use.down_outputs // 2, **how,
+    )  # fmt: skip
+    return _added(chip, y, residual, x, min(1024, power_of_two(dim)))
 
 
 def _slots(x: Tensor, slots: int, dtype: torch.dtype, partial: bool) -> Tensor:
@@ -246,6 +291,8 @@ def dispatch(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> T
     """
     matrices = (experts.gate_proj, experts.up_proj, experts.down_proj)
     if packed_bits(experts.down_proj):  # not under the compiler: see TritonDispatch.why_not
-        return EXPERTS["triton"](Chip.of(x.device), x.contiguous(), indices, weights, experts)
+        round_x = isinstance(experts, RoundedExperts)
+        chip, x = Chip.of(x.device), x.contiguous()
+        return EXPERTS["triton"](chip, x, indices, weights, experts, round_x=round_x)
     gate, up, down = (tensor_of(matrix) for matrix in matrices)
     return _experts(x.contiguous(), indices, weights, gate, up, down, experts.partial)

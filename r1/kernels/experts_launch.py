@@ -19,7 +19,8 @@ class ExpertsLaunch:
     an expert's tokens are spread over the chip. Without it one program takes all of its expert's
     tokens, so weights are read once.
     `ahead`: of one token, so many tiles of down's weights are loaded before the wait.
-    `narrow`: the kernels of experts_narrow.py, which have their own number of columns.
+    `narrow`: the kernels of experts_narrow.py, or of rounded.py, which have their own number of
+    columns. (Of rounded.py `up_outputs` is always 128, too.)
     """
 
     rows: int
@@ -36,6 +37,8 @@ class ExpertsLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> ExpertsLaunch:
         tokens, chosen, experts, dim, inner, itemsize, *packed = sizes
+        if packed[3:]:
+            return _rounded(ceil_div(tokens * chosen, experts), chip)
         # Dot products of packed weights, also of several tokens as long as few experts meet two. On
         # an H100, a step of Moonlight with 2, 4 and 8 tokens took 1.73, 2.42 and 3.77 ms so (4
         # bits); narrow products take about as long with 4, and half a millisecond less with 8.
@@ -94,6 +97,12 @@ class ExpertsLaunch:
                 "up_inputs": (512, 1024, 2048), "down_outputs": (1, 2, 4, 8),
                 "down_inputs": (64, 128, 256, 512), "warps": (1, 2, 4, 8), "ahead": (1, 2, 3, 4),
             }  # fmt: skip
+        if self.narrow:
+            return {
+                "rows": (8, 16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
+                "down_outputs": (16, 32, 64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5),
+                "narrow": (False, True),
+            }  # fmt: skip
         return {
             "rows": (1, 8, 16, 32, 64, 128), "up_outputs": (16, 32, 64, 128),
             "up_inputs": (32, 64, 128, 256), "down_outputs": (16, 32, 64, 128, 256),
@@ -112,3 +121,10 @@ def _narrow(share: int, fp8: bool, chip: Chip) -> ExpertsLaunch:
     stages = min(6 if fp8 and share < 8 else 3, chip.shared // (2 * (up + rows) * 128))
     warps = 8 if rows == 64 else 4
     return ExpertsLaunch(rows, up, 128, down, 128, warps, max(1, stages), apart=True, narrow=True)
+
+
+def _rounded(share: int, chip: Chip) -> ExpertsLaunch:
+    """Where x is FP8, too (rounded.py), and an expert has `share` tokens. Not timed yet."""
+    rows = 64 if share <= 64 else 128
+    stages = min(4, chip.shared // ((256 + rows) * 128))
+    return ExpertsLaunch(rows, 128, 128, 256, 128, 8, stages, apart=True, narrow=True)

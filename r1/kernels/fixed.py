@@ -28,6 +28,7 @@ from torch import Tensor
 
 from r1.kernels.chip import INTERPRETED, Chip, ceil_div, let_next_start, wait_for_previous
 from r1.kernels.tiles import BITS, Operand
+from r1.storage import activations
 
 GROUP = tl.constexpr(32)
 """Numbers of x that have one scale, and are summed as whole numbers: a sum of their products with 4
@@ -76,10 +77,13 @@ def fits(chip: Chip, x: Tensor, length: int, *operands: Operand | None) -> bool:
     )
 
 
-def storage_sizes(chip: Chip, x: Tensor, length: int, *operands: Operand | None) -> tuple[int, ...]:
+def storage_sizes(
+    chip: Chip, x: Tensor, length: int, *operands: Operand | None, round_x: bool = False
+) -> tuple[int, ...]:
     """For launch parameters: nothing for dense matrices; the bits of packed numbers; then a 1 where
     they are multiplied by a fixed-point vector (see `fits`), or else a 0; then the step of products
-    by the matrix units (narrow.py). Zeros at the end are left out.
+    by the matrix units (narrow.py); then a 1 where x is to be one narrow number (`round_x`) and can
+    be. Zeros at the end are left out.
     """
     given = [w for w in operands if w is not None]
     kind = given[0].FORMAT.value
@@ -90,6 +94,8 @@ def storage_sizes(chip: Chip, x: Tensor, length: int, *operands: Operand | None)
         words = all(w.FORMAT.value == kind and w.weight.itemsize == 4 for w in given)
         multiples = (length, *(w.WIDE.value for w in given))
         step = next((n for n in (128, 64) if words and all(m % n == 0 for m in multiples)), 0)
+    if round_x and kind == "fp8" and step == activations.GROUP:
+        return (BITS[kind], 0, step, 1)
     sizes = (BITS[kind], int(fixed), step)
     return sizes if step else sizes[: 1 + fixed]
 

@@ -26,16 +26,19 @@ from r1.storage.joined import products
 
 
 def gated(
-    chip: Chip, x: Tensor, mlp: MLP, norm: Tensor, eps: float, launch: LinearLaunch | None = None
-) -> Tensor:
-    """x (N, D), RMS-normed with the gain `norm` (D,) -> SwiGLU's inner values (N, I)."""
+    chip: Chip, x: Tensor, mlp: MLP, norm: Tensor, eps: float, launch: LinearLaunch | None = None,
+    round_x: bool = False,
+) -> Tensor:  # fmt: skip
+    """x (N, D), RMS-normed with the gain `norm` (D,) -> SwiGLU's inner values (N, I). `round_x`: as
+    of `linear`.
+    """
     gate, up = mlp.gate_proj.matrix, mlp.up_proj.matrix
     tokens, (inner, inputs) = x.shape[0], gate.shape
     matrices = (operand(gate, chip.ptx), operand(up, chip.ptx))
     stored = storage_sizes(chip, x, inputs, *matrices)
     sizes = (tokens, inputs, 2 * inner, x.itemsize, *stored)
     use = launch or chip.launch(LinearLaunch, *sizes)
-    if use.rows == 1:
+    if use.rows == 1 and not round_x:
         h, block = x.new_empty(tokens, inner), max(1, use.outputs // 2)
         fixed = stored[1:2] == (1,)
         given = fix(chip, x, norm, eps) if fixed else x
@@ -45,14 +48,14 @@ def gated(
             stages=use.stages,
         )  # fmt: skip
         return h
-    normed = partial(linear, chip, x, norm=norm, eps=eps, launch=launch)
+    normed = partial(linear, chip, x, norm=norm, eps=eps, launch=launch, round_x=round_x)
     gates, ups = products(normed, gate, up)  # (N, I) each
     return prepare(chip, gates, up=ups)
 
 
-def gated_torch(x: Tensor, mlp: MLP, norm: Tensor, eps: float) -> Tensor:
+def gated_torch(x: Tensor, mlp: MLP, norm: Tensor, eps: float, round_x: bool = False) -> Tensor:
     """The twin."""
-    normed = partial(linear_torch, x, norm=norm, eps=eps)
+    normed = partial(linear_torch, x, norm=norm, eps=eps, round_x=round_x)
     return swiglu(*products(normed, mlp.gate_proj.matrix, mlp.up_proj.matrix))
 
 

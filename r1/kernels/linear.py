@@ -31,34 +31,35 @@ from r1.kernels.linear_few import few_kernel
 from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.linear_narrow import narrow_kernel
 from r1.kernels.narrow import narrow, pairs
-from r1.kernels.tiles import add_product, load, matrix_of, operand, times
+from r1.kernels.rounded import round_input, rounded_kernel, rounds
+from r1.kernels.tiles import Operand, add_product, load, matrix_of, operand, times
+from r1.storage.activations import given, rounded
 from r1.storage.matrix import Matrix
 
 
 def linear(
     chip: Chip, x: Tensor, weight: Matrix, *, norm: Tensor | None = None, eps: float = 0.0,
     residual: Tensor | None = None, dtype: torch.dtype | None = None, fixed: Fixed | None = None,
-    launch: LinearLaunch | None = None,
+    launch: LinearLaunch | None = None, round_x: bool = False,
 ) -> Tensor:  # fmt: skip
     """x (N, in), W (out, in) -> (N, out) in `dtype`, or x's. Sums are in fp32.
 
     With `norm` (in,) x is RMS-normed first, with this gain. `residual` (N, out) is added. `fixed`
     is x again, if an earlier kernel has made it (see `linear_takes_fixed`); there is no norm then.
+    `round_x`: x becomes FP8 for a matrix of FP8 (r1/storage/activations.py).
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs, dtype=dtype)
     matrix = operand(weight, chip.ptx)
-    stored = storage_sizes(chip, x, inputs, matrix)
+    stored = storage_sizes(chip, x, inputs, matrix, round_x=round_x)
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize, *stored)
+    if round_x and rounds(matrix) and not (use.narrow and stored[3:]):  # and no product is faster
+        x = rounded(x if norm is None else prepare(chip, x, norm=norm, eps=eps))
+        norm = None
     programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     if use.narrow and stored[2:]:
-        chip.run(
-            narrow_kernel, (parts, programs), pairs(chip, x, matrix, stored[2], norm, eps),
-            narrow(matrix), residual, y, tokens, outputs, INPUTS=inputs, ROWS=use.rows,
-            BLOCK_OUT=use.outputs, STEP=stored[2], warps=use.warps, stages=use.stages,
-        )  # fmt: skip
-        return y
+        return _narrow(chip, use, x, matrix, norm, eps, residual, y, stored)
     whole = stored[1:2] == (1,) and use.rows < LEAST_TILE
     given = (fixed or fix(chip, x, norm, eps)) if whole else x
     if use.rows == 1:
@@ -82,6 +83,33 @@ def linear(
         INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y
+
+
+def _narrow(
+    chip: Chip, use: LinearLaunch, x: Tensor, matrix: Operand, norm: Tensor | None, eps: float,
+    residual: Tensor | None, y: Tensor, stored: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """`linear` with an x of narrow numbers: one each (rounded.py), or pairs (narrow.py)."""
+    (tokens, inputs), outputs, w = x.shape, y.shape[1], narrow(matrix)
+    grid = (ceil_div(tokens, use.rows), ceil_div(outputs, use.outputs))
+    how = {"INPUTS": inputs, "ROWS": use.rows, "warps": use.warps, "stages": use.stages}
+    if stored[3:]:
+        chip.run(
+            rounded_kernel, grid, round_input(chip, x, norm, eps), w, residual, y, tokens, outputs,
+            BLOCK=use.outputs // 2, **how,
+        )  # fmt: skip
+    else:
+        chip.run(
+            narrow_kernel, grid, pairs(chip, x, matrix, stored[2], norm, eps), w, residual, y,
+            tokens, outputs, BLOCK_OUT=use.outputs, STEP=stored[2], **how,
+        )  # fmt: skip
+    return y
+
+
+def takes_one_number(chip: Chip, x: Tensor, weight: Matrix) -> bool:
+    """Whether `linear` multiplies x (..., in), where it is rounded, as it is then stored."""
+    inputs = x.shape[-1]
+    return len(storage_sizes(chip, x, inputs, operand(weight, chip.ptx), round_x=True)) == 4
 
 
 def linear_takes_fixed(chip: Chip, x: Tensor, weight: Matrix, head: int) -> int:
@@ -115,11 +143,12 @@ def prepare(
 def linear_torch(
     x: Tensor, weight: Matrix, *, norm: Tensor | None = None, eps: float = 0.0,
     residual: Tensor | None = None, dtype: torch.dtype | None = None, fixed: None = None,
+    round_x: bool = False,
 ) -> Tensor:  # fmt: skip
     """The twin. It rounds to x's dtype before it converts to `dtype`."""
     if norm is not None:
         x = norm * F.rms_norm(x, norm.shape, eps=eps)
-    y = weight.matmul(x)
+    y = weight.matmul(given(weight, x) if round_x else x)
     return (y if residual is None else residual + y).to(dtype or x.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from r1.kernels.chip import LEAST_TILE, Chip, Choices, Sizes, power_of_two
+from r1.kernels.chip import LEAST_TILE, Chip, Choices, Sizes, ceil_div, power_of_two
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class LinearLaunch:
     """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time.
 
     With less than 16 rows it doesn't use tl.dot, but if it is `narrow`: then products are those of
-    narrow.py, which have their own number of columns.
+    narrow.py, or of rounded.py, which have their own number of columns.
     """
 
     rows: int
@@ -25,6 +25,8 @@ class LinearLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
         tokens, inputs, outputs, itemsize, *packed = sizes
+        if packed[3:]:
+            return _rounded(tokens, outputs, chip)
         # Very many short rows: R1's q_b (24576, 1536).
         wide = outputs >= 64 * chip.processors and inputs <= 2048
         if tokens == 1 and packed[:2] == [4, 1]:
@@ -68,6 +70,11 @@ class LinearLaunch:
                 "rows": (1, 2, 4, 8, 16), "outputs": (1, 2, 4, 8, 16),
                 "inputs": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8),
             }  # fmt: skip
+        if self.narrow:
+            return {
+                "rows": (8, 16, 32, 64, 128), "outputs": (16, 32, 64, 128, 256), "warps": (4, 8),
+                "stages": (2, 3, 4, 5, 6), "narrow": (False, True),
+            }  # fmt: skip
         return {
             "rows": (1, 2, 4, 8, 16, 32, 64), "outputs": (16, 32, 64, 128),
             "inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
@@ -90,3 +97,18 @@ def _four_bits(inputs: int, outputs: int, wide: bool, chip: Chip) -> LinearLaunc
     # A warp for each 2,048 columns, and rows of 4,096 or less at once.
     columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
     return LinearLaunch(1, 2, columns, max(1, columns // 2048))
+
+
+def _rounded(tokens: int, outputs: int, chip: Chip) -> LinearLaunch:
+    """Where x is FP8, too (rounded.py). Not timed yet: the largest tiles that leave work for all
+    processors.
+    """
+    rows = 64 if tokens <= 64 else 128
+    blocks = [
+        n
+        for n in (256, 128, 64)
+        if ceil_div(tokens, rows) * ceil_div(outputs, n) >= chip.processors
+    ]
+    block = next(iter(blocks), 32)
+    stages = min(4, chip.shared // ((block + rows) * 128))
+    return LinearLaunch(rows, block, 128, 8 if rows == 128 else 4, stages, narrow=True)

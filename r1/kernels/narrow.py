@@ -27,12 +27,15 @@ from torch import Tensor
 from r1.kernels.chip import INTERPRETED, Chip, ceil_div, let_next_start
 from r1.kernels.fixed import COLUMNS, Fixed, fix, ready_columns
 from r1.kernels.tiles import Operand
+from r1.storage import activations
 
 HALVES = tl.constexpr("and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;")
 TO_REST = tl.constexpr(16.0)
 """An e4m3 number is off by up to a 16th: so its rest, times this, has the same range."""
-LARGEST = tl.constexpr(448.0)
+LARGEST = tl.constexpr(activations.LARGEST)
 """Of e4m3."""
+LEAST = tl.constexpr(activations.LEAST)
+"""What is less, and the largest of its group, is 0: the group's scale must have an inverse."""
 
 
 def narrow(w: Operand) -> Operand:
@@ -79,7 +82,7 @@ def pair_kernel(
     steps = tl.reshape(v, (BLOCK // STEP, STEP))
     largest = tl.max(tl.abs(steps), axis=1)
     scale = largest / LARGEST + tl.sum(steps * 0.0, axis=1)  # NaN and infinity stay
-    steps *= (1.0 / (tl.where(largest > 0.0, largest, LARGEST) / LARGEST))[:, None]
+    steps *= inverse(largest)[:, None]
     high = to_e4m3(steps)
     low = to_e4m3((steps - high) * TO_REST)
     number = tl.arange(0, BLOCK // STEP)
@@ -89,6 +92,12 @@ def pair_kernel(
     tl.store(place + LENGTH, low.to(tl.float8e4nv), mask=at < LENGTH)
     step = first // STEP + number
     tl.store(made.scales + token * (LENGTH // STEP) + step, scale, mask=step < LENGTH // STEP)
+
+
+@triton.jit
+def inverse(largest):
+    """What makes the largest number of a group 448."""
+    return 1.0 / (tl.where(largest > LEAST, largest, LARGEST) / LARGEST)
 
 
 @triton.jit

@@ -11,6 +11,8 @@ product does some 550 TFLOP/s of the 780 that the chip has in bf16, 2 N operatio
 0.011 ps is what linear.py's kernels should take, which unpack a tile of W again for every few
 tokens: those of experts, alike, took 0.008 to 0.018 ps (README.md here). So both ways should take
 the same time for about 140 tokens of int4, and 150 of FP8 and int8.
+Where x may be one e4m3 number (`quant_activations`), the chip multiplies FP8 as it is, of any
+number of tokens: then a weight takes max(1/3, 0.001 N) ps at the 1,979 TFLOP/s that it has in FP8.
 (The storages make a matrix dense by several torch operations, each a pass over memory: of int4 some
 30 bytes a weight.)
 
@@ -28,8 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, wait_for_previous
-from r1.kernels.linear import linear
+from r1.kernels.linear import linear, takes_one_number
 from r1.kernels.tiles import load_tile, matrix_of, operand, packed_bits, why_not
+from r1.storage.activations import rounded, takes
 from r1.storage.matrix import Matrix
 
 FEW_TOKENS = 64
@@ -39,14 +42,19 @@ ROWS, COLUMNS = 16, 256
 """Of W, for a program that makes them dense: a thread of 128 reads 16 bytes of int4."""
 
 
-def multiply(chip: Chip, matrix: Matrix, x: Tensor) -> Tensor:
+def multiply(chip: Chip, matrix: Matrix, x: Tensor, round_x: bool = False) -> Tensor:
     """W (out, in) and x (..., in) -> x W^T (..., out), in x's dtype. Of a matrix whose rows lie on
-    several devices, each multiplies its own.
+    several devices, each multiplies its own. `round_x`: x becomes FP8 for a matrix of FP8.
     """
-    return matrix.through(partial(_multiply, chip, x))
+    return matrix.through(partial(_multiply, chip, x, round_x))
 
 
-def _multiply(chip: Chip, x: Tensor, matrix: Matrix) -> Tensor:
+def _multiply(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
+    if round_x and takes(matrix):
+        if takes_one_number(chip, x, matrix):
+            y = linear(chip, x.flatten(0, -2).contiguous(), matrix, round_x=True)
+            return y.unflatten(0, x.shape[:-1])
+        x = rounded(x)
     # A dense matrix needs no unpacking. And some packed ones have no format in tiles.py: those with
     # g_idx or an odd number of 4-bit columns. A decode step's blocks refuse them, but an output
     # head may have them. Both are left to the storage.

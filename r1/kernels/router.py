@@ -55,7 +55,8 @@ class RouterLaunch:
 
     @property
     def choices(self) -> Choices:
-        return {"experts": (1, 2, 4, 8), "columns": (512, 1024, 2048, 4096, 8192), "warps": (1, 2, 4, 8)}
+        columns = (512, 1024, 2048, 4096, 8192)
+        return {"columns": columns, "warps": (1, 2, 4, 8), "experts": (1, 2, 4, 8)}
 
 
 def route(

@@ -83,7 +83,7 @@ class TritonGrouped(GroupedAttend):
 class TritonDispatch(Dispatch):
     """The chosen experts as kernels, which read each in place: experts.py."""
 
-    name = "triton"
+    name, rounds = "triton", True
     dispatch: Callable[..., Tensor]
 
     def why_not(self, use: Use) -> str | None:

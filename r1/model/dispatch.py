@@ -28,6 +28,8 @@ GROUPED_ALIGNMENT = 16  # torch's grouped_mm needs rows of a multiple of so many
 class Dispatch(Strategy):
     """The weighted sum of each token's chosen experts."""
 
+    rounds = False  # whether it rounds inputs to FP8 itself, of experts that ask for it: rounded.py
+
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x (N, D), indices int64 (N, K) into `experts`, weights fp32 (N, K) -> (N, D).
 

@@ -22,6 +22,8 @@ from r1.model.mtp import MTPLayer
 from r1.model.step import Step
 from r1.model.transformer import Transformer
 from r1.run.sampler import greedy
+from r1.storage import activations
+from r1.storage.activations import FROM_TOKENS, NEVER
 from r1.switches.backend import Backend
 
 if TYPE_CHECKING:
@@ -33,12 +35,30 @@ Block = Callable[..., Tensor]
 class Eager:
     """The model as it is written."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, least: int = NEVER) -> None:
+        """`least`: from so many tokens on a call's projections get rounded inputs. (Experts have a
+        strategy that does: model/rounded.py.)
+        """
+        self.model, self.least = model, least
 
     def block(self, block: nn.Module) -> Block:
         """A decoder layer, ready to be called."""
-        return block
+        return self.rounding(block)
+
+    def rounding(self, block: Block) -> Block:
+        """A block whose step brings the products that a call of its tokens takes."""
+        if self.least == NEVER:
+            return block
+
+        def call(x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+            return block(x, self.given(step), cache)
+
+        return call
+
+    def given(self, step: Step) -> Step:
+        """The step, with products that round their inputs if it has so many tokens."""
+        rounds = step.positions.numel() >= self.least
+        return replace(step, multiply=activations.multiply) if rounds else step
 
     def mtp(self, layer: MTPLayer) -> Block:
         """An MTP layer, ready to be called."""
@@ -65,24 +85,35 @@ class Eager:
 class Compiled(Eager):
     """Blocks under torch.compile."""
 
-    def __init__(self, model: Transformer, phase: str, device: torch.device) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: Transformer, phase: str, device: torch.device, least: int = NEVER
+    ) -> None:
+        super().__init__(model, least)
         from r1.run.compiled import compile_block  # the compiler takes seconds to import
 
         self.compile = partial(compile_block, phase=phase, device=device)
 
     def block(self, block: nn.Module) -> Block:
-        return self.compile(block)
+        return self.rounding(self.compile(block))
 
     def mtp(self, layer: MTPLayer) -> Block:
-        return self.compile(layer)
+        compiled = self.compile(layer)
+        if self.least == NEVER:
+            return compiled
+
+        def call(embedding: Tensor, hidden: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+            return compiled(embedding, hidden, self.given(step), cache)
+
+        return call
 
 
 class Fused(Eager):
     """Blocks, output head and the start of a step as hand-written kernels (r1/kernels)."""
 
-    def __init__(self, model: Transformer, device: torch.device, *, tune: bool) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: Transformer, device: torch.device, *, tune: bool, least: int = NEVER
+    ) -> None:
+        super().__init__(model, least)
         from r1.kernels.block import DecodeBlock, output_head  # Triton is optional
         from r1.kernels.chip import Chip
         from r1.kernels.greedy import likeliest
@@ -94,7 +125,8 @@ class Fused(Eager):
 
             tuned = launches.load(torch.cuda.get_device_name(device))
             self.chip = replace(self.chip, tuned=tuned, asked={})
-        self.fused, self.why_not = partial(DecodeBlock, chip=self.chip), DecodeBlock.why_not
+        self.fused = partial(DecodeBlock, chip=self.chip, least=least)
+        self.why_not = DecodeBlock.why_not
         self.begin, self.output_head, self.best = begin_step, output_head, likeliest
 
     def block(self, block: nn.Module) -> Block:
@@ -129,11 +161,13 @@ class Unpacking(Eager):
     runners of the same model keep their own.
     """
 
-    def __init__(self, model: Transformer, chip: Chip) -> None:
+    def __init__(self, model: Transformer, chip: Chip, *, rounded: bool = False) -> None:
+        """`rounded`: whether projections get rounded inputs. Then every prompt's are."""
         super().__init__(model)
         from r1.kernels.prompt import multiply  # Triton is optional
 
-        self.multiply = partial(multiply, chip)
+        self.plain = partial(multiply, chip)
+        self.multiply = partial(multiply, chip, round_x=True) if rounded else self.plain
 
     def block(self, block: nn.Module) -> Block:
         def call(x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
@@ -142,18 +176,20 @@ class Unpacking(Eager):
         return call
 
     def head(self, hidden: Tensor) -> Tensor:
-        return cast(Tensor, self.model.lm_head(hidden, self.multiply))
+        return cast(Tensor, self.model.lm_head(hidden, self.plain))
 
 
 def ways_of(model: Transformer, backend: Backend, device: torch.device) -> dict[str, Eager]:
     """The way of each phase, as the resolved switches say."""
-    phases = ("prefill", "decode")
+    rounds = backend.quant_activations != "none"
+    least = FROM_TOKENS if rounds else dict.fromkeys(FROM_TOKENS, NEVER)
     if backend.compile:
-        ways: dict[str, Eager] = {phase: Compiled(model, phase, device) for phase in phases}
+        ways: dict[str, Eager] = {p: Compiled(model, p, device, n) for p, n in least.items()}
     else:
-        ways = {phase: Eager(model) for phase in phases}
+        ways = {phase: Eager(model, tokens) for phase, tokens in least.items()}
     if backend.kernels == "triton":
-        ways["decode"] = fused = Fused(model, device, tune=backend.tune)
+        fused = Fused(model, device, tune=backend.tune, least=least["decode"])
+        ways["decode"] = fused
         if not backend.compile:  # the compiler makes its own kernels of the storages' operations
-            ways["prefill"] = Unpacking(model, fused.chip)
+            ways["prefill"] = Unpacking(model, fused.chip, rounded=rounds)
     return ways

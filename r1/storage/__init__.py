@@ -1,4 +1,4 @@
 """How a matrix lies in memory.
 
-Tested in tests/: test_checkpoint.py and test_traps.py.
+Tested in tests/: test_checkpoint.py, test_activations.py and test_traps.py.
 """

@@ -32,6 +32,7 @@ def choices() -> dict[str, tuple[str, ...]]:
         "kernels": ("torch", "triton"),
         "quant": ("auto", "none", *USUAL),
         "quant_head": ("none", "fp8", "int8"),
+        "quant_activations": ("none", "fp8"),
         "speculate": ("off", "mtp", "draft"),
         "experts": ("device", "host", "cpu", "disk"),
         "expert_policy": tuple(POLICIES),
@@ -97,6 +98,10 @@ class Backend:
     quant_head: str = "none"
     """how the output head is stored, which `quant` leaves alone; of a model in 4 bit it is up to a
     third of what a token reads"""
+    quant_activations: str = "none"
+    """fp8: FP8 matrices get inputs of FP8, a scale for each 128 columns of a token (W8A8), in
+    prompts and in decode steps of 64 tokens or more; a chip multiplies them at twice the speed with
+    `kernels=triton`"""
     tune: bool = False
     """search the best launch parameters of `kernels=triton` on this GPU, and keep them in a file"""
     speculate: str = "off"

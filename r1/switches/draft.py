@@ -13,9 +13,9 @@ from r1.switches.resolve import resolve
 
 OWN: dict[str, Any] = {
     "attention": "auto", "prefill_attention": "auto", "moe": "auto", "prefill_moe": "auto",
-    "quant_head": "none", "speculate": "off", "draft_tokens": 1, "experts": "device",
-    "expert_slots": 0, "expert_cache_gb": 0.0, "expert_policy": "last", "expert_profile": "",
-    "guess_experts": False,
+    "quant_head": "none", "quant_activations": "none", "speculate": "off", "draft_tokens": 1,
+    "experts": "device", "expert_slots": 0, "expert_cache_gb": 0.0, "expert_policy": "last",
+    "expert_profile": "", "guess_experts": False,
 }  # fmt: skip
 """The switches that a draft does not take from the model: they depend on the kind of model."""
 FIRST_PASS = 2

@@ -7,9 +7,13 @@ is dequantized while loading.
 
 from __future__ import annotations
 
-from r1.model.config import FileFormat
+from r1.errors import InputError, setting
+from r1.model.config import Config, FileFormat
+from r1.storage.activations import GROUP, fits
 from r1.storage.kinds import USUAL
 from r1.storage.spec import Spec
+from r1.switches.backend import Backend
+from r1.switches.machine import Machine
 
 KEPT = {
     "embed_tokens": "a token reads one row of it, so fewer bytes save no time",
@@ -55,3 +59,24 @@ def specs_of(files: FileFormat, quant: str) -> tuple[Spec, ...]:
 def _alike(stored: Spec, wanted: Spec) -> bool:
     """Whether numbers stored so need not be rounded again to be stored as wanted."""
     return (stored.kind, stored.rows, stored.columns) == (wanted.kind, wanted.rows, wanted.columns)
+
+
+def check_activations(backend: Backend, config: Config, machine: Machine) -> None:
+    """Raise InputError for `quant_activations` where nothing is rounded, or no chip is faster."""
+    if backend.quant_activations == "none":
+        return
+    asked = setting("quant_activations", backend.quant_activations)
+    if not any(map(fits, specs_of(config.files, backend.quant))):
+        raise InputError(
+            f"{asked} rounds the inputs of FP8 matrices that have a scale for {GROUP} columns or a "
+            f"multiple, and here is none: add {setting('quant', 'fp8')}, or leave it out"
+        )
+    if backend.experts == "cpu":
+        cpu = setting("experts", "cpu")
+        raise InputError(f"{asked}: the CPU of {cpu} multiplies unrounded inputs: leave one out")
+    if backend.device == "cpu":
+        return
+    if why := machine.why_not("fp8"):
+        raise InputError(f"{asked}: {why}")
+    if machine.hip:
+        raise InputError(f"{asked}: the kernels multiply FP8 on NVIDIA's GPUs only: leave it out")

@@ -17,7 +17,7 @@ from r1.switches import offload
 from r1.switches.backend import Backend
 from r1.switches.devices import check_devices, choose_sum
 from r1.switches.machine import Machine
-from r1.switches.precision import spec_of
+from r1.switches.precision import check_activations, spec_of
 from r1.switches.strategies import ATTENTION, EXPERTS, GROUPED, attention_of, check_tables
 
 BEST_ATTENTION = {
@@ -49,6 +49,7 @@ def resolve(
     if backend.quant_head != "none" and config.tie_word_embeddings:
         head = setting("quant_head", backend.quant_head)
         raise InputError(f"{head}: this model's output head is its embedding too: leave it out")
+    check_activations(backend, config, machine)
     _check_speculation(backend, config)
     offload.check(backend, config)
     uses = {

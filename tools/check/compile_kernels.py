@@ -39,6 +39,7 @@ import torch
 
 from r1 import Backend, Config, InputError, build
 from r1.model.cache import Cache
+from r1.storage.activations import NEVER
 from r1.storing import join_matrices
 from r1.switches.strategies import attention_of
 
@@ -194,10 +195,12 @@ def is_aligned(value: Any) -> bool:
 
 
 def launches(
-    config: Config, batch: int, target: Target, quant: str = "none", new: int = 1
-) -> list[Launch]:
+    config: Config, batch: int, target: Target, quant: str = "none", new: int = 1,
+    round_x: bool = False,
+) -> list[Launch]:  # fmt: skip
     """The launches of one decode step of `batch` rows with `new` tokens each, in bf16: the first
     layer, which is dense, and the last one, which is sparse where the model has experts.
+    `round_x`: with inputs of FP8.
     """
     from r1.kernels.allreduce import TURNS, all_reduce
     from r1.kernels.block import DecodeBlock, output_head
@@ -217,8 +220,9 @@ def launches(
     cache = Cache(entry, batch, CONTEXT, 1, device=lengths.device, dtype=torch.bfloat16)
     x = torch.empty(batch, new, config.hidden_size, dtype=torch.bfloat16, device="meta")
     model = build.sketch(config, Backend(dtype="bf16", join="on", quant=quant))
-    for block in (model.layers[0], model.layers[-1]):
-        DecodeBlock(block, recorder)(x, step, cache.layers[0])  # type: ignore[arg-type]
+    for layer in (model.layers[0], model.layers[-1]):
+        block = DecodeBlock(layer, recorder, 1 if round_x else NEVER)  # type: ignore[arg-type]
+        block(x, step, cache.layers[0])
     logits = output_head(model.lm_head, recorder, x, model.norm)  # type: ignore[arg-type]
     likeliest(recorder, logits)  # type: ignore[arg-type]
     with lengths.device:  # the sum over so many devices
@@ -257,21 +261,33 @@ def launches_of_experts(config: Config, batch: int, target: Target) -> list[Laun
     return recorder.launches
 
 
-def launches_of_prompts(config: Config, target: Target, quant: str) -> list[Launch]:
-    """The launches that make a dense layer's packed matrices dense for a long prompt, in bf16.
+def launches_of_prompts(
+    config: Config, target: Target, quant: str, round_x: bool = False
+) -> list[Launch]:
+    """The launches that make a dense layer's packed matrices dense for a long prompt, in bf16; with
+    `round_x` those that multiply by them with inputs of FP8, and those of the experts.
 
     (What a short prompt launches, a decode step of as many rows launches, too.)
     """
-    from r1.kernels.prompt import FEW_TOKENS, multiply
+    from r1.kernels.experts import experts
+    from r1.kernels.prompt import multiply
     from r1.model.layers import Linear
 
     recorder = target.recorder()
     model = build.sketch(config, Backend(dtype="bf16", join="on", quant=quant))
     for layer in model.layers[0].modules():
         if isinstance(layer, Linear):
-            shape = FEW_TOKENS + 1, layer.matrix.shape[1]
+            shape = CONTEXT, layer.matrix.shape[1]
             x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-            multiply(recorder, layer.matrix, x)  # type: ignore[arg-type]
+            multiply(recorder, layer.matrix, x, round_x)  # type: ignore[arg-type]
+    if round_x and config.experts.n_routed_experts:
+        chosen = (CONTEXT, config.experts.num_experts_per_tok)
+        with torch.device("meta"):
+            x = torch.empty(CONTEXT, config.hidden_size, dtype=torch.bfloat16)
+            indices, shares = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
+        mlp: Any = model.layers[-1].mlp
+        chip: Any = recorder
+        experts(chip, x, indices, shares, mlp.experts, round_x=round_x)
     return recorder.launches
 
 
@@ -361,6 +377,11 @@ def wanted(
         for quant in quants:
             if quant != "none":
                 found.append((f"{name} {quant} prompt", launches_of_prompts(config, target, quant)))
+        if "fp8" in quants:  # and inputs of FP8
+            found.append((f"{name} W8A8 prompt", launches_of_prompts(config, target, "fp8", True)))
+            for batch in batches:
+                step = launches(config, batch, target, "fp8", round_x=True)
+                found.append((f"{name} W8A8 batch {batch}", step))
         for where, recorded in found:
             for launch in recorded:
                 if launch.key not in seen:

@@ -3,6 +3,8 @@
     python tools/measure/bench_kernels.py --batch 1,8,32 -o moonlight.json
     python tools/measure/bench_kernels.py --batch 1 --only attention,experts --sweep 120
     python tools/measure/bench_kernels.py --batch 1 --shape r1-distill-qwen-7b --quant int4
+    python tools/measure/bench_kernels.py --batch 4096 --only experts --quant fp8 \\
+        --quant-activations fp8 --sweep 60
 
 Each kernel runs in a CUDA graph, over several copies of its weights. The copies are larger than the
 second-level cache, so the weights are cold, as in a model of many layers. A graph has many calls,
@@ -253,6 +255,12 @@ def main(argv: list[str] | None = None) -> int:
         choices=("none", *KINDS),
         help="how the layers' matrices are stored (default none: bf16)",
     )
+    parser.add_argument(
+        "--quant-activations",
+        default="none",
+        choices=("none", "fp8"),
+        help="with --quant fp8: what their inputs become (default none: they stay as they are)",
+    )
     shared.add_output(parser, "write the figures as JSON")
     arguments = parser.parse_args(argv)
     arguments.command = shared.command(__file__, argv)
@@ -264,6 +272,9 @@ def work(arguments: argparse.Namespace) -> int:
     contexts = shared.numbers("--context", arguments.context)
     shapes = shared.shapes(arguments.shape)
     only = shared.names("--only", arguments.only, KERNELS)
+    rounds = arguments.quant_activations != "none"
+    if rounds and arguments.quant != "fp8":
+        raise InputError("--quant-activations fp8 is for matrices of FP8: add --quant fp8")
     shared.check_output(arguments.output)
     if not torch.cuda.is_available():
         raise InputError(
@@ -275,7 +286,7 @@ def work(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda")
     torch.set_default_device("cuda")
     cold = COLD * torch.cuda.get_device_properties(0).L2_cache_size
-    place = Place(Chip.of(device), cold, arguments.quant)
+    place = Place(Chip.of(device), cold, arguments.quant, rounds)
     copy, rows = rates.copy_rate(device) / 1e9, []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy:.0f} GB/s")
     plan = [

@@ -59,6 +59,8 @@ class Place:
     them."""
     quant: str = "none"
     """How the matrices of layers are stored."""
+    round_x: bool = False
+    """Whether the inputs of FP8 matrices become FP8."""
 
     def copies(self, nbytes: int) -> int:
         return max(2, min(MOST_COPIES, -(-self.cold // nbytes)))
@@ -112,6 +114,7 @@ def linear_case(
         "dtype": dtype,
     }
     given["residual"] = randn(tokens, outputs) if residual else None
+    round_x = given["round_x"] = place.round_x and not head
 
     def run(weight: Matrix, use: LinearLaunch | None) -> Tensor:
         return linear(place.chip, x, weight, **given, launch=use)
@@ -123,7 +126,8 @@ def linear_case(
     weight = stored(plain, "none" if head else place.quant)
     copies = place.copies(weight.nbytes) - 1
     weights = [weight, *(copy.deepcopy(weight) for _ in range(copies))]
-    bits = storage_sizes(place.chip, x, inputs, operand(weight, place.chip.ptx))
+    matrix = operand(weight, place.chip.ptx)
+    bits = storage_sizes(place.chip, x, inputs, matrix, round_x=round_x)
     sizes = (tokens, inputs, outputs, 2, *bits)
     default = LinearLaunch.default(sizes, place.chip)
     moved = 2 * x.numel() + dtype.itemsize * tokens * outputs
@@ -170,16 +174,17 @@ def gated_case(place: Place, c: Config, tokens: int) -> Case:
         return mlp
 
     def run(mlp: MLP, use: LinearLaunch | None) -> Tensor:
-        return gated(place.chip, x, mlp, gain, EPS, use)
+        return gated(place.chip, x, mlp, gain, EPS, use, place.round_x)
 
     def twin(mlp: MLP) -> Tensor:
-        return gated_torch(x, mlp, gain, EPS)
+        return gated_torch(x, mlp, gain, EPS, place.round_x)
 
     first = made()
     matrix = first.gate_proj.matrix
     nbytes = 2 * matrix.nbytes
     copies = [first, *(made() for _ in range(place.copies(nbytes) - 1))]
-    bits = storage_sizes(place.chip, x, dim, operand(matrix, place.chip.ptx))
+    stored_as = operand(matrix, place.chip.ptx)
+    bits = storage_sizes(place.chip, x, dim, stored_as, round_x=place.round_x)
     sizes = (tokens, dim, 2 * inner, 2, *bits)
     default = LinearLaunch.default(sizes, place.chip)
     moved = 2 * x.numel() + 2 * tokens * inner
@@ -235,8 +240,11 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     from r1.kernels.experts import Swiglu, experts, experts_torch, stored_sizes
     from r1.kernels.experts_launch import ExpertsLaunch
     from r1.model.dispatch import Grouped
-    from r1.model.layers import MLP
+    from r1.model.layers import MLP, matmul
     from r1.model.moe import Experts
+    from r1.model.rounded import Rounded
+    from r1.storage import activations
+    from r1.storage.activations import NEVER
 
     dim, inner, count, chosen = (
         c.hidden_size,
@@ -252,18 +260,26 @@ def experts_case(place: Place, c: Config, tokens: int) -> Case:
     x = F.rms_norm(residual, (dim,), gain, EPS)
 
     def run(cold: tuple[Tensor, MLP], use: ExpertsLaunch | None) -> Tensor:
-        return experts(place.chip, x, cold[0], weights, routed, cold[1], residual, gain, EPS, use)
+        return experts(
+            place.chip, x, cold[0], weights, routed, cold[1], residual, gain, EPS, use,
+            round_x=place.round_x,
+        )  # fmt: skip
 
     def twin(cold: tuple[Tensor, MLP]) -> Tensor:
         if tokens == 1:
-            return experts_torch(x, cold[0], weights, routed, cold[1], residual)
+            return experts_torch(
+                x, cold[0], weights, routed, cold[1], residual, round_x=place.round_x
+            )
         # torch's way for several tokens
-        return residual + Grouped()(routed, x, cold[0], weights) + cold[1](x)
+        way = Rounded(Grouped(), 1 if place.round_x else NEVER)
+        shared = cold[1](x, activations.multiply if place.round_x else matmul)
+        return residual + way(routed, x, cold[0], weights) + shared
 
     drawn = [torch.rand(tokens, count).topk(chosen).indices for _ in range(8)]
     shared = [filled(lambda: MLP(dim, more * inner), 0.02, place.quant) for _ in drawn]
     hit = sum(i.unique().numel() for i in drawn) / len(drawn)
-    bits = stored_sizes(place.chip, x, inner, Swiglu.of(place.chip, *matrices), None)
+    operands = Swiglu.of(place.chip, *matrices)
+    bits = stored_sizes(place.chip, x, inner, operands, None, place.round_x)
     sizes = (tokens, chosen, count, dim, inner, 2, *bits)
     default = ExpertsLaunch.default(sizes, place.chip)
     moved = int((hit + more) * one + 4 * x.numel())

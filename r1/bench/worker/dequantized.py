@@ -2,6 +2,11 @@
 
 A quantized arm is compared twice. Against this reference: is the arithmetic right? Against the fp32
 reference, which has the original numbers: what did quantizing cost? Only the first can fail.
+
+With `quant_activations` the arm's own numbers are the rounded inputs, too: the plain code rounds
+them where the arm does (r1/storage/activations.py). Rounding to 4 bits makes much of little: an
+input that another order of sums moves over the middle of two numbers is off by up to a 16th. So the
+bound, which runs of this very code with noise set, is wider then.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from r1.model.mla import MLA
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Transformer
 from r1.run.engine import Engine
+from r1.storage.activations import FROM_TOKENS
 from r1.switches.backend import Backend
 
 NO_BOUND = Bound()
@@ -83,7 +89,8 @@ def _plain(subject: Subject) -> Iterator[Subject]:
     model = subject.engine.model
     before = list(_slots(model))
     settings = {**vars(Backend()), **TEXTBOOK, "join": subject.engine.backend.join}
-    settings |= {"device": subject.engine.backend.device, "dtype": subject.engine.backend.dtype}
+    asked = subject.engine.backend
+    settings |= {name: getattr(asked, name) for name in ("device", "dtype", "quant_activations")}
     backend = Backend(**settings)
     try:
         upcast(model)
@@ -91,6 +98,9 @@ def _plain(subject: Subject) -> Iterator[Subject]:
         plain = Subject(backend, subject.workload, subject.folder)
         plain.engine = Engine(model, backend)
         steps.cache_in_fp32(plain)
+        if asked.quant_activations != "none":  # by the number of tokens that the arm's steps have
+            tokens = subject.cache.rows * asked.step_tokens
+            steps.round_steps(plain, tokens >= FROM_TOKENS["decode"])
         plain.prepare()
         yield plain
     finally:

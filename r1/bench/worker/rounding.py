@@ -24,9 +24,11 @@ from r1.bench.worker.subject import Subject
 from r1.bench.worker.text import read
 from r1.device import DTYPES
 
-NOISE = {"amp": 1.0, "dtype": 1.5}
+NOISE = {"amp": 1.0, "dtype": 1.5, "quant_activations": 8.0}
 """The noise between two layers, in roundings. Arms that store hidden states in a `dtype` round them
-several times in a layer. Under amp they stay in fp32, and products round elsewhere than here."""
+several times in a layer. Under amp they stay in fp32, and products round elsewhere than here. An
+fp32 arm with inputs of FP8 adds up in another order: then that many roundings of fp32 are what
+decides between two e4m3 numbers. (With other dtypes such inputs are rounded here as in the arm.)"""
 CALL_BYTES, CALL_TOKENS = 256 * 10**6, 128
 """The most bytes of logits, and the most tokens of a row, in one call."""
 BATCH_TOKENS = 2**13
@@ -66,6 +68,7 @@ def measure_rounding(subject: Subject, switch: str, reference: dict[str, Tensor]
     `switch` is one of parity.rounds_by. Afterwards the subject has other rows.
     """
     name, _, dtype = switch.partition("=")
+    dtype = dtype if dtype in DTYPES else "fp32"
     error = NOISE[name] * torch.finfo(DTYPES[dtype]).eps / 2  # of one rounding: half a step
     rows = reference["logits"].shape[1]
     routing = subject.workload.routing
@@ -74,7 +77,7 @@ def measure_rounding(subject: Subject, switch: str, reference: dict[str, Tensor]
     width = 1 if routing == "uniform" else None
     subject.repeat_rows(rows, together)
     kl, tie = [], 0.0
-    with steps.rounded_to(subject, dtype):
+    with steps.rounded_to(subject, dtype if dtype != "fp32" else "off"):
         subject.fill()
         for batch in range(-(-runs // together)):
             with steps.noise(subject, error, seed=batch):

@@ -6,16 +6,19 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from r1.bench.worker.subject import Subject
+from r1.model.moe import MoE
+from r1.model.rounded import Rounded
 from r1.model.router import Router
 from r1.run import graphs
 from r1.run.sampler import Sampler
 from r1.run.speculate import speculate
+from r1.storage.activations import NEVER
 
 
 def prefill(subject: Subject) -> Tensor:
@@ -43,6 +46,18 @@ def rounded_to(subject: Subject, amp: str) -> Iterator[None]:
         yield
     finally:
         caller.backend = before
+
+
+def round_steps(subject: Subject, rounds: bool) -> None:
+    """From now on decode steps have inputs of FP8, or have not, whatever their number of tokens.
+
+    Of a subject with `quant_activations`, whose prompts always have them.
+    """
+    least = 1 if rounds else NEVER
+    subject.engine.runner.ways["decode"].least = least
+    for module in subject.engine.model.modules():
+        if isinstance(module, MoE):
+            cast(Rounded, module.dispatch["decode"]).least = least
 
 
 @contextmanager
