@@ -248,11 +248,10 @@ def _repack(model: Transformer, backend: Backend) -> None:
 
 def finish(model: Transformer, backend: Backend) -> Transformer:
     """Fill the slots with the strategies that `backend` names."""
-    attention = {"prefill": backend.prefill_attention, "decode": backend.attention}
     sparse = model.config.experts.n_routed_experts > 0
     experts = {"prefill": backend.prefill_moe, "decode": backend.moe} if sparse else {}
     table: Mapping[str, Any] = attention_of(model.config.attention)
-    attend = {phase: table[name] for phase, name in attention.items()}
+    attend = {"prefill": table[backend.prefill_attention], "decode": table[backend.attention]}
     dispatch: dict[str, Dispatch] = {phase: EXPERTS[name] for phase, name in experts.items()}
     if backend.quant_activations != "none":
         dispatch = {phase: Rounded(s, FROM_TOKENS[phase]) for phase, s in dispatch.items()}
