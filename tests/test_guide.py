@@ -95,6 +95,7 @@ PROMPTS = measured.best_prompts(measured.committed())
 def test_a_prompt_is_predicted_roughly(row: Measured) -> None:
     """Within 2.2 times, from rows of other work: a host's speed changes by two in itself."""
     others = [each for each in PROMPTS if (each.work, each.prompt) != (row.work, row.prompt)]
+    others = [each for each in others if each.kind == row.kind]
     like, tokens = Like.of_row(row), row.batch * row.prompt
     predicted, start = predict.prompt_ms(
         row.prompt_floor_ms, others, like, tokens, row.step_gb * 1e9

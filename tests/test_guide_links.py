@@ -134,15 +134,19 @@ def test_experts_in_ram_are_the_last_resort() -> None:
 
 
 def test_a_time_is_expected_from_rows_of_the_same_kind() -> None:
-    """Twice the floor was measured with experts in RAM, so twice the floor is expected of them."""
-    row = next(r for r in measured.committed() if r.fused and r.tpot_ms)
+    """10 ms more than the copies were measured with experts in RAM: so much is expected of as many
+    layers.
+    """
+    here = [each for each in measured.committed() if each.experts == "device"]
+    row = next(r for r in here if r.fused and r.tpot_ms)
     streamed = replace(row, experts="host", captured=False, model="r1", floor_ms=10.0, tpot_ms=20.0)
-    before = ask("r1", "4090", count=1).first.times
+    before = ask("r1", "4090", count=1, predictor=Predictor(here)).first.times
     assert before.expected_tpot_ms is before.expected_ttft_ms is before.step_row is None
-    predictor = Predictor((*measured.committed(), streamed))
+    predictor = Predictor((*here, streamed))
     after = ask("r1", "4090", count=1, predictor=predictor).first.times
     assert after.step_row == streamed
-    assert after.expected_tpot_ms == pytest.approx(2 * after.floor_tpot_ms)
+    more = 10 / row.layers * SHAPES["r1"].num_hidden_layers
+    assert after.expected_tpot_ms == pytest.approx(after.floor_tpot_ms + more)
     device = ask("moonlight-16b", "4090", predictor=predictor).first.times
     assert device.step_row and device.step_row.experts == "device"
     first = after.floor_ttft_ms or 0.0
@@ -244,7 +248,10 @@ def test_the_slowest_part_is_named() -> None:
     assert "The slowest is: host link." in text and "host link 28 GB/s" in text
     slots = one.first.times.slots
     assert f"slots for {slots} of 256" in text and f"--expert-slots {slots}" in text
-    assert f"{1 - slots / 256:.0%} of the experts" in text and "no row was measured" in text
+    assert (
+        f"{1 - slots / 256:.0%} of the experts" in text
+        and "a layer beside its experts' copies" in text
+    )
     disk = said(ask("r1", "4090", places=(Places("disk", 64e9),)))
     assert "The slowest is: drive." in disk and "drive 5 GB/s" in disk
     assert "654 GB of files" in disk, "R1's are FP8"

@@ -140,6 +140,12 @@ def gpu(name: str) -> Gpu:
     return all_gpus()[asked]
 
 
+def chip_of(machine: str | None) -> object:
+    """What a machine's processors are: an H200's are an H100's."""
+    known = (gpu for gpu in all_gpus().values() if gpu.machine == machine and machine)
+    return next(((gpu.device, gpu.capability) for gpu in known), machine)
+
+
 def electricity() -> tuple[float, Source]:
     """The price of a kilowatt-hour in US dollars."""
     value, origin = read()["electricity"]["usd_per_kwh"]

@@ -18,7 +18,7 @@ from r1 import roofline
 from r1.bench.load_result import load
 from r1.bench.rates import Rates
 from r1.files.config_json import parse_config
-from r1.guide.gpus import all_gpus
+from r1.guide.gpus import all_gpus, chip_of
 from r1.guide.links import LEAST_STEP_GB, exchange_seconds
 from r1.guide.steps import Packed, Read, packed
 from r1.model.config import AttentionShape, Config
@@ -108,9 +108,12 @@ class Measured:
 
     @property
     def layer_ms(self) -> float:
-        """What a layer takes beside its bytes, and the sums between devices."""
+        """What a layer takes beside its bytes, or beside the copies that it waits for where experts
+        lie elsewhere; and without the sums between devices.
+        """
         assert self.tpot_ms
-        return max(0.0, self.tpot_ms - self.exchange_ms - self.read.ms) / self.layers
+        known = self.read.ms if self.whole else self.floor_ms
+        return max(0.0, self.tpot_ms - self.exchange_ms - known) / self.layers
 
     @property
     def share(self) -> float:
@@ -240,11 +243,15 @@ def best(rows: Iterable[Measured]) -> list[Measured]:
 
 
 def best_prompts(rows: Iterable[Measured]) -> list[Measured]:
-    """The fastest for each work and length of prompt, of those that were not captured."""
+    """The fastest for each work and length of prompt, of those that were not captured.
+
+    Most wait for the host, whose speed belongs to no GPU: machines with the same processors count
+    as one.
+    """
     fastest: dict[Any, Measured] = {}
     for row in rows:
         if not row.prompt_captured and row.step_gb >= LEAST_STEP_GB:
-            key = (*row.work, row.prompt)
+            key = (chip_of(row.machine), *row.work[1:], row.prompt)
             if key not in fastest or row.ttft_ms < fastest[key].ttft_ms:
                 fastest[key] = row
     return list(fastest.values())

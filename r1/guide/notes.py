@@ -90,8 +90,9 @@ def _starts(speed: Speed, word: str) -> list[str]:
     lines, row, prompt = [], speed.times.step_row, speed.times.prompt_row
     if row:
         part = f"{row.share:.0%} of its floor's rates"
-        if row.whole:
-            part = f"{1e3 * row.layer_ms:.3g} us a layer beside its bytes"
+        if row.whole or row.experts != "device":
+            beside = "bytes" if row.whole else "experts' copies"
+            part = f"{1e3 * row.layer_ms:.3g} us a layer beside its {beside}"
         lines.append(
             f"{word}TPOT at batch {speed.sizes.rows} starts from the measured row "
             f"{row.describe()}: {part}."

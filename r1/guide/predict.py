@@ -11,8 +11,9 @@ The time to expect of a step is
 where the second term is that of the nearest measured row (measured.py). So a prediction starts from
 one row, and says which. Nothing predicted is shown as measured. What a layer takes beside its bytes
 is taken as it is for other machines too: it is kernels that start and wait, and their processors
-differ less than memories do. Where experts lie elsewhere, stages take turns, or a CPU computes, it
-is floor / share + sums: the nearest row reached that share of its own floor.
+differ less than memories do. Where experts lie elsewhere the floor, which is that of their copies,
+stands for the first term. Where stages take turns, or a CPU computes, it is floor / share + sums:
+the nearest row reached that share of its own floor.
 
 A prompt that is not captured takes the longer of two times: the device's, floor / share of the
 nearest row that waited for the device, and the host's, a layer's launches in the nearest row that
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from r1.bench.rates import Rates
 from r1.footprint import Sizes
 from r1.guide import links, measured
-from r1.guide.gpus import Gpu, all_gpus
+from r1.guide.gpus import Gpu, all_gpus, chip_of
 from r1.guide.measured import Measured
 from r1.guide.setup import Setup
 from r1.guide.steps import Read, packed
@@ -209,20 +210,15 @@ class Like:
         return most + 6 * fused + 5.5 * shared + 4 * far + machine + other
 
 
-def chip_of(machine: str | None) -> object:
-    """What a machine's processors are: an H200's are an H100's."""
-    known = (gpu for gpu in all_gpus().values() if gpu.machine == machine and machine)
-    return next(((gpu.device, gpu.capability) for gpu in known), machine)
-
-
 def step_ms(floor_ms: float, read: Read, row: Measured, like: Like) -> float:
     """A step's time without sums, if its layers take as long beside their bytes as the row's.
 
     It is never below the floor: a step of large kernels may read faster than a copy.
     """
-    if not row.whole:
+    if row.experts == "device" and not row.whole:
         return floor_ms / row.share
-    return max(floor_ms, read.ms + row.layer_ms * like.layers)
+    known = read.ms if row.whole else floor_ms
+    return max(floor_ms, known + row.layer_ms * like.layers)
 
 
 def nearest(rows: Sequence[Measured], like: Like, batch: int, step_bytes: float) -> Measured | None:
