@@ -16,7 +16,9 @@ class Recorded:
     run before.
     """
 
-    def __init__(self, step: Step, inputs: tuple[Tensor, ...], cache: Cache, pool: Any) -> None:
+    def __init__(
+        self, step: Step, inputs: tuple[Tensor, ...], cache: Cache, pool: Any, _link: object
+    ) -> None:
         lengths = cache.lengths.clone()
         self.step, self.cache, self.shared = step, cache, pool
         self.beside: list[Recorded] = pool.beside if pool else []

@@ -80,6 +80,9 @@ def test_old_results_get_speedups_that_their_milliseconds_give(path: Path) -> No
     before = copy.deepcopy(rows)
     set_speedups(rows)
     assert rows == before, "setting them again changes nothing"
+    if all(row["kind"] != "baseline" for row in rows):
+        assert not any(row["speedup"] for row in rows), "there is nothing to be faster than"
+        return
     base: dict[int, float] = {}
     for line in table(rows, ["batch", "ms/token", "speed-up"])[2:]:
         batch, milliseconds, speedup = (cell.strip() for cell in line.strip("|").split("|"))

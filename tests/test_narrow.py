@@ -116,13 +116,11 @@ def test_linear(tokens: int, rows: int, spec: Spec) -> None:
     torch.testing.assert_close(ours.double(), right, atol=3e-2, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "groups of 128", "zero points"])
-@pytest.mark.parametrize("partial", [False, True])
-def test_experts(partial: bool, name: str) -> None:
-    """Expert 5 has all tokens, expert 0 none, and of `partial` the last tokens have none at all.
-    Two shared experts.
+def crowded(spec: Spec, tokens: int) -> tuple[Experts, MLP, Tensor, Tensor, Tensor]:
+    """Eight experts, of which number 5 has all tokens and number 0 none, two shared ones, and x,
+    weights and indices of the tokens.
     """
-    tokens, dim, inner, spec = 11, 256, 128, SPECS[name]
+    dim, inner = 256, 128
     config = V3.change(hidden_size=dim, moe_intermediate_size=inner, n_shared_experts=2)
     routed, shared = Experts(config), MLP(dim, 2 * inner)
     routed.gate_proj, routed.up_proj = (stored(spec, 8, inner, dim) for _ in range(2))
@@ -137,6 +135,16 @@ def test_experts(partial: bool, name: str) -> None:
     others = torch.tensor([1, 2, 3, 4, 6, 7])
     indices = torch.stack([others[torch.randperm(6)[:3]] for _ in range(tokens)]).to(DEVICE)
     indices[:, 1] = 5
+    return routed, shared, x, weights, indices
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "groups of 128", "zero points"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_experts(partial: bool, name: str) -> None:
+    """Expert 5 has all tokens, expert 0 none, and of `partial` the last tokens have none at all.
+    Two shared experts.
+    """
+    routed, shared, x, weights, indices = crowded(SPECS[name], 11)
     if partial:
         indices[6:], routed.partial = 8, True
     launch = ExpertsLaunch(8, 64, 128, 128, 128, 4, 2, apart=True, narrow=True)

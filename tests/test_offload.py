@@ -512,10 +512,13 @@ def test_host_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(each() is None for each in made)
 
 
-def test_saving(tmp_path: Path) -> None:
-    """The files have every expert, not those of the slots."""
+@pytest.mark.parametrize(
+    "how", [{"expert_slots": 2}, {"expert_slots": 4, "expert_policy": "resident"}], ids=str
+)
+def test_saving(tmp_path: Path, how: dict[str, Any]) -> None:
+    """The files have every expert, not those of the slots; resident ones lie nowhere else."""
     plain = model(TINY.change(fp8_block=None), dtype="fp32")
-    made = model(TINY.change(fp8_block=None), dtype="fp32", **HOST, expert_slots=2)
+    made = model(TINY.change(fp8_block=None), dtype="fp32", **HOST, **how)
     theirs = places(plain)
     for key, tensor in places(made).items():
         assert torch.equal(tensor, theirs[key]), key

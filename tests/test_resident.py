@@ -14,17 +14,14 @@ from typing import Any
 import pytest
 import torch
 from decoding import PROMPTS, read
-from models import TINY, model, sharp_logits
+from models import TINY, sharp_logits
 from ranks import Ranks, Refused
 from refusals import refused
 from test_offload import check, even, fused, loaded, sketched, streamed_layers
 from test_parallel import check_logits, plain  # noqa: F401 (a fixture)
 from tolerances import atol
 
-import r1
 from r1 import Backend, build
-from r1.files.names import places
-from r1.files.save import save
 from r1.placement import link, offload
 from r1.placement.offload import Offloaded, rest_bytes, sparse, staging_bytes
 from r1.placement.profile import Profile
@@ -199,19 +196,6 @@ def test_new_memory_is_touched_by_several_threads() -> None:
     link.touch(rows)
     assert not rows.any()
     assert link.host_rows(0, 999, torch.device("cpu")).shape == (0, 999)
-
-
-def test_saving(tmp_path: Path) -> None:
-    """The files have every expert, from either place."""
-    config = TINY.change(fp8_block=None)
-    made = model(config, dtype="fp32", **RESIDENT, expert_slots=4)
-    theirs = places(model(config, dtype="fp32"))
-    for key, tensor in places(made).items():
-        assert torch.equal(tensor, theirs[key]), key
-    save(made, tmp_path / "model")
-    again = r1.load(tmp_path / "model", Backend(device="cpu", dtype="fp32"), quiet=True)
-    for key, tensor in places(again.model).items():
-        assert torch.equal(tensor, theirs[key]), key
 
 
 def test_host_memory_is_freed() -> None:

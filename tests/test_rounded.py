@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="the kernels need the triton package: pip i
 
 import test_narrow
 from test_activations import BLOCKS, CONFIG, ROWS, counted, experts_by_definition, packed, run
-from test_narrow import CHIP, DEVICE, EPS, draw, stored
+from test_narrow import CHIP, DEVICE, EPS, crowded, draw, stored
 
 from r1.kernels import prompt
 from r1.kernels.block import DecodeBlock
@@ -127,21 +127,7 @@ def test_experts(spec: Spec, partial: bool) -> None:
     """Expert 5 has all 70 tokens, two tiles, expert 0 none, and of `partial` the last tokens have
     none at all. Two shared experts.
     """
-    tokens, dim, inner = 70, 256, 128
-    config = V3.change(hidden_size=dim, moe_intermediate_size=inner, n_shared_experts=2)
-    routed, shared = Experts(config), MLP(dim, 2 * inner)
-    routed.gate_proj, routed.up_proj = (stored(spec, 8, inner, dim) for _ in range(2))
-    routed.down_proj, shared.down_proj.matrix = (
-        stored(spec, 8, dim, inner),
-        stored(spec, dim, 2 * inner),
-    )
-    shared.gate_proj.matrix, shared.up_proj.matrix = (
-        stored(spec, 2 * inner, dim) for _ in range(2)
-    )
-    x, weights = draw(tokens, dim), torch.rand(tokens, 3, device=DEVICE)
-    others = torch.tensor([1, 2, 3, 4, 6, 7])
-    indices = torch.stack([others[torch.randperm(6)[:3]] for _ in range(tokens)]).to(DEVICE)
-    indices[:, 1] = 5
+    routed, shared, x, weights, indices = crowded(spec, 70)
     if partial:
         indices[60:], routed.partial = 8, True
     launch = ExpertsLaunch(64, 128, 128, 256, 128, 4, 2, apart=True, narrow=True)

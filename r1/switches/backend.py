@@ -136,8 +136,8 @@ class Backend:
     """GB of the CPU's memory for experts that were read, with `experts=disk`; 0: what is free"""
     expert_policy: str = "last"
     """which expert gives its slot away; last: the one used longest ago; most: the one that fewest
-    tokens chose; pinned: the one chosen least in `expert_profile`; resident: most experts keep
-    theirs (the profile's best), and have no copy in host memory"""
+    tokens chose; pinned: the one chosen least in `expert_profile`; resident: most keep theirs, the
+    profile's best, without a copy in host memory"""
     expert_profile: str = ""
     """the file of `expert_policy=pinned` (or resident): how often each expert was chosen, as
     tools/measure/record_routing.py records it"""
