@@ -7,7 +7,7 @@ offload      experts in host memory or files: what lies where, and how much memo
 streamed     one layer's experts there: passes over the slots of the device
 sources      where a missing expert comes from: host memory, or files with a cache before them
 holding      what of it lies on the device or is on its way: slots, copies, passes
-guessing   the next layer's experts, fetched before it has chosen
+guessing     the next layer's experts, fetched before it has chosen
 staging      places that layers share, through which a prompt's experts pass
 traffic      counts: experts that were wanted, found and copied
 slots        which expert lies in which slot, and which one gives its slot away

@@ -11,9 +11,14 @@ from r1.switches.precision import spec_of
 
 OWN = ("expert_slots", "expert_cache_gb", "expert_policy", "expert_profile", "guess_experts")
 """The switches that say how experts are fetched."""
-CAN_NOT_WAIT = ("compile", "prefill_graphs", "tune")
-"""Switches under which nothing may wait for a number in the middle of a step. cuda_graphs records
-a step in pieces, between which the host fetches experts (run/pieces.py)."""
+CAN_NOT_WAIT = {
+    "host": ("compile", "prefill_graphs", "tune"),
+    "disk": ("compile", "prefill_graphs", "tune"),
+    "cpu": ("compile", "prefill_graphs", "tune", "cuda_graphs"),
+}
+"""By the value of `experts`: switches under which nothing may wait for a number in the middle of a
+step. cuda_graphs records a step in pieces, between which the host fetches (run/pieces.py), but does
+not multiply."""
 NEEDS = {"cpu": "all of them there, to multiply", "disk": "no copies there, as its files have all"}
 """By the value of `experts`: why no expert is resident."""
 
@@ -62,7 +67,7 @@ def check(backend: Backend, config: Config) -> None:
         )
     if backend.experts == "cpu":
         _check_host(backend, config)
-    for name in (*CAN_NOT_WAIT, *(("cuda_graphs",) if backend.experts == "cpu" else ())):
+    for name in CAN_NOT_WAIT[backend.experts]:
         if getattr(backend, name):
             raise InputError(
                 f"{asked} has to know each layer's choices on the CPU, for which {setting(name)} "
