@@ -186,12 +186,11 @@ def grouped_configs(draw: st.DrawFn) -> Config:
 def model(
     config: Config, *, seed: int = 0, dtype: str = "bf16", mtp: bool = False, **switches: Any
 ) -> Transformer:
-    """Random weights on the CPU that hide no mistake: sharp attention, a gate bias of all 24 bits,
-    norms that aren't 1.
+    """Random weights that hide no mistake: sharp attention, a gate bias of all 24 bits, norms that
+    aren't 1. On the CPU, unless `switches` name another device.
     """
-    made = build.from_shape(
-        config, resolve(Backend(device="cpu", dtype=dtype, **switches), config), seed=seed, mtp=mtp
-    )
+    asked = Backend(**{"device": "cpu", "dtype": dtype, **switches})
+    made = build.from_shape(config, resolve(asked, config), seed=seed, mtp=mtp)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, weight in places(made).items():
         mean, deviation = 1.0, 0.3
@@ -297,13 +296,15 @@ def drafting_engine(
     blocks: float = 0.3,
     **switches: Any,
 ) -> Engine:
-    """Random weights on the CPU whose MTP layer is often right, though not always.
+    """Random weights whose MTP layer is often right, though not always. On the CPU, unless
+    `switches` name another device.
 
     They are the same for each number of drafts `k` (0: no speculation). The blocks add little
     (`blocks`) to what the token itself says, in the model and in the MTP layer, whose eh_proj hands
     the embedding on and adds some of the hidden state.
     """
-    asked = {"dtype": "fp32", **switches} | ({"speculate": "mtp", "draft_tokens": k} if k else {})
+    asked: dict[str, Any] = {"device": "cpu", "dtype": "fp32", **switches}
+    asked |= {"speculate": "mtp", "draft_tokens": k} if k else {}
     made = model(config, seed=seed, mtp=True, **asked)
     for name, weight in places(made).items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -315,7 +316,7 @@ def drafting_engine(
     both[:, : config.hidden_size] = torch.eye(config.hidden_size)
     drafter.enorm.weight.fill_(1.0)
     drafter.shared_head.norm.weight.copy_(made.norm.weight)
-    return Engine(made, resolve(Backend(device="cpu", **asked), config), None, frozenset(stops))
+    return Engine(made, resolve(Backend(**asked), config), None, frozenset(stops))
 
 
 def drafted_engine(
