@@ -188,5 +188,5 @@ class Work:
         if not gate.unpacked_bytes or (kernels and phase == "decode"):
             return values
         # A kernel makes a prompt's matrix dense in one pass: there is nothing beside the result.
-        beside = 0 if kernels and not compiled else gate.unpacked_bytes
+        beside = 0 if kernels else gate.unpacked_bytes
         return values + 2 * inner * inputs * (beside + self.itemsize)

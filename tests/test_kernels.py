@@ -49,7 +49,8 @@ from r1 import InputError, build
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.block import DecodeBlock, output_head
 from r1.kernels.chip import Chip
-from r1.kernels.experts import dispatch, experts, experts_torch
+from r1.kernels.experts import experts, experts_torch
+from r1.kernels.experts_dispatch import dispatch
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
 from r1.kernels.greedy import likeliest

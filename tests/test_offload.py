@@ -270,7 +270,7 @@ def test_text_and_drafts_in_pieces() -> None:
         (done,) = engine.generate([engine.encode(question)], 40, temperature=0.0)
         answers.append(done.tokens)
     assert answers[0] == answers[1]
-    device = {"device": "cuda" if GPU else "cpu"}
+    device: dict[str, Any] = {"device": "cuda" if GPU else "cpu"}
     drafts = drafting_engine(TINY, 3, k=2, **device, **PIECES, expert_slots=EXPERTS)
     in_pieces(drafts.runner)
     texts = [

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from conftest import CountingBackend
 from models import TINY_QWEN2, V3, unit_gain, with_switches
 from tolerances import atol
 from torch import Tensor
@@ -26,10 +27,11 @@ from r1 import build
 from r1.kernels import prompt
 from r1.model.attend import UpProjection
 from r1.model.layers import Linear
+from r1.model.moe import Experts
 from r1.model.transformer import Transformer
 from r1.placement.collectives import Gather, SpreadRows, Sum
 from r1.run.runner import Runner
-from r1.run.ways import Eager, Unpacking, ways_of
+from r1.run.ways import Eager, Unpacking
 from r1.storage import int8, quantized
 from r1.storage.joined import join
 from r1.storage.kinds import KINDS
@@ -204,7 +206,32 @@ def test_a_drafter_reads_prompts_likewise() -> None:
     assert given[0].multiply is way.multiply and step.multiply is not way.multiply
 
 
-def test_compiled_prompts_stay_compiled(compiler: object) -> None:
-    """Inductor makes kernels of its own of a storage's operations."""
-    run = run_here(unit_gain(V3, device=DEVICE.type), "fp32", **SWITCHES["kernels"], compile=True)
-    assert not isinstance(ways_of(run.model, run.backend, DEVICE)["prefill"], Unpacking)
+@pytest.mark.parametrize("kind", TINY_SPECS)
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_prompts(
+    name: str, kind: str, compiler: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler takes the products as a whole, experts' too: it gets no numbers to unpack."""
+    spec = TINY_SPECS[kind]
+    made = packed(name, spec)
+    for experts in made.modules():
+        if isinstance(experts, Experts):
+            for each in ("gate_proj", "up_proj", "down_proj"):
+                weight = getattr(experts, each).dense().detach().cpu()
+                setattr(experts, each, KINDS[spec.kind].of(weight, spec).to(DEVICE))
+            experts.gate_proj, experts.up_proj = join(experts.gate_proj, experts.up_proj)
+    right = read(run_here(made, "fp32"))
+    switches = {**SWITCHES["kernels"], **SWITCHES["prefill_moe"]}
+    read(run_here(unit_gain(MODELS[name], device=DEVICE.type), "fp32", **switches, compile=True))
+    dense, compiler.graphs = compiler.graphs, 0
+    refuse_torch(monkeypatch)
+    gap = (read(run_here(made, "fp32", **switches, compile=True)) - right).abs().max()
+    assert float(gap) < atol("algebra fp32")
+    assert compiler.graphs == dense > 0
+
+
+def test_a_compiled_product_of_what_no_kernel_reads() -> None:
+    """It is left to the storage there, too."""
+    odd, x = stored(Spec("int4", 1, 0), 6, 15).to(DEVICE), torch.randn(3, 15, device=DEVICE)
+    product = torch.compile(prompt.multiply, fullgraph=True, backend="eager")
+    assert torch.equal(product(CHIP, odd, x), odd.matmul(x))

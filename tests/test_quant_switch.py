@@ -395,13 +395,11 @@ def test_auto() -> None:
         (CONFIG, gpu, {}, "none"),
         (int4, gpu, {"kernels": "triton"}, "int4"),
         (int4, gpu, {"prefill_moe": "triton"}, "int4"),
-        (int4, gpu, {"prefill_moe": "triton", "compile": True}, "none"),
+        (int4, gpu, {"prefill_moe": "triton", "compile": True}, "int4"),
         (int4, cpu, {"quant": "none"}, "none"),
     )
     for config, machine, asked, got in cases:
         assert resolve(Backend(**asked), config, machine).quant == got
-    with refused("moe=triton compiled reads plain numbers, not int4: use quant=none"):
-        resolve(Backend(moe="triton", compile=True, quant="int4"), CONFIG, gpu)
 
 
 def test_memory_is_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:

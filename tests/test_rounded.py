@@ -26,7 +26,8 @@ from test_narrow import CHIP, DEVICE, EPS, crowded, draw, stored
 from r1.kernels import prompt
 from r1.kernels.block import DecodeBlock
 from r1.kernels.chip import Chip
-from r1.kernels.experts import dispatch, experts
+from r1.kernels.experts import experts
+from r1.kernels.experts_dispatch import dispatch
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
 from r1.kernels.linear import linear, linear_torch, takes_one_number
@@ -218,8 +219,11 @@ def test_the_first_half_of_a_feed_forward() -> None:
     assert "rounded_kernel" in seen.ran
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With kernels=triton prompts take these kernels, and steps of so many tokens (here 4)."""
+    """With kernels=triton prompts take these kernels, compiled or not, and steps of so many tokens
+    (here 4).
+    """
     seen = watched()
     monkeypatch.setitem(FROM_TOKENS, "decode", 4)
     monkeypatch.setattr(Chip, "of", lambda _: seen)
@@ -229,6 +233,10 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[5, 9, 20, 7], [11, 3]]
     ours = fused.prefill(prompts, fused.cache(2, 16))
     assert kernels <= seen.ran and "pair_kernel" not in seen.ran
+    seen.ran.clear()
+    compiled = run(made, quant_activations="fp8", prefill_moe="triton", compile=True, **switches)
+    again = compiled.prefill(prompts, compiled.cache(2, 16))
+    assert float((again - ours).abs().mean()) < 0.1 and kernels <= seen.ran
     seen.ran.clear()
     tokens = torch.arange(4, device=DEVICE)[:, None]
     steps = fused.decode(tokens, fused.cache(4, 16))

@@ -29,11 +29,11 @@ from r1.kernels.fixed import Fixed, fix, storage_sizes
 from r1.kernels.narrow import narrow, pairs
 from r1.kernels.rounded import down_rounded_kernel, round_input, rounds, up_rounded_kernel
 from r1.kernels.sort import divide, most_tiles, sort_by_expert
-from r1.kernels.tiles import Operand, operand, packed_bits, tensor_of
+from r1.kernels.tiles import Operand, operand
 from r1.model.dispatch import Gather
 from r1.model.layers import MLP, matmul
 from r1.model.moe import Experts
-from r1.model.rounded import Rounded, RoundedExperts
+from r1.model.rounded import Rounded
 from r1.storage import activations
 from r1.storage.activations import GROUP, NEVER
 from r1.storage.matrix import Matrix
@@ -70,7 +70,7 @@ def experts(
     more, sizes = 0, tuple(experts.down_proj.shape)
     if shared is not None:
         more = shared.down_proj.matrix.shape[1] // sizes[2]
-    return _launch(
+    return launch_experts(
         chip, x, indices, weights, sizes, routed, more, always, residual, norm, eps,
         experts.partial, launch, fixed, round_x,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def experts_torch(
 EXPERTS: dict[str, Callable[..., Tensor]] = {"torch": experts_torch, "triton": experts}
 
 
-def _launch(
+def launch_experts(
     chip: Chip, x: Tensor, indices: Tensor, weights: Tensor, sizes: Sizes, routed: Swiglu,
     more: int, shared: Swiglu | None, residual: Tensor | None, norm: Tensor | None, eps: float,
     partial: bool, launch: ExpertsLaunch | None, fixed: Fixed | None = None,
@@ -262,37 +262,3 @@ def _added(chip: Chip, y: Tensor, residual: Tensor | None, x: Tensor, block: int
         BLOCK=block, warps=max(1, block // 256),
     )  # fmt: skip
     return out
-
-
-@torch.library.custom_op("r1::experts", mutates_args=())
-def _experts(
-    x: Tensor, indices: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor,
-    partial: bool,
-) -> Tensor:  # fmt: skip
-    chip = Chip.of(x.device)
-    routed = Swiglu.of(chip, gate, up, down)
-    return _launch(
-        chip, x, indices, weights, down.shape, routed, 0, None, None, None, 0.0, partial, None
-    )
-
-
-@_experts.register_fake
-def _(
-    x: Tensor, indices: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor,
-    partial: bool,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(x)
-
-
-def dispatch(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The slot `dispatch` (r1/model/dispatch.py has the shapes), by the kernels.
-
-    They are a custom operator, which torch.compile takes as a whole.
-    """
-    matrices = (experts.gate_proj, experts.up_proj, experts.down_proj)
-    if packed_bits(experts.down_proj):  # not under the compiler: see TritonDispatch.why_not
-        round_x = isinstance(experts, RoundedExperts)
-        chip, x = Chip.of(x.device), x.contiguous()
-        return EXPERTS["triton"](chip, x, indices, weights, experts, round_x=round_x)
-    gate, up, down = (tensor_of(matrix) for matrix in matrices)
-    return _experts(x.contiguous(), indices, weights, gate, up, down, experts.partial)

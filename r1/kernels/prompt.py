@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, wait_for_previous
+from r1.kernels.in_graph import made_of, parts_of
 from r1.kernels.linear import linear, takes_one_number
-from r1.kernels.tiles import load_tile, matrix_of, operand, packed_bits, why_not
-from r1.storage.activations import rounded, takes
+from r1.kernels.tiles import load_tile, matrix_of, operand, unpacks
+from r1.storage.activations import given, rounded, takes
 from r1.storage.matrix import Matrix
 
 FEW_TOKENS = 64
@@ -45,8 +46,28 @@ ROWS, COLUMNS = 16, 256
 def multiply(chip: Chip, matrix: Matrix, x: Tensor, round_x: bool = False) -> Tensor:
     """W (out, in) and x (..., in) -> x W^T (..., out), in x's dtype. Of a matrix whose rows lie on
     several devices, each multiplies its own. `round_x`: x becomes FP8 for a matrix of FP8.
+
+    torch.compile takes the product as a whole (in_graph.py).
     """
+    if torch.compiler.is_compiling():
+        return matrix.through(partial(_in_graph, x, round_x))
     return matrix.through(partial(_multiply, chip, x, round_x))
+
+
+def _in_graph(x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
+    if unpacks(matrix):
+        return _product(x, *parts_of(matrix), round_x)
+    return matrix.matmul(given(matrix, x) if round_x else x)
+
+
+@torch.library.custom_op("r1::packed_product", mutates_args=())
+def _product(x: Tensor, parts: list[Tensor], how: str, round_x: bool) -> Tensor:
+    return _multiply(Chip.of(x.device), x, round_x, made_of(parts, how, x.shape[-1]))
+
+
+@_product.register_fake
+def _(x: Tensor, parts: list[Tensor], how: str, round_x: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], parts[0].shape[-2])
 
 
 def _multiply(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
@@ -58,7 +79,7 @@ def _multiply(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
     # A dense matrix needs no unpacking. And some packed ones have no format in tiles.py: those with
     # g_idx or an odd number of 4-bit columns. A decode step's blocks refuse them, but an output
     # head may have them. Both are left to the storage.
-    if not packed_bits(matrix) or why_not(matrix):
+    if not unpacks(matrix):
         return matrix.matmul(x)
     flat = x.flatten(0, -2)  # (N, in)
     if len(flat) > FEW_TOKENS:

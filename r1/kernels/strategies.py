@@ -87,12 +87,10 @@ class TritonDispatch(Dispatch):
     dispatch: Callable[..., Tensor]
 
     def why_not(self, use: Use) -> str | None:
-        if use.quant != "none" and use.compiled:
-            return f"torch.compile can't hold its kernels for {use.quant}: leave compile off"
         return _why_not(use)
 
     def prepare(self) -> None:
-        from r1.kernels.experts import dispatch
+        from r1.kernels.experts_dispatch import dispatch
 
         self.dispatch = dispatch
 

@@ -158,19 +158,31 @@ def why_not(*matrices: Matrix) -> str | None:
     """One sentence that names the first storage without a format; None where there is none."""
     for matrix in matrices:
         stored = matrix.whole if isinstance(matrix, Part) else matrix
-        if isinstance(stored, Quantized):
-            if stored.spec.indexed:
-                return _unreadable(stored, " with reordered columns (g_idx)")
-            if stored.spec.kind == "int4" and stored.shape[-1] % 2:
-                return _unreadable(stored, f" of {stored.shape[-1]} columns, an odd number")
-        elif not isinstance(stored, Dense):
-            return _unreadable(stored)
+        if (lack := _lack(stored)) is not None:
+            return _unreadable(stored, lack)
     return None
 
 
-def _unreadable(stored: Matrix, how: str = "") -> str:
-    reads = f"the Triton kernels can't read weights stored as {type(stored).__name__}{how}"
+def _unreadable(stored: Matrix, lack: str = "") -> str:
+    reads = f"the Triton kernels can't read weights stored as {type(stored).__name__}{lack}"
     return f"{reads}: {without_kernels()}"
+
+
+def unpacks(matrix: Matrix) -> bool:
+    """Whether this is a packed matrix, with a format."""
+    stored = matrix.whole if isinstance(matrix, Part) else matrix
+    return isinstance(stored, Quantized) and _lack(stored) is None
+
+
+def _lack(stored: Matrix) -> str | None:
+    """What of a storage has no format; "": all of it."""
+    if isinstance(stored, Quantized):
+        if stored.spec.indexed:
+            return " with reordered columns (g_idx)"
+        if stored.spec.kind == "int4" and stored.shape[-1] % 2:
+            return f" of {stored.shape[-1]} columns, an odd number"
+        return None
+    return None if isinstance(stored, Dense) else ""
 
 
 @triton.jit

@@ -155,23 +155,31 @@ class Fused(Eager):
 
 
 class Unpacking(Eager):
-    """The model as it is written, but its packed weights are multiplied by our kernels.
+    """The model as it is written or compiled, but its packed weights are multiplied by our kernels.
 
     The product comes with each call, in its Step. The model itself does not change, so other
     runners of the same model keep their own.
     """
 
-    def __init__(self, model: Transformer, chip: Chip, *, rounded: bool = False) -> None:
-        """`rounded`: whether projections get rounded inputs. Then every prompt's are."""
+    def __init__(
+        self, model: Transformer, chip: Chip, *, rounded: bool = False,
+        compiled: Compiled | None = None,
+    ) -> None:  # fmt: skip
+        """`rounded`: whether projections get rounded inputs. Then every prompt's are. `compiled`
+        compiles the blocks, if it is given.
+        """
         super().__init__(model)
         from r1.kernels.prompt import multiply  # Triton is optional
 
         self.plain = partial(multiply, chip)
         self.multiply = partial(multiply, chip, round_x=True) if rounded else self.plain
+        self.compile = compiled.compile if compiled else lambda block: block
 
     def block(self, block: nn.Module) -> Block:
+        inner = self.compile(block)
+
         def call(x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
-            return cast(Tensor, block(x, replace(step, multiply=self.multiply), cache))
+            return cast(Tensor, inner(x, replace(step, multiply=self.multiply), cache))
 
         return call
 
@@ -190,6 +198,7 @@ def ways_of(model: Transformer, backend: Backend, device: torch.device) -> dict[
     if backend.kernels == "triton":
         fused = Fused(model, device, tune=backend.tune, least=least["decode"])
         ways["decode"] = fused
-        if not backend.compile:  # the compiler makes its own kernels of the storages' operations
-            ways["prefill"] = Unpacking(model, fused.chip, rounded=rounds)
+        prompts = ways["prefill"]
+        compiled = prompts if isinstance(prompts, Compiled) else None
+        ways["prefill"] = Unpacking(model, fused.chip, rounded=rounds, compiled=compiled)
     return ways

@@ -168,23 +168,8 @@ def _quant(backend: Backend, config: Config) -> str:
     if backend.quant == "auto":
         kind = config.files.kind
         slow = kind == "fp8" and backend.device == "cpu"  # no FP8 products, and enough memory
-        return "none" if kind is None or slow or _reads_dense(backend) else kind
-    if backend.quant != "none" and (reader := _reads_dense(backend)):
-        raise InputError(
-            f"{reader} compiled reads plain numbers, not {backend.quant}: use quant=none, or leave "
-            "compile off"
-        )
+        return "none" if kind is None or slow else kind
     return backend.quant
-
-
-def _reads_dense(backend: Backend) -> str | None:
-    """The switch that asks for experts' kernels under the compiler, which hands them plain tensors.
-
-    None: there is none. All other kernels read every storage.
-    """
-    names = ("prefill_moe",) if backend.kernels == "triton" else ("moe", "prefill_moe")
-    asked = (f"{name}=triton" for name in names if getattr(backend, name) == "triton")
-    return next(asked, None) if backend.compile else None
 
 
 def _use(backend: Backend, config: Config, machine: Machine, phase: str, tokens: int) -> Use:

@@ -1,0 +1,38 @@
+"""A stored matrix as the arguments of an operator, and again as a matrix.
+
+torch.compile takes an operator of ours as a whole: its own code stands beside our kernels, and not
+in place of them. But such an operator gets tensors, numbers and words only, and no module.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from r1.kernels.tiles import packed_bits, tensor_of
+from r1.storage.joined import Part
+from r1.storage.kinds import KINDS
+from r1.storage.matrix import Matrix
+from r1.storage.quantized import Quantized
+from r1.storage.spec import Spec
+
+
+def parts_of(matrix: Matrix) -> tuple[list[Tensor], str]:
+    """The tensors of a matrix, or of a part of a joined one, and how they are read ("" if dense).
+
+    Of a packed matrix they are its numbers, their scales, and their zero points where it has any.
+    """
+    if not packed_bits(matrix):
+        return [tensor_of(matrix)], ""
+    stored = matrix.whole if isinstance(matrix, Part) else matrix
+    spec = stored.spec
+    assert spec is not None and not spec.indexed
+    return list(matrix.stored().values()), f"{spec.kind} {spec.rows} {spec.columns}"
+
+
+def made_of(parts: list[Tensor], how: str, columns: int) -> Matrix:
+    """The packed matrix, (out, columns) or (E, out, columns), of what `parts_of` gave."""
+    kind, rows, wide = how.split()
+    spec = Spec(kind, int(rows), int(wide), zeros=len(parts) == 3)
+    storage: type[Quantized] = KINDS[kind]
+    packed = dict(zip(storage.NAMES, parts, strict=False))
+    return storage(spec, (*parts[0].shape[:-1], columns), parts[0].dtype, packed)
