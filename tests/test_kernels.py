@@ -1356,13 +1356,11 @@ ORDERS = {
         ("latent_kernel", False, "let wait write wait write"),
         ("sort_kernel", False, "let wait write"),
         ("divide_kernel", False, "let wait write"),
+        ("prepare_kernel", False, "let wait write"),
         ("add_kernel", False, "let wait write"),
     ),
     *((f"{name}_kernel", True, "wait let write") for name in ("split", "sum", "down_vector")),
-    *(
-        (f"{name}_kernel", False, "wait let write")
-        for name in ("prepare", "tile", "split", "sum", "route")
-    ),
+    *((f"{name}_kernel", False, "wait let write") for name in ("tile", "split", "sum", "route")),
     *(
         (f"{name}_kernel", False, "wait let write")
         for name in ("up_tile", "down_tile")  # add_kernel reads the residual before its wait
