@@ -59,7 +59,13 @@ from r1.kernels.linear import linear, linear_torch
 from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.prefetch import CHUNK, LANES, requests
 from r1.kernels.router import RouterLaunch, route, route_torch
-from r1.kernels.sort import divide, divide_torch, sort_by_expert, sort_by_expert_torch
+from r1.kernels.sort import (
+    divide,
+    divide_torch,
+    sort_by_expert,
+    sort_by_expert_torch,
+    sort_into_tiles,
+)
 from r1.kernels.step import begin_step, begin_step_torch, step_kernel
 from r1.kernels.tiles import operand
 from r1.model import rope
@@ -732,6 +738,7 @@ def test_shared_experts_norm_the_residual(shared: int, dtype: str) -> None:
 def test_experts_of_a_prompt(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the other tests have: tiles by default, and torch sorts."""
     monkeypatch.setattr("r1.kernels.sort.MOST_CHOICES", 100)
+    monkeypatch.setattr("r1.kernels.sort.MOST_AT_ONCE", 100)
     monkeypatch.setattr("r1.kernels.sort.sort_kernel", None)
     given = expert_inputs(tokens, "fp32", 1)
     assert ExpertsLaunch.default((tokens, 2, 9, 27, 21, 4), CHIP).apart
@@ -799,6 +806,26 @@ def test_divide(counts: list[int], rows: int, shared: int) -> None:
         for i in range(sum(counts[:expert]), sum(counts[: expert + 1]))
     ]
     assert covered == wanted + [(len(counts) + s, i) for s in range(shared) for i in range(tokens)]
+
+
+@pytest.mark.parametrize("kernels", [1, 2])
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "count", "rows", "shared"),
+    [(8, 6, 64, 8, 2), (1, 1, 1, 8, 0), (33, 4, 7, 8, 2), (100, 3, 300, 8, 1), (64, 8, 16, 32, 3)],
+)
+def test_sort_into_tiles(
+    kernels: int, tokens: int, chosen: int, count: int, rows: int, shared: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By one kernel for a decode step, and by two for more choices: what the twins make."""
+    unused = "divide_kernel" if kernels == 1 else "MOST_AT_ONCE"
+    monkeypatch.setattr(f"r1.kernels.sort.{unused}", None if kernels == 1 else 0)
+    # Some are choices of no expert. They come last, and no tile has them.
+    indices = torch.randint(count + 1, (tokens, chosen), device=DEVICE)
+    order, ends, work = sort_into_tiles(CHIP, indices, count, rows, shared)
+    twin, twin_ends = sort_by_expert_torch(indices, count)
+    assert torch.equal(ends, twin_ends) and torch.equal(order[: ends[-1]], twin[: ends[-1]])
+    assert torch.equal(work, divide_torch(ends, len(work), rows, tokens, shared))
 
 
 # ---------------------------- a whole model
@@ -1286,6 +1313,9 @@ def test_kernels_of_packed_weights_compile_for(targets: list[str], batches: list
         if target == "sm_90":
             for kernel in ("rounded_kernel", "up_rounded_kernel", "down_rounded_kernel"):
                 assert re.search(rf" {kernel} +moonlight-16b W8A8 prompt", done.out), done.out
+            # add_kernel reads the residual before its wait.
+            lines = re.findall(r" down_(?:narrow|rounded)_kernel .*\((.*)\)", done.out)
+            assert set(lines) == {"wait let write"}
             check_widths(done.out, batches, ["fp8", "int4"], target)
 
 
@@ -1326,15 +1356,15 @@ ORDERS = {
     *(
         ("latent_kernel", False, "let wait write wait write"),
         ("sort_kernel", False, "let wait write"),
+        ("divide_kernel", False, "let wait write"),
+        ("prepare_kernel", False, "let wait write"),
+        ("add_kernel", False, "let wait write"),
     ),
     *((f"{name}_kernel", True, "wait let write") for name in ("split", "sum", "down_vector")),
+    *((f"{name}_kernel", False, "wait let write") for name in ("tile", "split", "sum", "route")),
     *(
         (f"{name}_kernel", False, "wait let write")
-        for name in ("prepare", "tile", "split", "sum", "route")
-    ),
-    *(
-        (f"{name}_kernel", False, "wait let write")
-        for name in ("divide", "up_tile", "down_tile", "add")
+        for name in ("up_tile", "down_tile")  # add_kernel reads the residual before its wait
     ),
     *(
         ("up_vector_kernel", True, order)

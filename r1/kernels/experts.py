@@ -28,7 +28,7 @@ from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
 from r1.kernels.fixed import Fixed, fix, storage_sizes
 from r1.kernels.narrow import narrow, pairs
 from r1.kernels.rounded import down_rounded_kernel, round_input, rounds, up_rounded_kernel
-from r1.kernels.sort import divide, most_tiles, sort_by_expert
+from r1.kernels.sort import sort_by_expert, sort_into_tiles
 from r1.kernels.tiles import Operand, operand
 from r1.model.dispatch import Gather
 from r1.model.layers import MLP, matmul
@@ -247,18 +247,19 @@ def _sorted(
     """Choices (N, K) sorted by expert, `order` and `ends`, and the work: how many programs share an
     output, and what each has, where tiles of `rows` tokens are taken `apart`.
     """
+    if apart:
+        order, ends, work = sort_into_tiles(chip, indices, count, rows, shared)
+        return order, ends, len(work), work
     order, ends = sort_by_expert(chip, indices, count)
-    if not apart:
-        return order, ends, count + shared, None
-    tiles = most_tiles(indices.numel(), count, rows, len(indices), shared)
-    return order, ends, tiles, divide(chip, ends, tiles, rows, len(indices), shared)
+    return order, ends, count + shared, None
 
 
 def _added(chip: Chip, y: Tensor, residual: Tensor | None, x: Tensor, block: int) -> Tensor:
     """Each token's slots (N, J, D), and the residual, added up: (N, D) in x's dtype."""
     (tokens, slots, dim), out = y.shape, torch.empty_like(x)
+    # With more numbers a thread, the compiler waits for the first slots before it loads the last.
     chip.run(
         add_kernel, (tokens * ceil_div(dim, block),), y, residual, out, DIM=dim, SLOTS=slots,
-        BLOCK=block, warps=max(1, block // 256),
+        BLOCK=block, warps=4,
     )  # fmt: skip
     return out

@@ -138,17 +138,21 @@ def add_kernel(
 ):
     """A token's slots added up in their order, and the residual.
 
+    The residual is older than the kernel before this one, which lets this one start only after its
+    own wait. So it is loaded before the wait: it may have to come from memory, and the slots don't.
     The grid has one dimension, because the others have 65,535 programs at most.
     """
+    let_next_start(PDL)
     blocks: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
+    if residual is not None:
+        old = tl.load(residual + token * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
-    let_next_start(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(SLOTS):
         place = y + (token * SLOTS + slot) * DIM + d
         total += tl.load(place, mask=d < DIM, other=0.0).to(tl.float32)
     if residual is not None:
-        total += tl.load(residual + token * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+        total += old
     tl.store(out + token * DIM + d, total.to(out.dtype.element_ty), mask=d < DIM)

@@ -132,10 +132,10 @@ def prepare(
     or x, RMS-normed with the gain `norm` (in,).
     """
     (tokens, inputs), up_stride = x.shape, 0 if up is None else up.stride(0)
-    h = x.new_empty(tokens, inputs)
+    h, block = x.new_empty(tokens, inputs), min(2048, power_of_two(inputs))
     chip.run(
-        prepare_kernel, (tokens,), x, x.stride(0), up, up_stride, norm, eps, h, INPUTS=inputs,
-        BLOCK=min(2048, power_of_two(inputs)), warps=8,
+        prepare_kernel, (tokens * ceil_div(inputs, block),), x, x.stride(0), up, up_stride, norm,
+        eps, h, INPUTS=inputs, BLOCK=block, warps=8,
     )  # fmt: skip
     return h
 
@@ -225,33 +225,30 @@ def prepare_kernel(
     x, x_stride, up, up_stride, norm, eps, h, INPUTS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr
 ):  # fmt: skip
-    """One token's SwiGLU or norm, once for all programs of `tile_kernel`.
+    """BLOCK columns of one token's SwiGLU or norm, once for all programs of `tile_kernel`.
 
     In their loop it would stand between load and tl.dot, and x couldn't be loaded ahead of time.
     """
-    row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride
-    if up is not None:
-        up += row * up_stride
-    columns = tl.arange(0, BLOCK)
-    wait_for_previous(PDL)
     let_next_start(PDL)
-    factor = 1.0
+    blocks: tl.constexpr = (INPUTS + BLOCK - 1) // BLOCK
+    row, columns = (tl.program_id(0) // blocks).to(tl.int64), tl.arange(0, BLOCK)
+    at = tl.program_id(0) % blocks * BLOCK + columns
+    gain = gain_columns(norm, at, INPUTS)
+    x += row * x_stride
+    wait_for_previous(PDL)
+    v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
+    if up is not None:
+        place = up + row * up_stride + at
+        v *= tl.sigmoid(v) * tl.load(place, mask=at < INPUTS, other=0.0).to(tl.float32)
     if norm is not None:
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, INPUTS, BLOCK):
-            at = start + columns
-            v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-            squares += v * v
+            inside = start + columns < INPUTS
+            u = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
+            squares += u * u
         factor = tl.rsqrt(tl.sum(squares, axis=0) / INPUTS + eps)
-    for start in range(0, INPUTS, BLOCK):
-        at = start + columns
-        v = tl.load(x + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        if up is not None:
-            v *= tl.sigmoid(v) * tl.load(up + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        if norm is not None:
-            v *= factor * tl.load(norm + at, mask=at < INPUTS, other=0.0).to(tl.float32)
-        tl.store(h + row * INPUTS + at, v.to(h.dtype.element_ty), mask=at < INPUTS)
+        v *= factor * gain.to(tl.float32)
+    tl.store(h + row * INPUTS + at, v.to(h.dtype.element_ty), mask=at < INPUTS)
 
 
 @triton.jit
