@@ -1,7 +1,7 @@
 """The router in one kernel: norm, fp32 logits, and each token's choice of experts.
 
 The logits are spread over the chip. The program that finishes a token's last logit makes its
-choice, by every rule of r1/model/router.py.
+choice (choice.py).
 
 Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token.
 """
@@ -26,6 +26,7 @@ from r1.kernels.chip import (
     power_of_two,
     wait_for_previous,
 )
+from r1.kernels.choice import choose, load_bias
 from r1.kernels.fixed import GROUP, Fixed, store_fixed
 from r1.kernels.linear import gain_columns
 from r1.model.router import Router
@@ -80,6 +81,8 @@ def route(
     indices = x.new_empty(tokens, chosen, dtype=torch.int64)
     weights = x.new_empty(tokens, chosen, dtype=torch.float32)
     biased, programs = e.topk_method == "noaux_tc", ceil_div(experts, use.experts)
+    groups = 1 if e.topk_method == "greedy" else e.n_group
+    span = power_of_two(experts // groups)
     chip.run(
         route_kernel, (programs, tokens), x, gain, eps, gate.weight,
         gate.e_score_correction_bias if biased else None, draws,
@@ -87,8 +90,8 @@ def route(
         tickets(x.device, power_of_two(tokens, 64)), indices, weights, e.routed_scaling_factor,
         fixed, DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, EXPERTS=experts,
         PART=power_of_two(ceil_div(dim, programs), GROUP.value),
-        PAD=power_of_two(experts), CHOSEN=chosen, CHOSEN_PAD=power_of_two(chosen),
-        GROUPS=e.n_group if e.topk_method != "greedy" else 1, KEPT=e.topk_group,
+        PAD=power_of_two(groups) * span, SPAN=span, CHOSEN=chosen,
+        CHOSEN_PAD=power_of_two(chosen), GROUPS=groups, KEPT=e.topk_group,
         BEST=2 if biased else 1, SIGMOID=e.scoring_func == "sigmoid", NORMED=e.norm_topk_prob,
         EARLY=tokens > 1 or fixed is not None, warps=use.warps,
     )  # fmt: skip
@@ -121,9 +124,9 @@ def tickets(device: torch.device, tokens: int) -> Tensor:
 def route_kernel(
     x, gain, eps, weight, bias, draws, drawn, h, logits, tickets, indices, weights, factor, fixed,
     DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, EXPERTS: tl.constexpr,
-    PART: tl.constexpr, PAD: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr,
-    NORMED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PART: tl.constexpr, PAD: tl.constexpr, SPAN: tl.constexpr, CHOSEN: tl.constexpr,
+    CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E experts' logits of one token.
 
@@ -140,7 +143,7 @@ def route_kernel(
     x, logits = x + token * DIM, logits + token * EXPERTS
     place = weight + expert[:, None] * DIM + d
     w = tl.load(place, mask=real & (d < DIM), other=0.0)
-    g, added = gain_columns(gain, d, DIM), gain_columns(bias, tl.arange(0, PAD), EXPERTS)
+    g, added = gain_columns(gain, d, DIM), load_bias(bias, EXPERTS, PAD, GROUPS, SPAN)
     wait_for_previous(PDL)  # weights, the gain and the bias don't need it
     if EARLY:
         let_next_start(PDL)
@@ -164,7 +167,7 @@ def route_kernel(
             draws += (token % drawn) * EXPERTS
         choose(
             logits, added, draws, indices + token * CHOSEN, weights + token * CHOSEN, factor,
-            EXPERTS, PAD, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
+            EXPERTS, PAD, SPAN, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
         )  # fmt: skip
     if fixed is not None:
         store_part(fixed, x, scale, gain, token, DIM, PART)
@@ -197,56 +200,3 @@ def norm_factor(x, d, eps, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
         v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)
         squares += v * v
     return tl.rsqrt(tl.sum(squares) / DIM + eps)
-
-
-@triton.jit
-def choose(
-    logits, added, draws, indices, weights, factor, EXPERTS: tl.constexpr, PAD: tl.constexpr,
-    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
-):  # fmt: skip
-    """One token's choice; of equals the first wins. `draws` stand in for the scores, if given.
-    `added`: the experts' bias, or 0.
-    """
-    expert = tl.arange(0, PAD)
-    real = expert < EXPERTS
-    logit = tl.load(logits + expert, mask=real, other=float("-inf"))
-    if SIGMOID:
-        scores = tl.sigmoid(logit)
-    else:
-        powers = tl.exp(logit - tl.max(logit, axis=0))
-        scores = powers / tl.sum(powers, axis=0)
-    choice = scores
-    if draws is not None:
-        choice = tl.load(draws + expert, mask=real, other=0.0)
-    choice += added
-    # NaN scores still select valid experts. Their weight stays NaN.
-    choice = tl.where(choice == choice, choice, -1e30)
-    choice = tl.where(real, choice, float("-inf"))
-    if GROUPS > 1:
-        group = expert // (EXPERTS // GROUPS)
-        open_ = expert < 0  # none yet
-        worths = tl.full((PAD,), float("-inf"), tl.float32)  # of each expert's group
-        for g in tl.static_range(GROUPS):
-            members = tl.where(group == g, choice, float("-inf"))
-            worth = tl.max(members, axis=0)
-            if BEST == 2:
-                first = expert == tl.argmax(members, axis=0)
-                worth += tl.max(tl.where(first, float("-inf"), members), axis=0)
-            worths = tl.where((group == g) & real, worth, worths)
-        for _ in tl.static_range(KEPT):
-            winner = tl.argmax(tl.where(open_, float("-inf"), worths), axis=0)
-            open_ = open_ | (group == winner // (EXPERTS // GROUPS))
-        choice = tl.where(open_, choice, float("-inf"))
-    k = tl.arange(0, CHOSEN_PAD)
-    index = tl.full((CHOSEN_PAD,), -1, tl.int32)
-    for i in tl.static_range(CHOSEN):
-        best = tl.argmax(choice, axis=0)
-        index = tl.where(k == i, best, index)
-        choice = tl.where(expert == best, float("-inf"), choice)
-    is_chosen = index[:, None] == expert[None, :]
-    weight = tl.sum(tl.where(is_chosen, scores[None, :], 0.0), axis=1)  # (CHOSEN_PAD,)
-    if NORMED:
-        weight /= tl.sum(weight, axis=0) + 1e-20
-    tl.store(indices + k, index.to(tl.int64), mask=k < CHOSEN)
-    tl.store(weights + k, weight * factor, mask=k < CHOSEN)
