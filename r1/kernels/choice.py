@@ -37,12 +37,13 @@ def load_bias(
 
 @triton.jit
 def choose(
-    logits, added, draws, indices, weights, factor, EXPERTS: tl.constexpr, PAD: tl.constexpr,
-    SPAN: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr,
-    KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
+    logits, added, draws, drawn, token, indices, weights, factor, EXPERTS: tl.constexpr,
+    PAD: tl.constexpr, SPAN: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr,
+    NORMED: tl.constexpr,
 ):  # fmt: skip
-    """One token's choice; of equals the first wins. `draws` stand in for the scores, if given.
-    `added`: what `load_bias` has loaded.
+    """A token's choice by its `logits`; of equals the first wins. `draws` (drawn, EXPERTS) stand in
+    for the scores, if given. `added`: what `load_bias` has loaded.
     """
     expert, real = expert_at(tl.arange(0, PAD), EXPERTS, GROUPS, SPAN)
     logit = tl.load(logits + expert, mask=real, other=float("-inf"))
@@ -53,7 +54,7 @@ def choose(
         scores = powers / tl.sum(powers, axis=0)
     choice = scores
     if draws is not None:
-        choice = tl.load(draws + expert, mask=real, other=0.0)
+        choice = tl.load(draws + token % drawn * EXPERTS + expert, mask=real, other=0.0)
     choice += added
     # NaN scores still select valid experts. Their weight stays NaN.
     choice = tl.where(choice == choice, choice, -1e30)
@@ -66,8 +67,8 @@ def choose(
     if NORMED:
         weight /= tl.sum(weight, axis=0) + 1e-20
     index, _real = expert_at(place, EXPERTS, GROUPS, SPAN)
-    tl.store(indices + k, index.to(tl.int64), mask=k < CHOSEN)
-    tl.store(weights + k, weight * factor, mask=k < CHOSEN)
+    tl.store(indices + token * CHOSEN + k, index.to(tl.int64), mask=k < CHOSEN)
+    tl.store(weights + token * CHOSEN + k, weight * factor, mask=k < CHOSEN)
 
 
 @triton.jit

@@ -27,8 +27,9 @@ from r1.kernels.chip import (
     wait_for_previous,
 )
 from r1.kernels.choice import choose, load_bias
-from r1.kernels.fixed import GROUP, Fixed, store_fixed
+from r1.kernels.fixed import Fixed, store_fixed
 from r1.kernels.linear import gain_columns
+from r1.kernels.narrow import Form, store_pairs
 from r1.model.router import Router
 
 
@@ -67,7 +68,7 @@ def route(
     """x (N, D), the norm's gain (D,) -> normed x (N, D), indices int64 (N, K), weights fp32 (N, K).
 
     With `draws`, fp32 (any number, E), tokens choose by them as `Router.forward` says. `fixed` is
-    memory for the normed x: it is stored there, too.
+    memory for the normed x: it is stored there, too, in the form that the memory has (narrow.py).
 
     Without `fixed`, after one token's router, `up_vector_kernel` reads megabytes before its own
     wait. So it starts late, or it would delay the few bytes that the logits wait for. (A step of
@@ -82,14 +83,14 @@ def route(
     weights = x.new_empty(tokens, chosen, dtype=torch.float32)
     biased, programs = e.topk_method == "noaux_tc", ceil_div(experts, use.experts)
     groups = 1 if e.topk_method == "greedy" else e.n_group
-    span = power_of_two(experts // groups)
+    span, form = power_of_two(experts // groups), Form.of(fixed) if fixed else Form(dim)
     chip.run(
         route_kernel, (programs, tokens), x, gain, eps, gate.weight,
         gate.e_score_correction_bias if biased else None, draws,
         0 if draws is None else draws.shape[0], h, logits,
         tickets(x.device, power_of_two(tokens, 64)), indices, weights, e.routed_scaling_factor,
         fixed, DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, EXPERTS=experts,
-        PART=power_of_two(ceil_div(dim, programs), GROUP.value),
+        PART=power_of_two(ceil_div(dim, programs), form.group), EACH=form.group, FP8=form.fp8,
         PAD=power_of_two(groups) * span, SPAN=span, CHOSEN=chosen,
         CHOSEN_PAD=power_of_two(chosen), GROUPS=groups, KEPT=e.topk_group,
         BEST=2 if biased else 1, SIGMOID=e.scoring_func == "sigmoid", NORMED=e.norm_topk_prob,
@@ -124,9 +125,10 @@ def tickets(device: torch.device, tokens: int) -> Tensor:
 def route_kernel(
     x, gain, eps, weight, bias, draws, drawn, h, logits, tickets, indices, weights, factor, fixed,
     DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, EXPERTS: tl.constexpr,
-    PART: tl.constexpr, PAD: tl.constexpr, SPAN: tl.constexpr, CHOSEN: tl.constexpr,
-    CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
-    SIGMOID: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PART: tl.constexpr, EACH: tl.constexpr, FP8: tl.constexpr, PAD: tl.constexpr,
+    SPAN: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E experts' logits of one token.
 
@@ -163,24 +165,31 @@ def route_kernel(
     tl.debug_barrier()  # all threads' logits stand before the ticket that says so
     if tl.atomic_add(tickets + token, 1) == tl.num_programs(0) - 1:
         tl.store(tickets + token, 0)
-        if draws is not None:
-            draws += (token % drawn) * EXPERTS
         choose(
-            logits, added, draws, indices + token * CHOSEN, weights + token * CHOSEN, factor,
+            logits, added, draws, drawn, token, indices, weights, factor,
             EXPERTS, PAD, SPAN, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
         )  # fmt: skip
     if fixed is not None:
-        store_part(fixed, x, scale, gain, token, DIM, PART)
+        store_part(fixed, x, scale, gain, token, DIM, PART, EACH, FP8)
 
 
 @triton.jit
-def store_part(fixed, x, factor, gain, token, DIM: tl.constexpr, PART: tl.constexpr):
-    """Store this program's columns of a token's normed x as fixed-point numbers."""
+def store_part(
+    fixed, x, factor, gain, token, DIM: tl.constexpr, PART: tl.constexpr, EACH: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    """Store this program's columns of a token's normed x, if there are so many, as pairs of FP8 or
+    as fixed-point numbers. EACH of them have one scale.
+    """
     first = tl.program_id(0) * PART
-    at = first + tl.arange(0, PART)[None, :]
-    v = tl.load(x + at, mask=at < DIM, other=0.0)
-    v = normed(v, factor, gain_columns(gain, at, DIM))
-    store_fixed(fixed, v.to(tl.float32), token, 1, first, DIM, DIM)
+    if first < DIM:
+        at = first + tl.arange(0, PART)[None, :]
+        v = tl.load(x + at, mask=at < DIM, other=0.0)
+        v = normed(v, factor, gain_columns(gain, at, DIM)).to(tl.float32)
+        if FP8:
+            store_pairs(fixed, v, token, first, DIM, EACH)
+        else:
+            store_fixed(fixed, v, token, 1, first, DIM, DIM, EACH)
 
 
 @triton.jit
