@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import re
 import subprocess
@@ -594,6 +595,39 @@ def test_route_of_drawn_experts() -> None:
 
     gate.choose = choose  # type: ignore[method-assign]
     check_route(gate, "fp32", 9, draws=drawn)
+
+
+def first_of_equals(gate: Router, choice: list[float]) -> list[int]:
+    """A token's experts by the rules, the best one first: of equals the first. NaN is the least."""
+    e, size = gate.shape, len(choice) // gate.shape.n_group
+    choice = [-1e30 if math.isnan(each) else each for each in choice]
+    best = 2 if e.topk_method == "noaux_tc" else 1
+    groups = [choice[first : first + size] for first in range(0, len(choice), size)]
+    worth = [sum(sorted(group)[-best:]) for group in groups]
+    kept = sorted(range(e.n_group), key=lambda g: (-worth[g], g))[: e.topk_group]
+    experts = [i for i in range(len(choice)) if i // size in kept]
+    return sorted(experts, key=lambda i: (-choice[i], i))[: e.num_experts_per_tok]
+
+
+@pytest.mark.parametrize("name", ["r1", "one group", "odd groups", "v2"])
+def test_of_equals_the_first_is_chosen(name: str) -> None:
+    """The order matters too: slots, and sums over them, follow it. Many choices are equal, some are
+    NaN, and minus zero equals zero. The weights are those of the indices' scores.
+    """
+    gate, tokens = router(name), 12
+    if hasattr(gate, "e_score_correction_bias"):
+        gate.e_score_correction_bias.zero_().neg_()  # minus zeros, which leave minus zeros
+    draws = torch.randint(-2, 2, (tokens, gate.shape.n_routed_experts)).float()
+    draws[draws == 0] *= torch.randn(draws.shape)[draws == 0].sign()
+    draws[4:8, ::3], draws[8:] = math.nan, draws[8:].sign().clamp(min=0)
+    draws[0], draws[1] = math.nan, 1.0
+    x, gain = draw(tokens, 75, dtype="fp32"), draw(75, dtype="fp32")
+    launch = RouterLaunch(4, 128, 4)
+    _, indices, weights = route(CHIP, gate, x, gain, 1e-2, draws.to(DEVICE), launch)
+    right = [first_of_equals(gate, row) for row in draws.tolist()]
+    assert indices.tolist() == right
+    gate.choose = lambda scores: indices  # type: ignore[method-assign]
+    close(weights, route_torch(gate, x, gain, 1e-2, draws.to(DEVICE))[2], "fp32")
 
 
 def expert_inputs(

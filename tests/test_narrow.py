@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
-from models import V3
+from models import V3, unit_gain
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
+from test_fixed import counting
+
+from r1.kernels.block import DecodeBlock
 from r1.kernels.chip import Chip
 from r1.kernels.experts import Swiglu, experts, experts_take_fixed, stored_sizes
 from r1.kernels.experts_launch import ExpertsLaunch
@@ -18,10 +23,12 @@ from r1.kernels.fixed import LARGEST as LARGEST_FIXED
 from r1.kernels.fixed import Fixed, storage_sizes
 from r1.kernels.linear import linear, linear_takes_fixed
 from r1.kernels.linear_launch import LinearLaunch
-from r1.kernels.narrow import LARGEST, pairs
+from r1.kernels.narrow import LARGEST, Form, pairs
+from r1.kernels.router import RouterLaunch, route
 from r1.kernels.tiles import operand
 from r1.model.layers import MLP
 from r1.model.moe import Experts
+from r1.model.router import Router
 from r1.storage.kinds import KINDS
 from r1.storage.quantized import Quantized
 from r1.storage.spec import Spec
@@ -190,19 +197,101 @@ def test_what_can_be_narrow() -> None:
     assert storage_sizes(old, draw(1, 384), 384, w) == (8,)
 
 
-def test_nobody_makes_a_vector_for_them_ahead() -> None:
-    """The kernels before make fixed-point vectors for dot products alone: scales differ."""
-    weight, x = stored(SPECS["groups of 128"], 256, 256), draw(16, 256)
-    assert linear_takes_fixed(CHIP, x[:1], weight, 32) == 256
-    assert linear_takes_fixed(CHIP, x, weight, 32) == 0
+def experts_of(spec: Spec) -> Experts:
+    """Eight experts, 256 -> 128 -> 256."""
     routed = Experts(V3.change(hidden_size=256, moe_intermediate_size=128))
-    spec = SPECS["groups of 128"]
     routed.gate_proj, routed.up_proj = (stored(spec, 8, 128, 256) for _ in range(2))
     routed.down_proj = stored(spec, 8, 256, 128)
+    return routed
+
+
+def test_who_makes_the_pairs_ahead() -> None:
+    """The router, for experts. The attention's kernels make vectors for dot products alone."""
+    weight, x = stored(SPECS["groups of 128"], 256, 256), draw(16, 256)
+    assert linear_takes_fixed(CHIP, x[:1], weight, 32) == Form(256, 32)
+    assert linear_takes_fixed(CHIP, x, weight, 32) is None
+    routed = experts_of(SPECS["groups of 128"])
     operands = Swiglu.of(CHIP, routed.gate_proj, routed.up_proj, routed.down_proj)
     assert stored_sizes(CHIP, x, 128, operands, None) == (4, 1, 128)
-    assert experts_take_fixed(CHIP, x[:1], routed, None, 3) == 256
-    assert experts_take_fixed(CHIP, x, routed, None, 3) == 0
+    assert experts_take_fixed(CHIP, x[:1], routed, None, 3) == Form(256, 32)
+    assert experts_take_fixed(CHIP, x, routed, None, 3) == Form(256, 128)
+    assert experts_take_fixed(CHIP, x, experts_of(SPECS["zero points"]), None, 3) == Form(256, 64)
+    many = draw(4096, 256)  # whose products are bf16
+    assert experts_take_fixed(CHIP, many, routed, None, 3) is None
+    routed = experts_of(SPECS["fp8 blocks"])
+    assert experts_take_fixed(CHIP, x[:1], routed, None, 3) is None
+    assert experts_take_fixed(CHIP, x, routed, None, 3) == Form(256, 128, fp8=True)
+    assert experts_take_fixed(CHIP, x, routed, None, 3, round_x=True) is None  # of other numbers
+    assert experts_take_fixed(CHIP, x.float(), routed, None, 3) is None
+
+
+def unwritten(form: Form, tokens: int) -> Fixed:
+    """Memory in which what is not written shows."""
+    made = form.empty(torch.empty(0, device=DEVICE), tokens)
+    assert Form.of(made) == form
+    made.planes.view(torch.uint8).fill_(0x5A)
+    made.scales.fill_(torch.nan)
+    return made
+
+
+def same(made: Fixed, right: Fixed) -> bool:
+    return all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(made, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dim", [128, 1152])
+@pytest.mark.parametrize(
+    ("name", "step"), [("fp8 blocks", 128), ("fp8 rows", 64), ("groups of 128", 128),
+                       ("zero points", 64)],
+)  # fmt: skip
+def test_the_router_makes_its_pairs(name: str, step: int, dim: int) -> None:
+    """The same bits as a kernel of their own. More programs than steps, and fewer, the last one's
+    only in part. The last token is zeros.
+    """
+    c = V3.change(hidden_size=dim, n_routed_experts=12, n_group=1, topk_group=1)
+    gate = Router(c).requires_grad_(False).to(DEVICE)
+    gate.weight.normal_()
+    gate.e_score_correction_bias.zero_()
+    x, gain = draw(3, dim) * torch.exp(2 * torch.randn(3, dim, device=DEVICE)).bfloat16(), draw(dim)
+    x[2] = 0
+    for launch in (RouterLaunch(1, 256, 1), RouterLaunch(4, 128, 4)):
+        found = unwritten(Form(dim, step, fp8=name.startswith("fp8")), 3)
+        made = route(CHIP, gate, x, gain, EPS, launch=launch, fixed=found)
+        plain = route(CHIP, gate, x, gain, EPS, launch=launch)
+        for ours, right in zip(made, plain, strict=True):
+            assert torch.equal(ours, right)
+        w = operand(stored(SPECS[name], 128, dim), CHIP.ptx)
+        assert same(found, pairs(CHIP, made[0], w, step))
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "groups of 128", "zero points"])
+def test_a_layer_needs_a_kernel_less(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its result is the same, bit for bit. Experts take no vectors in another form than theirs:
+    a search may have found another launch meanwhile.
+    """
+    config = V3.change(
+        hidden_size=128, moe_intermediate_size=128, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, n_shared_experts=1,
+    )  # fmt: skip
+    block: Any = unit_gain(config, dtype="bf16", device=DEVICE.type).layers[-1]
+    moe, x = block.mlp, draw(3, 128)
+    for each in ("gate_proj", "up_proj", "down_proj"):
+        setattr(moe.experts, each, stored(SPECS[name], 4, 128, 128))
+        getattr(moe.shared_experts, each).matrix = stored(SPECS[name], 128, 128)
+    chip, apart = counting(CHIP), counting(CHIP)
+    y = DecodeBlock(block, chip).mixture(x, moe)
+    torch.testing.assert_close(y, DecodeBlock(block, None).mixture(x, moe), atol=0.1, rtol=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeBlock, "fixed", lambda *_: None)
+        assert torch.equal(y, DecodeBlock(block, apart).mixture(x, moe))
+    kernel = "pair_kernel" if name.startswith("fp8") else "fix_kernel"
+    assert apart.names - chip.names == Counter({kernel: 1})
+    assert not chip.names - apart.names
+    wrong = Form(128, 64 if name != "zero points" else 32)
+    monkeypatch.setattr(DecodeBlock, "fixed", lambda *_: unwritten(wrong, 3))
+    assert torch.equal(y, DecodeBlock(block, counting(CHIP)).mixture(x, moe))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from r1.kernels.gated import GATED
 from r1.kernels.grouped import GROUPED
 from r1.kernels.latent import LATENT
 from r1.kernels.linear import LINEAR, linear, linear_takes_fixed
+from r1.kernels.narrow import Form
 from r1.kernels.router import ROUTE
 from r1.kernels.tiles import block_of, why_not
 from r1.model.attend import UpProjection
@@ -53,7 +54,7 @@ class DecodeBlock:
     def __init__(self, block: nn.Module, chip: Chip | None, least: int = NEVER) -> None:
         assert isinstance(block, Block)
         self.block, self.chip, self.least = block, chip, least
-        self.lengths: dict[tuple[Any, int], int] = {}
+        self.forms: dict[tuple[Any, int], Form | None] = {}
         """What `fixed` has asked, by question and tokens: the answers."""
 
         def pick(table: Mapping[str, Any]) -> Callable[..., Any]:
@@ -77,17 +78,18 @@ class DecodeBlock:
         y = self.mixture(flat, mlp) if isinstance(mlp, MoE) else self.dense(flat, mlp)
         return self.block.sum_inner(y).view_as(x)
 
-    def fixed(self, x: Tensor, ask: Callable[..., int], *about: Any) -> Fixed | None:
+    def fixed(self, x: Tensor, ask: Callable[..., Form | None], *about: Any) -> Fixed | None:
         """Memory for another kernel's input, of as many tokens as x (N, any) has, where that takes
-        fixed-point vectors (fixed.py). `ask` says how long they are, or 0. It reads operands, which
-        takes as long as a launch, so its answer is kept.
+        fixed-point vectors (fixed.py) or pairs (narrow.py). `ask` says in which form. It reads
+        operands, which takes as long as a launch, so its answer is kept.
         """
         if self.chip is None:
             return None
-        length = self.lengths.get((ask, len(x)))
-        if length is None:
-            length = self.lengths[ask, len(x)] = ask(self.chip, x, *about)
-        return Fixed.empty(x, len(x), length) if length else None
+        key = ask, len(x)
+        if key not in self.forms:
+            self.forms[key] = ask(self.chip, x, *about)
+        form = self.forms[key]
+        return form.empty(x, len(x)) if form else None
 
     def linear(self, x: Tensor, matrix: Matrix, **given: Any) -> Tensor:
         """A projection of x (N, in), with its neighbours: linear.py."""
@@ -144,11 +146,12 @@ class DecodeBlock:
         if shared is not None and not _whole_experts(moe, shared):
             shared, apart = None, shared
         chosen = moe.gate.shape.num_experts_per_tok
-        fixed = self.fixed(x, experts_take_fixed, moe.experts, shared, chosen)
+        round_x = len(x) >= self.least
+        fixed = self.fixed(x, experts_take_fixed, moe.experts, shared, chosen, round_x)
         h, indices, weights = self.route(moe.gate, x, norm.weight, norm.eps, moe.draws, fixed=fixed)
         # The residual and the shared experts are added once: in one place, in its first pass.
         once: dict[str, Any] = {"shared": shared}
-        how: dict[str, Any] = {"fixed": fixed, "round_x": len(x) >= self.least}
+        how: dict[str, Any] = {"fixed": fixed, "round_x": round_x}
         if apart is not None:
             once["residual"] = self.dense(x, apart)
         elif self.block.leads_inner:

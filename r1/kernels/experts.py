@@ -26,7 +26,7 @@ from r1.kernels.experts_narrow import down_narrow_kernel, up_narrow_kernel
 from r1.kernels.experts_tiles import add_kernel, down_tile_kernel, up_tile_kernel
 from r1.kernels.experts_vector import down_vector_kernel, up_vector_kernel
 from r1.kernels.fixed import Fixed, fix, storage_sizes
-from r1.kernels.narrow import narrow, pairs
+from r1.kernels.narrow import Form, narrow, pairs
 from r1.kernels.rounded import down_rounded_kernel, round_input, rounds, up_rounded_kernel
 from r1.kernels.sort import sort_by_expert, sort_into_tiles
 from r1.kernels.tiles import Operand, operand
@@ -86,16 +86,14 @@ def _operands(chip: Chip, experts: Experts, shared: MLP | None) -> tuple[Swiglu,
 
 
 def experts_take_fixed(
-    chip: Chip, x: Tensor, experts: Experts, shared: MLP | None, chosen: int
-) -> int:
-    """How long the `Fixed` is that `experts` would make of x (N, D), whose tokens choose `chosen`
-    experts. 0: it wouldn't.
-    """
-    sizes = tuple(experts.down_proj.shape)
-    stored = stored_sizes(chip, x, sizes[2], *_operands(chip, experts, shared))
-    use = _use(chip, x, chosen, sizes, stored)
-    dots = stored[1:2] == (1,) and use.rows < LEAST_TILE and not use.narrow
-    return sizes[1] if dots else 0
+    chip: Chip, x: Tensor, experts: Experts, shared: MLP | None, chosen: int, round_x: bool = False
+) -> Form | None:
+    """The form in which `experts` takes x (N, D), if not as it is. Tokens have `chosen` experts."""
+    sizes, operands = tuple(experts.down_proj.shape), _operands(chip, experts, shared)
+    if round_x and rounds(operands[0].gate):
+        return None  # of other numbers
+    stored = stored_sizes(chip, x, sizes[2], *operands)
+    return _use(chip, x, chosen, sizes, stored).form(sizes[1], stored)
 
 
 def experts_torch(
@@ -132,13 +130,16 @@ def launch_experts(
             chip, use, names, count, x, indices, weights, routed, shared, residual, partial
         )
     # Here no kernel takes an x of FP8: it is rounded, and nothing is faster.
-    x, round_h = (activations.rounded(x) if round_x and rounds(routed.gate) else x), round_x
+    if round_x and rounds(routed.gate):
+        x, fixed = activations.rounded(x), None
+    form = use.form(dim, stored)
+    fixed = fixed if fixed and Form.of(fixed) == form else None
     if step or use.rows >= LEAST_TILE:
         return _several_tokens(
             chip, use, names, step, count, x, indices, weights, routed, shared, residual, partial,
-            round_h,
+            fixed, round_x,
         )  # fmt: skip
-    given = (fixed or fix(chip, x)) if stored[1:2] == (1,) else x
+    given = (fixed or fix(chip, x)) if form else x
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h, out = x.new_empty(tokens, chosen + more, inner), torch.empty_like(x)
     names["COUNT"], whole = count if partial else 0, isinstance(given, Fixed)
@@ -148,7 +149,7 @@ def launch_experts(
         norm if tokens == 1 else None, eps, h, tokens, FIXED=whole, MANY=tokens > 1, **names,
         **use.up,
     )  # fmt: skip
-    h = activations.rounded(h) if round_h and rounds(routed.down) else h
+    h = activations.rounded(h) if round_x and rounds(routed.down) else h
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs) * tokens,),
         fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down,
@@ -176,10 +177,10 @@ def _use(
 def _several_tokens(
     chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], step: int, count: int, x: Tensor,
     indices: Tensor, weights: Tensor, routed: Swiglu, shared: Swiglu | None,
-    residual: Tensor | None, partial: bool, round_h: bool,
+    residual: Tensor | None, partial: bool, fixed: Fixed | None, round_h: bool,
 ) -> Tensor:  # fmt: skip
     """Sort the choices by expert, launch the tiles' kernels, and add up each token's slots. With a
-    `step` products are narrow (narrow.py), and tiles apart. `round_h`: inner values are rounded.
+    `step` products are narrow (narrow.py), tiles apart. `fixed`: x's pairs. `round_h`: round h.
     """
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
@@ -196,7 +197,7 @@ def _several_tokens(
     h = x.new_empty(tokens * (chosen + more), inner)
     chip.run(
         up_kernel, (ceil_div(inner, use.up_outputs), places),
-        pairs(chip, x, routed.gate, step) if step else x, order, ends, work, routed.gate,
+        (fixed or pairs(chip, x, routed.gate, step)) if step else x, order, ends, work, routed.gate,
         routed.up, shared_gate, shared_up, h, tokens, count, **how, **up,
     )  # fmt: skip
     h = activations.rounded(h) if round_h and rounds(routed.down) else h

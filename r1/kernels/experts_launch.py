@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from r1.kernels.chip import LEAST_TILE, Chip, Choices, Sizes, ceil_div, power_of_two
+from r1.kernels.narrow import Form
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ class ExpertsLaunch:
         up, most = 64 if large else 32, 3 if packed and packed[:1] != [8] else 4
         stages = max(1, min(most, chip.shared // ((2 * up + rows) * columns * itemsize)))
         return ExpertsLaunch(rows, up, columns, 64, columns, 4, stages, apart=bool(packed))
+
+    def form(self, length: int, stored: tuple[int, ...]) -> Form | None:
+        """The form in which the kernels so launched take vectors of `length` numbers, where not as
+        they are. `stored`: `storage_sizes`.
+        """
+        if self.narrow and stored[2:]:
+            return Form(length, stored[2], fp8=stored[0] == 8)
+        return Form(length) if stored[1:2] == (1,) and self.rows < LEAST_TILE else None
 
     @property
     def up(self) -> dict[str, int]:

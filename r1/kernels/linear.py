@@ -30,7 +30,7 @@ from r1.kernels.fixed import GROUP, Fixed, columns_fixed, fix, storage_sizes, ti
 from r1.kernels.linear_few import few_kernel
 from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.linear_narrow import narrow_kernel
-from r1.kernels.narrow import narrow, pairs
+from r1.kernels.narrow import Form, narrow, pairs
 from r1.kernels.rounded import round_input, rounded_kernel, rounds
 from r1.kernels.tiles import Operand, add_product, load, matrix_of, operand, times
 from r1.storage.activations import given, rounded
@@ -112,17 +112,17 @@ def takes_one_number(chip: Chip, x: Tensor, weight: Matrix) -> bool:
     return len(storage_sizes(chip, x, inputs, operand(weight, chip.ptx), round_x=True)) == 4
 
 
-def linear_takes_fixed(chip: Chip, x: Tensor, weight: Matrix, head: int) -> int:
-    """How long the `Fixed` is that `linear` would make of heads' outputs, of as many tokens as x
-    (N, any) has and in its dtype. 0: it wouldn't, or a head's `head` numbers are no whole groups,
-    and programs make a head's.
+def linear_takes_fixed(chip: Chip, x: Tensor, weight: Matrix, head: int) -> Form | None:
+    """The form in which `linear` takes heads' outputs, of as many tokens as x (N, any) has and in
+    its dtype, if another kernel can make it. None: as they are, or in pairs, or a head's `head`
+    numbers are no whole groups, and programs make a head's.
     """
     outputs, inputs = weight.shape
     stored = storage_sizes(chip, x, inputs, operand(weight, chip.ptx))
     if head % GROUP.value or stored[1:2] != (1,):
-        return 0
+        return None
     use = chip.launch(LinearLaunch, len(x), inputs, outputs, x.itemsize, *stored)
-    return inputs if use.rows < LEAST_TILE and not use.narrow else 0
+    return Form(inputs) if use.rows < LEAST_TILE and not use.narrow else None
 
 
 def prepare(

@@ -14,10 +14,15 @@ of both columns, and joins them.
 A step of a loop takes the STEP columns that share a scale, in the weights and in x. So scales cost
 a step's few sums, and no weight.
 
+In a fused step the router stores the experts' x so, beside the one that it makes. Elsewhere a small
+kernel does (`pairs`).
+
 Shapes: N tokens of `length` numbers; programs have `rows` of W, and ROWS tokens.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.kernels.chip import INTERPRETED, Chip, ceil_div, let_next_start
-from r1.kernels.fixed import COLUMNS, Fixed, fix, ready_columns
+from r1.kernels.fixed import COLUMNS, GROUP, Fixed, fix, ready_columns
 from r1.kernels.tiles import Operand
 from r1.storage import activations
 
@@ -36,6 +41,34 @@ LARGEST = tl.constexpr(activations.LARGEST)
 """Of e4m3."""
 LEAST = tl.constexpr(activations.LEAST)
 """What is less, and the largest of its group, is 0: the group's scale must have an inverse."""
+
+
+class Form(NamedTuple):
+    """In what numbers a product takes its input, where not as it is: what `Fixed` memory holds."""
+
+    length: int
+    """Numbers of a token."""
+    group: int = GROUP.value
+    """Numbers that have one scale. Products by the matrix units have larger groups."""
+    fp8: bool = False
+    """Each number is a pair of e4m3, and not a whole number of 16 bits."""
+
+    @staticmethod
+    def of(made: Fixed) -> Form:
+        fp8 = made.planes.dtype == torch.float8_e4m3fn
+        length = made.planes.shape[2] * (1 if fp8 else 8)
+        return Form(length, length // made.scales.shape[1], fp8)
+
+    def empty(self, like: Tensor, tokens: int) -> Fixed:
+        """Memory for so many tokens, on the device of `like`. Of FP8 the planes are (N, 2, length),
+        and the scales (N, length / group).
+        """
+        if not self.fp8:
+            return Fixed.empty(like, tokens, self.length, self.group)
+        return Fixed(
+            like.new_empty(tokens, 2, self.length, dtype=torch.float8_e4m3fn),
+            like.new_empty(tokens, self.length // self.group, dtype=torch.float32),
+        )
 
 
 def narrow(w: Operand) -> Operand:
@@ -54,15 +87,12 @@ def pairs(
 ) -> Fixed:
     """x (N, length) for products with `w`, RMS-normed first with the gain `norm` if there is one.
 
-    Of FP8 the planes are (N, 2, length), and the scales (N, length / step).
+    `step` numbers have one scale.
     """
     if w.FORMAT.value == "int4":
         return fix(chip, x, norm, eps, step)
     tokens, length = x.shape
-    made = Fixed(
-        x.new_empty(tokens, 2, length, dtype=torch.float8_e4m3fn),
-        x.new_empty(tokens, length // step, dtype=torch.float32),
-    )
+    made = Form(length, step, fp8=True).empty(x, tokens)
     chip.run(
         pair_kernel, (ceil_div(length, COLUMNS), tokens), x, x.stride(0), norm, eps, made,
         LENGTH=length, BLOCK=COLUMNS, STEP=step, warps=4,
@@ -79,13 +109,24 @@ def pair_kernel(
     let_next_start(PDL)
     token, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK
     v = ready_columns(x + token * x_stride, norm, eps, first, LENGTH, BLOCK, PDL)
-    steps = tl.reshape(v, (BLOCK // STEP, STEP))
+    store_pairs(made, v, token, first, LENGTH, STEP)
+
+
+@triton.jit
+def store_pairs(made, v, token, first, LENGTH: tl.constexpr, STEP: tl.constexpr):
+    """Store some numbers of a token as two e4m3 numbers each.
+
+    `v`, fp32 (1, C), has the columns from `first` on. Those from LENGTH on are not stored. C and
+    `first` are multiples of STEP, the numbers that have one scale.
+    """
+    STEPS: tl.constexpr = v.shape[1] // STEP
+    steps = tl.reshape(v, (STEPS, STEP))
     largest = tl.max(tl.abs(steps), axis=1)
     scale = largest / LARGEST + tl.sum(steps * 0.0, axis=1)  # NaN and infinity stay
     steps *= inverse(largest)[:, None]
     high = to_e4m3(steps)
     low = to_e4m3((steps - high) * TO_REST)
-    number = tl.arange(0, BLOCK // STEP)
+    number = tl.arange(0, STEPS)
     at = first + number[:, None] * STEP + tl.arange(0, STEP)[None, :]
     place = made.planes + token * 2 * LENGTH + at
     tl.store(place, high.to(tl.float8e4nv), mask=at < LENGTH)

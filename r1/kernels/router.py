@@ -1,7 +1,7 @@
 """The router in one kernel: norm, fp32 logits, and each token's choice of experts.
 
 The logits are spread over the chip. The program that finishes a token's last logit makes its
-choice, by every rule of r1/model/router.py.
+choice (choice.py).
 
 Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token.
 """
@@ -26,8 +26,10 @@ from r1.kernels.chip import (
     power_of_two,
     wait_for_previous,
 )
-from r1.kernels.fixed import GROUP, Fixed, store_fixed
+from r1.kernels.choice import choose, load_bias
+from r1.kernels.fixed import Fixed, store_fixed
 from r1.kernels.linear import gain_columns
+from r1.kernels.narrow import Form, store_pairs
 from r1.model.router import Router
 
 
@@ -66,7 +68,7 @@ def route(
     """x (N, D), the norm's gain (D,) -> normed x (N, D), indices int64 (N, K), weights fp32 (N, K).
 
     With `draws`, fp32 (any number, E), tokens choose by them as `Router.forward` says. `fixed` is
-    memory for the normed x: it is stored there, too.
+    memory for the normed x: it is stored there, too, in the form that the memory has (narrow.py).
 
     Without `fixed`, after one token's router, `up_vector_kernel` reads megabytes before its own
     wait. So it starts late, or it would delay the few bytes that the logits wait for. (A step of
@@ -80,15 +82,17 @@ def route(
     indices = x.new_empty(tokens, chosen, dtype=torch.int64)
     weights = x.new_empty(tokens, chosen, dtype=torch.float32)
     biased, programs = e.topk_method == "noaux_tc", ceil_div(experts, use.experts)
+    groups = 1 if e.topk_method == "greedy" else e.n_group
+    span, form = power_of_two(experts // groups), Form.of(fixed) if fixed else Form(dim)
     chip.run(
         route_kernel, (programs, tokens), x, gain, eps, gate.weight,
         gate.e_score_correction_bias if biased else None, draws,
         0 if draws is None else draws.shape[0], h, logits,
         tickets(x.device, power_of_two(tokens, 64)), indices, weights, e.routed_scaling_factor,
         fixed, DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, EXPERTS=experts,
-        PART=power_of_two(ceil_div(dim, programs), GROUP.value),
-        PAD=power_of_two(experts), CHOSEN=chosen, CHOSEN_PAD=power_of_two(chosen),
-        GROUPS=e.n_group if e.topk_method != "greedy" else 1, KEPT=e.topk_group,
+        PART=power_of_two(ceil_div(dim, programs), form.group), EACH=form.group, FP8=form.fp8,
+        PAD=power_of_two(groups) * span, SPAN=span, CHOSEN=chosen,
+        CHOSEN_PAD=power_of_two(chosen), GROUPS=groups, KEPT=e.topk_group,
         BEST=2 if biased else 1, SIGMOID=e.scoring_func == "sigmoid", NORMED=e.norm_topk_prob,
         EARLY=tokens > 1 or fixed is not None, warps=use.warps,
     )  # fmt: skip
@@ -121,9 +125,10 @@ def tickets(device: torch.device, tokens: int) -> Tensor:
 def route_kernel(
     x, gain, eps, weight, bias, draws, drawn, h, logits, tickets, indices, weights, factor, fixed,
     DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, EXPERTS: tl.constexpr,
-    PART: tl.constexpr, PAD: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr,
-    NORMED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PART: tl.constexpr, EACH: tl.constexpr, FP8: tl.constexpr, PAD: tl.constexpr,
+    SPAN: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E experts' logits of one token.
 
@@ -140,7 +145,7 @@ def route_kernel(
     x, logits = x + token * DIM, logits + token * EXPERTS
     place = weight + expert[:, None] * DIM + d
     w = tl.load(place, mask=real & (d < DIM), other=0.0)
-    g, added = gain_columns(gain, d, DIM), gain_columns(bias, tl.arange(0, PAD), EXPERTS)
+    g, added = gain_columns(gain, d, DIM), load_bias(bias, EXPERTS, PAD, GROUPS, SPAN)
     wait_for_previous(PDL)  # weights, the gain and the bias don't need it
     if EARLY:
         let_next_start(PDL)
@@ -160,24 +165,31 @@ def route_kernel(
     tl.debug_barrier()  # all threads' logits stand before the ticket that says so
     if tl.atomic_add(tickets + token, 1) == tl.num_programs(0) - 1:
         tl.store(tickets + token, 0)
-        if draws is not None:
-            draws += (token % drawn) * EXPERTS
         choose(
-            logits, added, draws, indices + token * CHOSEN, weights + token * CHOSEN, factor,
-            EXPERTS, PAD, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
+            logits, added, draws, drawn, token, indices, weights, factor,
+            EXPERTS, PAD, SPAN, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
         )  # fmt: skip
     if fixed is not None:
-        store_part(fixed, x, scale, gain, token, DIM, PART)
+        store_part(fixed, x, scale, gain, token, DIM, PART, EACH, FP8)
 
 
 @triton.jit
-def store_part(fixed, x, factor, gain, token, DIM: tl.constexpr, PART: tl.constexpr):
-    """Store this program's columns of a token's normed x as fixed-point numbers."""
+def store_part(
+    fixed, x, factor, gain, token, DIM: tl.constexpr, PART: tl.constexpr, EACH: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
+    """Store this program's columns of a token's normed x, if there are so many, as pairs of FP8 or
+    as fixed-point numbers. EACH of them have one scale.
+    """
     first = tl.program_id(0) * PART
-    at = first + tl.arange(0, PART)[None, :]
-    v = tl.load(x + at, mask=at < DIM, other=0.0)
-    v = normed(v, factor, gain_columns(gain, at, DIM))
-    store_fixed(fixed, v.to(tl.float32), token, 1, first, DIM, DIM)
+    if first < DIM:
+        at = first + tl.arange(0, PART)[None, :]
+        v = tl.load(x + at, mask=at < DIM, other=0.0)
+        v = normed(v, factor, gain_columns(gain, at, DIM)).to(tl.float32)
+        if FP8:
+            store_pairs(fixed, v, token, first, DIM, EACH)
+        else:
+            store_fixed(fixed, v, token, 1, first, DIM, DIM, EACH)
 
 
 @triton.jit
@@ -197,56 +209,3 @@ def norm_factor(x, d, eps, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
         v = tl.load(x + start + d, mask=start + d < DIM, other=0.0).to(tl.float32)
         squares += v * v
     return tl.rsqrt(tl.sum(squares) / DIM + eps)
-
-
-@triton.jit
-def choose(
-    logits, added, draws, indices, weights, factor, EXPERTS: tl.constexpr, PAD: tl.constexpr,
-    CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
-):  # fmt: skip
-    """One token's choice; of equals the first wins. `draws` stand in for the scores, if given.
-    `added`: the experts' bias, or 0.
-    """
-    expert = tl.arange(0, PAD)
-    real = expert < EXPERTS
-    logit = tl.load(logits + expert, mask=real, other=float("-inf"))
-    if SIGMOID:
-        scores = tl.sigmoid(logit)
-    else:
-        powers = tl.exp(logit - tl.max(logit, axis=0))
-        scores = powers / tl.sum(powers, axis=0)
-    choice = scores
-    if draws is not None:
-        choice = tl.load(draws + expert, mask=real, other=0.0)
-    choice += added
-    # NaN scores still select valid experts. Their weight stays NaN.
-    choice = tl.where(choice == choice, choice, -1e30)
-    choice = tl.where(real, choice, float("-inf"))
-    if GROUPS > 1:
-        group = expert // (EXPERTS // GROUPS)
-        open_ = expert < 0  # none yet
-        worths = tl.full((PAD,), float("-inf"), tl.float32)  # of each expert's group
-        for g in tl.static_range(GROUPS):
-            members = tl.where(group == g, choice, float("-inf"))
-            worth = tl.max(members, axis=0)
-            if BEST == 2:
-                first = expert == tl.argmax(members, axis=0)
-                worth += tl.max(tl.where(first, float("-inf"), members), axis=0)
-            worths = tl.where((group == g) & real, worth, worths)
-        for _ in tl.static_range(KEPT):
-            winner = tl.argmax(tl.where(open_, float("-inf"), worths), axis=0)
-            open_ = open_ | (group == winner // (EXPERTS // GROUPS))
-        choice = tl.where(open_, choice, float("-inf"))
-    k = tl.arange(0, CHOSEN_PAD)
-    index = tl.full((CHOSEN_PAD,), -1, tl.int32)
-    for i in tl.static_range(CHOSEN):
-        best = tl.argmax(choice, axis=0)
-        index = tl.where(k == i, best, index)
-        choice = tl.where(expert == best, float("-inf"), choice)
-    is_chosen = index[:, None] == expert[None, :]
-    weight = tl.sum(tl.where(is_chosen, scores[None, :], 0.0), axis=1)  # (CHOSEN_PAD,)
-    if NORMED:
-        weight /= tl.sum(weight, axis=0) + 1e-20
-    tl.store(indices + k, index.to(tl.int64), mask=k < CHOSEN)
-    tl.store(weights + k, weight * factor, mask=k < CHOSEN)
