@@ -116,23 +116,20 @@ def down_vector_kernel(
 
     The choice is older than the previous kernel, so the first AHEAD tiles of weights are loaded
     before the wait: first BLOCK_IN columns of all chosen experts at once, tile after tile, then
-    those of the shared experts. These take part in the first tiles where CHOSEN_PAD leaves room.
-    Slots are a tile's first dimension, so that a warp has all outputs of a slot, and takes each
-    inner value from memory once.
+    those of the shared experts, unless CHOSEN_PAD leaves room for these beside them. Slots are a
+    tile's first dimension: so a warp has all outputs of a slot, and takes an inner value once.
     """
     out = tl.program_id(0) // tokens * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     BESIDE: tl.constexpr = SHARED if CHOSEN + SHARED <= CHOSEN_PAD else 0
     expert, weight, some = choice_of(indices, weights, token, CHOSEN, BESIDE, CHOSEN_PAD, COUNT)
-    matrices = slots_matrices(down, shared_down, expert, CHOSEN, BESIDE, INNER)
+    places = slots_matrices(down, shared_down, expert, CHOSEN, BESIDE, INNER)
     routed: tl.constexpr = (INNER + BLOCK_IN - 1) // BLOCK_IN  # tiles
     size: tl.constexpr = CHOSEN_PAD * BLOCK_IN  # columns of a tile of shared experts alone
     tiles: tl.constexpr = routed + ((SHARED - BESIDE) * INNER + size - 1) // size
     queue = ()
     for n in tl.static_range(min(AHEAD, tiles)):
-        w = down_tile(
-            matrices, down, shared_down, some, out, n, routed, DIM, INNER, SHARED, BLOCK_IN
-        )
+        w = down_tile(places, down, shared_down, some, out, n, routed, DIM, INNER, SHARED, BLOCK_IN)
         queue = queue + (w,)  # type: ignore[assignment]  # noqa: RUF005
     wait_for_previous(PDL)
     let_next_start(PDL)
@@ -142,10 +139,7 @@ def down_vector_kernel(
     sums = tl.zeros((CHOSEN_PAD, BLOCK_OUT, BLOCK_IN // min(down.TOGETHER, BLOCK_IN)), tl.float32)
     for n in tl.static_range(tiles):
         if n < routed:
-            v = slots_of(
-                h, token, CHOSEN_PAD, n * BLOCK_IN, CHOSEN + BESIDE, CHOSEN + SHARED, INNER,
-                BLOCK_IN, FIXED,
-            )  # fmt: skip
+            v = slots_of(h, token, some, n, CHOSEN, SHARED, BESIDE, INNER, BLOCK_IN, FIXED)
             sums += times_fixed(queue[n], v, down) if FIXED else times(queue[n], v, down)
         else:
             total += shared_product(
@@ -154,7 +148,7 @@ def down_vector_kernel(
             )  # fmt: skip
         if n + AHEAD < tiles:
             w = down_tile(
-                matrices, down, shared_down, some, out, n + AHEAD, routed, DIM, INNER, SHARED,
+                places, down, shared_down, some, out, n + AHEAD, routed, DIM, INNER, SHARED,
                 BLOCK_IN,
             )  # fmt: skip
             queue = queue + (w,)  # type: ignore[assignment]  # noqa: RUF005
@@ -229,19 +223,19 @@ def down_tile(
 
 @triton.jit
 def slots_of(
-    h, token, PAD: tl.constexpr, start, SLOTS: tl.constexpr, ALL: tl.constexpr,
+    h, token, some, n, CHOSEN: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
     INNER: tl.constexpr, BLOCK_IN: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Columns from `start` on of the h of the first SLOTS of a token's ALL slots, zeros of the
-    others: fixed-point, or fp32 (PAD, 1, BLOCK_IN).
+    """Tile n of each slot's h, of the chosen experts and of BESIDE shared ones:
+    fixed-point, or fp32 (CHOSEN_PAD, 1, BLOCK_IN).
     """
-    length: tl.constexpr = ALL * INNER
-    slot = tl.arange(0, PAD)
+    slot, real, start = tl.arange(0, some.shape[0]), CHOSEN + BESIDE, n * BLOCK_IN
+    length: tl.constexpr = (CHOSEN + SHARED) * INNER
     if FIXED:
-        v = slots_fixed(h, token, slot[:, None, None], start, length, SLOTS, INNER, BLOCK_IN)
+        v = slots_fixed(h, token, slot[:, None, None], start, length, real, INNER, BLOCK_IN)
     else:
         row, at = slot[:, None], start + tl.arange(0, BLOCK_IN)[None, :]
-        mask = (row < SLOTS) & (at < INNER)
+        mask = (row < real) & (at < INNER)
         v = tl.load(h + token * length + row * INNER + at, mask=mask, other=0.0)
         v = v.to(tl.float32)[:, None, :]
     return v
