@@ -23,10 +23,13 @@ def parts_of(matrix: Matrix) -> tuple[list[Tensor], str]:
     """
     if not packed_bits(matrix):
         return [tensor_of(matrix)], ""
-    stored = matrix.whole if isinstance(matrix, Part) else matrix
-    spec = stored.spec
-    assert spec is not None and not spec.indexed
-    return list(matrix.stored().values()), f"{spec.kind} {spec.rows} {spec.columns}"
+    stored, first, last = matrix, 0, matrix.shape[-2]
+    if isinstance(matrix, Part):
+        stored, first, last = matrix.whole, matrix.start, matrix.stop
+    assert isinstance(stored, Quantized) and not stored.spec.indexed
+    q, scale, zero, _ = stored.cut(first, last)
+    parts, spec = [q, scale] if zero is None else [q, scale, zero], stored.spec
+    return parts, f"{spec.kind} {spec.rows} {spec.columns}"
 
 
 def made_of(parts: list[Tensor], how: str, columns: int) -> Matrix:

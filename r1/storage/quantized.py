@@ -5,7 +5,7 @@ Shapes: out and in are a matrix's rows and columns; E experts, n chosen matrices
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -121,11 +121,11 @@ class Quantized(Matrix):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         if len(self.shape) == 2:
-            return self._dense(self.stored(), dtype)
+            return self._dense(self.packed(), dtype)
         # A stack's fp32 numbers would be many times the packed ones: some experts at a time.
         each = max(1, SCRATCH // (4 * self.shape[1] * self.shape[2]))
-        parts = zip(*(tensor.split(each) for tensor in self.stored().values()), strict=True)
-        names = tuple(self.stored())
+        parts = zip(*(tensor.split(each) for tensor in self.packed().values()), strict=True)
+        names = tuple(self.packed())
         return torch.cat(
             [self._dense(dict(zip(names, part, strict=True)), dtype) for part in parts]
         )
@@ -134,27 +134,36 @@ class Quantized(Matrix):
         return F.linear(x, self.dense(product_dtype(x)))
 
     def one(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self._dense({name: t[index] for name, t in self.stored().items()}, dtype)
+        return self._dense({name: t[index] for name, t in self.packed().items()}, dtype)
 
     def pick(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if len(self.shape) == 2:
             return super().pick(ids, dtype)
-        chosen = {name: t.index_select(0, ids) for name, t in self.stored().items()}
+        chosen = {name: t.index_select(0, ids) for name, t in self.packed().items()}
         return self._dense(chosen, dtype)
 
     def stored(self, rows: slice = slice(None)) -> Packed:
         first, last, _ = rows.indices(self.shape[-2])
-        down, values = slice(None), (self.q, self.scale, self.zero, self.group)
-        if self.spec.rows and (first, last) != (0, self.shape[-2]):
-            height = self.spec.rows
+        return self._named(self.cut(first, last))
+
+    def packed(self) -> Packed:
+        """All that `stored` gives. The compiler of torch 2.11 can't trace a slice's bounds."""
+        return self._named((self.q, self.scale, self.zero, self.group))
+
+    def _named(self, tensors: Sequence[Tensor | None]) -> Packed:
+        pairs = zip(self.NAMES, tensors, strict=True)
+        return {name: tensor for name, tensor in pairs if tensor is not None}
+
+    def cut(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """q, scale, zero and group of rows `first` to `last`, which are whole blocks, as views."""
+        if (first, last) == (0, self.shape[-2]):
+            return self.q, self.scale, self.zero, self.group
+        start, stop = 0, self.scale.shape[-2]
+        if height := self.spec.rows:
             assert first % height == 0, "rows are taken from whole blocks"
-            down = slice(first // height, -(-last // height))
-        cuts: tuple[Any, ...] = (slice(first, last), down, down, None)
-        return {
-            name: value if cut is None else value[..., cut, :]
-            for name, value, cut in zip(self.NAMES, values, cuts, strict=True)
-            if value is not None
-        }
+            start, stop = first // height, -(-last // height)
+        zero = None if self.zero is None else self.zero[..., start:stop, :]
+        return self.q[..., first:last, :], self.scale[..., start:stop, :], zero, self.group
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"
