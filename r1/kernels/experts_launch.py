@@ -133,7 +133,7 @@ def _narrow(share: int, fp8: bool, chip: Chip) -> ExpertsLaunch:
 
 
 def _rounded(share: int, chip: Chip) -> ExpertsLaunch:
-    """Where x is FP8, too (rounded.py), and an expert has `share` tokens. Not timed yet."""
+    """Where x is FP8, too (rounded.py), and an expert has `share` tokens. Others are not timed."""
     rows = 64 if share <= 64 else 128
     stages = min(4, chip.shared // ((256 + rows) * 128))
     return ExpertsLaunch(rows, 128, 128, 256, 128, 8, stages, apart=True, narrow=True)

@@ -60,6 +60,8 @@ COLUMNS = [
     "in slots",
     "link MB/step",
     "of the link",
+    "host MB/step",
+    "of the RAM",
     "start s (warm)",
     "KL (bound)",
     "quantizing: KL, top-1",
