@@ -27,6 +27,7 @@ from r1.storage.kinds import KINDS, USUAL
 from r1.storage.packing import pack_nibbles, pack_words, unpack_nibbles, unpack_words
 from r1.storage.quantized import Quantized
 from r1.storage.spec import Spec
+from r1.switches.machine import Machine
 
 SPECS = [
     *USUAL.values(),
@@ -369,3 +370,13 @@ def test_a_part_of_a_matrix(spec: Spec) -> None:
     for cut_rows, cut_columns in cuts.values():
         with pytest.raises(InputError, match="splits a block of .* numbers"):
             part(codes, spec, cut_rows, cut_columns)
+
+
+@pytest.mark.skipif(bool(Machine.here().why_not("compile")), reason="torch.compile can't run here")
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
+def test_blocks_at_the_edge_compiled(kind: str) -> None:
+    """By the real compiler: that of torch 2.13 for CPUs once read beyond the last block's scale."""
+    weight = KINDS[kind].of(torch.randn(72, 160), USUAL[kind])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: weight.dense(torch.float32))
+    torch.testing.assert_close(compiled(), weight.dense(torch.float32))

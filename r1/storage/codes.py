@@ -63,8 +63,11 @@ def dequantize(codes: Codes, spec: Spec) -> Tensor:
 
 def _spread(values: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
     """(..., down, across) -> (..., out, in): each block's value at each of its places."""
-    tall = values.repeat_interleave(block[0], dim=-2)[..., : shape[-2], :]
-    return tall.repeat_interleave(block[1], dim=-1)[..., : shape[-1]]
+    for dim, size in ((-2, block[0]), (-1, block[1])):
+        place = torch.arange(shape[dim], dtype=torch.float64, device=values.device)
+        # Of whole numbers torch 2.13's compiler for CPUs reads beyond the last block.
+        values = values.index_select(dim, ((place + 0.5) * (1 / size)).floor().long())
+    return values
 
 
 def round_to_nearest(weight: Tensor, spec: Spec) -> Codes:
