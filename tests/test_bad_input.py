@@ -543,7 +543,7 @@ def test_fused_kernels_are_of_decode() -> None:
         ({"kernels": "triton", "quant": "int4", "prefill_graphs": True}, "triton"),
         ({"kernels": "triton", "quant": "int4", "ep": 2}, "triton"),
         ({"kernels": "triton", "quant": "int4", "prefill_moe": "grouped"}, "grouped"),
-        ({"kernels": "triton", "quant": "int4", "compile": True}, "grouped"),
+        ({"kernels": "triton", "quant": "int4", "compile": True}, "triton"),
         ({"quant": "fp8"}, "grouped"),
     )
     for switches, chosen in cases:
