@@ -375,7 +375,7 @@ def test_a_part_of_a_matrix(spec: Spec) -> None:
 @pytest.mark.skipif(bool(Machine.here().why_not("compile")), reason="torch.compile can't run here")
 @pytest.mark.parametrize("kind", ["fp8", "int4"])
 def test_blocks_at_the_edge_compiled(kind: str) -> None:
-    """By the real compiler: that of torch 2.13 for CPUs once read beyond the last block's scale."""
+    """By the real compiler: that of torch 2.13 for CPUs left the last block's part unwritten."""
     weight = KINDS[kind].of(torch.randn(72, 160), USUAL[kind])
     torch._dynamo.reset()
     compiled = torch.compile(lambda: weight.dense(torch.float32))

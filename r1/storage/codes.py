@@ -65,7 +65,8 @@ def _spread(values: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor
     """(..., down, across) -> (..., out, in): each block's value at each of its places."""
     for dim, size in ((-2, block[0]), (-1, block[1])):
         place = torch.arange(shape[dim], dtype=torch.float64, device=values.device)
-        # Of whole numbers torch 2.13's compiler for CPUs reads beyond the last block.
+        # Not place // size: torch 2.13's compiler for CPUs splits such a loop into whole blocks and
+        # leaves the rest unwritten (pytorch issue 195582).
         values = values.index_select(dim, ((place + 0.5) * (1 / size)).floor().long())
     return values
 
