@@ -25,6 +25,7 @@ from test_quantized_kernels import stored
 
 from r1 import build
 from r1.kernels import prompt
+from r1.kernels.experts_dispatch import dispatch
 from r1.model.attend import UpProjection
 from r1.model.layers import Linear
 from r1.model.moe import Experts
@@ -228,6 +229,21 @@ def test_compiled_prompts(
     gap = (read(run_here(made, "fp32", **switches, compile=True)) - right).abs().max()
     assert float(gap) < atol("algebra fp32")
     assert compiler.graphs == dense > 0
+
+
+def test_compiled_experts_of_two_storages() -> None:
+    """Each matrix is read as it is stored itself: here down_proj is plain."""
+    experts = Experts(V3)
+    for name in ("gate_proj", "up_proj"):
+        shape = getattr(experts, name).shape
+        packed_stack = KINDS["int4"].of(torch.randn(shape), TINY_SPECS["int4"])
+        setattr(experts, name, packed_stack)
+    experts.down_proj.dense().detach().normal_()
+    experts.to(DEVICE).requires_grad_(False)
+    x, weights = torch.randn(5, V3.hidden_size, device=DEVICE), torch.rand(5, 2, device=DEVICE)
+    indices = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2], [0, 2]], device=DEVICE)
+    ours = torch.compile(dispatch, fullgraph=True, backend="eager")(experts, x, indices, weights)
+    assert torch.equal(ours, dispatch(experts, x, indices, weights))
 
 
 def test_a_compiled_product_of_what_no_kernel_reads() -> None:

@@ -20,11 +20,11 @@ def _experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate: list[Tensor], up: list[Tensor],
     down: list[Tensor], how: str, partial: bool, round_x: bool,
 ) -> Tensor:  # fmt: skip
-    """`gate`, `up`, `down`, `how`: see parts_of."""
+    """`gate`, `up`, `down`: see parts_of; `how`: of each, with commas between."""
     chip, inner = Chip.of(x.device), gate[0].shape[1]
     sizes = (len(gate[0]), x.shape[1], inner)  # E, D, I
-    matrices = ((gate, x.shape[1]), (up, x.shape[1]), (down, inner))
-    given = [made_of(parts, how, columns) if how else parts[0] for parts, columns in matrices]
+    matrices = zip((gate, up, down), how.split(","), (x.shape[1], x.shape[1], inner), strict=True)
+    given = [made_of(parts, how, columns) if how else parts[0] for parts, how, columns in matrices]
     return launch_experts(
         chip, x, indices, weights, sizes, Swiglu.of(chip, *given), 0, None, None, None, 0.0,
         partial, None, round_x=round_x,
@@ -48,8 +48,10 @@ def dispatch(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> T
     if not torch.compiler.is_compiling():
         chip, x = Chip.of(x.device), x.contiguous()
         return EXPERTS["triton"](chip, x, indices, weights, experts, round_x=round_x)
-    gate, up, down = experts.gate_proj, experts.up_proj, experts.down_proj
-    (gates, how), (ups, _), (downs, _) = (parts_of(each) for each in (gate, up, down))
+    gate, gate_how = parts_of(experts.gate_proj)
+    up, up_how = parts_of(experts.up_proj)
+    down, down_how = parts_of(experts.down_proj)
+    how = f"{gate_how},{up_how},{down_how}"
     return _experts(
-        x.contiguous(), indices, weights, gates, ups, downs, how, experts.partial, round_x
+        x.contiguous(), indices, weights, gate, up, down, how, experts.partial, round_x
     )
