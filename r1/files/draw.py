@@ -67,7 +67,8 @@ def _draw_packed(slot: Slot, spec: Spec, device: torch.device, name: str) -> Non
     numbers, scale = (slot.views[ending] for ending in KINDS[spec.kind].NAMES[:2])
     bits = torch.empty(numbers.shape, dtype=torch.uint8, device=device)
     bits.random_(generator=generator)
-    # A mean that isn't 0 is one direction of all outputs: then routers choose the same few experts.
+    # Whole numbers have one negative value more than positive ones. A mean that isn't 0 would be
+    # one direction of all outputs: then routers choose the same few experts.
     if spec.kind == "fp8":
         bits -= ((bits & 0x7F) == 0x7F).to(torch.uint8)  # which would be NaN
     elif spec.kind == "int4":

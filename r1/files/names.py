@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from r1.model.moe import Experts
 from r1.model.transformer import Transformer
-from r1.storage.joined import Part
+from r1.storage.joined import whole_of
 from r1.storage.matrix import Matrix
 from r1.storage.spec import Spec
 
@@ -106,7 +106,7 @@ def expert_slots(experts: Experts) -> list[dict[str, Slot]]:
 
 
 def _slot(matrix: Matrix, views: dict[str, Tensor]) -> Slot:
-    whole = matrix.whole if isinstance(matrix, Part) else matrix
+    whole = whole_of(matrix)
     return Slot(views, tuple(matrix.shape[-2:]), whole.spec)
 
 

@@ -52,6 +52,4 @@ def dispatch(experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> T
     up, up_how = parts_of(experts.up_proj)
     down, down_how = parts_of(experts.down_proj)
     how = f"{gate_how},{up_how},{down_how}"
-    return _experts(
-        x.contiguous(), indices, weights, gate, up, down, how, experts.partial, round_x
-    )
+    return _experts(x.contiguous(), indices, weights, gate, up, down, how, experts.partial, round_x)

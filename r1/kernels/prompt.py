@@ -49,20 +49,23 @@ def multiply(chip: Chip, matrix: Matrix, x: Tensor, round_x: bool = False) -> Te
 
     torch.compile takes the product as a whole (in_graph.py).
     """
-    if torch.compiler.is_compiling():
-        return matrix.through(partial(_in_graph, x, round_x))
     return matrix.through(partial(_multiply, chip, x, round_x))
 
 
-def _in_graph(x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
-    if unpacks(matrix):
+def _multiply(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
+    # A dense matrix needs no unpacking. And some packed ones have no format in tiles.py: those with
+    # g_idx or an odd number of 4-bit columns. A decode step's blocks refuse them, but an output
+    # head may have them. Both are left to the storage.
+    if not unpacks(matrix):
+        return matrix.matmul(given(matrix, x) if round_x else x)
+    if torch.compiler.is_compiling():
         return _product(x, *parts_of(matrix), round_x)
-    return matrix.matmul(given(matrix, x) if round_x else x)
+    return _unpacked(chip, x, round_x, matrix)
 
 
 @torch.library.custom_op("r1::packed_product", mutates_args=())
 def _product(x: Tensor, parts: list[Tensor], how: str, round_x: bool) -> Tensor:
-    return _multiply(Chip.of(x.device), x, round_x, made_of(parts, how, x.shape[-1]))
+    return _unpacked(Chip.of(x.device), x, round_x, made_of(parts, how, x.shape[-1]))
 
 
 @_product.register_fake
@@ -70,17 +73,13 @@ def _(x: Tensor, parts: list[Tensor], how: str, round_x: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], parts[0].shape[-2])
 
 
-def _multiply(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
+def _unpacked(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
+    """`multiply` by a packed matrix that has a format."""
     if round_x and takes(matrix):
         if takes_one_number(chip, x, matrix):
             y = linear(chip, x.flatten(0, -2).contiguous(), matrix, round_x=True)
             return y.unflatten(0, x.shape[:-1])
         x = rounded(x)
-    # A dense matrix needs no unpacking. And some packed ones have no format in tiles.py: those with
-    # g_idx or an odd number of 4-bit columns. A decode step's blocks refuse them, but an output
-    # head may have them. Both are left to the storage.
-    if not unpacks(matrix):
-        return matrix.matmul(x)
     flat = x.flatten(0, -2)  # (N, in)
     if len(flat) > FEW_TOKENS:
         return F.linear(x, dense(chip, matrix, x.dtype))

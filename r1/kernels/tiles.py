@@ -31,7 +31,7 @@ from r1.kernels.chip import product
 from r1.kernels.packed import along, by_columns, load_words, times_unpacked, unpack, unpacked
 from r1.model.strategy import without_kernels
 from r1.storage.dense import Dense
-from r1.storage.joined import Part
+from r1.storage.joined import Part, whole_of
 from r1.storage.matrix import Matrix
 from r1.storage.quantized import Quantized
 
@@ -81,7 +81,7 @@ def operand(matrix: Matrix | Tensor, ptx: bool = False) -> Operand:
     """
     if isinstance(matrix, Tensor):
         return _dense(matrix)
-    stored = matrix.whole if isinstance(matrix, Part) else matrix
+    stored = whole_of(matrix)
     if not isinstance(stored, Quantized):
         return _dense(tensor_of(matrix))
     if why := why_not(matrix):
@@ -91,7 +91,7 @@ def operand(matrix: Matrix | Tensor, ptx: bool = False) -> Operand:
 
 def tensor_of(matrix: Matrix) -> Tensor:
     """The tensor, or the view of one, that holds a dense matrix. Raises InputError if none does."""
-    stored = matrix.whole if isinstance(matrix, Part) else matrix
+    stored = whole_of(matrix)
     if not isinstance(stored, Dense):
         raise InputError(_unreadable(stored))
     if isinstance(matrix, Part):
@@ -101,13 +101,13 @@ def tensor_of(matrix: Matrix) -> Tensor:
 
 def packed_bits(matrix: Matrix) -> tuple[int, ...]:
     """For launch parameters: the bits of a packed number; nothing for a dense matrix."""
-    stored = matrix.whole if isinstance(matrix, Part) else matrix
+    stored = whole_of(matrix)
     return (BITS[stored.spec.kind],) if isinstance(stored, Quantized) else ()
 
 
 def block_of(matrix: Matrix) -> tuple[int, int]:
     """Rows and columns that share a scale; 0: all of them, or there is no scale."""
-    stored = matrix.whole if isinstance(matrix, Part) else matrix
+    stored = whole_of(matrix)
     return (stored.spec.rows, stored.spec.columns) if isinstance(stored, Quantized) else (0, 0)
 
 
@@ -157,7 +157,7 @@ def _constant(value: int | str | bool) -> tl.constexpr:
 def why_not(*matrices: Matrix) -> str | None:
     """One sentence that names the first storage without a format; None where there is none."""
     for matrix in matrices:
-        stored = matrix.whole if isinstance(matrix, Part) else matrix
+        stored = whole_of(matrix)
         if (lack := _lack(stored)) is not None:
             return _unreadable(stored, lack)
     return None
@@ -170,7 +170,7 @@ def _unreadable(stored: Matrix, lack: str = "") -> str:
 
 def unpacks(matrix: Matrix) -> bool:
     """Whether this is a packed matrix, with a format."""
-    stored = matrix.whole if isinstance(matrix, Part) else matrix
+    stored = whole_of(matrix)
     return isinstance(stored, Quantized) and _lack(stored) is None
 
 

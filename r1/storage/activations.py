@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1.storage.joined import Part
+from r1.storage.joined import whole_of
 from r1.storage.matrix import Matrix
 from r1.storage.spec import Spec
 
@@ -48,7 +48,7 @@ def takes(*matrices: Matrix) -> bool:
 
 def stored_as(matrix: Matrix) -> Spec | None:
     """How a matrix is stored, or the joined one that it is a part of. None: as plain numbers."""
-    return (matrix.whole if isinstance(matrix, Part) else matrix).spec
+    return whole_of(matrix).spec
 
 
 def given(matrix: Matrix, x: Tensor) -> Tensor:

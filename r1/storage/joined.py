@@ -50,6 +50,11 @@ class Part(Matrix):
         return self.whole.nbytes * (self.stop - self.start) // self.whole.shape[-2]
 
 
+def whole_of(matrix: Matrix) -> Matrix:
+    """The matrix that is stored: the joined one of a part, and of others themselves."""
+    return matrix.whole if isinstance(matrix, Part) else matrix
+
+
 @dataclass(eq=False)
 class Joint:
     """The parts of one joined matrix, in order."""

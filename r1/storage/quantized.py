@@ -148,7 +148,7 @@ class Quantized(Matrix):
 
     def packed(self) -> Packed:
         """All that `stored` gives. The compiler of torch 2.11 can't trace a slice's bounds."""
-        return self._named((self.q, self.scale, self.zero, self.group))
+        return self._named(self.cut(0, self.shape[-2]))
 
     def _named(self, tensors: Sequence[Tensor | None]) -> Packed:
         pairs = zip(self.NAMES, tensors, strict=True)
