@@ -116,31 +116,31 @@ def down_vector_kernel(
 
     The choice is older than the previous kernel, so the first AHEAD tiles of weights are loaded
     before the wait: first BLOCK_IN columns of all chosen experts at once, tile after tile, then
-    those of the shared experts.
+    those of the shared experts, unless CHOSEN_PAD leaves room for these beside them. Slots are a
+    tile's first dimension: so a warp has all outputs of a slot, and takes an inner value once.
     """
     out = tl.program_id(0) // tokens * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = (tl.program_id(0) % tokens).to(tl.int64)
-    expert, weight, some = choice_of(indices, weights, token, CHOSEN, CHOSEN_PAD, COUNT)
+    BESIDE: tl.constexpr = SHARED if CHOSEN + SHARED <= CHOSEN_PAD else 0
+    expert, weight, some = choice_of(indices, weights, token, CHOSEN, BESIDE, CHOSEN_PAD, COUNT)
+    places = slots_matrices(down, shared_down, expert, CHOSEN, BESIDE, INNER)
     routed: tl.constexpr = (INNER + BLOCK_IN - 1) // BLOCK_IN  # tiles
-    size: tl.constexpr = CHOSEN_PAD * BLOCK_IN  # columns of a tile of shared experts
-    tiles: tl.constexpr = routed + (SHARED * INNER + size - 1) // size
+    size: tl.constexpr = CHOSEN_PAD * BLOCK_IN  # columns of a tile of shared experts alone
+    tiles: tl.constexpr = routed + ((SHARED - BESIDE) * INNER + size - 1) // size
     queue = ()
     for n in tl.static_range(min(AHEAD, tiles)):
-        w = down_tile(down, shared_down, expert, some, out, n, routed, DIM, INNER, SHARED, BLOCK_IN)
+        w = down_tile(places, down, shared_down, some, out, n, routed, DIM, INNER, SHARED, BLOCK_IN)
         queue = queue + (w,)  # type: ignore[assignment]  # noqa: RUF005
     wait_for_previous(PDL)
     let_next_start(PDL)
     total = tl.zeros((BLOCK_OUT,), tl.float32)
     if residual is not None:
         total += tl.load(residual + token * DIM + out, mask=out < DIM, other=0.0).to(tl.float32)
-    sums = tl.zeros((BLOCK_OUT, CHOSEN_PAD, BLOCK_IN // min(down.TOGETHER, BLOCK_IN)), tl.float32)
+    sums = tl.zeros((CHOSEN_PAD, BLOCK_OUT, BLOCK_IN // min(down.TOGETHER, BLOCK_IN)), tl.float32)
     for n in tl.static_range(tiles):
         if n < routed:
-            v = slots_of(h, token, weight, n * BLOCK_IN, CHOSEN, SHARED, INNER, BLOCK_IN, FIXED)
-            if FIXED:
-                sums += times_fixed(queue[n], v, down) * weight[None, :, None]
-            else:
-                sums += times(queue[n], v[None, :, :], down)
+            v = slots_of(h, token, some, n, CHOSEN, SHARED, BESIDE, INNER, BLOCK_IN, FIXED)
+            sums += times_fixed(queue[n], v, down) if FIXED else times(queue[n], v, down)
         else:
             total += shared_product(
                 queue[n], h, token, (n - routed) * size, shared_down, CHOSEN, SHARED, INNER, size,
@@ -148,41 +148,71 @@ def down_vector_kernel(
             )  # fmt: skip
         if n + AHEAD < tiles:
             w = down_tile(
-                down, shared_down, expert, some, out, n + AHEAD, routed, DIM, INNER, SHARED,
+                places, down, shared_down, some, out, n + AHEAD, routed, DIM, INNER, SHARED,
                 BLOCK_IN,
             )  # fmt: skip
             queue = queue + (w,)  # type: ignore[assignment]  # noqa: RUF005
-    total += tl.sum(tl.reshape(sums, (BLOCK_OUT, sums.numel // BLOCK_OUT)), axis=1)
+    # Each dimension by itself: of a tensor that is permuted, and reshaped so that its rows are not
+    # whole runs of lanes, Triton 3.6 adds up the wrong lanes.
+    total += tl.sum(tl.sum(sums * weight[:, None, None], axis=2), axis=0)
     tl.store(y + token * DIM + out, total.to(y.dtype.element_ty), mask=out < DIM)
 
 
 @triton.jit
 def choice_of(
-    indices, weights, token, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, COUNT: tl.constexpr
-):
-    """A token's experts, their weights, and which of them are real: (CHOSEN_PAD,) each."""
+    indices, weights, token, CHOSEN: tl.constexpr, BESIDE: tl.constexpr, CHOSEN_PAD: tl.constexpr,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """A token's experts, their weights, and which of them are real: (CHOSEN_PAD,) each. BESIDE
+    shared experts come after them, with weight 1.
+    """
     slot = tl.arange(0, CHOSEN_PAD)
     some = slot < CHOSEN
     expert = tl.load(indices + token * CHOSEN + slot, mask=some, other=0).to(tl.int64)
     weight = tl.load(weights + token * CHOSEN + slot, mask=some, other=0.0)
     if COUNT > 0:
         some = some & (expert < COUNT)
+    if BESIDE > 0:
+        more = (slot >= CHOSEN) & (slot < CHOSEN + BESIDE)
+        weight, some = tl.where(more, 1.0, weight), some | more
     return expert, weight, some
 
 
 @triton.jit
+def slots_matrices(
+    down, shared_down, expert, CHOSEN: tl.constexpr, BESIDE: tl.constexpr, INNER: tl.constexpr
+):
+    """`matrix_of` each slot's expert, (CHOSEN_PAD, 1, 1): BESIDE shared ones come after those
+    chosen. Both have one format.
+    """
+    place, scale, zero, stride, scale_stride = matrix_of(down, expert[:, None, None])
+    if BESIDE > 0:
+        tl.static_assert(down.FORMAT == shared_down.FORMAT)
+        tl.static_assert(down.PER == shared_down.PER)
+        tl.static_assert(down.ZEROS == shared_down.ZEROS)
+        slot = tl.arange(0, expert.shape[0])[:, None, None]
+        chosen, number = slot < CHOSEN, slot - CHOSEN  # of a shared expert
+        block = number * (INNER // down.WIDE)
+        place = tl.where(chosen, place, shared_down.weight + number * (INNER // down.PER))
+        scale = tl.where(chosen, scale, shared_down.scale + block)
+        zero = tl.where(chosen, zero, shared_down.zero + block)
+        stride = tl.where(chosen, down.ROW, shared_down.ROW)
+        scale_stride = tl.where(chosen, down.SCALE_ROW, shared_down.SCALE_ROW)
+    return place, scale, zero, stride, scale_stride
+
+
+@triton.jit
 def down_tile(
-    down, shared_down, expert, some, out, n: tl.constexpr, ROUTED: tl.constexpr, DIM: tl.constexpr,
-    INNER: tl.constexpr, SHARED: tl.constexpr, BLOCK_IN: tl.constexpr,
+    matrices, down, shared_down, some, out, n: tl.constexpr, ROUTED: tl.constexpr,
+    DIM: tl.constexpr, INNER: tl.constexpr, SHARED: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """Tile n of down's weights: (BLOCK_OUT, CHOSEN_PAD, BLOCK_IN) of the chosen experts, or, from
-    number ROUTED on, (BLOCK_OUT, CHOSEN_PAD BLOCK_IN) of the shared ones.
+    """Tile n of down's weights: (CHOSEN_PAD, BLOCK_OUT, BLOCK_IN) of the slots' `matrices`, or,
+    from number ROUTED on, (BLOCK_OUT, CHOSEN_PAD BLOCK_IN) of the shared experts alone.
     """
     if n < ROUTED:
-        real = ((out < DIM)[:, None] & some[None, :])[:, :, None]
+        real = (some[:, None] & (out < DIM)[None, :])[:, :, None]
         column = tl.arange(0, BLOCK_IN)[None, None, :]
-        matrices = matrix_of(down, expert[None, :, None])
-        w = load(matrices, out[:, None, None], real, column, n * BLOCK_IN, INNER, down)
+        w = load(matrices, out[None, :, None], real, column, n * BLOCK_IN, INNER, down)
     else:
         size: tl.constexpr = some.shape[0] * BLOCK_IN
         inside, column = (out < DIM)[:, None], tl.arange(0, size)[None, :]
@@ -194,20 +224,21 @@ def down_tile(
 
 @triton.jit
 def slots_of(
-    h, token, weight, start, CHOSEN: tl.constexpr, SHARED: tl.constexpr, INNER: tl.constexpr,
-    BLOCK_IN: tl.constexpr, FIXED: tl.constexpr,
+    h, token, some, n, CHOSEN: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
+    INNER: tl.constexpr, BLOCK_IN: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Columns from `start` on of each chosen slot's h: fixed-point, or fp32 (CHOSEN_PAD, BLOCK_IN)
-    times the slot's weight.
+    """Tile n of each slot's h, of the chosen experts and of BESIDE shared ones:
+    fixed-point, or fp32 (CHOSEN_PAD, 1, BLOCK_IN).
     """
-    slot, at = tl.arange(0, weight.shape[0]), start + tl.arange(0, BLOCK_IN)
+    slot, real, start = tl.arange(0, some.shape[0]), CHOSEN + BESIDE, n * BLOCK_IN
     length: tl.constexpr = (CHOSEN + SHARED) * INNER
     if FIXED:
-        v = slots_fixed(h, token, slot, start, length, CHOSEN, INNER, BLOCK_IN)
+        v = slots_fixed(h, token, slot[:, None, None], start, length, real, INNER, BLOCK_IN)
     else:
-        mask = (slot < CHOSEN)[:, None] & (at < INNER)[None, :]
-        place = h + token * length + slot[:, None] * INNER + at[None, :]
-        v = tl.load(place, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
+        row, at = slot[:, None], start + tl.arange(0, BLOCK_IN)[None, :]
+        mask = (row < real) & (at < INNER)
+        v = tl.load(h + token * length + row * INNER + at, mask=mask, other=0.0)
+        v = v.to(tl.float32)[:, None, :]
     return v
 
 

@@ -225,8 +225,10 @@ def slots_fixed(
     h, token, slot, start, LENGTH: tl.constexpr, CHOSEN: tl.constexpr, INNER: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns from `start` on of each of a token's slots, (1, slots, ...)."""
-    slot, real = slot[None, :, None], (slot < CHOSEN)[None, :, None]
+    """Columns from `start` on of a token's slots (slots, 1, 1), of which the first CHOSEN are real:
+    (slots, 1, ...).
+    """
+    real = slot < CHOSEN
     # Counted in words and in groups: then a thread loads four of them in one instruction.
     word = start // 8 + tl.arange(0, COLUMNS // 8)[None, None, :]
     group = start // GROUP + tl.arange(0, COLUMNS // GROUP)[None, None, :]
