@@ -28,6 +28,7 @@ from r1.kernels.linear_launch import LinearLaunch
 from r1.model.layers import MLP
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Block
+from r1.storage.dense import Dense
 from r1.storage.joined import join
 from r1.storage.kinds import KINDS
 from r1.storage.quantized import Quantized
@@ -165,6 +166,24 @@ def test_experts(tokens: int, apart: bool, spec: Spec) -> None:
     assert not packed.is_contiguous(), "an expert is a row of bytes, as in slots"
     again = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch)
     assert torch.equal(again, ours)
+
+
+@pytest.mark.parametrize("other", [SPECS["int8 groups"], Spec("int8", 1, 16), None], ids=str)
+def test_a_shared_expert_stored_in_another_way(other: Spec | None) -> None:
+    """One token's down_proj reads it beside the chosen ones where it is stored as those are."""
+    spec = SPECS["int8 groups"]
+    config = V3.change(hidden_size=48, moe_intermediate_size=64, n_shared_experts=1)
+    routed, shared = Experts(config), MLP(48, 64)
+    routed.gate_proj, routed.up_proj = (stored(spec, 8, 64, 48) for _ in range(2))
+    routed.down_proj = stored(spec, 8, 48, 64)
+    for layer in (shared.gate_proj, shared.up_proj, shared.down_proj):
+        plain = torch.randn(layer.matrix.shape, device=DEVICE) * 0.2
+        layer.matrix = stored(other, *plain.shape) if other else Dense(plain)
+    x = torch.randn(1, 48, device=DEVICE)
+    indices = torch.tensor([[6, 0, 3]], device=DEVICE)
+    weights = torch.rand(1, 3, device=DEVICE)
+    ours = experts(CHIP, x, indices, weights, routed, shared, x)
+    close(ours, experts_torch(x, indices, weights, routed, shared, x))
 
 
 @pytest.fixture

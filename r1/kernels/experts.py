@@ -149,14 +149,25 @@ def launch_experts(
         norm if tokens == 1 else None, eps, h, tokens, FIXED=whole, MANY=tokens > 1, **names,
         **use.up,
     )  # fmt: skip
-    h = activations.rounded(h) if round_x and rounds(routed.down) else h
+    h, pad = activations.rounded(h) if round_x and rounds(routed.down) else h, power_of_two(chosen)
     chip.run(
         down_vector_kernel, (ceil_div(dim, use.down_outputs) * tokens,),
         fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down,
-        shared_down, residual, out, tokens, CHOSEN_PAD=power_of_two(chosen), FIXED=whole,
-        AHEAD=use.ahead, **names, **use.down,
+        shared_down, residual, out, tokens, CHOSEN_PAD=pad, FIXED=whole, AHEAD=use.ahead,
+        BESIDE=_beside(routed.down, shared_down, more, pad - chosen), **names, **use.down,
     )  # fmt: skip
     return out
+
+
+def _beside(down: Operand, shared: Operand | None, count: int, room: int) -> int:
+    """How many of `count` shared experts can be read as the chosen ones are, in the same tiles, of
+    which `room` slots are free: all or none. They must be stored alike. (A checkpoint may leave
+    them dense, or give them groups of another size.)
+    """
+    if shared is None or count > room:
+        return 0
+    kinds = [(w.FORMAT, w.PER, w.ZEROS, w.TALL, w.WIDE) for w in (down, shared)]
+    return count if kinds[0] == kinds[1] else 0
 
 
 def stored_sizes(

@@ -108,20 +108,19 @@ def gated(
 def down_vector_kernel(
     h, indices, weights, down, shared_down, residual, y, tokens, DIM: tl.constexpr,
     INNER: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, SHARED: tl.constexpr,
-    COUNT: tl.constexpr, FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BESIDE: tl.constexpr, COUNT: tl.constexpr, FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT of a token's outputs: the weighted sum over all of its slots, and the residual.
     With FIXED h is a `Fixed`, of a token's slots side by side. COUNT: see `up_vector_kernel`.
 
     The choice is older than the previous kernel, so the first AHEAD tiles of weights are loaded
     before the wait: first BLOCK_IN columns of all chosen experts at once, tile after tile, then
-    those of the shared experts, unless CHOSEN_PAD leaves room for these beside them. Slots are a
-    tile's first dimension: so a warp has all outputs of a slot, and takes an inner value once.
+    those of the shared experts; or BESIDE of them, which are all, beside the chosen ones. Slots are
+    a tile's first dimension: so a warp has all outputs of a slot, and takes an inner value once.
     """
     out = tl.program_id(0) // tokens * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = (tl.program_id(0) % tokens).to(tl.int64)
-    BESIDE: tl.constexpr = SHARED if CHOSEN + SHARED <= CHOSEN_PAD else 0
     expert, weight, some = choice_of(indices, weights, token, CHOSEN, BESIDE, CHOSEN_PAD, COUNT)
     places = slots_matrices(down, shared_down, expert, CHOSEN, BESIDE, INNER)
     routed: tl.constexpr = (INNER + BLOCK_IN - 1) // BLOCK_IN  # tiles
@@ -183,13 +182,10 @@ def slots_matrices(
     down, shared_down, expert, CHOSEN: tl.constexpr, BESIDE: tl.constexpr, INNER: tl.constexpr
 ):
     """`matrix_of` each slot's expert, (CHOSEN_PAD, 1, 1): BESIDE shared ones come after those
-    chosen. Both have one format.
+    chosen.
     """
     place, scale, zero, stride, scale_stride = matrix_of(down, expert[:, None, None])
     if BESIDE > 0:
-        tl.static_assert(down.FORMAT == shared_down.FORMAT)
-        tl.static_assert(down.PER == shared_down.PER)
-        tl.static_assert(down.ZEROS == shared_down.ZEROS)
         slot = tl.arange(0, expert.shape[0])[:, None, None]
         chosen, number = slot < CHOSEN, slot - CHOSEN  # of a shared expert
         block = number * (INNER // down.WIDE)
