@@ -154,20 +154,25 @@ def launch_experts(
         down_vector_kernel, (ceil_div(dim, use.down_outputs) * tokens,),
         fix(chip, h.flatten(1)) if whole else h, indices, weights, routed.down,
         shared_down, residual, out, tokens, CHOSEN_PAD=pad, FIXED=whole, AHEAD=use.ahead,
-        BESIDE=_beside(routed.down, shared_down, more, pad - chosen), **names, **use.down,
+        BESIDE=_beside(routed.down, shared_down, inner, more, pad - chosen), **names,
+        **use.down,
     )  # fmt: skip
     return out
 
 
-def _beside(down: Operand, shared: Operand | None, count: int, room: int) -> int:
+def _beside(down: Operand, shared: Operand | None, inner: int, count: int, room: int) -> int:
     """How many of `count` shared experts can be read as the chosen ones are, in the same tiles, of
-    which `room` slots are free: all or none. They must be stored alike. (A checkpoint may leave
-    them dense, or give them groups of another size.)
+    which `room` slots are free: all or none. They must be stored alike (a checkpoint may leave them
+    dense, or give them groups of another size), and begin at whole blocks and at 16 bytes.
     """
     if shared is None or count > room:
         return 0
     kinds = [(w.FORMAT, w.PER, w.ZEROS, w.TALL, w.WIDE) for w in (down, shared)]
-    return count if kinds[0] == kinds[1] else 0
+    steps = inner // down.PER.value, down.ROW.value, down.EXPERT.value, shared.ROW.value
+    places = [step * down.weight.itemsize for step in steps]
+    places += [w.weight.data_ptr() for w in (down, shared)]
+    whole = inner % down.WIDE.value == 0 and all(place % 16 == 0 for place in places)
+    return count if kinds[0] == kinds[1] and whole else 0
 
 
 def stored_sizes(

@@ -182,7 +182,7 @@ def slots_matrices(
     down, shared_down, expert, CHOSEN: tl.constexpr, BESIDE: tl.constexpr, INNER: tl.constexpr
 ):
     """`matrix_of` each slot's expert, (CHOSEN_PAD, 1, 1): BESIDE shared ones come after those
-    chosen.
+    chosen. All begin at 16 bytes.
     """
     place, scale, zero, stride, scale_stride = matrix_of(down, expert[:, None, None])
     if BESIDE > 0:
@@ -194,6 +194,10 @@ def slots_matrices(
         zero = tl.where(chosen, zero, shared_down.zero + block)
         stride = tl.where(chosen, down.ROW, shared_down.ROW)
         scale_stride = tl.where(chosen, down.SCALE_ROW, shared_down.SCALE_ROW)
+        # Without these words Triton 3.9 loads an element at a time.
+        each: tl.constexpr = 128 // down.weight.dtype.element_ty.primitive_bitwidth
+        place = tl.multiple_of(place, (16, 16, 16))
+        stride = tl.multiple_of(stride, (each, each, each))
     return place, scale, zero, stride, scale_stride
 
 
