@@ -267,6 +267,7 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
             module.rotate = gqa.rotate_jointly if backend.join == "on" else gqa.rotate_each
         elif isinstance(module, MoE):
             module.dispatch = dict(dispatch)
+            module.route = {"prefill": dispatch["prefill"].route}
     return model.eval().requires_grad_(False)
 
 

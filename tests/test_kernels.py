@@ -1396,6 +1396,7 @@ ORDERS = {
     ),
     *((f"{name}_kernel", True, "wait let write") for name in ("split", "sum", "down_vector")),
     *((f"{name}_kernel", False, "wait let write") for name in ("tile", "split", "sum", "route")),
+    *((f"{name}_kernel", False, "wait let write") for name in ("logits", "choose")),
     *(
         (f"{name}_kernel", False, "wait let write")
         for name in ("up_tile", "down_tile")  # add_kernel reads the residual before its wait
