@@ -266,7 +266,7 @@ def finish(model: Transformer, backend: Backend) -> Transformer:
             module.attend = dict(attend)
             module.rotate = gqa.rotate_jointly if backend.join == "on" else gqa.rotate_each
         elif isinstance(module, MoE):
-            module.dispatch = dict(dispatch)
+            module.dispatch, module.route = dict(dispatch), {"prefill": dispatch["prefill"].route}
     return model.eval().requires_grad_(False)
 
 

@@ -11,8 +11,8 @@ tokens' experts are in experts_tiles.py, experts_narrow.py and sort.py. linear_f
 products of a few tokens. fixed.py multiplies 4 bits by whole numbers, narrow.py packed weights by
 the matrix units, and rounded.py FP8 weights by inputs of FP8. prompt.py multiplies a prompt by
 packed weights; in_graph.py and experts_dispatch.py hand torch.compile its products as a whole.
-allreduce.py adds up over devices.
+prompt_router.py chooses a prompt's experts. allreduce.py adds up over devices.
 
-Tested in tests/test_kernels.py, test_prompt_kernels.py, test_fixed.py, test_narrow.py,
-test_rounded.py, test_tune.py, test_allreduce.py and test_gpus.py.
+Tested in tests/test_kernels.py, test_prompt_kernels.py, test_prompt_router.py, test_fixed.py,
+test_narrow.py, test_rounded.py, test_tune.py, test_allreduce.py and test_gpus.py.
 """

@@ -10,10 +10,44 @@ Shapes: E routed experts, G groups, K experts per token.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from r1.kernels.chip import power_of_two
 from r1.kernels.linear import gain_columns
+from r1.model.config import ExpertShape
+
+
+class Rule(NamedTuple):
+    """A model's rule as the constants of `choose`."""
+
+    EXPERTS: int
+    PAD: int
+    """Places of experts (`expert_at`)."""
+    SPAN: int
+    """Places of a group."""
+    CHOSEN: int
+    CHOSEN_PAD: int
+    GROUPS: int
+    KEPT: int
+    """Groups that experts are chosen from."""
+    BEST: int
+    """Experts whose scores are a group's."""
+    SIGMOID: int
+    NORMED: int
+
+    @staticmethod
+    def of(e: ExpertShape) -> Rule:
+        experts, chosen = e.n_routed_experts, e.num_experts_per_tok
+        groups = 1 if e.topk_method == "greedy" else e.n_group
+        span = power_of_two(experts // groups)
+        return Rule(
+            experts, power_of_two(groups) * span, span, chosen, power_of_two(chosen), groups,
+            e.topk_group, 2 if e.topk_method == "noaux_tc" else 1, int(e.scoring_func == "sigmoid"),
+            int(e.norm_topk_prob),
+        )  # fmt: skip
 
 
 @triton.jit

@@ -127,7 +127,7 @@ def launch_experts(
     step = stored[2] if use.narrow and stored[2:] else 0
     if step and stored[3:]:
         return _rounded_tokens(
-            chip, use, names, count, x, indices, weights, routed, shared, residual, partial
+            chip, use, names, count, x, indices, weights, routed, shared, residual, partial, fixed
         )
     # Here no kernel takes an x of FP8: it is rounded, and nothing is faster.
     if round_x and rounds(routed.gate):
@@ -229,9 +229,10 @@ def _several_tokens(
 def _rounded_tokens(
     chip: Chip, use: ExpertsLaunch, sizes: dict[str, int], count: int, x: Tensor, indices: Tensor,
     weights: Tensor, routed: Swiglu, shared: Swiglu | None, residual: Tensor | None, partial: bool,
+    fixed: Fixed | None,
 ) -> Tensor:  # fmt: skip
-    """The same where x and the inner values are FP8 (rounded.py). Each expert's output is rounded
-    to x's dtype.
+    """The same where x and the inner values are FP8 (rounded.py). `fixed`, if it is given, stands
+    in for the numbers of x. Each expert's output is rounded to x's dtype.
     """
     dim, inner, more = sizes["DIM"], sizes["INNER"], sizes["SHARED"]
     tokens, chosen = indices.shape
@@ -241,8 +242,8 @@ def _rounded_tokens(
     shared_gate, shared_up, shared_down = shared or (None, None, None)
     h = rounded.empty(x, tokens * (chosen + more), inner)
     chip.run(
-        up_rounded_kernel, (inner // GROUP, places), round_input(chip, x), order, ends, work,
-        routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how,
+        up_rounded_kernel, (inner // GROUP, places), fixed or round_input(chip, x), order, ends,
+        work, routed.gate, routed.up, shared_gate, shared_up, h, tokens, count, **how,
     )  # fmt: skip
     y = _slots(x, chosen + more, x.dtype, partial)
     chip.run(

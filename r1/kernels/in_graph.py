@@ -6,8 +6,10 @@ in place of them. But such an operator gets tensors, numbers and words only, and
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from r1.kernels.fixed import Fixed
 from r1.kernels.tiles import packed_bits, tensor_of
 from r1.storage.joined import Part
 from r1.storage.kinds import KINDS
@@ -30,6 +32,16 @@ def parts_of(matrix: Matrix) -> tuple[list[Tensor], str]:
     q, scale, zero, _ = stored.cut(first, last)
     parts, spec = [q, scale] if zero is None else [q, scale, zero], stored.spec
     return parts, f"{spec.kind} {spec.rows} {spec.columns}"
+
+
+def input_of(x: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Fixed | None]:
+    """An operator's input: x (N, in) itself, or what `as_fp8` (r1/storage/activations.py) has made
+    of it. Of the latter the kernels want to know x's shape and `dtype`, and not its numbers.
+    """
+    first, *scales = (tensor.contiguous() for tensor in x)
+    if not scales:
+        return first, None
+    return first.new_empty(first.shape, dtype=dtype), Fixed(first, *scales)
 
 
 def made_of(parts: list[Tensor], how: str, columns: int) -> Matrix:

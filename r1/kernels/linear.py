@@ -46,7 +46,8 @@ def linear(
 
     With `norm` (in,) x is RMS-normed first, with this gain. `residual` (N, out) is added. `fixed`
     is x again, if an earlier kernel has made it (see `linear_takes_fixed`); there is no norm then.
-    `round_x`: x becomes FP8 for a matrix of FP8 (r1/storage/activations.py).
+    `round_x`: x becomes FP8 for a matrix of FP8 (r1/storage/activations.py). Such a `fixed` stands
+    in for the numbers of x, which are not read.
     """
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = x.new_empty(tokens, outputs, dtype=dtype)
@@ -59,7 +60,7 @@ def linear(
     programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     if use.narrow and stored[2:]:
-        return _narrow(chip, use, x, matrix, norm, eps, residual, y, stored)
+        return _narrow(chip, use, x, matrix, norm, eps, residual, y, stored, fixed)
     whole = stored[1:2] == (1,) and use.rows < LEAST_TILE
     given = (fixed or fix(chip, x, norm, eps)) if whole else x
     if use.rows == 1:
@@ -87,7 +88,7 @@ def linear(
 
 def _narrow(
     chip: Chip, use: LinearLaunch, x: Tensor, matrix: Operand, norm: Tensor | None, eps: float,
-    residual: Tensor | None, y: Tensor, stored: tuple[int, ...],
+    residual: Tensor | None, y: Tensor, stored: tuple[int, ...], fixed: Fixed | None,
 ) -> Tensor:  # fmt: skip
     """`linear` with an x of narrow numbers: one each (rounded.py), or pairs (narrow.py)."""
     (tokens, inputs), outputs, w = x.shape, y.shape[1], narrow(matrix)
@@ -95,8 +96,8 @@ def _narrow(
     how = {"INPUTS": inputs, "ROWS": use.rows, "warps": use.warps, "stages": use.stages}
     if stored[3:]:
         chip.run(
-            rounded_kernel, grid, round_input(chip, x, norm, eps), w, residual, y, tokens, outputs,
-            BLOCK=use.outputs // 2, **how,
+            rounded_kernel, grid, fixed or round_input(chip, x, norm, eps), w, residual, y, tokens,
+            outputs, BLOCK=use.outputs // 2, **how,
         )  # fmt: skip
     else:
         chip.run(
@@ -104,12 +105,6 @@ def _narrow(
             tokens, outputs, BLOCK_OUT=use.outputs, STEP=stored[2], **how,
         )  # fmt: skip
     return y
-
-
-def takes_one_number(chip: Chip, x: Tensor, weight: Matrix) -> bool:
-    """Whether `linear` multiplies x (..., in), where it is rounded, as it is then stored."""
-    inputs = x.shape[-1]
-    return len(storage_sizes(chip, x, inputs, operand(weight, chip.ptx), round_x=True)) == 4
 
 
 def linear_takes_fixed(chip: Chip, x: Tensor, weight: Matrix, head: int) -> Form | None:

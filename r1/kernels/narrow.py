@@ -41,6 +41,8 @@ LARGEST = tl.constexpr(activations.LARGEST)
 """Of e4m3."""
 LEAST = tl.constexpr(activations.LEAST)
 """What is less, and the largest of its group, is 0: the group's scale must have an inverse."""
+UNIT = tl.constexpr(activations.UNIT)
+"""The scale of a group whose largest number is 1."""
 
 
 class Form(NamedTuple):
@@ -122,7 +124,7 @@ def store_pairs(made, v, token, first, LENGTH: tl.constexpr, STEP: tl.constexpr)
     STEPS: tl.constexpr = v.shape[1] // STEP
     steps = tl.reshape(v, (STEPS, STEP))
     largest = tl.max(tl.abs(steps), axis=1)
-    scale = largest / LARGEST + tl.sum(steps * 0.0, axis=1)  # NaN and infinity stay
+    scale = largest * UNIT + tl.sum(steps * 0.0, axis=1)  # NaN and infinity stay
     steps *= inverse(largest)[:, None]
     high = to_e4m3(steps)
     low = to_e4m3((steps - high) * TO_REST)
@@ -138,7 +140,7 @@ def store_pairs(made, v, token, first, LENGTH: tl.constexpr, STEP: tl.constexpr)
 @triton.jit
 def inverse(largest):
     """What makes the largest number of a group 448."""
-    return 1.0 / (tl.where(largest > LEAST, largest, LARGEST) / LARGEST)
+    return 1.0 / (tl.where(largest > LEAST, largest, LARGEST) * UNIT)
 
 
 @triton.jit

@@ -30,10 +30,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, wait_for_previous
-from r1.kernels.in_graph import made_of, parts_of
-from r1.kernels.linear import linear, takes_one_number
+from r1.kernels.fixed import Fixed
+from r1.kernels.in_graph import input_of, made_of, parts_of
+from r1.kernels.linear import linear
+from r1.kernels.rounded import takes_one_number
 from r1.kernels.tiles import load_tile, matrix_of, operand, unpacks
-from r1.storage.activations import given, rounded, takes
+from r1.storage.activations import as_fp8, given, rounded, takes
 from r1.storage.matrix import Matrix
 
 FEW_TOKENS = 64
@@ -58,32 +60,36 @@ def _multiply(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
     # head may have them. Both are left to the storage.
     if not unpacks(matrix):
         return matrix.matmul(given(matrix, x) if round_x else x)
+    fp8 = round_x and takes_one_number(chip.ptx, x, matrix)
+    if round_x and takes(matrix) and not fp8:
+        x = rounded(x)
+    flat = x.flatten(0, -2)  # (N, in)
     if torch.compiler.is_compiling():
-        return _product(x, *parts_of(matrix), round_x)
-    return _unpacked(chip, x, round_x, matrix)
+        # Rounded in the graph, x costs no pass of its own: what makes it rounds it.
+        y = _product(as_fp8(flat) if fp8 else [flat], *parts_of(matrix), x.dtype)
+    else:
+        y = _unpacked(chip, flat, matrix, None, fp8)
+    return y.unflatten(0, x.shape[:-1])
 
 
 @torch.library.custom_op("r1::packed_product", mutates_args=())
-def _product(x: Tensor, parts: list[Tensor], how: str, round_x: bool) -> Tensor:
-    return _unpacked(Chip.of(x.device), x, round_x, made_of(parts, how, x.shape[-1]))
+def _product(x: list[Tensor], parts: list[Tensor], how: str, dtype: torch.dtype) -> Tensor:
+    """`x`: see input_of; `parts` and `how`: see parts_of."""
+    like, fixed = input_of(x, dtype)
+    chip, matrix = Chip.of(like.device), made_of(parts, how, like.shape[1])
+    return _unpacked(chip, like, matrix, fixed, fixed is not None)
 
 
 @_product.register_fake
-def _(x: Tensor, parts: list[Tensor], how: str, round_x: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], parts[0].shape[-2])
+def _(x: list[Tensor], parts: list[Tensor], how: str, dtype: torch.dtype) -> Tensor:
+    return x[0].new_empty(len(x[0]), parts[0].shape[-2], dtype=dtype)
 
 
-def _unpacked(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
-    """`multiply` by a packed matrix that has a format."""
-    if round_x and takes(matrix):
-        if takes_one_number(chip, x, matrix):
-            y = linear(chip, x.flatten(0, -2).contiguous(), matrix, round_x=True)
-            return y.unflatten(0, x.shape[:-1])
-        x = rounded(x)
-    flat = x.flatten(0, -2)  # (N, in)
-    if len(flat) > FEW_TOKENS:
+def _unpacked(chip: Chip, x: Tensor, matrix: Matrix, fixed: Fixed | None, fp8: bool) -> Tensor:
+    """x (N, in) by a packed matrix with a format. `fp8`: kernels round x, or `fixed` is x."""
+    if len(x) > FEW_TOKENS and not fp8:
         return F.linear(x, dense(chip, matrix, x.dtype))
-    return linear(chip, flat.contiguous(), matrix).unflatten(0, x.shape[:-1])
+    return linear(chip, x.contiguous(), matrix, fixed=fixed, round_x=fp8)
 
 
 def dense(chip: Chip, matrix: Matrix, dtype: torch.dtype) -> Tensor:

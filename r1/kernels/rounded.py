@@ -25,9 +25,10 @@ from torch import Tensor
 from r1.kernels.chip import INTERPRETED, Chip, ceil_div, let_next_start, wait_for_previous
 from r1.kernels.experts_tiles import tile_of, work_of
 from r1.kernels.fixed import COLUMNS, Fixed, ready_columns
-from r1.kernels.narrow import LARGEST, inverse, to_e4m3
+from r1.kernels.narrow import UNIT, inverse, to_e4m3
 from r1.kernels.tiles import Operand, expert_of, matrix_of
 from r1.storage import activations
+from r1.storage.matrix import Matrix
 
 GROUP = tl.constexpr(activations.GROUP)
 WIDEST = 128
@@ -37,6 +38,14 @@ WIDEST = 128
 def rounds(w: Operand) -> bool:
     """Whether the inputs of products with these matrices are rounded: `takes` of activations.py."""
     return w.FORMAT.value == "fp8" and w.WIDE.value % GROUP.value == 0
+
+
+def takes_one_number(ptx: bool, x: Tensor, *matrices: Matrix) -> bool:
+    """Whether these kernels multiply x (..., in) with the matrices, where it is rounded. `ptx` is
+    Chip.ptx. (It is what `storage_sizes` of fixed.py says, without what torch.compile can't trace.)
+    """
+    whole = all(matrix.shape[-1] % activations.GROUP == 0 for matrix in matrices)
+    return ptx and x.itemsize == 2 and whole and activations.takes(*matrices)
 
 
 def empty(like: Tensor, tokens: int, length: int) -> Fixed:
@@ -83,7 +92,7 @@ def rounded(v, AXIS: tl.constexpr):
     """Groups of fp32 numbers, along AXIS, as e4m3 ones, and their scales."""
     # NaN becomes infinity, and so does the scale: products are no numbers then.
     largest = tl.max(tl.where(v == v, tl.abs(v), float("inf")), axis=AXIS)
-    return to_e4m3(v * tl.expand_dims(inverse(largest), AXIS)), largest / LARGEST
+    return to_e4m3(v * tl.expand_dims(inverse(largest), AXIS)), largest * UNIT
 
 
 @triton.jit

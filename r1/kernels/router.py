@@ -26,7 +26,7 @@ from r1.kernels.chip import (
     power_of_two,
     wait_for_previous,
 )
-from r1.kernels.choice import choose, load_bias
+from r1.kernels.choice import Rule, choose, load_bias
 from r1.kernels.fixed import Fixed, store_fixed
 from r1.kernels.linear import gain_columns
 from r1.kernels.narrow import Form, store_pairs
@@ -82,19 +82,15 @@ def route(
     indices = x.new_empty(tokens, chosen, dtype=torch.int64)
     weights = x.new_empty(tokens, chosen, dtype=torch.float32)
     biased, programs = e.topk_method == "noaux_tc", ceil_div(experts, use.experts)
-    groups = 1 if e.topk_method == "greedy" else e.n_group
-    span, form = power_of_two(experts // groups), Form.of(fixed) if fixed else Form(dim)
+    form = Form.of(fixed) if fixed else Form(dim)
     chip.run(
         route_kernel, (programs, tokens), x, gain, eps, gate.weight,
         gate.e_score_correction_bias if biased else None, draws,
         0 if draws is None else draws.shape[0], h, logits,
         tickets(x.device, power_of_two(tokens, 64)), indices, weights, e.routed_scaling_factor,
-        fixed, DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns, EXPERTS=experts,
+        fixed, DIM=dim, BLOCK_E=use.experts, BLOCK_D=use.columns,
         PART=power_of_two(ceil_div(dim, programs), form.group), EACH=form.group, FP8=form.fp8,
-        PAD=power_of_two(groups) * span, SPAN=span, CHOSEN=chosen,
-        CHOSEN_PAD=power_of_two(chosen), GROUPS=groups, KEPT=e.topk_group,
-        BEST=2 if biased else 1, SIGMOID=e.scoring_func == "sigmoid", NORMED=e.norm_topk_prob,
-        EARLY=tokens > 1 or fixed is not None, warps=use.warps,
+        EARLY=tokens > 1 or fixed is not None, **Rule.of(e)._asdict(), warps=use.warps,
     )  # fmt: skip
     return h, indices, weights
 

@@ -81,7 +81,9 @@ class TritonGrouped(GroupedAttend):
 
 
 class TritonDispatch(Dispatch):
-    """The chosen experts as kernels, which read each in place: experts.py."""
+    """The chosen experts as kernels, which read each in place: experts.py; and a prompt's router:
+    prompt_router.py.
+    """
 
     name, rounds = "triton", True
     dispatch: Callable[..., Tensor]
@@ -91,8 +93,9 @@ class TritonDispatch(Dispatch):
 
     def prepare(self) -> None:
         from r1.kernels.experts_dispatch import dispatch
+        from r1.kernels.prompt_router import route
 
-        self.dispatch = dispatch
+        self.dispatch, self.route = dispatch, route
 
     def scratch(
         self, experts: Experts, tokens: int, chosen: int, itemsize: int, *, compiled: bool

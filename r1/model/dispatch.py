@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from r1.errors import setting
 from r1.model.moe import Experts
+from r1.model.router import Route
 from r1.model.strategy import Strategy, Use
 
 GATHER_BYTES = 256 * 2**20  # the most that `gather` copies at a time; it splits longer inputs
@@ -29,6 +30,7 @@ class Dispatch(Strategy):
     """The weighted sum of each token's chosen experts."""
 
     rounds = False  # whether it rounds inputs to FP8 itself, of experts that ask for it: rounded.py
+    route: Route | None = None  # how routers of prompts choose with it; None: as router.py says
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x (N, D), indices int64 (N, K) into `experts`, weights fp32 (N, K) -> (N, D).

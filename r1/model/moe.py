@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from r1.model.config import Config
 from r1.model.layers import MLP, Multiply, matmul, swiglu
-from r1.model.router import Router
+from r1.model.router import Route, Router
 from r1.storage.dense import Dense
 from r1.storage.joined import products
 from r1.storage.matrix import Matrix
@@ -94,6 +94,8 @@ class MoE(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate = Router(config)
+        # of a phase, another way than the router's own, if the strategy has one; from build.py
+        self.route: dict[str, Route | None] = {}
         self.experts = Experts(config)
         # The shared experts are one MLP: side by side, they sum to the same.
         width = config.experts.n_shared_experts * config.experts.moe_intermediate_size
@@ -104,6 +106,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, phase: str, multiply: Multiply = matmul) -> Tensor:
         """(B, S, D) -> (B, S, D). `multiply` is for the shared experts."""
         flat = x.flatten(0, 1)  # (N, D)
-        indices, weights = self.gate(flat, self.draws)  # (N, K) each
+        indices, weights = self.gate(flat, self.draws, self.route.get(phase))  # (N, K) each
         y = self.experts(self.dispatch[phase], flat, indices, weights).view_as(x)  # (B, S, D)
         return y if self.shared_experts is None else y + self.shared_experts(x, multiply)

@@ -39,6 +39,7 @@ class Rounded(Dispatch):
 
     def prepare(self) -> None:
         self.strategy.prepare()
+        self.route = self.strategy.route
 
     def __call__(self, experts: Experts, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         if len(x) < self.least:

@@ -12,11 +12,16 @@ Shapes: N tokens, D hidden_size, E routed experts, G groups, K experts per token
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r1.model.config import Config
+
+Route = Callable[["Router", Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""What Router.forward does with a router, x and draws."""
 
 
 class Router(nn.Module):
@@ -33,11 +38,16 @@ class Router(nn.Module):
             bias = torch.zeros(e.n_routed_experts, dtype=torch.float32)
             self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, draws: Tensor | None = None, route: Route | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(N, D) -> expert indices, int64 (N, K), and weights, fp32 (N, K), in no particular order.
 
         With `draws`, fp32 (M, E), token n chooses by row n % M of them instead of by its scores.
+        `route` does all of it in another way, by kernels.
         """
+        if route is not None:
+            return route(self, x, draws)
         device = x.device.type
         if torch.is_autocast_enabled(device):  # asked first: the context costs as much as 3 kernels
             with torch.autocast(device, enabled=False):

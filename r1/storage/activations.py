@@ -32,6 +32,9 @@ FROM_TOKENS = {"prefill": 1, "decode": 64}
 """The table above: the least tokens of a call, by its phase."""
 LARGEST, LEAST = 448.0, 1e-30
 """Of e4m3; and of the largest number of a group, which is 0 otherwise: its scale has an inverse."""
+UNIT = 1.0 / LARGEST
+"""The scale of a group whose largest number is 1. Scales are multiplied by it: compilers divide by
+a constant in ways of their own, and a product has the same bits everywhere."""
 
 
 def fits(spec: Spec | None) -> bool:
@@ -67,12 +70,28 @@ def rounded(x: Tensor) -> Tensor:
     The last group may be shorter. A group with NaN or infinity is NaN.
     """
     columns = x.shape[-1]
-    groups = F.pad(x.float(), (0, -columns % GROUP)).unflatten(-1, (-1, GROUP))  # (..., G, GROUP)
-    largest = groups.abs().amax(dim=-1, keepdim=True)  # (..., G, 1)
-    scale = largest / LARGEST + (groups * 0.0).sum(dim=-1, keepdim=True)  # NaN and infinity stay
-    safe = largest.where(largest > LEAST, torch.full_like(largest, LARGEST))
-    q = to_e4m3(groups * (1.0 / (safe / LARGEST)))
+    q, scale = _grouped(F.pad(x, (0, -columns % GROUP)))
     return (q * scale).flatten(-2)[..., :columns].to(x.dtype)
+
+
+def as_fp8(x: Tensor) -> list[Tensor]:
+    """x (..., n), of whole groups -> the same numbers as FP8 (..., n), and scales, fp32 (..., n /
+    GROUP): the bits of kernels/rounded.py's `round_input`.
+    """
+    q, scale = _grouped(x)
+    return [q.flatten(-2).to(torch.float8_e4m3fn), scale.squeeze(-1)]
+
+
+def _grouped(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., n), of G whole groups -> e4m3 numbers (..., G, GROUP) and scales (..., G, 1), fp32.
+
+    The scale of a group with NaN or infinity is infinity: its products are no numbers then.
+    """
+    groups = x.float().unflatten(-1, (-1, GROUP))  # (..., G, GROUP)
+    largest = groups.abs().amax(dim=-1, keepdim=True)  # (..., G, 1)
+    largest = largest.masked_fill(largest.isnan(), float("inf"))
+    safe = largest.where(largest > LEAST, torch.full_like(largest, LARGEST))
+    return to_e4m3(groups * (1.0 / (safe * UNIT))), largest * UNIT
 
 
 def to_e4m3(v: Tensor) -> Tensor:

@@ -261,6 +261,22 @@ def launches_of_experts(config: Config, batch: int, target: Target) -> list[Laun
     return recorder.launches
 
 
+def launches_of_router(config: Config, target: Target) -> list[Launch]:
+    """The launches of a prompt's router. None for a dense model."""
+    if not config.experts.n_routed_experts:
+        return []
+    from r1.kernels.choice import Rule
+    from r1.kernels.prompt_router import launch
+
+    recorder, count = target.recorder(), config.experts.n_routed_experts
+    with torch.device("meta"):
+        x = torch.empty(CONTEXT, config.hidden_size, dtype=torch.bfloat16)
+        weight, bias = torch.empty(count, config.hidden_size), torch.empty(count)
+    chip: Any = recorder
+    launch(chip, x, weight, bias, None, 1.0, list(Rule.of(config.experts)))
+    return recorder.launches
+
+
 def launches_of_prompts(
     config: Config, target: Target, quant: str, round_x: bool = False
 ) -> list[Launch]:
@@ -366,7 +382,8 @@ def wanted(
     seen: set[tuple[Any, ...]] = set()
     for name, config in shapes.items():
         plain = "none" in quants
-        found = [(f"{name} prompt", launches_of_experts(config, CONTEXT, target))] if plain else []
+        prompt = launches_of_experts(config, CONTEXT, target) + launches_of_router(config, target)
+        found = [(f"{name} prompt", prompt)] if plain else []
         for quant, batch in itertools.product(quants, batches):
             step = launches(config, batch, target, quant)
             if quant == "none":
