@@ -38,7 +38,7 @@ def input_of(x: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Fixed | None]
     """An operator's input: x (N, in) itself, or what `as_fp8` (r1/storage/activations.py) has made
     of it. Of the latter the kernels want to know x's shape and `dtype`, and not its numbers.
     """
-    first, *scales = (tensor.contiguous() for tensor in x)
+    first, *scales = (tensor.flatten(1).contiguous() for tensor in x)
     if not scales:
         return first, None
     return first.new_empty(first.shape, dtype=dtype), Fixed(first, *scales)
