@@ -23,12 +23,13 @@ from r1.kernels.fixed import LARGEST as LARGEST_FIXED
 from r1.kernels.fixed import Fixed, storage_sizes
 from r1.kernels.linear import linear, linear_takes_fixed
 from r1.kernels.linear_launch import LinearLaunch
-from r1.kernels.narrow import LARGEST, Form, pairs
+from r1.kernels.narrow import Form, pairs
 from r1.kernels.router import RouterLaunch, route
 from r1.kernels.tiles import operand
 from r1.model.layers import MLP
 from r1.model.moe import Experts
 from r1.model.router import Router
+from r1.storage.activations import LARGEST
 from r1.storage.kinds import KINDS
 from r1.storage.quantized import Quantized
 from r1.storage.spec import Spec
@@ -88,7 +89,7 @@ def test_pairs_hold_what_bf16_holds(name: str, step: int) -> None:
     gap = (values(pairs(CHIP, x, w, step), length, step) - x.double()).abs()
     largest = x.double().abs().view(3, -1, step).amax(-1).repeat_interleave(step, 1)
     if w.FORMAT.value == "fp8":
-        bound = x.double().abs() * 2**-8 + largest / LARGEST.value * 2**-14
+        bound = x.double().abs() * 2**-8 + largest / LARGEST * 2**-14
     else:
         bound = largest / LARGEST_FIXED.value * 0.51
     assert bool((gap <= bound * (1 + 1e-6)).all())

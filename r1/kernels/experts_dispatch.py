@@ -39,7 +39,7 @@ def _(
     x: list[Tensor], indices: Tensor, weights: Tensor, gate: list[Tensor], up: list[Tensor],
     down: list[Tensor], how: str, partial: bool, round_x: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return x[0].new_empty(x[0].shape, dtype=dtype)
+    return x[0].new_empty(x[0].flatten(1).shape, dtype=dtype)
 
 
 @torch.compiler.assume_constant_result

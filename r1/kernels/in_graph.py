@@ -34,11 +34,19 @@ def parts_of(matrix: Matrix) -> tuple[list[Tensor], str]:
     return parts, f"{spec.kind} {spec.rows} {spec.columns}"
 
 
-def input_of(x: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Fixed | None]:
-    """An operator's input: x (N, in) itself, or what `as_fp8` (r1/storage/activations.py) has made
-    of it. Of the latter the kernels want to know x's shape and `dtype`, and not its numbers.
+def lead_of(x: list[Tensor]) -> torch.Size:
+    """The dimensions before the columns of an operator's input: of x (..., in) itself, or of what
+    `as_fp8` (r1/storage/activations.py) has made of it, whose columns are two dimensions.
     """
-    first, *scales = (tensor.contiguous() for tensor in x)
+    return x[0].shape[: -len(x)]
+
+
+def input_of(x: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Fixed | None]:
+    """The same as a matrix (N, in), and as kernels take it if it is FP8. Of the latter they want to
+    know x's shape and `dtype`, and not its numbers.
+    """
+    tokens = lead_of(x).numel()
+    first, *scales = (tensor.reshape(tokens, -1).contiguous() for tensor in x)
     if not scales:
         return first, None
     return first.new_empty(first.shape, dtype=dtype), Fixed(first, *scales)

@@ -37,12 +37,12 @@ from r1.storage import activations
 HALVES = tl.constexpr("and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;")
 TO_REST = tl.constexpr(16.0)
 """An e4m3 number is off by up to a 16th: so its rest, times this, has the same range."""
-LARGEST = tl.constexpr(activations.LARGEST)
-"""Of e4m3."""
 LEAST = tl.constexpr(activations.LEAST)
-"""What is less, and the largest of its group, is 0: the group's scale must have an inverse."""
+"""What the largest number of a group counts for if it is less: a scale must have an inverse."""
 UNIT = tl.constexpr(activations.UNIT)
 """The scale of a group whose largest number is 1."""
+EVEN = tl.constexpr(activations.EVEN)
+"""See `to_e4m3`."""
 
 
 class Form(NamedTuple):
@@ -140,19 +140,19 @@ def store_pairs(made, v, token, first, LENGTH: tl.constexpr, STEP: tl.constexpr)
 @triton.jit
 def inverse(largest):
     """What makes the largest number of a group 448."""
-    return 1.0 / (tl.where(largest > LEAST, largest, LARGEST) * UNIT)
+    return 1.0 / (tl.maximum(largest, LEAST) * UNIT)
 
 
 @triton.jit
 def to_e4m3(v):
     """The nearest e4m3 numbers to `v` of -448 to 448, in fp32.
 
-    They have 4 bits, down to 2^-6, and are multiples of 2^-9 below. (On an H100, numbers that
-    Triton 3.6 made e4m3 and fp32 again were others.)
+    They have 4 bits, down to 2^-6, and are multiples of 2^-9 below: see activations.py. (On an
+    H100, numbers that Triton 3.6 made e4m3 and fp32 again were others.)
     """
     bits = v.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-    small = tl.floor(v * 512.0 + 0.5) / 512.0
+    small = (v + EVEN) - EVEN
     return tl.where(tl.abs(v) < 0.015625, small, rounded.to(tl.float32, bitcast=True))
 
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, power_of_two, wait_for_previous
 from r1.kernels.fixed import Fixed
-from r1.kernels.in_graph import input_of, made_of, parts_of
+from r1.kernels.in_graph import input_of, lead_of, made_of, parts_of
 from r1.kernels.linear import linear
 from r1.kernels.rounded import takes_one_number
 from r1.kernels.tiles import load_tile, matrix_of, operand, unpacks
@@ -63,13 +63,10 @@ def _multiply(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
     fp8 = round_x and takes_one_number(chip.ptx, x, matrix)
     if round_x and takes(matrix) and not fp8:
         x = rounded(x)
-    flat = x.flatten(0, -2)  # (N, in)
     if torch.compiler.is_compiling():
         # Rounded in the graph, x costs no pass of its own: what makes it rounds it.
-        y = _product(as_fp8(flat) if fp8 else [flat], *parts_of(matrix), x.dtype)
-    else:
-        y = _unpacked(chip, flat, matrix, None, fp8)
-    return y.unflatten(0, x.shape[:-1])
+        return _product(as_fp8(x) if fp8 else [x], *parts_of(matrix), x.dtype)
+    return _unpacked(chip, x.flatten(0, -2), matrix, None, fp8).unflatten(0, x.shape[:-1])
 
 
 @torch.library.custom_op("r1::packed_product", mutates_args=())
@@ -77,12 +74,12 @@ def _product(x: list[Tensor], parts: list[Tensor], how: str, dtype: torch.dtype)
     """`x`: see input_of; `parts` and `how`: see parts_of."""
     like, fixed = input_of(x, dtype)
     chip, matrix = Chip.of(like.device), made_of(parts, how, like.shape[1])
-    return _unpacked(chip, like, matrix, fixed, fixed is not None)
+    return _unpacked(chip, like, matrix, fixed, fixed is not None).unflatten(0, lead_of(x))
 
 
 @_product.register_fake
 def _(x: list[Tensor], parts: list[Tensor], how: str, dtype: torch.dtype) -> Tensor:
-    return x[0].new_empty(len(x[0]), parts[0].shape[-2], dtype=dtype)
+    return x[0].new_empty(*lead_of(x), parts[0].shape[-2], dtype=dtype)
 
 
 def _unpacked(chip: Chip, x: Tensor, matrix: Matrix, fixed: Fixed | None, fp8: bool) -> Tensor:

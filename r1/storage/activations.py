@@ -31,7 +31,8 @@ NEVER = 2**62
 FROM_TOKENS = {"prefill": 1, "decode": 64}
 """The table above: the least tokens of a call, by its phase."""
 LARGEST, LEAST = 448.0, 1e-30
-"""Of e4m3; and of the largest number of a group, which is 0 otherwise: its scale has an inverse."""
+"""Of e4m3; and what the largest number of a group counts for if it is less: a scale has an inverse.
+"""
 UNIT = 1.0 / LARGEST
 """The scale of a group whose largest number is 1. Scales are multiplied by it: compilers divide by
 a constant in ways of their own, and a product has the same bits everywhere."""
@@ -70,35 +71,43 @@ def rounded(x: Tensor) -> Tensor:
     The last group may be shorter. A group with NaN or infinity is NaN.
     """
     columns = x.shape[-1]
-    q, scale = _grouped(F.pad(x, (0, -columns % GROUP)))
-    return (q * scale).flatten(-2)[..., :columns].to(x.dtype)
+    v, scale = _scaled(F.pad(x, (0, -columns % GROUP)))
+    return (to_e4m3(v) * scale).flatten(-2)[..., :columns].to(x.dtype)
 
 
 def as_fp8(x: Tensor) -> list[Tensor]:
-    """x (..., n), of whole groups -> the same numbers as FP8 (..., n), and scales, fp32 (..., n /
-    GROUP): the bits of kernels/rounded.py's `round_input`.
+    """x (..., n), of G whole groups -> FP8 numbers (..., G, GROUP) and their scales, fp32 (..., G,
+    1): as kernels/rounded.py's `round_input` rounds.
+
+    torch.compile makes one pass of it, because both have groups as a dimension, and the conversion
+    is one operation. (For sm_89, Triton 3.6 converts by way of fp16, which it cuts numbers to: some
+    of those half-way between two e4m3 ones get the other neighbour.)
     """
-    q, scale = _grouped(x)
-    return [q.flatten(-2).to(torch.float8_e4m3fn), scale.squeeze(-1)]
+    v, scale = _scaled(x)
+    return [v.to(torch.float8_e4m3fn), scale]
 
 
-def _grouped(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., n), of G whole groups -> e4m3 numbers (..., G, GROUP) and scales (..., G, 1), fp32.
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., n), of G whole groups -> numbers up to LARGEST, fp32 (..., G, GROUP), which are not
+    rounded yet, and their scales, fp32 (..., G, 1).
 
-    The scale of a group with NaN or infinity is infinity: its products are no numbers then.
+    The scale of a group with NaN or infinity is none, either: so are its products then.
     """
     groups = x.float().unflatten(-1, (-1, GROUP))  # (..., G, GROUP)
     largest = groups.abs().amax(dim=-1, keepdim=True)  # (..., G, 1)
-    largest = largest.masked_fill(largest.isnan(), float("inf"))
-    safe = largest.where(largest > LEAST, torch.full_like(largest, LARGEST))
-    return to_e4m3(groups * (1.0 / (safe * UNIT))), largest * UNIT
+    return groups * (largest.clamp(min=LEAST) * UNIT).reciprocal(), largest * UNIT
+
+
+EVEN = 1.5 * 2.0**14
+"""Added to a small number, it leaves multiples of 2^-9: fp32 has no more bits there."""
 
 
 def to_e4m3(v: Tensor) -> Tensor:
     """The nearest e4m3 numbers to fp32 ones of -448 to 448, in fp32: 4 bits down to 2^-6, and
-    multiples of 2^-9 below. As kernels/narrow.py rounds, to the bit.
+    multiples of 2^-9 below; between two, the even one. As kernels/narrow.py and torch's own
+    conversion round, and by operations that any chip's compiler has.
     """
     bits = v.view(torch.int32)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).view(torch.float32)
-    small = (v * 512.0 + 0.5).floor() / 512.0
+    small = (v + EVEN) - EVEN
     return torch.where(v.abs() < 0.015625, small, normal)
