@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from r1.storage.joined import whole_of
 from r1.storage.matrix import Matrix
@@ -70,9 +69,12 @@ def rounded(x: Tensor) -> Tensor:
 
     The last group may be shorter. A group with NaN or infinity is NaN.
     """
-    columns = x.shape[-1]
-    v, scale = _scaled(F.pad(x, (0, -columns % GROUP)))
-    return (to_e4m3(v) * scale).flatten(-2)[..., :columns].to(x.dtype)
+    # Not padded: of bf16, the C++ compiler of torch 2.13 leaves the padding unwritten.
+    rest = x.shape[-1] % GROUP
+    whole, last = x.split([x.shape[-1] - rest, rest], dim=-1)
+    groups = [whole.unflatten(-1, (-1, GROUP)), *([last.unsqueeze(-2)] if rest else [])]
+    numbers = [(to_e4m3(v) * scale).flatten(-2) for v, scale in map(_scaled, groups)]
+    return torch.cat(numbers, dim=-1).to(x.dtype)
 
 
 def as_fp8(x: Tensor) -> list[Tensor]:
@@ -83,17 +85,17 @@ def as_fp8(x: Tensor) -> list[Tensor]:
     is one operation. (For sm_89, Triton 3.6 converts by way of fp16, which it cuts numbers to: some
     of those half-way between two e4m3 ones get the other neighbour.)
     """
-    v, scale = _scaled(x)
+    v, scale = _scaled(x.unflatten(-1, (-1, GROUP)))
     return [v.to(torch.float8_e4m3fn), scale]
 
 
-def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., n), of G whole groups -> numbers up to LARGEST, fp32 (..., G, GROUP), which are not
-    rounded yet, and their scales, fp32 (..., G, 1).
+def _scaled(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups (..., G, any) -> numbers up to LARGEST, fp32 (..., G, any), which are not rounded yet,
+    and their scales, fp32 (..., G, 1).
 
     The scale of a group with NaN or infinity is none, either: so are its products then.
     """
-    groups = x.float().unflatten(-1, (-1, GROUP))  # (..., G, GROUP)
+    groups = groups.float()
     largest = groups.abs().amax(dim=-1, keepdim=True)  # (..., G, 1)
     return groups * (largest.clamp(min=LEAST) * UNIT).reciprocal(), largest * UNIT
 
