@@ -98,9 +98,11 @@ def logits_kernel(
         high = first_bits(w)
         middle = first_bits(w - high)
         low = w - high - middle
-        sums = product(high.to(tl.bfloat16), v, sums)
-        sums = product(middle.to(tl.bfloat16), v, sums)
-        sums = product(low.to(tl.bfloat16), v, sums)
+        # The units cut what they add up to some bits more than fp32 has. So what is small comes
+        # first, and a step's sums are added in fp32.
+        step = product(low.to(tl.bfloat16), v, tl.zeros(sums.shape, tl.float32))
+        step = product(middle.to(tl.bfloat16), v, step)
+        sums += product(high.to(tl.bfloat16), v, step)
     tl.store(logits + token * experts + expert, sums, mask=(token < tokens) & (expert < experts))
 
 

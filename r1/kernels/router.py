@@ -52,7 +52,7 @@ class RouterLaunch:
         return (
             RouterLaunch(8, min(512, columns), 4)
             if tokens * experts * dim > 2**23
-            else RouterLaunch(1, columns, 1)
+            else RouterLaunch(1, columns, 2 if dim > 4096 else 1)
         )
 
     @property
