@@ -7,7 +7,8 @@ that made it. NAME says where it comes from, in tools/measure/results/h100:
 
 - NAME.json: a result of bench.py, compare_peers.py or bench_kernels.py
 - NAME, a folder: several results of bench.py, in one table
-- h200-NAME, h200-x2-NAME: NAME.json in the folders h200 and h200-x2 beside that one
+- h100-x2-NAME, h200-NAME, h200-x2-NAME: NAME.json in the folders h100-x2, h200 and h200-x2 beside
+  that one
 - `step-N`: a profiled step of the last arm in kernels/N.json
 - `buys`: what each rung of the ladder brings, for one row and for 32
 - `rung ...`: what a rung measured, in sentences (rungs.py)
@@ -147,7 +148,9 @@ def tables() -> dict[str, list[str]]:
     found = {path.stem: lines(read(path)) for path in sorted(RESULTS.glob("*.json"))}
     found |= {
         f"{path.parent.name}-{path.stem}": lines(read(path))
-        for path in sorted(RESULTS.parent.glob("h200*/*.json"))
+        for folder in ("h100-x2", "h200", "h200-x2")
+        for path in sorted((RESULTS.parent / folder).glob("*.json"))
+        if path.stem != "allreduce"
     }
     found |= {
         path.name: together([read(run) for run in path.glob("*.json")])
