@@ -131,8 +131,8 @@ def test_r1_beside_its_peer_is_an_arm_of_the_benchmark() -> None:
     arguments = compare_peers.parser().parse_args([*line, "--moe", "gather"])
     with compare_peers.own_side(arguments) as ask:
         started, turn = ask("start"), ask("measure")
-    assert started["parity"]["passes"] and started["first_call_s"] > turn["ttft"] > 0
-    assert turn["tpot"] > 0
+    assert started["parity"]["passes"]
+    assert min(started["first_call_s"], turn["ttft"], turn["tpot"]) > 0
 
 
 @pytest.mark.parametrize("in_turn", [True, False])
