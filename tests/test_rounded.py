@@ -136,6 +136,11 @@ def test_linear(tokens: int, rows: int, outputs: int, spec: Spec) -> None:
     dense = weight.dense(torch.float32).double()
     ours = linear(CHIP, x, weight, dtype=torch.float32, launch=launch, round_x=True)
     check_sums(ours, x, dense)
+    # A compiled prompt gives the rounded x alone, and a search may launch it in any way.
+    fixed, none = round_input(CHIP, x), torch.full_like(x, float("nan"))
+    other = dataclasses.replace(launch, narrow=False)
+    again = linear(CHIP, none, weight, dtype=torch.float32, launch=other, round_x=True, fixed=fixed)
+    assert torch.equal(again, ours)
     assert float((values(x) @ dense.T - x.double() @ dense.T).abs().max()) > 1e-2
     normed = F.rms_norm(x.float(), (384,), gain.float(), EPS)
     right = residual.double() + values(normed) @ dense.T
@@ -157,6 +162,9 @@ def test_experts(spec: Spec, partial: bool) -> None:
         indices[60:], routed.partial = 8, True
     launch = ExpertsLaunch(64, 128, 128, 256, 128, 4, 2, apart=True, narrow=True)
     ours = experts(CHIP, x, indices, weights, routed, shared, x, launch=launch, round_x=True)
+    other = dataclasses.replace(launch, narrow=False)
+    again = experts(CHIP, x, indices, weights, routed, shared, x, launch=other, round_x=True)
+    assert torch.equal(again, ours)
     right = x.double() + experts_by_definition(x, indices, weights, routed)
     gate, up, down = (
         layer.matrix.dense(torch.float32).double()

@@ -125,7 +125,7 @@ def launch_experts(
     use = launch or _use(chip, x, chosen, sizes, stored)
     names = {"DIM": dim, "INNER": inner, "CHOSEN": chosen, "SHARED": more}
     step = stored[2] if use.narrow and stored[2:] else 0
-    if step and stored[3:]:
+    if stored[3:]:  # however a search would launch them: `fixed` is then all that there is of x
         return _rounded_tokens(
             chip, use, names, count, x, indices, weights, routed, shared, residual, partial, fixed
         )

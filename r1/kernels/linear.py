@@ -54,12 +54,12 @@ def linear(
     matrix = operand(weight, chip.ptx)
     stored = storage_sizes(chip, x, inputs, matrix, round_x=round_x)
     use = launch or chip.launch(LinearLaunch, tokens, inputs, outputs, x.itemsize, *stored)
-    if round_x and rounds(matrix) and not (use.narrow and stored[3:]):  # and no product is faster
+    if round_x and rounds(matrix) and not stored[3:]:  # and no product is faster
         x = rounded(x if norm is None else prepare(chip, x, norm=norm, eps=eps))
         norm = None
     programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
-    if use.narrow and stored[2:]:
+    if stored[3:] or (use.narrow and stored[2:]):
         return _narrow(chip, use, x, matrix, norm, eps, residual, y, stored, fixed)
     whole = stored[1:2] == (1,) and use.rows < LEAST_TILE
     given = (fixed or fix(chip, x, norm, eps)) if whole else x
