@@ -122,7 +122,8 @@ def test_long_prompts(policy: str, held: int) -> None:
     for chunk in (90, 50):
         run.prefill_chunk = right.prefill_chunk = chunk
         ours, theirs = (each.prefill([list(range(90))], each.cache(1, 96)) for each in (run, right))
-        torch.testing.assert_close(ours, theirs, atol=atol("algebra fp32"), rtol=0)
+        # Logits of 14 are 1e-6 from the next number, and another order of sums is some of these.
+        torch.testing.assert_close(ours, theirs, atol=atol("algebra fp32"), rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", writers.FORMATS)

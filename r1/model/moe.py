@@ -106,6 +106,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, phase: str, multiply: Multiply = matmul) -> Tensor:
         """(B, S, D) -> (B, S, D). `multiply` is for the shared experts."""
         flat = x.flatten(0, 1)  # (N, D)
-        indices, weights = self.gate(flat, self.draws, self.route.get(phase))  # (N, K) each
+        how = [self.route[phase]] if self.route.get(phase) else []
+        indices, weights = self.gate(flat, self.draws, *how)  # (N, K) each
         y = self.experts(self.dispatch[phase], flat, indices, weights).view_as(x)  # (B, S, D)
         return y if self.shared_experts is None else y + self.shared_experts(x, multiply)
