@@ -62,14 +62,12 @@ def _sort(
     choices, tiles = indices.numel(), 0 if work is None else len(work)
     order = indices.new_empty(choices, dtype=torch.int32)
     ends = indices.new_empty(count, dtype=torch.int32)
-    # As many as a warp has threads, or more. A block is a round of waiting for memory and for other
-    # warps, so long prompts have large ones. (1,024 threads of AMD's would keep them in memory.)
-    block = min(16384 if chip.byte_products else 4096, power_of_two(choices, 64))
+    block = min(4096, power_of_two(choices, 64))  # as many as a warp has threads, or more
     # Few choices are few instructions, and one warp's sums need no barrier.
     chip.run(
         sort_kernel, grid, indices, order, ends, work, choices, len(indices), count, shared, tiles,
         BLOCK=block, ONE=choices <= block, ROWS=rows, PAD=power_of_two(count),
-        warps=max(1, min(8, block // 128), block // 512),
+        warps=max(1, min(8, block // 128)),
     )  # fmt: skip
     return order, ends
 
