@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,8 +23,9 @@ from r1.kernels.chip import Chip
 from r1.kernels.experts import experts, experts_torch
 from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
-from r1.kernels.linear import linear, linear_torch
+from r1.kernels.linear import linear, linear_torch, tile_kernel
 from r1.kernels.linear_launch import LinearLaunch
+from r1.kernels.linear_parts import parts_kernel
 from r1.model.layers import MLP
 from r1.model.moe import Experts, MoE
 from r1.model.transformer import Block
@@ -93,6 +94,33 @@ def test_linear_of_a_few_tokens(tokens: int, rows: int, spec: Spec) -> None:
     y = linear(CHIP, x, weight, norm=gain, eps=1e-6, residual=residual, launch=launch)
     close(y, right)
     close(linear(CHIP, x, weight), linear_torch(x, weight))
+
+
+@pytest.mark.parametrize("spec", [None, *FEW.values()], ids=["dense", *FEW])
+@pytest.mark.parametrize(("tokens", "parts", "step"), [(5, 4, 128), (20, 4, 64), (20, 8, 16)])
+def test_linear_in_parts(
+    tokens: int, parts: int, step: int, spec: Spec | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """37 rows in blocks of 16, tokens in tiles of 16. A part of the columns has one step, two or
+    four. Where it would begin within a block, one warp takes all columns.
+    """
+    weight = (
+        Dense(torch.randn(37, 512, device=DEVICE) / 9) if spec is None else stored(spec, 37, 512)
+    )
+    weight, kernels, run = weight.requires_grad_(False), [], Chip.run
+
+    def noted(chip: Chip, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        kernels.append(kernel)
+        run(chip, kernel, *arguments, **constants)
+
+    x = torch.randn(tokens, 520, device=DEVICE)[:, :512]
+    gain, residual = torch.rand(512, device=DEVICE), torch.randn(tokens, 37, device=DEVICE)
+    given: dict[str, Any] = {"norm": gain, "eps": 1e-6, "residual": residual}
+    monkeypatch.setattr(Chip, "run", noted)
+    y = linear(CHIP, x, weight, **given, launch=LinearLaunch(16, 16, step, parts, parts=parts))
+    close(y, linear_torch(x, weight, **given))
+    within = spec is not None and spec.columns > 512 // parts
+    assert kernels[-1] is (tile_kernel if within else parts_kernel)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))

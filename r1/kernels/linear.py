@@ -4,8 +4,9 @@ One token is a matrix-vector product. Each program has a few rows of W, and all 
 along the columns. The norm costs no pass of its own: its factor is one number, which multiplies the
 sums at the end. The loop that streams W also adds up the squares for it.
 Several tokens are `tl.dot` on tiles whose rows are padded to 16. A small kernel before it applies
-the norm. Of packed weights, a few tokens are dot products again (linear_few.py), and more of them
-may be products as narrow as the weights (linear_narrow.py).
+the norm. Few long rows of W are cut into parts (linear_parts.py). Of packed weights, a few tokens
+are dot products again (linear_few.py), and more of them may be products as narrow as the weights
+(linear_narrow.py).
 
 Shapes: N tokens; out and in are W's rows and columns.
 """
@@ -30,6 +31,7 @@ from r1.kernels.fixed import GROUP, Fixed, columns_fixed, fix, storage_sizes, ti
 from r1.kernels.linear_few import few_kernel
 from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.linear_narrow import narrow_kernel
+from r1.kernels.linear_parts import can_cut, parts_kernel
 from r1.kernels.narrow import Form, narrow, pairs
 from r1.kernels.rounded import round_input, rounded_kernel, rounds
 from r1.kernels.tiles import Operand, add_product, load, matrix_of, operand, times
@@ -79,8 +81,11 @@ def linear(
             outputs, INPUTS=inputs, FIXED=whole, **blocks, warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
+    kernel = tile_kernel
+    if use.parts > 1 and can_cut(matrix, inputs, use.parts, use.inputs):
+        kernel, blocks["PARTS"] = parts_kernel, use.parts
     chip.run(
-        tile_kernel, (parts, programs), x, x.stride(0), matrix, residual, y, tokens, outputs,
+        kernel, (parts, programs), x, x.stride(0), matrix, residual, y, tokens, outputs,
         INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y

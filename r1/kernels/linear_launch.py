@@ -12,7 +12,8 @@ class LinearLaunch:
     """Each program makes `outputs` columns of y for `rows` tokens, `inputs` columns of W at a time.
 
     With less than 16 rows it doesn't use tl.dot, but if it is `narrow`: then products are those of
-    narrow.py, or of rounded.py, which have their own number of columns.
+    narrow.py, or of rounded.py, which have their own number of columns. With several `parts` it
+    takes so many columns of each of them: linear_parts.py.
     """
 
     rows: int
@@ -21,6 +22,7 @@ class LinearLaunch:
     warps: int
     stages: int = 1
     narrow: bool = False
+    parts: int = 1
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
@@ -55,6 +57,11 @@ class LinearLaunch:
             block = 64 if outputs >= 24 * chip.processors else 32
             return LinearLaunch(min(32, power_of_two(tokens, 8)), block, 128, block // 16, 4, True)
         rows = min(64, power_of_two(tokens, 16))
+        # Few long rows, microseconds of Moonlight's (2048, 11264) on an H200 with 8 and 32 tokens:
+        # FP8 25 and 26 in parts, 95 and 94 in tiles; bf16 20 and 31, 31 and 31; 4 bits as before.
+        long = inputs >= 8192 and inputs % 1024 == 0 and outputs <= 32 * chip.processors
+        if long and chip.dependent_launch and itemsize == 2 and rows <= (32 if packed else 16):
+            return LinearLaunch(rows, 16, 128, 8, parts=8)
         # Large tiles read x less often. That pays where x is long, as long as a fifth of the
         # processors has work. Elsewhere every processor must have work first.
         wide = outputs >= (12 if inputs >= 4096 else 128) * chip.processors
@@ -78,7 +85,7 @@ class LinearLaunch:
         return {
             "rows": (1, 2, 4, 8, 16, 32, 64), "outputs": (16, 32, 64, 128),
             "inputs": (64, 128, 256), "warps": (4, 8), "stages": (2, 3, 4, 5, 6),
-            "narrow": (False, True),
+            "narrow": (False, True), "parts": (1, 4, 8),
         }  # fmt: skip
 
 

@@ -228,7 +228,13 @@ def load_tile(matrix, row, real, column, first, limit, w):
 
     `column` counts up along the last dimension. `first` is one number: where a loop's tile begins.
     """
-    tile, factor = unpacked(load(matrix, row, real, column, first, limit, w), w)
+    return scaled(load(matrix, row, real, column, first, limit, w), w)
+
+
+@triton.jit
+def scaled(loaded, w):
+    """The numbers of a tile that `load` has loaded."""
+    tile, factor = unpacked(loaded, w)
     if w.FORMAT != "dense":
         values = by_columns(tile, tile.numel // factor.numel)
         tile = tl.reshape(values * tl.expand_dims(factor, len(factor.shape)), tile.shape)
