@@ -260,6 +260,39 @@ def test_steps_in_pieces(policy: str, guess: bool) -> None:
         assert all(note.copied == (note.visits - note.hits) * width for note in steps)
 
 
+def test_the_last_expert_has_a_piece_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer has already, and what comes before the last one, is computed under that copy. No
+    copy but the first one waits for the host's other work: the pieces' places are sent after it.
+    """
+    layer = streamed_layers(sharp_logits(device="cpu", **HOST, expert_slots=8).model)[0]
+    none, events = layer.count, itertools.count()
+    waited: list[object] = []
+    placed: list[bool] = []
+    copy = link.Link.copy
+
+    def copied(self: link.Link, target: Tensor, source: Tensor, after: link.Event | None) -> None:
+        placed.append(layer.place.ne(none).sum() == 3)
+        copy(self, target, source, after)
+
+    monkeypatch.setattr(link.Link, "copy", copied)
+    monkeypatch.setattr(link.Link, "arrival", lambda _: next(events))
+    monkeypatch.setattr(link.Link, "wait", lambda _, event: waited.append(event))
+    layer.link.cut = lambda stop: stop()
+
+    def passes(*experts: int) -> list[tuple[list[int], set[object]]]:
+        found = []
+        for slots, _ in layer.here(torch.tensor([experts]), torch.ones(1, 3)):
+            found.append((slots.flatten().tolist(), {each for each in waited if each is not None}))
+            waited.clear()
+        return found
+
+    assert passes(9, 3, 5) == [([none, 0, 1], {0, 1}), ([2, none, none], {2})]
+    assert placed == [False, True, True]
+    assert passes(3, 12, 9) == [([0, none, 2], set()), ([none, 3, none], {3})]
+    assert passes(3, 9, 5) == [([0, 2, 1], set()), ([none, none, none], set())]
+    assert layer.traffic[1].hits == 5 and layer.traffic[1].visits == 9
+
+
 def test_text_and_drafts_in_pieces() -> None:
     """Greedy answers of the embedded model; drafts, whose steps choose for several tokens."""
     question, answers = "17 * 23 = ?", []
@@ -420,6 +453,18 @@ def test_an_expert_is_one_row() -> None:
         stored = [getattr(layer.outside[0], name).stored() for name in MATRICES]
         row = sum(tensor[0].nbytes for each in stored for tensor in each.values())
         assert row <= layer.places.shape[1] < row + 256 * 6
+
+
+def test_a_slot_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy into it comes after the arithmetic that used it; the next copy comes after that one."""
+    layer = streamed_layers(sharp_logits(device="cpu", **HOST, expert_slots=1).model)[0]
+    afters: list[object] = []
+    monkeypatch.setattr(link.Link, "copy", lambda *each: afters.append(each[3]))
+    done: Any = object()
+    layer.used[0] = done
+    for expert in (3, 5):
+        assert layer.fetch([expert], ()) == {expert: 0}
+    assert afters == [done, None]
 
 
 # ---------------------------- policies

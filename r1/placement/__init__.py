@@ -5,6 +5,7 @@ cuts         one table: how each matrix is cut, and a device's share in whole bl
 parallel     tensor and expert parallel: each rank's part of every layer
 offload      experts in host memory or files: what lies where, and how much memory that takes
 streamed     one layer's experts there: passes over the slots of the device
+stepping     the same in a captured step, which is cut in pieces
 sources      where a missing expert comes from: host memory, or files with a cache before them
 holding      what of it lies on the device or is on its way: slots, copies, passes
 guessing     the next layer's experts, fetched before it has chosen

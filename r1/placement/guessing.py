@@ -52,8 +52,12 @@ class Guessing(Holding):
 
     def apart(self, both: Tensor, own: int) -> Tensor:
         """The first `own` columns of what `with_guess` gave, on the host. It keeps the guess."""
-        self.expected = both[:, own:].unique().tolist()
+        self.expect(both[:, own:])
         return both[:, :own]
+
+    def expect(self, guess: Tensor) -> None:
+        """The guess, on the host (N, any)."""
+        self.expected = guess.unique().tolist()
 
     def fetch_next(self, note: Traffic) -> None:
         """Fetch what the next layer is expected to choose, once."""

@@ -6,7 +6,8 @@ Shapes: E experts of a layer.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -51,13 +52,11 @@ class Holding(Stack):
         places = torch.zeros(count, source.rows.shape[1], dtype=torch.uint8, device=device)
         super().__init__(bare, places)
         self.ids, self.places, self.source = bare.ids, places, source
+        self.views = places.unbind()
         self.partial = True
         self.slots, self.link, self.layout = slots, link, Rows(self)
         self.arrived: list[Event | None] = [None] * count
         self.used: list[Event | None] = [None] * count
-        self.place = torch.zeros(len(bare.ids) + 1, dtype=torch.int64, device=device)
-        """Where each expert lies for the next piece of a step (run/pieces.py)."""
-        self.place_there = link.host(self.place)
         self.traffic: defaultdict[int, Traffic] = defaultdict(Traffic)
         """By the number of a call's tokens."""
         self.staging: tuple[Staging] | None = None
@@ -86,26 +85,39 @@ class Holding(Stack):
     # ------------------------- copies
     def fetch(self, experts: Collection[int], keep: Collection[int]) -> dict[int, int]:
         """Begin to copy experts to slots other than `keep`; their slots."""
-        coming, kept = {}, set(keep)
-        for expert in experts:
+        coming = self.slots_for(experts, keep, self.slots.leaving())
+        with self.link.copying():
+            self.bring(coming.items())
+        return coming
+
+    def slots_for(
+        self, experts: Collection[int], keep: Collection[int], leaving: list[int]
+    ) -> dict[int, int]:
+        """The slots that experts will get: the first that are `leaving`, but for `keep`."""
+        kept = set(keep)
+        free = (slot for slot in leaving if slot not in kept)
+        return dict(zip(experts, islice(free, len(experts)), strict=True))
+
+    def bring(self, coming: Iterable[tuple[int, int]]) -> None:
+        """Begin to copy experts to these slots, within `link.copying`."""
+        for expert, slot in coming:
             row = self.source.row(expert)  # may raise: then no slot has been taken for it
-            slot = self.slots.take(expert, kept)
-            kept.add(slot)
-            self._send(row, expert, self.places[slot], self.used[slot])
+            self._send(row, expert, self.views[slot], self.used[slot])
+            self.slots.put(expert, slot)
+            self.used[slot] = None  # the next copy to this slot comes after this one
             self.arrived[slot] = self.link.arrival()
             self.source.sent(expert, self.arrived[slot])
-            coming[expert] = slot
-        return coming
 
     def stage(self, experts: Collection[int]) -> Arrivals:
         """Begin to copy experts to the staging."""
         assert self.staging is not None
         (staging,), coming = self.staging, {}
-        for expert in experts:
-            row, place = self.source.row(expert), staging.take()
-            self._send(row, expert, staging.rows[place], staging.used[place])
-            coming[expert] = place, self.link.arrival()
-            self.source.sent(expert, coming[expert][1])
+        with self.link.copying():
+            for expert in experts:
+                row, place = self.source.row(expert), staging.take()
+                self._send(row, expert, staging.rows[place], staging.used[place])
+                coming[expert] = place, self.link.arrival()
+                self.source.sent(expert, coming[expert][1])
         return coming
 
     def _send(self, row: Tensor, expert: int, target: Tensor, after: Event | None) -> None:
@@ -150,6 +162,13 @@ class Holding(Stack):
         self.early.update(ready)
         self.traffic[tokens].copied += len(ready) * self.places.shape[1]
 
+    def arrive(self, slots: Collection[int]) -> None:
+        """The device's arithmetic goes on when these slots have what was last copied to them."""
+        for event in {self.arrived[slot] for slot in slots}:
+            self.link.wait(event)
+        for slot in slots:
+            self.arrived[slot] = None
+
     # ------------------------- passes
     def compute(self, current: dict[int, int]) -> Iterator[Pass]:
         """A pass over experts in slots, once they have come; none if there are none."""
@@ -158,10 +177,8 @@ class Holding(Stack):
         self.slots.use(current.values())
 
         def ready() -> None:
-            for event in {self.arrived[slot] for slot in current.values()}:
-                self.link.wait(event)
+            self.arrive(current.values())
             for expert, slot in current.items():
-                self.arrived[slot] = None
                 self._land(expert, self.places[slot])
 
         yield self, self.table(current), ready

@@ -105,7 +105,7 @@ def repack(layers: list[StreamedExperts], device: torch.device) -> None:
         if any(isinstance(module, CpuInt4) for module in whole.modules()):
             rows = host_rows(len(source.rows), Rows(whole).width, device)
             Rows(whole).move(rows)
-            source.rows = rows
+            source.hold(rows)
             half = landing_places(layer.count, layer.staging[0].half if layer.staging else 0)
             landing = landing or Landing(whole, half, device)
             layer.landing = (landing,)

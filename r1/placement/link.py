@@ -9,6 +9,7 @@ import mmap
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -85,15 +86,15 @@ class Link:
         """While a step is recorded in pieces (run/pieces.py): ends one. The host does what it is
         given before each run of the next piece."""
 
+    def copying(self) -> AbstractContextManager[object]:
+        """`copy` is to be called within this. Its torch calls are on the copies' stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
     def copy(self, target: Tensor, source: Tensor, after: Event | None) -> None:
         """Copy a row from pinned memory, once `after` has happened on the device."""
-        if self.stream is None:
-            target.copy_(source)
-            return
-        if after is not None:
+        if self.stream is not None and after is not None:
             self.stream.wait_event(after)
-        with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
+        target.copy_(source, non_blocking=True)
 
     def arrival(self) -> Event | None:
         """Happens when all copies so far have arrived."""
@@ -104,14 +105,19 @@ class Link:
         stream = self.stream and torch.cuda.current_stream(self.device)
         return stream.record_event() if stream else None
 
-    def read(self, numbers: Tensor) -> Tensor:
-        """Some numbers of the device, on the host. The CPU waits for them, in a loop of its own:
-        that is quicker than being woken, and the link has nothing to do meanwhile.
+    def ask(self, numbers: Tensor) -> Callable[[], Tensor]:
+        """Ask for some numbers of the device. What is returned waits for them, and gives them on
+        the host. It waits in a loop: that is quicker than being woken, and the link has nothing to
+        do meanwhile.
         """
-        there = numbers.to("cpu", non_blocking=True)  # pinned
-        if event := self.now():
-            event.synchronize()
-        return there
+        there, event = numbers.to("cpu", non_blocking=True), self.now()  # pinned
+
+        def read() -> Tensor:
+            if event is not None:
+                event.synchronize()
+            return there
+
+        return read
 
     def host(self, like: Tensor) -> Tensor:
         """Host memory of a tensor's shape, pinned where there is a GPU."""

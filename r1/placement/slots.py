@@ -52,26 +52,32 @@ class Slots:
         for slot in slots:
             self.used[slot] = self.clock
 
-    def take(
-        self, expert: int, keep: Collection[int], elsewhere: Container[int | None] = ()
-    ) -> int:
-        """The slot that `expert` gets: an empty one, or the one of least worth; none of `keep`.
-
-        Experts that lie `elsewhere` too give theirs first.
+    def leaving(self, elsewhere: Container[int | None] = ()) -> list[int]:
+        """The slots in the order in which they are given away: empty ones, then those of least
+        worth. Experts that lie `elsewhere` too give theirs first.
         """
 
         def worth(slot: int) -> tuple[float, ...]:
             held = self.expert[slot]
             return (held is not None, held not in elsewhere, *self.worth(slot))
 
-        every = range(self.first, len(self.expert))
-        slot = min((s for s in every if s not in keep), key=worth)
+        return sorted(range(self.first, len(self.expert)), key=worth)
+
+    def take(
+        self, expert: int, keep: Collection[int], elsewhere: Container[int | None] = ()
+    ) -> int:
+        """The slot that `expert` gets, none of `keep`."""
+        slot = next(slot for slot in self.leaving(elsewhere) if slot not in keep)
+        self.put(expert, slot)
+        return slot
+
+    def put(self, expert: int, slot: int) -> None:
+        """`slot` holds this expert from now on."""
         before = self.expert[slot]
         if before is not None:
             del self.slot[before]
         self.expert[slot], self.slot[expert] = expert, slot
         self.use([slot])
-        return slot
 
     def forget(self, expert: int) -> None:
         """Its slot does not hold it after all."""

@@ -26,9 +26,13 @@ class InMemory:
 
     def __init__(self, rows: Tensor, experts: Iterable[int]) -> None:
         """`rows`: uint8 (n, W), of these n experts."""
-        self.rows = rows
+        self.hold(rows)
         self.place = {expert: row for row, expert in enumerate(experts)}
         """By expert: its row."""
+
+    def hold(self, rows: Tensor) -> None:
+        """The experts lie in these rows, uint8 (n, W)."""
+        self.rows, self.views = rows, rows.unbind()  # a copy doesn't wait until a view is made
 
     def begin(self, experts: Collection[int]) -> list[int]:
         """These experts are wanted. Returns the order in which they are to be taken."""
@@ -44,7 +48,7 @@ class InMemory:
 
     def row(self, expert: int) -> Tensor:
         """The bytes of one of them, (W,)."""
-        return self.rows[self.home(expert)]
+        return self.views[self.home(expert)]
 
     def sent(self, expert: int, arrived: Event | None) -> None:
         """Its copy to the device is done when `arrived` has happened."""
@@ -72,7 +76,8 @@ class InFiles(InMemory):
 
         `cache` tells which expert lies in which row, `device` which ones lie there too.
         """
-        self.held, self.rows, self.cache, self.device, self.pool = held, rows, cache, device, pool
+        self.hold(rows)
+        self.held, self.cache, self.device, self.pool = held, cache, device, pool
         self.cache.counts = device.counts
         self.fill: Callable[[int, int], None] | None = None
         """Reads an expert into a row. Set when the files are known (files/experts.py)."""
@@ -116,7 +121,7 @@ class InFiles(InMemory):
             except BaseException:
                 self.cache.forget(expert)
                 raise
-        return self.rows[row]
+        return self.views[row]
 
     def sent(self, expert: int, arrived: Event | None) -> None:
         row = self.cache.slot[expert]

@@ -16,21 +16,19 @@ Shapes: N tokens, K experts per token, E experts, D hidden_size, M choices of a 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from r1.errors import InputError, setting
 from r1.model.moe import Experts, Run
-from r1.placement.guessing import FEW, Guessing
+from r1.placement.guessing import FEW
 from r1.placement.holding import Arrivals, Pass
 from r1.placement.link import Link
 from r1.placement.slots import Slots
 from r1.placement.sources import InMemory
+from r1.placement.stepping import Stepping
 from r1.placement.traffic import Traffic
 
 Multiply = Callable[[Experts, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -39,7 +37,7 @@ MANY = 0.875
 """A call that chooses this share of a layer's experts will choose nearly all of the next one's."""
 
 
-class StreamedExperts(Guessing):
+class StreamedExperts(Stepping):
     """The experts of one layer: in host memory or in files, and some on the device."""
 
     def __init__(
@@ -92,7 +90,7 @@ class StreamedExperts(Guessing):
         """
         ((indices, weights),) = self.outside[0].here(indices, weights)
         if self.link.cut is not None:
-            yield self._cut(indices), weights
+            yield from self.cut(indices, weights)
             return
         choices, none = self._read(indices, weights), True
         self.staged.clear()  # a call that failed may have left some
@@ -139,63 +137,14 @@ class StreamedExperts(Guessing):
         if self.input is not None:
             x = self.input.to("cpu", non_blocking=True)
             self.sent = x, weights.to("cpu", non_blocking=True)
-        return self.apart(self.link.read(self.with_guess(indices)), indices.shape[1])
-
-    # ------------------------- a step in pieces
-    def _cut(self, indices: Tensor) -> Tensor:
-        """End a piece of a step, and begin the next one with the places of its choices (N, K).
-
-        One pass computes them all, so all must have slots. Raises InputError where they are fewer.
-        """
-        assert self.link.cut is not None
-        most = min(indices.numel(), len(self.ids) - self.slots.first)
-        if self.slots.room() < most:
-            graphs = setting("cuda_graphs")
-            raise InputError(
-                f"{graphs} computes all experts of a layer at once: up to {most} have to come, and "
-                f"there are slots for {self.slots.room()}: give {setting('expert_slots')} or fewer "
-                f"rows, or leave {graphs} out"
-            )
-        self.link.cut(partial(self._serve, self.with_guess(indices), indices.shape[1]))
-        return self.place[indices]
-
-    def _serve(self, chosen: Tensor, own: int) -> None:
-        """What the host does before a piece that begins with this layer's experts.
-
-        `chosen`, int64 (N, K) or more columns: after `own` of them comes the next layer's guess.
-        """
-        choices, slots = self.apart(self.link.read(chosen), own), self.slots
-        counted, current = self._chosen(choices)
-        note = self.traffic[len(choices)]
-        missing = self.source.begin(slots.order(e for e in counted if e not in current))
-        held = current | self.fetch(missing, current.values())
-        self.fetch_next(note)
-        slots.use(held.values())
-        places = self.place_there.fill_(self.count)
-        for expert, slot in held.items():
-            places[expert] = slot
-        self.place.copy_(places, non_blocking=True)
-        for event in {self.arrived[slot] for slot in held.values()}:
-            self.link.wait(event)
-        for slot in held.values():
-            self.arrived[slot] = None
-        width = self.places.shape[1]
-        note.add(list(counted), current.keys(), missing, self.early, self.fetched, width)
-        note.read += self.source.read_bytes()
-
-    def _chosen(self, choices: Tensor) -> tuple[Counter[int], dict[int, int]]:
-        """How many tokens chose each expert, in order, and the slots of those that have one."""
-        chosen = Counter(sorted(choices.flatten().tolist()))
-        chosen.pop(len(self.ids), None)  # another device has it
-        self.slots.count(chosen, chosen.values())
-        return chosen, {e: self.slots.slot[e] for e in chosen if e in self.slots.slot}
+        return self.apart(self.link.ask(self.with_guess(indices))(), indices.shape[1])
 
     # ------------------------- passes
     def _passes(self, choices: Tensor, apart: bool = False) -> Iterator[Pass]:
         """Fetch the chosen experts, and give the passes. While one is computed, its places stay as
         they are. `apart`: passes may be over other stacks than this one.
         """
-        slots, (counted, current) = self.slots, self._chosen(choices)
+        slots, (counted, current) = self.slots, self._chosen(choices.flatten().tolist())
         chosen = list(counted)
         came, self.staged = self.staged, {}
         staged = {e: place for e, place in came.items() if e in counted and e not in current}
