@@ -456,7 +456,7 @@ def test_an_expert_is_one_row() -> None:
 
 
 def test_a_slot_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy into it comes after the arithmetic that used it; the next copy comes after that one."""
+    """A copy to it comes after the arithmetic that used it; the next copy comes after that one."""
     layer = streamed_layers(sharp_logits(device="cpu", **HOST, expert_slots=1).model)[0]
     afters: list[object] = []
     monkeypatch.setattr(link.Link, "copy", lambda *each: afters.append(each[3]))
