@@ -47,12 +47,12 @@ def up_vector_kernel(
         # So late, because down_vector_kernel reads the choice before its own wait.
         let_next_start(PDL)
         expert = tl.load(indices + token * CHOSEN + slot).to(tl.int64)
-        wanted = out
-        if COUNT > 0:
-            wanted = tl.where(expert < COUNT, out, INNER)  # from this row on nothing is read
-        inner = gated(
-            x, token, None, eps, gate, up, expert, 0, wanted, DIM, INNER, FIXED, BLOCK_OUT, BLOCK_IN
-        )
+        inner = tl.zeros((BLOCK_OUT,), tl.float32)
+        if COUNT == 0 or expert < COUNT:  # programs of no expert would take time from the others
+            inner = gated(
+                x, token, None, eps, gate, up, expert, 0, out, DIM, INNER, FIXED, BLOCK_OUT,
+                BLOCK_IN,
+            )  # fmt: skip
         tl.store(h, inner.to(h.dtype.element_ty), mask=out < INNER)
     elif SHARED > 0:
         row = (slot - CHOSEN) * INNER  # where this shared expert begins
