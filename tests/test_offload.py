@@ -202,9 +202,12 @@ def test_a_rank_that_has_none_of_the_choices() -> None:
 
 # ---------------------------- steps in pieces
 def in_pieces(run: Runner) -> Runner:
-    """Its steps are cut, and on a GPU recorded. On a CPU the host's part is done at once."""
-    if GPU:
-        return run
+    """Its steps are cut, and on a GPU recorded."""
+    return run if GPU else cut(run)
+
+
+def cut(run: Runner) -> Runner:
+    """Its steps are cut, and not recorded: the host's part is done at once."""
     plain = run.callers["decode"]
 
     def call(
@@ -271,7 +274,7 @@ def test_the_last_expert_has_a_piece_of_its_own(monkeypatch: pytest.MonkeyPatch)
     copy = link.Link.copy
 
     def copied(self: link.Link, target: Tensor, source: Tensor, after: link.Event | None) -> None:
-        placed.append(layer.place.ne(none).sum() == 3)
+        placed.append(int(layer.place.ne(none).sum()) == 3)
         copy(self, target, source, after)
 
     monkeypatch.setattr(link.Link, "copy", copied)
@@ -291,6 +294,31 @@ def test_the_last_expert_has_a_piece_of_its_own(monkeypatch: pytest.MonkeyPatch)
     assert passes(3, 12, 9) == [([0, none, 2], set()), ([none, 3, none], {3})]
     assert passes(3, 9, 5) == [([0, 2, 1], set()), ([none, none, none], set())]
     assert layer.traffic[1].hits == 5 and layer.traffic[1].visits == 9
+
+
+@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_copies_come_as_late_as_they_may(
+    pieces: bool, guess: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are made only when the device waits for them, in order: no pass forgets to wait."""
+    asked: list[tuple[Tensor, Tensor]] = []
+    made: list[Tensor] = []
+
+    def wait(_: link.Link, event: int | None) -> None:
+        while event is not None and len(made) < event:
+            target, source = asked[len(made)]
+            made.append(target.copy_(source))
+
+    switches: dict[str, Any] = {**HOST, "expert_slots": 13, "guess_experts": guess}
+    right, run = (even(sharp_logits(device="cpu", **each)) for each in ({}, switches))
+    if pieces:
+        run = cut(run)
+    monkeypatch.setattr(link.Link, "copy", lambda _, to, row, __: asked.append((to, row)))
+    monkeypatch.setattr(link.Link, "arrival", lambda _: len(asked))
+    monkeypatch.setattr(link.Link, "wait", wait)
+    check(right, run)
+    assert made
 
 
 def test_text_and_drafts_in_pieces() -> None:
