@@ -1,9 +1,10 @@
 """A decode step recorded in pieces: the host acts between two graphs.
 
 Where experts lie in host memory, somebody has to start their copies, and only the host can. So a
-step is a graph that ends when the first such layer has chosen, one that begins with this layer's
-experts and ends when the next one has chosen, and so on (placement/streamed.py cuts it). A step
-without graphs launches a dozen kernels for each layer, and the link has nothing to do meanwhile.
+step is a graph that ends when the first such layer has chosen. The next one computes this layer's
+experts, but for the last that is copied. The next computes that one, and ends when the next layer
+has chosen, and so on (placement/stepping.py cuts it). A step without graphs launches a dozen
+kernels for each layer, and the link has nothing to do meanwhile.
 """
 
 from __future__ import annotations
