@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from r1.bench.report.text import drafts, markdown
 from r1.bench.routing import make_uniform
 from r1.bench.session import Session
 from r1.bench.upcast import upcast
+from r1.bench.worker import steps, timing
 from r1.bench.worker.serve import COMMANDS
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import SIZES, Workload
@@ -1007,6 +1009,38 @@ def test_the_moe_layers_floor_is_one_layers_work() -> None:
         "moe_layer_us"
     ] == pytest.approx(500)
     assert backend.dtype == "fp32"
+
+
+def test_few_moe_layers_run_several_times_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a layer's time is not that of a graph's launch. But only where that measures what a
+    step has: cold weights, and experts that are all there.
+    """
+
+    def found(name: str, layers: int, moe_layers: int, cache: int = 50 * 2**20, **how: Any) -> int:
+        config = dataclasses.replace(shape(name), num_hidden_layers=layers)
+        asked = Backend(device="cuda", dtype="bf16", quant="int4", **how)
+        return timing.passes(config, resolve(asked, config, H100), moe_layers, cache)
+
+    assert [found("r1", 3 + n, n) for n in (1, 2, 5, 15, 16, 58)] == [16, 8, 4, 2, 1, 1]
+    assert found("moonlight-16b", 27, 26) == 1 and found("r1", 4, 0) == 1  # a stage without one
+    assert found("tiny", 2, 1) == 1  # in the cache
+    assert found("moonlight-16b", 2, 1) == 1 and found("moonlight-16b", 6, 5) == 4  # 40 MB a layer
+    assert found("r1", 4, 1, experts="host") == 1 and found("r1", 4, 1, cache=0) == 1
+    # The time is of one layer, however often it runs; and it runs so often.
+    subject = Subject(Backend(device="cpu"), Workload(None, "tiny", 2, 1, 6, 8, 0, 0), tmp_path)
+    subject.build()
+    given: list[list[int]] = []
+
+    def chain(_subject: Subject, layers: list[int]) -> Any:
+        given.append(layers)
+        return lambda: time.sleep(1e-3 * len(layers))
+
+    monkeypatch.setattr(steps, "moe_chain", chain)
+    monkeypatch.setattr(timing, "passes", lambda *_: 3)
+    seconds = timing.moe_layer(subject)["seconds"]
+    assert given == [[1, 1, 1]] and 1e-3 <= seconds < 2e-3
 
 
 def test_a_breakdown_is_no_refusal(

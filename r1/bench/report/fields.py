@@ -91,8 +91,8 @@ FIELDS: dict[str, str] = {
         "drafts, for uniform routing"
     ),
     "moe_layer_us": (
-        "one MoE layer of a decode step, with its attention, run as this arm runs its steps; "
-        "null without one"
+        "one MoE layer of a decode step, with its attention, run as this arm runs its steps, in a "
+        "row of at least 16 where its weights are cold; null without one"
     ),
     "moe_layer_floor_us": "the least time that the measured rates allow for it",
     "experts_hit": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import statistics
 import time
@@ -11,11 +12,14 @@ from typing import Any
 
 import torch
 
+from r1 import roofline
 from r1.bench.process import Answer
 from r1.bench.worker import fetching, steps
 from r1.bench.worker.subject import Subject
 from r1.device import synchronize
+from r1.model.config import Config
 from r1.run.sampler import Sampler
+from r1.switches.backend import Backend
 from r1.switches.machine import clocks_and_power
 
 
@@ -101,16 +105,28 @@ def memory(subject: Subject) -> dict[str, Any]:
     return {"allocated": allocated, "reserved": torch.cuda.max_memory_reserved(), "host": host}
 
 
+LEAST_LAYERS = 16
+"""The least number of layers in a row by which one is timed, so that it is one in the middle of a
+step: what begins a step is shared by so many (a graph's launch is 10 us or more)."""
+COLD = 3
+"""A layer runs twice in a row only where its weights take so many times the second-level cache."""
+
+
 def moe_layer(subject: Subject) -> Answer:
     """Seconds of one MoE layer in a decode step, from the time of all MoE layers in a row.
 
-    Of a model on several stages: of this stage's layers, None if it has no such layer.
+    Where they are few they run several times in a row (see `passes`). Of a model on several stages:
+    of this stage's layers, None if it has no such layer.
     """
     config, model = subject.engine.config, subject.engine.model
     first = model.first_layer
     layers = [n for n in range(len(model.layers)) if config.is_moe(first + n)]
     if not config.is_moe(config.num_hidden_layers - 1):
         return {"seconds": None}
+    second_level = 0
+    if subject.device.type == "cuda":
+        second_level = torch.cuda.get_device_properties(subject.device).L2_cache_size
+    layers *= passes(config, subject.engine.backend, len(layers), second_level)
     chain = steps.moe_chain(subject, layers)
     calls, times = 8, []
     for _ in range(7):
@@ -122,3 +138,19 @@ def moe_layer(subject: Subject) -> Answer:
         synchronize(subject.device)
         times.append((time.perf_counter() - start) / calls)
     return {"seconds": statistics.median(times[2:]) / len(layers) if layers else None}
+
+
+def passes(config: Config, backend: Backend, layers: int, second_level: int) -> int:
+    """How many times `moe_layer` goes through so many MoE layers in a row, of one stage.
+
+    Once where they are LEAST_LAYERS. Once, too, where a second pass would find what a step does not
+    find: weights in the second-level cache, of so many bytes (0: a CPU), or experts that the first
+    pass has brought from elsewhere. Devices that share a layer come to the same number.
+    """
+    if not 0 < layers < LEAST_LAYERS or not second_level or backend.experts != "device":
+        return 1
+    # What one device reads for one token. The last layer is a MoE layer.
+    model = roofline.model_of(config, dataclasses.replace(backend, pp=1), False)
+    last = roofline.weights_of(model.layers[-1])
+    one = last.always + last.expert * config.experts.num_experts_per_tok / backend.ep
+    return -(-LEAST_LAYERS // layers) if layers * one >= COLD * second_level else 1
