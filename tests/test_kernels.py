@@ -1116,7 +1116,10 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
             (1, 128, 512, 64, 4096, 2),
             AttentionLaunch(64, 64, 64, 8, 2, True, True, 64, 64, 128, 4, 3),
         ),
+        (RouterLaunch, (1, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
+        (RouterLaunch, (1, 256, 7168), RouterLaunch(1, 8192, 4)),
+        (RouterLaunch, (2, 256, 7168), RouterLaunch(1, 2048, 2)),
         (RouterLaunch, (8, 256, 7168), RouterLaunch(8, 512, 4)),
         (ExpertsLaunch, (2, 6, 64, 2048, 1408, 2, 8, 0, 128), ExpertsLaunch(1, 4, 2048, 4, 512, 4)),
         (

@@ -47,6 +47,10 @@ class RouterLaunch:
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> RouterLaunch:
         tokens, experts, dim = sizes
+        if tokens == 1 and 4096 < dim <= 8192:
+            # An expert's whole row at once, 28 KB of R1's: all of it comes before the wait, and x
+            # is loaded once, for the norm and the logit. Three programs fit a processor of Hopper.
+            return RouterLaunch(1, power_of_two(dim), 4)
         columns = min(2048, power_of_two(dim))
         # Each program reads its token twice to norm it. Where that is much, there are few programs.
         return (
