@@ -47,6 +47,7 @@ import triton
 import triton.language as tl
 
 from r1 import InputError, build
+from r1.kernels import attention_kernels
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.block import DecodeBlock, output_head
 from r1.kernels.chip import Chip
@@ -482,9 +483,26 @@ def test_attention(lengths: list[list[int]], heads: int, dtype: str) -> None:
         None,
         AttentionLaunch(16, 16, 1, 4, 1),
         splits,
-        dataclasses.replace(splits, apart=True),
+        dataclasses.replace(splits, apart=True, early=True, w_uv_early=True),
     ):
         close(attention(CHIP, **given, launch=launch), twin, dtype)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter tells what is asked for")
+@pytest.mark.parametrize("heads", [3, 40])
+def test_the_attention_prefetches_all_of_w_uv(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each head's part once, by more programs than heads and by fewer; and not the part of W_UK,
+    which lies between.
+    """
+    given, asked = attention_inputs([[70]], heads, "bf16"), list[tuple[int, int]]()
+
+    def record(start: Any, nbytes: int, _pdl: bool) -> None:
+        asked.append((int(start.handle.data.item()), nbytes))
+
+    monkeypatch.setattr(attention_kernels, "prefetch", record)
+    attention(CHIP, **given, launch=AttentionLaunch(16, 16, 8, 4, 2, w_uv_early=True))
+    parts = [(each.data_ptr(), each.nbytes) for each in given["w_uv"]]
+    assert sorted(asked) == parts
 
 
 @pytest.mark.parametrize("rows", [8, 33])
@@ -1109,12 +1127,22 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (
             AttentionLaunch,
             (1, 128, 512, 64, 256, 2),
-            AttentionLaunch(16, 16, 16, 8, 3, True, True, 64, 64, 128, 4, 3),
+            AttentionLaunch(16, 16, 16, 8, 3, True, True, 16, 32, 512, 4, 2, True),
         ),
         (
             AttentionLaunch,
             (1, 128, 512, 64, 4096, 2),
-            AttentionLaunch(64, 64, 64, 8, 2, True, True, 64, 64, 128, 4, 3),
+            AttentionLaunch(64, 64, 64, 8, 2, True, True, 64, 64, 128, 4, 3, True),
+        ),
+        (
+            AttentionLaunch,
+            (8, 128, 512, 64, 256, 2),
+            AttentionLaunch(64, 32, 8, 8, 3, True, False, 64, 128, 128, 4, 3),
+        ),
+        (
+            AttentionLaunch,
+            (1, 16, 512, 64, 256, 2),
+            AttentionLaunch(16, 16, 16, 4, 3, False, True, 16, 64, 512, 4, 2),
         ),
         (RouterLaunch, (1, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
@@ -1171,7 +1199,8 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
     """tools/measure/bench_kernels.py --sweep on an H100, and compile_kernels.py where something
-    else spilled. (What packed weights take for up to 8 tokens is a first guess.)
+    else spilled. (First guesses: what packed weights take for up to 8 tokens; of one token the sum
+    of R1's 128 heads, and its router's long rows.)
     """
     assert launch.default(sizes, H100) == wanted
 

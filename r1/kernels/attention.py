@@ -45,7 +45,8 @@ class AttentionLaunch:
 
     First kernel: each program takes `heads` heads of one token through one of `splits` (a power of
     two) parts of the context, `keys` slots at a time. `apart` keeps Triton from scheduling its two
-    products together (see `split_kernel`). `early` prefetches keys while the previous kernel runs.
+    products together (see `split_kernel`). `early` prefetches keys while the previous kernel runs,
+    and `w_uv_early` the second kernel's weights.
     Second kernel: each program makes `values` values of one head, for as many tokens as have
     `sum_rows` splits together, `latents` columns of W_UV at a time.
     """
@@ -62,16 +63,22 @@ class AttentionLaunch:
     latents: int = 128
     sum_warps: int = 4
     sum_stages: int = 2
+    w_uv_early: bool = False
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> AttentionLaunch:
         tokens, all_heads, latent, _rope, _capacity, itemsize = sizes
         room = chip.shared - 2**13  # the rest is for probabilities and the compiler
         heads, keys, splits, stages = _split_tiles(sizes, chip, room)
-        few, tall = splits <= 16, heads > 16 or all_heads >= 64
+        few, many, tall = splits <= 16, all_heads >= 64, heads > 16 or all_heads >= 64
+        warps = 8 if tall or (tokens == 1 and keys == 64) else 4
+        # One token's few splits are no tall tile: 16 rows leave room for all of W_UV's columns.
+        lone = tokens == 1 and few
+        tall = tall and not lone
         rows, sum_stages = max(64 if tall else 16, splits), 3 if tall else 2
         wide = 128 if tall or itemsize > 2 else 512
-        most = 32 if not (few or tall) else 64 if tokens == 1 else 128
+        # 32 values of R1's heads are 512 programs of 32 KB of weights, four to a processor.
+        most = 32 if not (few or tall) or (lone and many) else 64 if tokens == 1 else 128
 
         def fits(values: int, columns: int) -> bool:
             """Whether the sum's tiles do: all of W_UV's columns at once, or a pipeline of them."""
@@ -80,12 +87,12 @@ class AttentionLaunch:
 
         values = next(v for v in (128, 64, 32) if v == 32 or (v <= most and fits(v, wide)))
         latents = next(c for c in (512, 128, 64, 32) if c == 32 or (c <= wide and fits(values, c)))
-        warps = 8 if tall or (tokens == 1 and keys == 64) else 4
         sum_warps = 8 if not tall and rows * values > 1024 else 4
         return AttentionLaunch(
-            heads, keys, splits, warps, stages, chip.dependent_launch and all_heads >= 64,
+            heads, keys, splits, warps, stages, chip.dependent_launch and many,
             chip.dependent_launch and tokens == 1, rows, values,
             min(latents, power_of_two(latent, 16)), sum_warps, sum_stages,
+            chip.dependent_launch and tokens == 1 and many,
         )  # fmt: skip
 
     @property
@@ -94,7 +101,7 @@ class AttentionLaunch:
             "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64), "heads": (16, 32, 64),
             "warps": (4, 8), "stages": (1, 2, 3, 4), "apart": (False, True), "early": (False, True),
             "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256, 512),
-            "sum_warps": (4, 8), "sum_stages": (1, 2, 3),
+            "sum_warps": (4, 8), "sum_stages": (1, 2, 3), "w_uv_early": (False, True),
         }  # fmt: skip
 
 
@@ -152,9 +159,10 @@ def attention(
     chip.run(
         split_kernel, (ceil_div(heads, use.heads), use.splits, tokens), q_c, q_pe, cache,
         cache.stride(0), cache.stride(1), cache.shape[1], positions, new, part, weight,
-        scale * LOG2_E, HEADS=heads, LATENT=latent, ROPE=rope, LATENT_PAD=power_of_two(latent, 16),
-        ROPE_PAD=power_of_two(rope, 16), BLOCK_H=use.heads, BLOCK_T=use.keys, SPLITS=use.splits,
-        STAGES=use.stages, APART=use.apart, EARLY=use.early, warps=use.warps, stages=use.stages,
+        scale * LOG2_E, w_uv, w_uv.stride(0), HEADS=heads, LATENT=latent, ROPE=rope,
+        LATENT_PAD=power_of_two(latent, 16), ROPE_PAD=power_of_two(rope, 16), BLOCK_H=use.heads,
+        BLOCK_T=use.keys, SPLITS=use.splits, STAGES=use.stages, APART=use.apart, EARLY=use.early,
+        AHEAD=value * latent if use.w_uv_early else 0, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     o = q_c.new_empty(tokens, heads, value)
     group = max(1, use.sum_rows // use.splits)
