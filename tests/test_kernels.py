@@ -48,6 +48,7 @@ import triton.language as tl
 
 from r1 import InputError, build
 from r1.kernels import attention_kernels
+from r1.kernels import linear as linear_module
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.block import DecodeBlock, output_head
 from r1.kernels.chip import Chip
@@ -150,6 +151,7 @@ def test_linear(how: str, tokens: int, dtype: str) -> None:
     if "residual" in how:
         options["residual"] = draw(tokens, outputs, dtype=dtype)
     launches = [None, LinearLaunch(1, 8, 32, 4) if tokens == 1 else LinearLaunch(16, 16, 32, 4)]
+    launches += [LinearLaunch(1, 16, 32, 1, early=True)] * (tokens == 1)
     launches += [LinearLaunch(4, 16, 32, 4)] * (1 < tokens <= 8)  # dot products of dense weights
     for each in launches:
         close(
@@ -157,6 +159,43 @@ def test_linear(how: str, tokens: int, dtype: str) -> None:
             linear_torch(x, weight, **options),
             dtype,
         )
+
+
+def prefetched(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """A list that gets what a module's kernels prefetch from now on: addresses and bytes."""
+    asked: list[tuple[int, int]] = []
+
+    def record(start: Any, nbytes: Any, _pdl: bool) -> None:
+        size = nbytes if isinstance(nbytes, int) else nbytes.handle.data.item()
+        asked.append((int(start.handle.data.item()), int(size)))
+
+    monkeypatch.setattr(module, "prefetch", record)
+    return asked
+
+
+interpreted = pytest.mark.skipif(
+    DEVICE.type != "cpu", reason="only the interpreter tells what a kernel prefetches"
+)
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "bits"), [("none", 16), ("fp8", 8), ("int4", 4)])
+def test_a_product_prefetches_its_weights(
+    kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row once: of a part of a joined matrix, whose last program has fewer rows."""
+    plain = [torch.randn(rows, 256).bfloat16() for rows in (128, 37)]
+    _, weight = join(*(kernel_cases.stored(each, kind) for each in plain))
+    asked = prefetched(linear_module, monkeypatch)
+    launch = LinearLaunch(1, 8, 64, 1, early=True)
+    linear(CHIP, draw(1, 256, dtype="bf16"), weight, launch=launch)
+    start, row = operand(weight).weight.data_ptr(), 256 * bits // 8
+    assert asked == [(start + i * row, min(8, 37 - i) * row) for i in range(0, 37, 8)]
+    asked.clear()
+    linear(
+        CHIP, draw(1, 256, dtype="bf16"), weight, launch=dataclasses.replace(launch, early=False)
+    )
+    assert not asked
 
 
 def feed_forward(dim: int, inner: int, dtype: str, joined: bool) -> MLP:
@@ -488,21 +527,18 @@ def test_attention(lengths: list[list[int]], heads: int, dtype: str) -> None:
         close(attention(CHIP, **given, launch=launch), twin, dtype)
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter tells what is asked for")
+@interpreted
 @pytest.mark.parametrize("heads", [3, 40])
 def test_the_attention_prefetches_all_of_w_uv(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each head's part once, by more programs than heads and by fewer; and not the part of W_UK,
     which lies between.
     """
-    given, asked = attention_inputs([[70]], heads, "bf16"), list[tuple[int, int]]()
-
-    def record(start: Any, nbytes: int, _pdl: bool) -> None:
-        asked.append((int(start.handle.data.item()), nbytes))
-
-    monkeypatch.setattr(attention_kernels, "prefetch", record)
+    given, asked = (
+        attention_inputs([[70]], heads, "bf16"),
+        prefetched(attention_kernels, monkeypatch),
+    )
     attention(CHIP, **given, launch=AttentionLaunch(16, 16, 8, 4, 2, w_uv_early=True))
-    parts = [(each.data_ptr(), each.nbytes) for each in given["w_uv"]]
-    assert sorted(asked) == parts
+    assert sorted(asked) == [(each.data_ptr(), each.nbytes) for each in given["w_uv"]]
 
 
 @pytest.mark.parametrize("rows", [8, 33])
@@ -1104,8 +1140,12 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (LinearLaunch, (1, 18944, 3584, 2, 4, 1), LinearLaunch(1, 2, 2048, 1)),
         (LinearLaunch, (1, 2048, 2048, 2, 4, 1), LinearLaunch(1, 2, 2048, 1)),
         (LinearLaunch, (1, 1536, 24576, 2, 4, 1, 128), LinearLaunch(1, 16, 512, 2)),
-        (LinearLaunch, (1, 1536, 24576, 2, 8, 0, 128), LinearLaunch(1, 8, 2048, 4)),
-        (LinearLaunch, (1, 7168, 2112, 2, 4, 1, 128), LinearLaunch(1, 2, 4096, 4)),
+        (LinearLaunch, (1, 1536, 24576, 2, 8, 0, 128), LinearLaunch(1, 16, 512, 1)),
+        (LinearLaunch, (1, 1536, 17920, 2, 8, 0, 128), LinearLaunch(1, 8, 2048, 4)),
+        (LinearLaunch, (1, 2048, 22528, 2, 8, 0, 128), LinearLaunch(1, 8, 2048, 4)),
+        (LinearLaunch, (1, 7168, 2112, 2, 4, 1, 128), LinearLaunch(1, 2, 4096, 4, early=True)),
+        (LinearLaunch, (1, 7168, 2112, 2, 8, 0, 128), LinearLaunch(1, 4, 2048, 4, early=True)),
+        (LinearLaunch, (1, 16384, 7168, 2, 8, 0, 128), LinearLaunch(1, 4, 2048, 4)),
         (LinearLaunch, (1, 16384, 7168, 2, 4, 1, 128), LinearLaunch(1, 4, 2048, 2)),
         (LinearLaunch, (8, 2048, 2048, 2, 4, 1), LinearLaunch(2, 8, 2048, 1)),
         (LinearLaunch, (8, 2048, 3648, 2, 4, 1, 128), LinearLaunch(4, 8, 2048, 1)),
@@ -1199,8 +1239,8 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
     """tools/measure/bench_kernels.py --sweep on an H100, and compile_kernels.py where something
-    else spilled. (First guesses: what packed weights take for up to 8 tokens; of one token the sum
-    of R1's 128 heads, and its router's long rows.)
+    else spilled. (First guesses: what packed weights take for up to 8 tokens; of one token R1's
+    q_b in FP8, what comes early, the sum of 128 heads, and the router's long rows.)
     """
     assert launch.default(sizes, H100) == wanted
 
