@@ -1303,17 +1303,50 @@ def test_a_sweep_finds_the_best_and_survives_what_fails(monkeypatch: pytest.Monk
             return [abs(use.outputs - 4) + 1 / use.warps if use.outputs < 8 else 0.0]
 
         monkeypatch.setattr(bench_kernels, "timed", timed)
-        best, tried = bench_kernels.sweep(case, time.monotonic() + 60)
+        best, tried = bench_kernels.sweep(case, case.default, time.monotonic() + 60)
     assert (best.outputs, best.warps) == (4, 8)
     assert any("out of resources" in t.get("error", "") for t in tried) and any(
         t.get("off", 0) > 0.05 for t in tried
     )
 
 
+def test_launches_that_are_given_are_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with all its changes at a time. The search begins with the best."""
+    place = kernel_cases.Place(CHIP, 1)
+    with torch.device(DEVICE), torch.inference_mode():
+        (make,) = bench_kernels.makers(place, VARIANTS["v3"], 1, [20], ["qkv_a"])
+        case, begun = make(), list[Any]()
+
+        def timed(calls: list[Any]) -> list[float]:
+            use = getattr(calls[0], "args", (None, None))[1:]
+            return [{2: 3.0, 16: 1.0}.get(use[0].warps, 9.0) if use and use[0] else 5.0]
+
+        def sweep(_case: Any, start: Any, _deadline: float) -> tuple[Any, list[Any]]:
+            begun.append(start)
+            return start, []
+
+        monkeypatch.setattr(bench_kernels, "timed", timed)
+        monkeypatch.setattr(bench_kernels, "sweep", sweep)
+        given = ["outputs=8,inputs=32,warps=2,early=1", "warps=16,outputs=3"]
+        launches = [bench_kernels.changes(text) for text in given]
+        row = bench_kernels.measure("v3", 1, case, 1.0, 1.0, launches)
+        with pytest.raises(InputError, match="--launch heads: qkv_a has rows, outputs"):
+            bench_kernels.changed(case, {"heads": 1})
+    asked = dataclasses.replace(case.default, outputs=8, inputs=32, warps=2, early=True)
+    right, failed = row["launches"]
+    assert right["launch"] == dataclasses.asdict(asked) and right["us"] == 3.0
+    assert failed["us"] is None and failed["error"]  # 3 rows are no power of two
+    assert begun == [asked] and f"3.0 us with {asked}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "torch sees none"),
+        (["--launch", "warps"], "--launch takes NAME=N,.. and not warps"),
+        (["--launch", "warps=2"], "name the kernel in --only"),
         (["--batch", "0"], "whole numbers"),
         (["--shape", "r2"], "there is no shape"),
         (["--only", "latent,attend"], "--only attend: choose of step, qkv_a"),

@@ -5,13 +5,16 @@
     python tools/measure/bench_kernels.py --batch 1 --shape r1-distill-qwen-7b --quant int4
     python tools/measure/bench_kernels.py --batch 4096 --only experts --quant fp8 \\
         --quant-activations fp8 --sweep 60
+    python tools/measure/bench_kernels.py --batch 1 --shape r1 --quant fp8 --only q_b \\
+        --launch outputs=8,inputs=2048,warps=4 --launch outputs=16,inputs=512,warps=2
 
 Each kernel runs in a CUDA graph, over several copies of its weights. The copies are larger than the
 second-level cache, so the weights are cold, as in a model of many layers. A graph has many calls,
 because starting a graph takes time once for a whole step: that time must not count as the kernel's.
 
 `--sweep` searches launch parameters. It changes one at a time, and stops when no change helps or
-when the given seconds (for all cases together) are over.
+when the given seconds (for all cases together) are over. `--launch` times the default with several
+parameters changed at a time; a search begins with the best of these.
 """
 
 from __future__ import annotations
@@ -182,26 +185,53 @@ def figures(case: Case, times: list[float], copy_gb_s: float) -> dict[str, float
     }  # fmt: skip
 
 
-def sweep(case: Case, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
-    """Search launch parameters, one change at a time. Returns the best, and all that were tried."""
+def changes(text: str) -> dict[str, int]:
+    """What `--launch` gives: parameters by name. Raises InputError."""
+    try:
+        return {name: int(number) for name, number in (each.split("=") for each in text.split(","))}
+    except ValueError:
+        raise InputError(f"--launch takes NAME=N,.. and not {text}") from None
+
+
+def changed(case: Case, numbers: dict[str, int]) -> Any:
+    """The case's default launch with some parameters changed. Raises InputError."""
+    known = [each.name for each in dataclasses.fields(case.default)] if case.default else []
+    if unknown := numbers.keys() - known:
+        raise InputError(
+            f"--launch {min(unknown)}: {case.name} has {', '.join(known) or 'no parameters'}"
+        )
+    kept = dataclasses.asdict(case.default)
+    return dataclasses.replace(
+        case.default, **{name: type(kept[name])(number) for name, number in numbers.items()}
+    )
+
+
+def attempt(case: Case, use: Any) -> dict[str, Any]:
+    """A launch with its microseconds; None where it fails, or is wrong."""
+    trial: dict[str, Any] = {"launch": dataclasses.asdict(use)}
+    try:
+        wrong = off(case, use)
+        trial["us"] = statistics.median(timed(ours(case, use))) if wrong < MOST_OFF else None
+        trial["off"] = wrong
+    except Exception as error:  # too much shared memory, too many registers: no common type
+        trial |= {"us": None, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+    return trial
+
+
+def sweep(case: Case, start: Any, deadline: float) -> tuple[Any, list[dict[str, Any]]]:
+    """Search launch parameters from `start`, one change at a time. Returns the best, and all that
+    were tried.
+    """
     from r1.run.tune import climb
 
     tried: dict[Any, dict[str, Any]] = {}
 
     def measure(use: Any) -> float:
         if use not in tried:
-            trial: dict[str, Any] = {"launch": dataclasses.asdict(use)}
-            try:
-                wrong = off(case, use)
-                right = wrong < MOST_OFF
-                trial["us"] = statistics.median(timed(ours(case, use))) if right else None
-                trial["off"] = wrong
-            except Exception as error:  # too much shared memory, too many registers: no common type
-                trial |= {"us": None, "error": f"{type(error).__name__}: {str(error)[:200]}"}
-            tried[use] = trial
+            tried[use] = attempt(case, use)
         return tried[use]["us"] or float("inf")
 
-    best = climb(case.default, measure, 0.005, lambda: time.monotonic() < deadline)
+    best = climb(start, measure, 0.005, lambda: time.monotonic() < deadline)
     return best, list(tried.values())
 
 
@@ -250,6 +280,13 @@ def main(argv: list[str] | None = None) -> int:
         help="search launch parameters too, for so long in all",
     )
     parser.add_argument(
+        "--launch",
+        action="append",
+        default=[],
+        metavar="NAME=N,..",
+        help="time such a launch too; may be given several times, and needs --only one kernel",
+    )
+    parser.add_argument(
         "--quant",
         default="none",
         choices=("none", *KINDS),
@@ -272,6 +309,9 @@ def work(arguments: argparse.Namespace) -> int:
     contexts = shared.numbers("--context", arguments.context)
     shapes = shared.shapes(arguments.shape)
     only = shared.names("--only", arguments.only, KERNELS)
+    launches = [changes(text) for text in arguments.launch]
+    if launches and len(only) != 1:
+        raise InputError("--launch gives one kernel's parameters: name the kernel in --only")
     rounds = arguments.quant_activations != "none"
     if rounds and arguments.quant != "fp8":
         raise InputError("--quant-activations fp8 is for matrices of FP8: add --quant fp8")
@@ -297,7 +337,7 @@ def work(arguments: argparse.Namespace) -> int:
     ]
     with torch.inference_mode():
         for name, batch, make in plan:
-            rows.append(measure(name, batch, make(), copy, arguments.sweep / len(plan)))
+            rows.append(measure(name, batch, make(), copy, arguments.sweep / len(plan), launches))
             if arguments.output:  # after each row, so that a time limit loses one row at most
                 result = {
                     "command": arguments.command, "machine": torch.cuda.get_device_name(),
@@ -307,8 +347,13 @@ def work(arguments: argparse.Namespace) -> int:
     return int(any(row["off"] >= MOST_OFF for row in rows))
 
 
-def measure(name: str, batch: int, case: Case, copy: float, seconds: float) -> dict[str, Any]:
-    """Measure one case and print its line; with `seconds`, search launch parameters for so long."""
+def measure(
+    name: str, batch: int, case: Case, copy: float, seconds: float,
+    launches: Sequence[dict[str, int]] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Measure one case and print its line, and one for each of `launches`, changes of the default;
+    with `seconds`, search launch parameters for so long.
+    """
     row: dict[str, Any] = {"shape": name, "batch": batch, "kernel": case.name}
     row |= {"mb": case.nbytes / 1e6, "off": off(case, None)}
     fast = row["triton"] = figures(case, timed(ours(case, None)), copy)
@@ -323,8 +368,15 @@ def measure(name: str, batch: int, case: Case, copy: float, seconds: float) -> d
         f"torch {twin['us']:8.1f} us{verdict}",
         flush=True,
     )
+    start, least = case.default, fast["us"]
+    for use in [changed(case, numbers) for numbers in launches]:
+        trial = attempt(case, use)
+        row.setdefault("launches", []).append(trial)
+        print(f"    {trial['us'] or trial.get('error', 'wrong')} us with {use}", flush=True)
+        if (trial["us"] or least) < least:
+            start, least = use, trial["us"]
     if seconds and case.default:
-        best, tried = sweep(case, time.monotonic() + seconds)
+        best, tried = sweep(case, start, time.monotonic() + seconds)
         us = min((trial["us"] for trial in tried if trial["us"]), default=None)
         row["sweep"] = {"best": dataclasses.asdict(best), "us": us, "tried": tried}
         print(f"    best of {len(tried)}: {us} us with {best}", flush=True)
