@@ -33,7 +33,8 @@ def split_kernel(
 
     AHEAD: a head's numbers of `w_uv`, whose heads are `w_head` apart, that are prefetched for
     `sum_kernel`; or 0. (Its programs can't load them while this kernel runs: of 128 heads, a
-    program here takes all registers of a processor.)
+    program here takes all registers of a processor.) They are asked for after the queries and the
+    first keys, which must not wait for them.
     """
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     split = tl.program_id(1)
@@ -48,12 +49,6 @@ def split_kernel(
         keys = tl.maximum(tl.minimum(end - start, STAGES * BLOCK_T), 0)
         first_slot = cache + start.to(tl.int64) * cache_slot
         prefetch(first_slot, keys.to(tl.int64) * cache_slot * size, PDL)
-    if AHEAD > 0:
-        number: tl.constexpr = w_uv.dtype.element_ty.primitive_bitwidth // 8
-        program = (tl.program_id(2) * SPLITS + split) * tl.num_programs(0) + tl.program_id(0)
-        programs = tl.num_programs(0) * SPLITS * tl.num_programs(2)
-        for each in range(program, HEADS, programs):
-            prefetch(w_uv + each * w_head, AHEAD * number, PDL)
     wait_for_previous(PDL)
     let_next_start(PDL)
     place = (token * HEADS + head) * SPLITS + split
@@ -63,6 +58,12 @@ def split_kernel(
     # (BLOCK_H, LATENT_PAD) and (BLOCK_H, ROPE_PAD)
     q = tl.load(q_c + row * LATENT + c[None, :], mask=real & in_latent, other=0.0)
     qp = tl.load(q_pe + row * ROPE + r[None, :], mask=real & in_rope, other=0.0)
+    if AHEAD > 0:
+        number: tl.constexpr = w_uv.dtype.element_ty.primitive_bitwidth // 8
+        program = (tl.program_id(2) * SPLITS + split) * tl.num_programs(0) + tl.program_id(0)
+        programs = tl.num_programs(0) * SPLITS * tl.num_programs(2)
+        for each in range(program, HEADS, programs):
+            prefetch(w_uv + each * w_head, AHEAD * number, PDL)
     if start < end:
         best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
