@@ -7,7 +7,7 @@ Run as in test_narrow.py: under the interpreter on a CPU, as machine code on a G
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import bench_kernels
 import kernel_cases
@@ -32,11 +32,14 @@ from r1.kernels.experts_launch import ExpertsLaunch
 from r1.kernels.gated import gated, gated_torch
 from r1.kernels.linear import linear, linear_torch
 from r1.kernels.linear_launch import LinearLaunch
+from r1.kernels.prompt_block import PromptBlock, fused
 from r1.kernels.rounded import round_input, takes_one_number
 from r1.model.cache import Cache
-from r1.model.layers import MLP
+from r1.model.dispatch import STRATEGIES
+from r1.model.layers import MLP, Linear
 from r1.model.moe import Experts
 from r1.model.rounded import Rounded
+from r1.run.ways import Unpacking
 from r1.storage.activations import FROM_TOKENS, as_fp8, rounded
 from r1.storage.spec import Spec
 from r1.switches.strategies import EXPERTS
@@ -267,6 +270,57 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((ours - right).abs().mean()) < 0.1 < float(right.std())
     right = twin.decode(tokens, twin.cache(4, 16))
     assert float((steps - right).abs().mean()) < 0.1 < float(right.std())
+
+
+def test_a_prompts_sparse_layer_is_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared experts have no kernels of their own, and the residual is added with the slots. A
+    device that does not lead leaves the residual out.
+    """
+    monkeypatch.setattr(Chip, "of", lambda _: CHIP)
+    ran: list[str] = []
+    launch = Chip.run
+
+    def keep(chip: Chip, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        ran.append(kernel.fn.__name__)
+        launch(chip, kernel, *arguments, **constants)
+
+    monkeypatch.setattr(Chip, "run", keep)
+    made = packed(DEVICE.type)
+    runner = run(made, quant_activations="fp8", prefill_moe="triton", kernels="triton")
+    way, block = runner.ways["prefill"], cast(Any, made.layers[-1])
+    x = draw(7, CONFIG.hidden_size)[None]
+    step = made.step("prefill", torch.arange(7, device=DEVICE)[None], 0)
+    one: Any = way.block(block)
+    ours = one(x, step, None)
+    projections = ran.count("rounded_kernel")
+    assert ran.count("add_kernel") == 1
+    ran.clear()
+    monkeypatch.setattr(way, "fused", lambda block: block)
+    two: Any = way.block(block)
+    right = two(x, step, None)
+    assert ran.count("rounded_kernel") > projections > 0
+    # The shared experts' outputs are rounded each, and the sums are rounded less often.
+    assert float((ours - right).abs().max()) < 0.05 < float((right - x).std())
+    monkeypatch.setattr(block, "leads_inner", False)
+    given = dataclasses.replace(step, multiply=cast(Unpacking, way).multiply)
+    residual = x + block.self_attn(block.input_layernorm(x), given, None)
+    assert float((ours - one(x, step, None) - residual).abs().max()) < 0.05
+    assert float(residual.std()) > 0.5
+
+
+def test_other_layers_stay_as_they_are() -> None:
+    """A dense layer; a strategy without kernels; shared experts that are stored otherwise."""
+    runner = run(packed(), quant_activations="fp8", prefill_moe="triton", kernels="triton")
+    dense, sparse = runner.model.layers
+    moe: Any = sparse.mlp
+    assert isinstance(fused(CHIP, sparse), PromptBlock) and fused(CHIP, dense) is dense
+    assert fused(dataclasses.replace(CHIP, ptx=False), sparse) is sparse
+    stored_so = moe.shared_experts.down_proj.matrix
+    moe.shared_experts.down_proj.matrix = Linear(*reversed(stored_so.shape)).matrix
+    assert fused(CHIP, sparse) is sparse
+    moe.shared_experts.down_proj.matrix = stored_so
+    moe.dispatch["prefill"] = STRATEGIES[0]
+    assert fused(CHIP, sparse) is sparse
 
 
 @pytest.mark.parametrize("tokens", [63, 64])

@@ -69,7 +69,7 @@ class DecodeBlock:
     def why_not(block: nn.Module) -> str | None:
         """One sentence that says which storage the kernels can't read; None if they read all."""
         assert isinstance(block, Block)
-        return why_not(*_matrices(block)) or _split_blocks(block.mlp)
+        return why_not(*_matrices(block)) or split_blocks(block.mlp)
 
     def __call__(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
         """(B, S, D) -> (B, S, D). Writes the tokens' entries to `cache`."""
@@ -143,7 +143,7 @@ class DecodeBlock:
     def mixture(self, x: Tensor, moe: MoE) -> Tensor:
         """x + moe(norm(x)), (N, D); without x where another device adds it."""
         norm, shared, apart = self.block.post_attention_layernorm, moe.shared_experts, None
-        if shared is not None and not _whole_experts(moe, shared):
+        if shared is not None and not whole_experts(moe, shared):
             shared, apart = None, shared
         chosen = moe.gate.shape.num_experts_per_tok
         round_x = len(x) >= self.least
@@ -180,12 +180,12 @@ def _matrices(block: Block) -> Iterator[Matrix]:
         yield from (mlp.experts.gate_proj, mlp.experts.up_proj, mlp.experts.down_proj)
 
 
-def _whole_experts(moe: MoE, shared: MLP) -> bool:
+def whole_experts(moe: MoE, shared: MLP) -> bool:
     """Whether a device's part of the shared experts is as wide as some of its routed experts."""
     return int(shared.down_proj.matrix.shape[1]) % int(moe.experts.down_proj.shape[2]) == 0
 
 
-def _split_blocks(mlp: nn.Module) -> str | None:
+def split_blocks(mlp: nn.Module) -> str | None:
     """Why shared experts can't be read one by one: a block of numbers that share a scale is in two.
 
     They are one matrix, and the kernels begin in it where each of them begins.
@@ -193,7 +193,7 @@ def _split_blocks(mlp: nn.Module) -> str | None:
     if not isinstance(mlp, MoE) or mlp.shared_experts is None:
         return None
     inner, width = mlp.experts.down_proj.shape[2], mlp.shared_experts.down_proj.matrix.shape[1]
-    if not _whole_experts(mlp, mlp.shared_experts):
+    if not whole_experts(mlp, mlp.shared_experts):
         return None  # then they are one matrix for the kernels, too
     each = mlp.shared_experts
     rows = [block_of(layer.matrix)[0] for layer in (each.gate_proj, each.up_proj)]

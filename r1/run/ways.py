@@ -170,13 +170,15 @@ class Unpacking(Eager):
         """
         super().__init__(model)
         from r1.kernels.prompt import multiply  # Triton is optional
+        from r1.kernels.prompt_block import fused
 
         self.plain = partial(multiply, chip)
         self.multiply = partial(multiply, chip, round_x=True) if rounded else self.plain
         self.compile = compiled.compile if compiled else lambda block: block
+        self.fused = partial(fused, chip) if rounded else lambda block: block
 
     def block(self, block: nn.Module) -> Block:
-        inner = self.compile(block)
+        inner = self.compile(self.fused(block))
 
         def call(x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
             return cast(Tensor, inner(x, replace(step, multiply=self.multiply), cache))
