@@ -63,7 +63,6 @@ from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.prefetch import CHUNK, LANES, requests
 from r1.kernels.router import RouterLaunch, route, route_torch
 from r1.kernels.sort import (
-    divide,
     divide_torch,
     sort_by_expert,
     sort_by_expert_torch,
@@ -838,6 +837,8 @@ def test_experts_of_a_prompt(tokens: int, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (5000, 3, 8),
         (9000, 2, 4),
+        (2300, 2, 1500),
+        (5000, 1, 1),
         (40000, 2, 40000),
         (40000, 2, 5),
         (1, 1, 1),
@@ -875,7 +876,7 @@ def test_a_grid_holds_the_longest_prompt() -> None:
         chosen = torch.empty(MOST_TOKENS, config.experts.num_experts_per_tok)
         routed = Experts(config).bfloat16()
         experts(chip, x, chosen.long(), chosen, routed)  # type: ignore[arg-type]
-    assert len(grids) == 4 and all(max(grid[1:], default=0) < 2**16 for grid in grids)
+    assert len(grids) == 3 and all(max(grid[1:], default=0) < 2**16 for grid in grids)
 
 
 @pytest.mark.parametrize(
@@ -887,7 +888,6 @@ def test_divide(counts: list[int], rows: int, shared: int) -> None:
     tokens = sum(counts) // 2
     tiles = sum(counts) // rows + len(counts) + shared * -(-tokens // rows)
     twin = divide_torch(ends, tiles, rows, tokens, shared)
-    assert torch.equal(divide(CHIP, ends, tiles, rows, tokens, shared), twin)
     covered = [(expert, i) for expert, first, end in twin.tolist() for i in range(first, end)]
     wanted = [
         (expert, i)
@@ -907,7 +907,7 @@ def test_sort_into_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """By one kernel for a decode step, and by two for more choices: what the twins make."""
-    unused = "divide_kernel" if kernels == 1 else "MOST_AT_ONCE"
+    unused = "count_kernel" if kernels == 1 else "MOST_AT_ONCE"
     monkeypatch.setattr(f"r1.kernels.sort.{unused}", None if kernels == 1 else 0)
     # Some are choices of no expert. They come last, and no tile has them.
     indices = torch.randint(count + 1, (tokens, chosen), device=DEVICE)
