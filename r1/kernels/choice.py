@@ -70,17 +70,25 @@ def load_bias(
 
 
 @triton.jit
+def load_logits(
+    logits, EXPERTS: tl.constexpr, PAD: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr
+):
+    """A token's logit of the expert at each of PAD places, or minus infinity."""
+    expert, real = expert_at(tl.arange(0, PAD), EXPERTS, GROUPS, SPAN)
+    return tl.load(logits + expert, mask=real, other=float("-inf"))
+
+
+@triton.jit
 def choose(
-    logits, added, draws, drawn, token, indices, weights, factor, EXPERTS: tl.constexpr,
+    logit, added, draws, drawn, token, indices, weights, factor, EXPERTS: tl.constexpr,
     PAD: tl.constexpr, SPAN: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr,
     NORMED: tl.constexpr,
 ):  # fmt: skip
-    """A token's choice by its `logits`; of equals the first wins. `draws` (drawn, EXPERTS) stand in
-    for the scores, if given. `added`: what `load_bias` has loaded.
+    """A token's choice by its `logit`s; of equals the first wins. `draws` (drawn, EXPERTS) stand in
+    for the scores, if given. `logit`, `added`: what `load_logits` and `load_bias` have loaded.
     """
     expert, real = expert_at(tl.arange(0, PAD), EXPERTS, GROUPS, SPAN)
-    logit = tl.load(logits + expert, mask=real, other=float("-inf"))
     if SIGMOID:
         scores = tl.sigmoid(logit)
     else:

@@ -15,11 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from r1.kernels.chip import Chip, ceil_div, let_next_start, product, wait_for_previous
-from r1.kernels.choice import Rule, choose, load_bias
+from r1.kernels.choice import Rule, choose, load_bias, load_logits
 from r1.model.router import Router
 
 EXPERTS, TOKENS, COLUMNS, STAGES = 64, 32, 64, 4
 """Of a program. Few tokens, so that 4,096 of them are work for all processors."""
+PARTS = 2
+"""Programs that share these logits: each takes a part of D. A step is a chain of products, so two
+programs of a processor wait less than one.
+"""
 
 
 def route(gate: Router, x: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -39,17 +43,17 @@ def launch(
     """x (N, D), weight (E, D), bias (E,), draws (M, E), a `Rule` -> `Router.forward`'s results."""
     x, how = x.contiguous(), Rule(*rule)
     (tokens, dim), experts = x.shape, how.EXPERTS
-    logits = x.new_empty(tokens, experts, dtype=torch.float32)
+    logits = x.new_empty(PARTS, tokens, experts, dtype=torch.float32)
     indices, weights = results(x, how.CHOSEN)
     chip.run(
-        logits_kernel, (ceil_div(tokens, TOKENS), ceil_div(experts, EXPERTS)), x, weight, logits,
-        tokens, experts, DIM=dim, BLOCK_E=EXPERTS, ROWS=TOKENS, BLOCK_D=COLUMNS, warps=4,
-        stages=STAGES,
+        logits_kernel, (ceil_div(tokens, TOKENS), ceil_div(experts, EXPERTS), PARTS), x, weight,
+        logits, tokens, experts, DIM=dim, PART=ceil_div(dim, PARTS * COLUMNS) * COLUMNS,
+        BLOCK_E=EXPERTS, ROWS=TOKENS, BLOCK_D=COLUMNS, warps=4, stages=STAGES,
     )  # fmt: skip
     drawn = 0 if draws is None else len(draws)
     chip.run(
-        choose_kernel, (tokens,), logits, bias, draws, drawn, indices, weights, factor,
-        **how._asdict(), warps=1,
+        choose_kernel, (tokens,), logits, bias, draws, drawn, indices, weights, factor, tokens,
+        PARTS=PARTS, **how._asdict(), warps=1,
     )  # fmt: skip
     return indices, weights
 
@@ -79,18 +83,21 @@ def _(
 
 @triton.jit
 def logits_kernel(
-    x, weight, logits, tokens, experts, DIM: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    x, weight, logits, tokens, experts, DIM: tl.constexpr, PART: tl.constexpr,
+    BLOCK_E: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The logits of BLOCK_E experts for ROWS tokens: transposed, as experts are the more."""
+    """What PART columns add to the logits of BLOCK_E experts for ROWS tokens: transposed, as
+    experts are the more. Each part has logits of its own, (PARTS, N, E).
+    """
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[None, :]
     expert = (tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E))[:, None]
     column = tl.arange(0, BLOCK_D)
     wait_for_previous(PDL)
     let_next_start(PDL)
     sums = tl.zeros((BLOCK_E, ROWS), tl.float32)
-    for first in range(0, DIM, BLOCK_D):
-        at = first + column
+    start = tl.program_id(2) * PART
+    for first in range(0, PART, BLOCK_D):
+        at = start + first + column
         inside = (at < DIM)[None, :] & (expert < experts)
         w = tl.load(weight + expert * DIM + at[None, :], mask=inside, other=0.0)
         inside = (at < DIM)[:, None] & (token < tokens)
@@ -103,7 +110,8 @@ def logits_kernel(
         step = product(low.to(tl.bfloat16), v, tl.zeros(sums.shape, tl.float32))
         step = product(middle.to(tl.bfloat16), v, step)
         sums += product(high.to(tl.bfloat16), v, step)
-    tl.store(logits + token * experts + expert, sums, mask=(token < tokens) & (expert < experts))
+    place = logits + (tl.program_id(2) * tokens + token) * experts + expert
+    tl.store(place, sums, mask=(token < tokens) & (expert < experts))
 
 
 @triton.jit
@@ -116,17 +124,21 @@ def first_bits(v):
 
 @triton.jit
 def choose_kernel(
-    logits, bias, draws, drawn, indices, weights, factor, EXPERTS: tl.constexpr, PAD: tl.constexpr,
-    SPAN: tl.constexpr, CHOSEN: tl.constexpr, CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr,
-    KEPT: tl.constexpr, BEST: tl.constexpr, SIGMOID: tl.constexpr, NORMED: tl.constexpr,
-    PDL: tl.constexpr,
+    logits, bias, draws, drawn, indices, weights, factor, tokens, PARTS: tl.constexpr,
+    EXPERTS: tl.constexpr, PAD: tl.constexpr, SPAN: tl.constexpr, CHOSEN: tl.constexpr,
+    CHOSEN_PAD: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token's choice."""
+    """One token's choice, by the sums of its logits' parts."""
     added = load_bias(bias, EXPERTS, PAD, GROUPS, SPAN)
     wait_for_previous(PDL)
     let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
+    logit = load_logits(logits + token * EXPERTS, EXPERTS, PAD, GROUPS, SPAN)
+    for part in tl.static_range(1, PARTS):
+        place = logits + (part * tokens + token) * EXPERTS
+        logit += load_logits(place, EXPERTS, PAD, GROUPS, SPAN)
     choose(
-        logits + token * EXPERTS, added, draws, drawn, token, indices, weights, factor,
+        logit, added, draws, drawn, token, indices, weights, factor,
         EXPERTS, PAD, SPAN, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from r1.kernels.chip import (
     power_of_two,
     wait_for_previous,
 )
-from r1.kernels.choice import Rule, choose, load_bias
+from r1.kernels.choice import Rule, choose, load_bias, load_logits
 from r1.kernels.fixed import Fixed, store_fixed
 from r1.kernels.linear import gain_columns
 from r1.kernels.narrow import Form, store_pairs
@@ -165,8 +165,9 @@ def route_kernel(
     tl.debug_barrier()  # all threads' logits stand before the ticket that says so
     if tl.atomic_add(tickets + token, 1) == tl.num_programs(0) - 1:
         tl.store(tickets + token, 0)
+        logit = load_logits(logits, EXPERTS, PAD, GROUPS, SPAN)
         choose(
-            logits, added, draws, drawn, token, indices, weights, factor,
+            logit, added, draws, drawn, token, indices, weights, factor,
             EXPERTS, PAD, SPAN, CHOSEN, CHOSEN_PAD, GROUPS, KEPT, BEST, SIGMOID, NORMED,
         )  # fmt: skip
     if fixed is not None:
