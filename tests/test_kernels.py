@@ -47,8 +47,6 @@ import triton
 import triton.language as tl
 
 from r1 import InputError, build
-from r1.kernels import attention_kernels
-from r1.kernels import linear as linear_module
 from r1.kernels.attention import AttentionLaunch, attention, attention_torch
 from r1.kernels.block import DecodeBlock, output_head
 from r1.kernels.chip import Chip
@@ -150,7 +148,7 @@ def test_linear(how: str, tokens: int, dtype: str) -> None:
     if "residual" in how:
         options["residual"] = draw(tokens, outputs, dtype=dtype)
     launches = [None, LinearLaunch(1, 8, 32, 4) if tokens == 1 else LinearLaunch(16, 16, 32, 4)]
-    launches += [LinearLaunch(1, 16, 32, 1, early=True)] * (tokens == 1)
+    launches += [LinearLaunch(1, 16, 32, 1)] * (tokens == 1)
     launches += [LinearLaunch(4, 16, 32, 4)] * (1 < tokens <= 8)  # dot products of dense weights
     for each in launches:
         close(
@@ -158,43 +156,6 @@ def test_linear(how: str, tokens: int, dtype: str) -> None:
             linear_torch(x, weight, **options),
             dtype,
         )
-
-
-def prefetched(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """A list that gets what a module's kernels prefetch from now on: addresses and bytes."""
-    asked: list[tuple[int, int]] = []
-
-    def record(start: Any, nbytes: Any, _pdl: bool) -> None:
-        size = nbytes if isinstance(nbytes, int) else nbytes.handle.data.item()
-        asked.append((int(start.handle.data.item()), int(size)))
-
-    monkeypatch.setattr(module, "prefetch", record)
-    return asked
-
-
-interpreted = pytest.mark.skipif(
-    DEVICE.type != "cpu", reason="only the interpreter tells what a kernel prefetches"
-)
-
-
-@interpreted
-@pytest.mark.parametrize(("kind", "bits"), [("none", 16), ("fp8", 8), ("int4", 4)])
-def test_a_product_prefetches_its_weights(
-    kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each row once: of a part of a joined matrix, whose last program has fewer rows."""
-    plain = [torch.randn(rows, 256).bfloat16() for rows in (128, 37)]
-    _, weight = join(*(kernel_cases.stored(each, kind) for each in plain))
-    asked = prefetched(linear_module, monkeypatch)
-    launch = LinearLaunch(1, 8, 64, 1, early=True)
-    linear(CHIP, draw(1, 256, dtype="bf16"), weight, launch=launch)
-    start, row = operand(weight).weight.data_ptr(), 256 * bits // 8
-    assert asked == [(start + i * row, min(8, 37 - i) * row) for i in range(0, 37, 8)]
-    asked.clear()
-    linear(
-        CHIP, draw(1, 256, dtype="bf16"), weight, launch=dataclasses.replace(launch, early=False)
-    )
-    assert not asked
 
 
 def feed_forward(dim: int, inner: int, dtype: str, joined: bool) -> MLP:
@@ -521,23 +482,9 @@ def test_attention(lengths: list[list[int]], heads: int, dtype: str) -> None:
         None,
         AttentionLaunch(16, 16, 1, 4, 1),
         splits,
-        dataclasses.replace(splits, apart=True, early=True, w_uv_early=True),
+        dataclasses.replace(splits, apart=True, early=True),
     ):
         close(attention(CHIP, **given, launch=launch), twin, dtype)
-
-
-@interpreted
-@pytest.mark.parametrize("heads", [3, 40])
-def test_the_attention_prefetches_all_of_w_uv(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each head's part once, by more programs than heads and by fewer; and not the part of W_UK,
-    which lies between.
-    """
-    given, asked = (
-        attention_inputs([[70]], heads, "bf16"),
-        prefetched(attention_kernels, monkeypatch),
-    )
-    attention(CHIP, **given, launch=AttentionLaunch(16, 16, 8, 4, 2, w_uv_early=True))
-    assert sorted(asked) == [(each.data_ptr(), each.nbytes) for each in given["w_uv"]]
 
 
 @pytest.mark.parametrize("rows", [8, 33])
@@ -1143,8 +1090,8 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (LinearLaunch, (1, 1536, 24576, 2, 8, 0, 128), LinearLaunch(1, 16, 512, 1)),
         (LinearLaunch, (1, 1536, 17920, 2, 8, 0, 128), LinearLaunch(1, 8, 2048, 4)),
         (LinearLaunch, (1, 2048, 22528, 2, 8, 0, 128), LinearLaunch(1, 8, 2048, 4)),
-        (LinearLaunch, (1, 7168, 2112, 2, 4, 1, 128), LinearLaunch(1, 2, 4096, 4, early=True)),
-        (LinearLaunch, (1, 7168, 2112, 2, 8, 0, 128), LinearLaunch(1, 4, 2048, 4, early=True)),
+        (LinearLaunch, (1, 7168, 2112, 2, 4, 1, 128), LinearLaunch(1, 2, 4096, 4)),
+        (LinearLaunch, (1, 7168, 2112, 2, 8, 0, 128), LinearLaunch(1, 4, 2048, 4)),
         (LinearLaunch, (1, 16384, 7168, 2, 8, 0, 128), LinearLaunch(1, 4, 2048, 4)),
         (LinearLaunch, (1, 16384, 7168, 2, 4, 1, 128), LinearLaunch(1, 4, 2048, 2)),
         (LinearLaunch, (8, 2048, 2048, 2, 4, 1), LinearLaunch(2, 8, 2048, 1)),
@@ -1167,12 +1114,12 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (
             AttentionLaunch,
             (1, 128, 512, 64, 256, 2),
-            AttentionLaunch(16, 16, 16, 8, 3, True, True, 16, 32, 512, 4, 2, True),
+            AttentionLaunch(16, 16, 16, 8, 3, True, True, 16, 32, 512, 4, 2),
         ),
         (
             AttentionLaunch,
             (1, 128, 512, 64, 4096, 2),
-            AttentionLaunch(64, 64, 64, 8, 2, True, True, 64, 64, 128, 4, 3, True),
+            AttentionLaunch(64, 64, 64, 8, 2, True, True, 64, 64, 128, 4, 3),
         ),
         (
             AttentionLaunch,
@@ -1239,8 +1186,7 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
 )
 def test_defaults_are_what_was_measured(launch: Any, sizes: tuple[int, ...], wanted: Any) -> None:
     """tools/measure/bench_kernels.py --sweep on an H100, and compile_kernels.py where something
-    else spilled. (First guesses: what packed weights take for up to 8 tokens; of one token R1's
-    q_b in FP8, what comes early, the sum of 128 heads, and the router's long rows.)
+    else spilled. (First guesses: what packed weights take for up to 8 tokens.)
     """
     assert launch.default(sizes, H100) == wanted
 
@@ -1329,12 +1275,12 @@ def test_launches_that_are_given_are_timed(
 
         monkeypatch.setattr(bench_kernels, "timed", timed)
         monkeypatch.setattr(bench_kernels, "sweep", sweep)
-        given = ["outputs=8,inputs=32,warps=2,early=1", "warps=16,outputs=3"]
+        given = ["outputs=8,inputs=32,warps=2", "warps=16,outputs=3"]
         launches = [bench_kernels.changes(text) for text in given]
         row = bench_kernels.measure("v3", 1, case, 1.0, 1.0, launches)
         with pytest.raises(InputError, match="--launch heads: qkv_a has rows, outputs"):
             bench_kernels.changed(case, {"heads": 1})
-    asked = dataclasses.replace(case.default, outputs=8, inputs=32, warps=2, early=True)
+    asked = dataclasses.replace(case.default, outputs=8, inputs=32, warps=2)
     right, failed = row["launches"]
     assert right["launch"] == dataclasses.asdict(asked) and right["us"] == 3.0
     assert failed["us"] is None and failed["error"]  # 3 rows are no power of two

@@ -45,8 +45,7 @@ class AttentionLaunch:
 
     First kernel: each program takes `heads` heads of one token through one of `splits` (a power of
     two) parts of the context, `keys` slots at a time. `apart` keeps Triton from scheduling its two
-    products together (see `split_kernel`). `early` prefetches keys while the previous kernel runs,
-    and `w_uv_early` the second kernel's weights.
+    products together (see `split_kernel`). `early` prefetches keys while the previous kernel runs.
     Second kernel: each program makes `values` values of one head, for as many tokens as have
     `sum_rows` splits together, `latents` columns of W_UV at a time.
     """
@@ -63,7 +62,6 @@ class AttentionLaunch:
     latents: int = 128
     sum_warps: int = 4
     sum_stages: int = 2
-    w_uv_early: bool = False
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> AttentionLaunch:
@@ -92,7 +90,6 @@ class AttentionLaunch:
             heads, keys, splits, warps, stages, chip.dependent_launch and many,
             chip.dependent_launch and tokens == 1, rows, values,
             min(latents, power_of_two(latent, 16)), sum_warps, sum_stages,
-            chip.dependent_launch and tokens == 1 and many,
         )  # fmt: skip
 
     @property
@@ -101,7 +98,7 @@ class AttentionLaunch:
             "splits": (1, 2, 4, 8, 16, 32, 64), "keys": (16, 32, 64), "heads": (16, 32, 64),
             "warps": (4, 8), "stages": (1, 2, 3, 4), "apart": (False, True), "early": (False, True),
             "values": (16, 32, 64, 128), "sum_rows": (16, 32, 64), "latents": (64, 128, 256, 512),
-            "sum_warps": (4, 8), "sum_stages": (1, 2, 3), "w_uv_early": (False, True),
+            "sum_warps": (4, 8), "sum_stages": (1, 2, 3),
         }  # fmt: skip
 
 
@@ -159,10 +156,9 @@ def attention(
     chip.run(
         split_kernel, (ceil_div(heads, use.heads), use.splits, tokens), q_c, q_pe, cache,
         cache.stride(0), cache.stride(1), cache.shape[1], positions, new, part, weight,
-        scale * LOG2_E, w_uv, w_uv.stride(0), HEADS=heads, LATENT=latent, ROPE=rope,
-        LATENT_PAD=power_of_two(latent, 16), ROPE_PAD=power_of_two(rope, 16), BLOCK_H=use.heads,
-        BLOCK_T=use.keys, SPLITS=use.splits, STAGES=use.stages, APART=use.apart, EARLY=use.early,
-        AHEAD=value * latent if use.w_uv_early else 0, warps=use.warps, stages=use.stages,
+        scale * LOG2_E, HEADS=heads, LATENT=latent, ROPE=rope, LATENT_PAD=power_of_two(latent, 16),
+        ROPE_PAD=power_of_two(rope, 16), BLOCK_H=use.heads, BLOCK_T=use.keys, SPLITS=use.splits,
+        STAGES=use.stages, APART=use.apart, EARLY=use.early, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     o = q_c.new_empty(tokens, heads, value)
     group = max(1, use.sum_rows // use.splits)

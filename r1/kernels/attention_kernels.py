@@ -17,11 +17,10 @@ from r1.kernels.tiles import load_tile, matrix_of
 
 @triton.jit
 def split_kernel(
-    q_c, q_pe, cache, cache_row, cache_slot, capacity, positions, new, part, weight, scale, w_uv,
-    w_head, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, LATENT_PAD: tl.constexpr,
+    q_c, q_pe, cache, cache_row, cache_slot, capacity, positions, new, part, weight, scale,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, LATENT_PAD: tl.constexpr,
     ROPE_PAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    STAGES: tl.constexpr, APART: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split's weighted mean of latents, `part` (N, H, Z, C), and the base-2 logarithm of its
     weight, `weight` (N, H, Z). It writes nothing for an empty split.
@@ -30,11 +29,6 @@ def split_kernel(
     warps along the rows, so both warp groups would compute the same 64. The always-true inner `if`
     hides the chain. The outer one moves the products after the next tile's loads, which would
     otherwise start when no work is left to hide them.
-
-    AHEAD: a head's numbers of `w_uv`, whose heads are `w_head` apart, that are prefetched for
-    `sum_kernel`; or 0. (Its programs can't load them while this kernel runs: of 128 heads, a
-    program here takes all registers of a processor.) They are asked for after the queries and the
-    first keys, which must not wait for them.
     """
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     split = tl.program_id(1)
@@ -58,12 +52,6 @@ def split_kernel(
     # (BLOCK_H, LATENT_PAD) and (BLOCK_H, ROPE_PAD)
     q = tl.load(q_c + row * LATENT + c[None, :], mask=real & in_latent, other=0.0)
     qp = tl.load(q_pe + row * ROPE + r[None, :], mask=real & in_rope, other=0.0)
-    if AHEAD > 0:
-        number: tl.constexpr = w_uv.dtype.element_ty.primitive_bitwidth // 8
-        program = (tl.program_id(2) * SPLITS + split) * tl.num_programs(0) + tl.program_id(0)
-        programs = tl.num_programs(0) * SPLITS * tl.num_programs(2)
-        for each in range(program, HEADS, programs):
-            prefetch(w_uv + each * w_head, AHEAD * number, PDL)
     if start < end:
         best = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)

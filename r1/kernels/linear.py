@@ -33,7 +33,6 @@ from r1.kernels.linear_launch import LinearLaunch
 from r1.kernels.linear_narrow import narrow_kernel
 from r1.kernels.linear_parts import can_cut, parts_kernel
 from r1.kernels.narrow import Form, narrow, pairs
-from r1.kernels.prefetch import prefetch
 from r1.kernels.rounded import round_input, rounded_kernel, rounds
 from r1.kernels.tiles import Operand, add_product, load, matrix_of, operand, times
 from r1.storage.activations import given, rounded
@@ -69,7 +68,7 @@ def linear(
     if use.rows == 1:
         chip.run(
             vector_kernel, (programs, parts), given, x.stride(0), matrix, None if whole else norm,
-            eps, residual, y, outputs, INPUTS=inputs, FIXED=whole, EARLY=use.early, **blocks,
+            eps, residual, y, outputs, INPUTS=inputs, FIXED=whole, **blocks,
             warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
@@ -159,13 +158,11 @@ LINEAR = {"torch": linear_torch, "triton": linear}
 @triton.jit
 def vector_kernel(
     x, x_stride, weight, norm, eps, residual, y, outputs, INPUTS: tl.constexpr,
-    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, EARLY: tl.constexpr,
-    PDL: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, BLOCK_OUT rows of W. With FIXED x is a `Fixed`, and normed.
 
-    Weights depend on no kernel, so the first tile is loaded before the wait. With EARLY the other
-    tiles are prefetched.
+    Weights depend on no kernel, so the first tile is loaded before the wait.
     """
     let_next_start(PDL)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -175,8 +172,6 @@ def vector_kernel(
     real = (out < outputs)[:, None]
     w = load(matrix, w_row, real, d[None, :], 0, INPUTS, weight)  # (BLOCK_OUT, BLOCK_IN)
     gain = gain_columns(norm, d, INPUTS)
-    if EARLY:
-        prefetch_rows(matrix[0], outputs, INPUTS, BLOCK_OUT, weight, PDL)
     wait_for_previous(PDL)
     sums = tl.zeros((BLOCK_OUT, BLOCK_IN // min(weight.TOGETHER, BLOCK_IN)), tl.float32)
     squares = tl.zeros((BLOCK_IN,), tl.float32)
@@ -198,18 +193,6 @@ def vector_kernel(
     if residual is not None:
         total += tl.load(residual + place, mask=out < outputs, other=0.0).to(tl.float32)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=out < outputs)
-
-
-@triton.jit
-def prefetch_rows(
-    place, outputs, INPUTS: tl.constexpr, BLOCK_OUT: tl.constexpr, w, PDL: tl.constexpr
-):
-    """Prefetch this program's BLOCK_OUT rows of W, whose first row begins at `place`."""
-    size: tl.constexpr = place.dtype.element_ty.primitive_bitwidth // 8
-    row: tl.constexpr = (INPUTS + w.PER - 1) // w.PER
-    first = tl.program_id(0) * BLOCK_OUT
-    steps = tl.minimum(outputs - first, BLOCK_OUT) - 1  # to the last row
-    prefetch(place + first.to(tl.int64) * w.ROW, (steps * w.ROW + row).to(tl.int64) * size, PDL)
 
 
 @triton.jit

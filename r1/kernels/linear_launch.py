@@ -14,7 +14,6 @@ class LinearLaunch:
     With less than 16 rows it doesn't use tl.dot, but if it is `narrow`: then products are those of
     narrow.py, or of rounded.py, which have their own number of columns. With several `parts` it
     takes so many columns of each of them: linear_parts.py.
-    `early`: of one token, all columns are prefetched while the previous kernel runs.
     """
 
     rows: int
@@ -24,7 +23,6 @@ class LinearLaunch:
     stages: int = 1
     narrow: bool = False
     parts: int = 1
-    early: bool = False
 
     @staticmethod
     def default(sizes: Sizes, chip: Chip) -> LinearLaunch:
@@ -33,10 +31,8 @@ class LinearLaunch:
             return _rounded(tokens, outputs, chip)
         # Very many short rows: R1's q_b (24576, 1536).
         wide = outputs >= 64 * chip.processors and inputs <= 2048
-        # One long row for each of few programs: R1's qkv_a (2112, 7168).
-        early = chip.dependent_launch and 4096 < inputs <= 8192 and outputs <= 32 * chip.processors
         if tokens == 1 and packed[:2] == [4, 1]:
-            return _four_bits(inputs, outputs, wide, early, chip)
+            return _four_bits(inputs, outputs, wide, chip)
         # Dot products of a few tokens, on an H100: of 8 and 4 bits, Moonlight's first projection
         # takes 6.0 us, by narrow products 7.1; of 4 and FP8 7.4, as tiles 7.6; of 8 10.0 and 7.6.
         if 1 < tokens <= 8 and packed[:2] == [4, 1]:
@@ -48,14 +44,14 @@ class LinearLaunch:
         if tokens == 1 and packed:
             if packed[0] == 8 and inputs < 2048 and outputs >= 160 * chip.processors:
                 # A warp for each program: no barriers, no columns beyond 1536, and all 1,536
-                # programs run at once. (With 8 rows of 2048 columns and 4 warps an H100 took 14.9
-                # us for R1's q_b in FP8, with 4 rows 16.0. This one is not measured.)
+                # programs run at once: 15.9 us of a step for R1's q_b in FP8 on an H100, and 17.2
+                # with 8 rows of 2048 columns and 4 warps.
                 return LinearLaunch(1, 16, min(512, power_of_two(inputs, 16)), 1)
             # 8 rows where 4 make more programs than run at once: 3.4 us for Moonlight's first
             # projection in FP8 on an H100, and 3.9 with 4.
             few = 16 * chip.processors < outputs <= 32 * chip.processors or wide
             rows = 8 if few and packed[0] == 8 else 4
-            return LinearLaunch(1, rows, min(2048, power_of_two(inputs, 16)), 4, early=early)
+            return LinearLaunch(1, rows, min(2048, power_of_two(inputs, 16)), 4)
         if tokens == 1:
             if inputs == 2048 >= outputs:
                 return LinearLaunch(1, 1, 2048, 2)  # few rows: a program for each
@@ -85,7 +81,7 @@ class LinearLaunch:
             return {
                 "rows": (1, 2, 4, 8, 16), "outputs": (1, 2, 4, 8, 16),
                 "inputs": (512, 1024, 2048, 4096), "warps": (1, 2, 4, 8),
-            } | ({"early": (False, True)} if self.rows == 1 else {})  # fmt: skip
+            }  # fmt: skip
         if self.narrow:
             return {
                 "rows": (8, 16, 32, 64, 128), "outputs": (16, 32, 64, 128, 256), "warps": (4, 8),
@@ -98,7 +94,7 @@ class LinearLaunch:
         }  # fmt: skip
 
 
-def _four_bits(inputs: int, outputs: int, wide: bool, early: bool, chip: Chip) -> LinearLaunch:
+def _four_bits(inputs: int, outputs: int, wide: bool, chip: Chip) -> LinearLaunch:
     """Of one token that is fixed-point. Best of sweeps on an H100, microseconds, and those of the
     first rule below for all: R1's qkv_a (2112, 7168) 5.2 and 7.4, q_b 8.4 and 16.6, o_proj
     (7168, 16384) 23.3 and 26.1.
@@ -109,7 +105,7 @@ def _four_bits(inputs: int, outputs: int, wide: bool, early: bool, chip: Chip) -
     if inputs > 8192 and many:
         return LinearLaunch(1, 4, 2048, 2)
     if 4096 < inputs <= 8192 and not many:
-        return LinearLaunch(1, 2, 4096, 4, early=early)
+        return LinearLaunch(1, 2, 4096, 4)
     # A warp for each 2,048 columns, and rows of 4,096 or less at once.
     columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
     return LinearLaunch(1, 2, columns, max(1, columns // 2048))

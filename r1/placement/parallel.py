@@ -127,7 +127,7 @@ class Parallel(Placement):
         if name not in CUTS or ranks == 1:
             return matrix
         if id(matrix) not in self.cut:
-            part = share(name, tuple(matrix.shape), rank, ranks, self.block)
+            part = share(name, tuple(matrix.shape), rank, ranks, self._block(path))
             small = _empty(path, matrix, tuple(cut.stop - cut.start for cut in part))
             if CUTS[name].of in ("words", "outputs"):
                 group = self.mesh.stage_group
@@ -140,8 +140,17 @@ class Parallel(Placement):
         path, _, ending = key.rpartition(".")
         name, among = path.rpartition(".")[2], self._among(path)
         if ending == "bias" and name in CUTS and CUTS[name].dim == ROWS:
-            return share(name, (*shape, 1), *among, self.block)[:1]  # as a matrix of one column
-        return share(name, shape, *among, self.block)
+            one = (*shape, 1)  # as a matrix of one column
+            return share(name, one, *among, self._block(path))[:1]
+        return share(name, shape, *among, self._block(path))
+
+    def _block(self, path: str) -> int:
+        """The block in which a matrix's inner values are shared. Shared experts lie side by side in
+        one matrix. Where the same ranks share them and the routed ones, a rank gets a multiple of
+        its share of a routed expert: so kernels read its part as whole experts of its own.
+        """
+        alike = ".shared_experts." in path and self.mesh.parts == self.mesh.tp
+        return self.block * (self.config.experts.n_shared_experts if alike else 1)
 
     def _among(self, path: str) -> tuple[int, int]:
         """This process's number among the ranks that share a matrix, and how many they are."""
