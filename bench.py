@@ -25,7 +25,7 @@ from r1 import streams
 from r1.__main__ import EMBEDDED
 from r1.bench.commands import run
 from r1.bench.flags import parser
-from r1.bench.process import interrupt_once, signals
+from r1.bench.process import ignore_signals, signals
 from r1.bench.progress import say
 from r1.errors import InputError, flags_spelling, hung_up
 from r1.placement import ranks
@@ -59,10 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def interrupt(number: int, frame: object) -> None:
+def interrupt(_number: int, _frame: object) -> None:
     """A handler for `signals`: the result's note tells it, and no other rank does."""
+    ignore_signals()
     ranks.first_to_speak()
-    interrupt_once(number, frame)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from bench_rows import REFERENCE, WORK, beside_baseline, made_row
 import bench
 from r1.bench import ablation, arms, flags, measure, plan, timeline
 from r1.bench.arms import TEXTBOOK, Arm
-from r1.bench.process import Answer, Process
+from r1.bench.process import Answer, Process, signals
 from r1.bench.rates import Rates, bottleneck
 from r1.bench.report.aligned import aligned
 from r1.bench.report.fields import FIELDS, SCHEMA
@@ -528,6 +528,25 @@ def test_the_command_end_to_end(capfd: pytest.CaptureFixture[str]) -> None:
     )
     assert arm["backend"]["moe"] == "grouped" and baseline["backend"]["moe"] == "gather"
     assert result["machine"]["copy_gb_s"] > 0 and 0 < arm["experts_hit"] <= 16
+
+
+def test_later_signals_do_not_disturb_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun passes on the Ctrl-C that a terminal has sent to all: the second one comes while the
+    ranks find out which one speaks.
+    """
+    asked = []
+
+    def first() -> bool:
+        asked.append(True)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(bench.ranks, "first_to_speak", first)
+    with pytest.raises(KeyboardInterrupt), signals(bench.interrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)  # a handler runs before this ends
+    assert asked == [True]
 
 
 def test_an_interrupt_keeps_what_is_finished(

@@ -213,11 +213,16 @@ def deaf_children() -> Iterator[None]:
         signal.raise_signal(late[0])
 
 
-def interrupt_once(_number: int, _frame: object) -> None:
-    """A handler for `signals` that raises KeyboardInterrupt.
+def ignore_signals() -> None:
+    """Ignore SIGNALS from now on, so that later ones do not disturb how the first one is handled.
 
-    It ignores later signals, so that they do not disturb how the first one is handled.
+    (A terminal sends Ctrl-C to torchrun and to all ranks, and torchrun sends it to these again.)
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def interrupt_once(_number: int, _frame: object) -> None:
+    """A handler for `signals` that raises KeyboardInterrupt, once."""
+    ignore_signals()
     raise KeyboardInterrupt
