@@ -1445,7 +1445,8 @@ ORDERS = {
     *(
         ("latent_kernel", False, "let wait write wait write"),
         ("sort_kernel", False, "let wait write"),
-        ("divide_kernel", False, "let wait write"),
+        ("count_kernel", False, "let wait write"),
+        ("place_kernel", False, "let wait write"),
         ("prepare_kernel", False, "let wait write"),
         ("add_kernel", False, "let wait write"),
     ),

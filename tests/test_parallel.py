@@ -338,7 +338,7 @@ def test_a_rank_has_whole_shared_experts_of_its_own(tp: int, quant: str) -> None
     backend = resolve(Backend(quant=quant, tp=tp), config, H100)
     for rank in range(tp):
         placement = build.placement_of(config, backend, Mesh(tp, 1, rank))
-        moe = build.sketch(config, backend, placement=placement).layers[1].mlp
+        moe: Any = build.sketch(config, backend, placement=placement).layers[1].mlp
         one = moe.experts.down_proj.shape[2]
         inner += one
         for layer in (moe.shared_experts.gate_proj, moe.shared_experts.up_proj):
@@ -478,8 +478,8 @@ def fused(
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 inner values are 16 and 8 for two devices, and their shared experts' 48 are 32 and 16. With
-    `ep` as well, four devices share these, as 16, 16, 8 and 8: half an expert, for one of them.
+    """24 inner values are 16 and 8 for two devices, and their shared experts' 48 are 32 and 16.
+    With `ep` as well, four devices share these, as 16, 16, 8 and 8: half an expert for one of them.
     """
     config = SPREAD.change(moe_intermediate_size=24)
     return saved(config, tmp_path_factory.mktemp("uneven") / "model")

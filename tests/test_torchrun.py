@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from cases import ROOT
 from command import TIMING, command
 
 from r1.bench import ablation, arms, plan, team
-from r1.bench.process import Answer
+from r1.bench.process import Answer, answer_commands
 from r1.bench.team import Lead, Team
 from r1.bench.workload import Workload
 from r1.errors import InputError
@@ -260,6 +261,10 @@ MORE: Answer = {"seconds": 9.0, "memory": {"allocated": None, "host": 7}}
 REFUSED: Answer = {"refused": "no room"}
 TOLD: Answer = {"refused": "rank 2: no room", "crashed": False}
 SILENT: Answer = {"refused": "rank 1: it does not answer", "crashed": True}
+LOST: Answer = {"refused": "another rank's process has ended", "crashed": True, "lost": True}
+KILLED: Answer = {"refused": "its process was ended by signal 9", "crashed": True}
+DEAD: Answer = {"refused": f"rank 2: {KILLED['refused']}", "crashed": True}
+BROKEN: Answer = {"refused": "measure failed with ValueError: no", "crashed": True}
 TEAMS: dict[str, tuple[list[Answer | None], Answer]] = {
     "all answer": ([FINE, MORE, FINE], {"seconds": 1.0, "memory": MORE["memory"]}),
     "all refuse": ([REFUSED] * 3, REFUSED),
@@ -267,6 +272,10 @@ TEAMS: dict[str, tuple[list[Answer | None], Answer]] = {
     "rank 0 waits for it": ([None, FINE, REFUSED], TOLD),
     "rank 0 refuses": ([REFUSED, None, None], REFUSED),
     "rank 1 hangs": ([FINE, None, FINE], SILENT),
+    "rank 2 dies": ([LOST, LOST, KILLED], DEAD),
+    "rank 2 dies, rank 0 waits": ([None, LOST, KILLED], DEAD),
+    "rank 0 dies": ([KILLED, LOST, LOST], KILLED),
+    "rank 0 breaks down": ([BROKEN, LOST, LOST], BROKEN),
 }
 
 
@@ -281,6 +290,27 @@ def test_an_arms_children_answer_as_one(lead: Lead, case: str) -> None:
     again = lead.start(2, print)  # rank 2 has no part in it
     assert again.ask("measure") == FINE
     again.quit()
+
+
+def test_a_child_that_has_lost_another_rank_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    """In one sentence; a defect shows its traceback."""
+    ours, theirs = Pipe()
+    errors = {
+        "lost": RuntimeError("[gloo] Read error: Connection reset by peer"),
+        "no": KeyError(1),
+    }
+
+    def fail(which: str) -> Answer:
+        raise errors[which]
+
+    for asked in (("run", "lost"), ("run", "no"), "quit"):
+        ours.send(asked)
+    before = signal.getsignal(signal.SIGUSR1)
+    answer_commands(theirs, {"run": fail})
+    signal.signal(signal.SIGUSR1, before)
+    assert ours.recv() == LOST
+    assert ours.recv() == {"refused": "run failed with KeyError: 1", "crashed": True}
+    assert capfd.readouterr().err.count("Traceback") == 1
 
 
 def test_words_of_another_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,13 @@ from typing import Any
 import torch
 
 from r1.errors import InputError
+from r1.placement.ranks import lost
 
 Answer = dict[str, Any]
 """The answer to a command, or `{"refused": sentence}` if the command could not run.
 
-`"crashed": True` beside it marks a defect: the command should have run."""
+`"crashed": True` beside it marks a defect: the command should have run. With `"lost": True` it is
+another rank's."""
 
 Handler = Callable[[int, Any], object] | signal.Handlers
 
@@ -94,9 +96,10 @@ class Process:
             return answer
         except DEAD:
             self.process.join()
-            refused = (
-                f"its process ended with status {self.process.exitcode} (its own words are above)"
-            )
+            status = self.process.exitcode or 0
+            refused = f"its process ended with status {status} (its own words are above)"
+            if status < 0:
+                refused = f"its process was ended by signal {-status}"
             return {"refused": refused, "crashed": True}
 
     def quit(self) -> None:
@@ -150,15 +153,18 @@ def answer_commands(
             pipe.send({"refused": str(error)})
         except torch.OutOfMemoryError:
             pipe.send({"refused": "out of memory on the GPU: use a smaller batch, dtype or model"})
-        except Exception as error:  # a defect, of r1 or of torch: print the whole traceback
-            traceback.print_exc()
-            first_line = str(error).strip().partition("\n")[0]
-            pipe.send(
-                {
-                    "refused": f"{command} failed with {type(error).__name__}: {first_line}",
-                    "crashed": True,
-                }
-            )
+        except Exception as error:
+            pipe.send(_broken(command, error))
+
+
+def _broken(command: str, error: Exception) -> Answer:
+    """What is answered after an exception that nobody expects."""
+    if lost(error):
+        return {"refused": "another rank's process has ended", "crashed": True, "lost": True}
+    traceback.print_exc()  # a defect, of r1 or of torch
+    first_line = str(error).strip().partition("\n")[0]
+    why = f"{command} failed with {type(error).__name__}: {first_line}"
+    return {"refused": why, "crashed": True}
 
 
 def end_with_parent() -> None:

@@ -22,7 +22,7 @@ AGAIN = 0.5
 """Seconds between looks at the other ranks, while this one's child works."""
 LATE = 20.0
 """Seconds that one rank's child may take longer than another one's."""
-TOLD = ("refused", "crashed", "memory")
+TOLD = ("refused", "crashed", "lost", "memory")
 """What rank 0 wants of the other ranks' answers."""
 
 
@@ -82,13 +82,15 @@ class Team:
 
     def _joined(self, others: dict[int, Answer]) -> Answer:
         """One answer of all ranks'."""
-        refused = next((rank for rank, each in others.items() if "refused" in each), None)
-        if not self.own.ready(0):  # it waits for a rank that has failed
+        waits = not self.own.ready(0)  # for a rank that has failed
+        if waits:
             self.own.process.kill()
         answer = self.own.finish()
-        if refused is not None and ("refused" not in answer or answer.get("crashed")):
-            sentence = f"rank {refused}: {others[refused]['refused']}"
-            return {"refused": sentence, "crashed": others[refused].get("crashed", False)}
+        answers = {0: answer | {"lost": True} if waits else answer, **others}
+        refused = [rank for rank, each in answers.items() if "refused" in each]
+        if refused and (cause := min(refused, key=lambda rank: _blame(rank, answers[rank]))):
+            sentence = f"rank {cause}: {others[cause]['refused']}"
+            return {"refused": sentence, "crashed": others[cause].get("crashed", False)}
         if "memory" in answer:  # the most that a device needs
             every = [answer["memory"], *(each["memory"] for each in others.values())]
             answer["memory"] = {
@@ -109,6 +111,14 @@ class Team:
         with contextlib.suppress(RuntimeError):  # where the store is gone, so are the others
             self.line.send(("quit", self.number))
         self.own.quit()
+
+
+def _blame(rank: int, answer: Answer) -> tuple[bool, bool, int]:
+    """Least for the rank whose answer says best why the arm is refused: not one that has only lost
+    another, and a refusal before a defect. Of defects rank 0's comes last: it may follow from one.
+    """
+    crashed = answer.get("crashed", False)
+    return answer.get("lost", False), crashed, int(rank == 0) if crashed else rank
 
 
 def _key(team: int, asked: int, rank: int) -> str:
