@@ -47,19 +47,21 @@ def ask(model: str, gpu: str, **changes: Any) -> Answer:
 
 # ---------------------------- experts elsewhere
 def test_missed_experts_come_over_the_link() -> None:
-    """6 visits of 26 layers, of which 16 of 64 slots lack three quarters, at 55 GB/s."""
+    """6 visits of 26 layers, of which 16 of 64 slots lack three quarters, at a measured rate."""
     (setup,) = layouts("moonlight-16b", "h100", "none", places=HOST)
     assert setup.expert_bytes == 26 * NUMBERS * 2
     work = links.with_fetches(setup, Work(1e9, 0, 0), 6, 16)
     assert work.link_bytes == 6 * 0.75 * 26 * NUMBERS * 2 and work.disk_bytes == 0
     rates = PREDICTOR.rates(setup.gpu)
-    assert rates.link == pytest.approx(55e9)
+    assert rates.link == pytest.approx(55e9, rel=0.03)
     parts = links.parts_ms(setup, work, rates, 1)
-    assert parts["host link"] == pytest.approx(1e3 * work.link_bytes / 55e9)
+    assert parts["host link"] == pytest.approx(1e3 * work.link_bytes / rates.link)
     assert 1e3 * rates.seconds(work) == parts["host link"] > parts["memory"]
     assert links.with_fetches(setup, work, 6, 64).link_bytes == 0
     other = PREDICTOR.rates(gpus.gpu("4090")).link
-    assert other == pytest.approx(32e9 * 55 / 64), "half the lanes' rate, the same share of it"
+    assert other == pytest.approx(rates.link / 2, rel=0.03), (
+        "half the lanes' rate, the same share of it"
+    )
 
 
 def test_experts_of_each_rank_have_their_own_slots() -> None:
