@@ -23,7 +23,7 @@ import test_narrow
 from test_activations import BLOCKS, CONFIG, ROWS, counted, experts_by_definition, packed, run
 from test_narrow import CHIP, DEVICE, EPS, crowded, draw, stored
 
-from r1.kernels import prompt
+from r1.kernels import prompt, prompt_block
 from r1.kernels.block import DecodeBlock
 from r1.kernels.chip import Chip
 from r1.kernels.experts import experts
@@ -285,6 +285,8 @@ def test_a_prompts_sparse_layer_is_one_sum(monkeypatch: pytest.MonkeyPatch) -> N
         launch(chip, kernel, *arguments, **constants)
 
     monkeypatch.setattr(Chip, "run", keep)
+    # The interpreter cuts bf16 numbers where others round: of the attention it is not asked here.
+    monkeypatch.setattr(prompt_block, "attention", lambda layer, *given: layer(*given))
     made = packed(DEVICE.type)
     runner = run(made, quant_activations="fp8", prefill_moe="triton", kernels="triton")
     way, block = runner.ways["prefill"], cast(Any, made.layers[-1])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from r1.kernels.block import split_blocks, whole_experts
 from r1.kernels.chip import Chip
 from r1.kernels.experts_dispatch import dispatch
+from r1.kernels.prompt_attention import attention
 from r1.kernels.rounded import takes_one_number
 from r1.kernels.strategies import TritonDispatch
 from r1.model.cache import LayerCache
@@ -42,7 +43,8 @@ class PromptBlock(nn.Module):
         """(B, S, D) -> (B, S, D). Writes the tokens' cache entries where there is a cache."""
         block, moe = self.block, self.block.mlp
         assert isinstance(moe, MoE)
-        x = x + block.sum_heads(block.self_attn(block.input_layernorm(x), step, cache))  # (B, S, D)
+        y = attention(block.self_attn, block.input_layernorm(x), step, cache)  # (B, S, D)
+        x = x + block.sum_heads(y)  # (B, S, D)
         flat = block.post_attention_layernorm(x).flatten(0, 1)  # (N, D)
         indices, weights = moe.gate(flat, moe.draws, moe.route[step.phase])  # (N, K) each
         # Of several devices one adds the residual.

@@ -39,6 +39,7 @@ import torch
 
 from r1 import Backend, Config, InputError, build
 from r1.model.cache import Cache
+from r1.model.config import AttentionShape
 from r1.storage.activations import NEVER
 from r1.storing import join_matrices
 from r1.switches.strategies import attention_of
@@ -307,6 +308,25 @@ def launches_of_prompts(
     return recorder.launches
 
 
+def launches_of_attention(config: Config, target: Target) -> list[Launch]:
+    """The launch that finishes the heads of a prompt with inputs of FP8, in bf16. None for a model
+    without latent attention.
+    """
+    a = config.attention
+    if not isinstance(a, AttentionShape):
+        return []
+    from r1.kernels.prompt_attention import finish
+
+    chip: Any = target.recorder()
+    with torch.device("meta"):
+        shape = 1, CONTEXT, a.num_attention_heads, a.qk_head_dim
+        q, k = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))
+        k_pe = torch.empty(1, CONTEXT, a.qk_rope_head_dim, dtype=torch.bfloat16)
+        angles = torch.empty(1, CONTEXT, 1, a.qk_rope_head_dim)
+    finish(chip, q, k, k_pe, angles, angles)
+    return list(chip.launches)
+
+
 @dataclass
 class Compiled:
     """The compiler's report on one kernel."""
@@ -396,6 +416,7 @@ def wanted(
                 found.append((f"{name} {quant} prompt", launches_of_prompts(config, target, quant)))
         if "fp8" in quants:  # and inputs of FP8
             found.append((f"{name} W8A8 prompt", launches_of_prompts(config, target, "fp8", True)))
+            found.append((f"{name} W8A8 prompt", launches_of_attention(config, target)))
             for batch in batches:
                 step = launches(config, batch, target, "fp8", round_x=True)
                 found.append((f"{name} W8A8 batch {batch}", step))
