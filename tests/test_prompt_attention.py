@@ -7,6 +7,8 @@ Run as in test_kernels.py: under the interpreter on a CPU, as machine code on a 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -16,9 +18,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need the triton package: pip install triton")
 
-from test_kernels import CHIP, DEVICE, DTYPES, close, draw
+import test_narrow
+from test_activations import BLOCKS
+from test_kernels import CHIP, DEVICE, DTYPES, close, draw, matrix
+from test_narrow import stored
 from test_rounded import watched
 
+from r1.kernels import prompt
 from r1.kernels.chip import Chip
 from r1.kernels.prompt_attention import attention, finish, heads
 from r1.model.attend import STRATEGIES, UpProjection
@@ -72,16 +78,18 @@ def test_an_attention(dtype: str, q_lora_rank: int | None, monkeypatch: pytest.M
     entry = STRATEGIES[1].entry(mla.shape)
     ours, right = (Cache(entry, 2, 8, 1, device=DEVICE, dtype=DTYPES[dtype]) for _ in range(2))
     positions = torch.arange(5, device=DEVICE).expand(2, -1)
-    step = model.step("prefill", positions, 0)
+    multiply = partial(prompt.multiply, seen)
+    step = replace(model.step("prefill", positions, 0), multiply=multiply)
     wanted = mla(x, step, right.layers[0])
     close(attention(mla, x, step, ours.layers[0]), wanted, dtype)
     close(ours.layers[0][0], right.layers[0][0], dtype)
     assert "finish_kernel" in seen.ran
     compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    close(compiled(mla, x, step, None), wanted, dtype)
+    close(compiled(mla, x, step, None, x), x + wanted, dtype)
     seen.ran.clear()
-    later = model.step("prefill", positions, 8)
-    assert torch.equal(attention(mla, x, later, right.layers[0]), mla(x, later, right.layers[0]))
+    later = replace(model.step("prefill", positions, 8), multiply=multiply)
+    own = mla(x, later, right.layers[0])
+    assert torch.equal(attention(mla, x, later, right.layers[0], x), x + own)
     mla.attend = dict.fromkeys(mla.attend, STRATEGIES[2])
     assert torch.equal(attention(mla, x, step, None), mla(x, step, None))
     assert not seen.ran
@@ -107,3 +115,16 @@ def test_keys_and_values_are_those_of_the_layer() -> None:
     made: tuple[Tensor, ...] = heads(q, c_kv, k_pe, *up.by_head(), cos, torch.zeros_like(cos))
     for ours, right in zip(made, up.keys_values(c_kv, k_pe), strict=True):
         close(ours, right, "fp32")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "dense"])
+def test_a_product_adds_the_residual(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, too. Where a kernel multiplies, it adds: the sum is rounded once."""
+    monkeypatch.setattr(Chip, "of", lambda _: test_narrow.CHIP)
+    weight = stored(BLOCKS, 128, 256) if kind == "fp8" else matrix(128, 256, dtype="bf16")
+    x, residual = (draw(2, 35, columns, dtype="bf16") for columns in (256, 128))
+    run = partial(prompt.multiply, test_narrow.CHIP, weight)
+    wanted = run(x, round_x=True) + residual
+    close(run(x, round_x=True, residual=residual), wanted, "bf16")
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    close(compiled(x, round_x=True, residual=residual), wanted, "bf16")

@@ -286,7 +286,9 @@ def test_a_prompts_sparse_layer_is_one_sum(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Chip, "run", keep)
     # The interpreter cuts bf16 numbers where others round: of the attention it is not asked here.
-    monkeypatch.setattr(prompt_block, "attention", lambda layer, *given: layer(*given))
+    monkeypatch.setattr(
+        prompt_block, "attention", lambda layer, *given: given[3] + layer(*given[:3])
+    )
     made = packed(DEVICE.type)
     runner = run(made, quant_activations="fp8", prefill_moe="triton", kernels="triton")
     way, block = runner.ways["prefill"], cast(Any, made.layers[-1])

@@ -45,48 +45,69 @@ ROWS, COLUMNS = 16, 256
 """Of W, for a program that makes them dense: a thread of 128 reads 16 bytes of int4."""
 
 
-def multiply(chip: Chip, matrix: Matrix, x: Tensor, round_x: bool = False) -> Tensor:
+def multiply(
+    chip: Chip, matrix: Matrix, x: Tensor, round_x: bool = False, residual: Tensor | None = None
+) -> Tensor:
     """W (out, in) and x (..., in) -> x W^T (..., out), in x's dtype. Of a matrix whose rows lie on
     several devices, each multiplies its own. `round_x`: x becomes FP8 for a matrix of FP8.
+    `residual` (..., out) is added, where all rows lie here.
 
     torch.compile takes the product as a whole (in_graph.py).
     """
-    return matrix.through(partial(_multiply, chip, x, round_x))
+    return matrix.through(partial(_multiply, chip, x, round_x, residual))
 
 
-def _multiply(chip: Chip, x: Tensor, round_x: bool, matrix: Matrix) -> Tensor:
+def _multiply(
+    chip: Chip, x: Tensor, round_x: bool, residual: Tensor | None, matrix: Matrix
+) -> Tensor:
     # A dense matrix needs no unpacking. And some packed ones have no format in tiles.py: those with
     # g_idx or an odd number of 4-bit columns. A decode step's blocks refuse them, but an output
     # head may have them. Both are left to the storage.
     if not unpacks(matrix):
-        return matrix.matmul(given(matrix, x) if round_x else x)
+        return _added(matrix.matmul(given(matrix, x) if round_x else x), residual)
     fp8 = round_x and takes_one_number(chip.ptx, x, matrix)
     if round_x and takes(matrix) and not fp8:
         x = rounded(x)
     if torch.compiler.is_compiling():
         # Rounded in the graph, x costs no pass of its own: what makes it rounds it.
-        return _product(as_fp8(x) if fp8 else [x], *parts_of(matrix), x.dtype)
-    return _unpacked(chip, x.flatten(0, -2), matrix, None, fp8).unflatten(0, x.shape[:-1])
+        return _product(as_fp8(x) if fp8 else [x], *parts_of(matrix), x.dtype, residual)
+    flat = None if residual is None else residual.flatten(0, -2)
+    return _unpacked(chip, x.flatten(0, -2), matrix, None, fp8, flat).unflatten(0, x.shape[:-1])
+
+
+def _added(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else residual + y
 
 
 @torch.library.custom_op("r1::packed_product", mutates_args=())
-def _product(x: list[Tensor], parts: list[Tensor], how: str, dtype: torch.dtype) -> Tensor:
+def _product(
+    x: list[Tensor], parts: list[Tensor], how: str, dtype: torch.dtype, residual: Tensor | None
+) -> Tensor:
     """`x`: see input_of; `parts` and `how`: see parts_of."""
     like, fixed = input_of(x, dtype)
     chip, matrix = Chip.of(like.device), made_of(parts, how, like.shape[1])
-    return _unpacked(chip, like, matrix, fixed, fixed is not None).unflatten(0, lead_of(x))
+    flat = None if residual is None else residual.flatten(0, -2)
+    y = _unpacked(chip, like, matrix, fixed, fixed is not None, flat)
+    return y.unflatten(0, lead_of(x))
 
 
 @_product.register_fake
-def _(x: list[Tensor], parts: list[Tensor], how: str, dtype: torch.dtype) -> Tensor:
+def _(
+    x: list[Tensor], parts: list[Tensor], how: str, dtype: torch.dtype, residual: Tensor | None
+) -> Tensor:
     return x[0].new_empty(*lead_of(x), parts[0].shape[-2], dtype=dtype)
 
 
-def _unpacked(chip: Chip, x: Tensor, matrix: Matrix, fixed: Fixed | None, fp8: bool) -> Tensor:
-    """x (N, in) by a packed matrix with a format. `fp8`: kernels round x, or `fixed` is x."""
+def _unpacked(
+    chip: Chip, x: Tensor, matrix: Matrix, fixed: Fixed | None, fp8: bool, residual: Tensor | None
+) -> Tensor:
+    """x (N, in) by a packed matrix with a format, and the residual (N, out) if there is one. `fp8`:
+    kernels round x, or `fixed` is x.
+    """
     if len(x) > FEW_TOKENS and not fp8:
-        return F.linear(x, dense(chip, matrix, x.dtype))
-    return linear(chip, x.contiguous(), matrix, fixed=fixed, round_x=fp8)
+        return _added(F.linear(x, dense(chip, matrix, x.dtype)), residual)
+    residual = None if residual is None else residual.contiguous()
+    return linear(chip, x.contiguous(), matrix, residual=residual, fixed=fixed, round_x=fp8)
 
 
 def dense(chip: Chip, matrix: Matrix, dtype: torch.dtype) -> Tensor:

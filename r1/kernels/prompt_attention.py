@@ -12,7 +12,8 @@ Shapes: B rows, S tokens of a row, N = B S, H heads, P nope dim, R rope dim, V v
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import triton
@@ -29,17 +30,25 @@ from r1.model.rope import rotate
 from r1.model.step import Step
 
 
-def attention(layer: Any, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
-    """A layer's attention of x (B, S, D) -> (B, S, D). Other layers than those of the first line
-    compute it themselves, and so do all in steps that see earlier keys.
+def attention(
+    layer: Any, x: Tensor, step: Step, cache: LayerCache | None, residual: Tensor | None = None
+) -> Tensor:
+    """A layer's attention of x (B, S, D) -> (B, S, D), and the residual (B, S, D) if there is one,
+    which the output projection adds. Other layers than those of the first line compute it
+    themselves, and so do all in steps that see earlier keys. `step.multiply` is prompt.py's.
     """
-    if not (isinstance(layer, MLA) and type(layer.attend[step.phase]) is Expand):
-        return layer(x, step, cache)
-    return _expanded(layer, x, step, cache) if step.starts_rows else layer(x, step, cache)
+    expands = isinstance(layer, MLA) and type(layer.attend[step.phase]) is Expand
+    if expands and step.starts_rows:
+        o, add = _expanded(layer, x, step, cache), cast(Callable[..., Tensor], step.multiply)
+        return add(layer.o_proj.matrix, o, residual=residual)
+    y: Tensor = layer(x, step, cache)
+    return y if residual is None else residual + y
 
 
 def _expanded(mla: MLA, x: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
-    """Read it beside `MLA.forward` and `Expand`."""
+    """All but the output projection: (B, S, D) -> (B, S, H V). Read it beside `MLA.forward` and
+    `Expand`.
+    """
     a, multiply = mla.shape, step.multiply
     if a.q_lora_rank is None:
         # (B, S, H (P + R)), (B, S, C + R)
@@ -60,7 +69,7 @@ def _expanded(mla: MLA, x: Tensor, step: Step, cache: LayerCache | None) -> Tens
     # (B, H, S, P + R), (B, H, S, P + R), (B, H, S, V)
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=mla.scale)  # (B, H, S, V)
-    return mla.o_proj(o.transpose(1, 2).flatten(2), multiply)
+    return o.transpose(1, 2).flatten(2)  # (B, S, H V)
 
 
 @torch.library.custom_op("r1::prompt_heads", mutates_args=("q",))

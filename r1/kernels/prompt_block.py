@@ -43,11 +43,12 @@ class PromptBlock(nn.Module):
         """(B, S, D) -> (B, S, D). Writes the tokens' cache entries where there is a cache."""
         block, moe = self.block, self.block.mlp
         assert isinstance(moe, MoE)
-        y = attention(block.self_attn, block.input_layernorm(x), step, cache)  # (B, S, D)
-        x = x + block.sum_heads(y)  # (B, S, D)
+        # Of several devices one adds the residual.
+        residual = x if block.leads_heads else None
+        h = block.input_layernorm(x)  # (B, S, D)
+        x = block.sum_heads(attention(block.self_attn, h, step, cache, residual))  # (B, S, D)
         flat = block.post_attention_layernorm(x).flatten(0, 1)  # (N, D)
         indices, weights = moe.gate(flat, moe.draws, moe.route[step.phase])  # (N, K) each
-        # Of several devices one adds the residual.
         residual = x.flatten(0, 1) if block.leads_inner else None
         run = partial(dispatch, shared=moe.shared_experts, residual=residual, round_x=True)
         y = moe.experts(run, flat, indices, weights)  # (N, D)
