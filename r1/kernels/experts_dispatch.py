@@ -68,18 +68,20 @@ def _multiplies_fp8(device: torch.device) -> bool:
 
 def dispatch(
     experts: Experts, x: Tensor, indices: Tensor, weights: Tensor, shared: MLP | None = None,
-    residual: Tensor | None = None, round_x: bool = False,
+    residual: Tensor | None = None, round_x: bool = False, fp8_x: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The slot `dispatch` (r1/model/dispatch.py has the shapes), by the kernels.
 
     The outputs of `shared` and the `residual` (N, D) are added. `round_x`, as of RoundedExperts: x
-    and inner values become FP8. torch.compile takes the kernels as a whole.
+    and inner values become FP8. `fp8_x` is x of FP8 (`as_fp8`), if an earlier kernel has made it.
+    torch.compile takes the kernels as a whole.
     """
     round_x = round_x or isinstance(experts, RoundedExperts)
     if not torch.compiler.is_compiling():
         chip, x = Chip.of(x.device), x.contiguous()
+        fixed = input_of(fp8_x, x.dtype)[1] if fp8_x else None
         return EXPERTS["triton"](
-            chip, x, indices, weights, experts, shared, residual, round_x=round_x
+            chip, x, indices, weights, experts, shared, residual, fixed=fixed, round_x=round_x
         )
     matrices = experts.gate_proj, experts.up_proj, experts.down_proj
     (gate, up, down), how = zip(*map(parts_of, matrices), strict=True)
@@ -89,7 +91,7 @@ def dispatch(
         layers = shared.gate_proj, shared.up_proj, shared.down_proj
         more, shared_how = zip(*(parts_of(layer.matrix) for layer in layers), strict=True)
     fp8 = round_x and takes_one_number(_multiplies_fp8(x.device), x, *matrices)
-    given = as_fp8(x) if fp8 else [x]  # in the graph, as in prompt.py
+    given = (fp8_x or as_fp8(x)) if fp8 else [x]  # in the graph, as in prompt.py
     return _experts(
         given, indices, weights, gate, up, down, ",".join(how), experts.partial, round_x, x.dtype,
         *more, ",".join(shared_how), residual,

@@ -18,6 +18,7 @@ from r1.kernels.block import split_blocks, whole_experts
 from r1.kernels.chip import Chip
 from r1.kernels.experts_dispatch import dispatch
 from r1.kernels.prompt_attention import attention
+from r1.kernels.prompt_norm import norm_and_round
 from r1.kernels.rounded import takes_one_number
 from r1.kernels.strategies import TritonDispatch
 from r1.model.cache import LayerCache
@@ -47,10 +48,12 @@ class PromptBlock(nn.Module):
         residual = x if block.leads_heads else None
         h = block.input_layernorm(x)  # (B, S, D)
         x = block.sum_heads(attention(block.self_attn, h, step, cache, residual))  # (B, S, D)
-        flat = block.post_attention_layernorm(x).flatten(0, 1)  # (N, D)
+        flat, fp8 = norm_and_round(block.post_attention_layernorm, x.flatten(0, 1))  # (N, D)
         indices, weights = moe.gate(flat, moe.draws, moe.route[step.phase])  # (N, K) each
         residual = x.flatten(0, 1) if block.leads_inner else None
-        run = partial(dispatch, shared=moe.shared_experts, residual=residual, round_x=True)
+        run = partial(
+            dispatch, shared=moe.shared_experts, residual=residual, round_x=True, fp8_x=fp8
+        )
         y = moe.experts(run, flat, indices, weights)  # (N, D)
         return block.sum_inner(y).view_as(x)
 

@@ -308,22 +308,23 @@ def launches_of_prompts(
     return recorder.launches
 
 
-def launches_of_attention(config: Config, target: Target) -> list[Launch]:
-    """The launch that finishes the heads of a prompt with inputs of FP8, in bf16. None for a model
-    without latent attention.
+def launches_of_norm_and_heads(config: Config, target: Target) -> list[Launch]:
+    """The launches that norm a prompt with inputs of FP8, and finish its heads where attention is
+    latent, in bf16.
     """
-    a = config.attention
-    if not isinstance(a, AttentionShape):
-        return []
     from r1.kernels.prompt_attention import finish
+    from r1.kernels.prompt_norm import launch
 
     chip: Any = target.recorder()
-    with torch.device("meta"):
+    a, like = config.attention, torch.empty(0, dtype=torch.bfloat16, device="meta")
+    x = like.new_empty(CONTEXT, config.hidden_size)
+    launch(chip, x, x[0], 1e-5)
+    if isinstance(a, AttentionShape):
         shape = 1, CONTEXT, a.num_attention_heads, a.qk_head_dim
-        q, k = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))
-        k_pe = torch.empty(1, CONTEXT, a.qk_rope_head_dim, dtype=torch.bfloat16)
-        angles = torch.empty(1, CONTEXT, 1, a.qk_rope_head_dim)
-    finish(chip, q, k, k_pe, angles, angles)
+        q, k = (like.new_empty(shape) for _ in range(2))
+        k_pe = like.new_empty(1, CONTEXT, a.qk_rope_head_dim)
+        angles = k_pe[:, :, None].float()
+        finish(chip, q, k, k_pe, angles, angles)
     return list(chip.launches)
 
 
@@ -416,7 +417,7 @@ def wanted(
                 found.append((f"{name} {quant} prompt", launches_of_prompts(config, target, quant)))
         if "fp8" in quants:  # and inputs of FP8
             found.append((f"{name} W8A8 prompt", launches_of_prompts(config, target, "fp8", True)))
-            found.append((f"{name} W8A8 prompt", launches_of_attention(config, target)))
+            found.append((f"{name} W8A8 prompt", launches_of_norm_and_heads(config, target)))
             for batch in batches:
                 step = launches(config, batch, target, "fp8", round_x=True)
                 found.append((f"{name} W8A8 batch {batch}", step))
