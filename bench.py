@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             own_files.run_given(argv)
             arguments = parser(EMBEDDED).parse_args(argv)
             crew = ranks.crew()
+            if crew.count > 1:  # or torch tells of a rank that is gone, while the others' end
+                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             if not crew.leads:
                 crew.ends_together("bench")
             return ranks.together(lambda: run(arguments, argv, crew), "bench")

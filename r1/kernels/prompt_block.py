@@ -44,26 +44,26 @@ class PromptBlock(nn.Module):
         """(B, S, D) -> (B, S, D). Writes the tokens' cache entries where there is a cache."""
         block, moe = self.block, self.block.mlp
         assert isinstance(moe, MoE)
-        # Of several devices one adds the residual.
-        residual = x if block.leads_heads else None
         h = block.input_layernorm(x)  # (B, S, D)
-        x = block.sum_heads(attention(block.self_attn, h, step, cache, residual))  # (B, S, D)
+        x = attention(block.self_attn, h, step, cache, x)  # (B, S, D)
         flat, fp8 = norm_and_round(block.post_attention_layernorm, x.flatten(0, 1))  # (N, D)
         indices, weights = moe.gate(flat, moe.draws, moe.route[step.phase])  # (N, K) each
-        residual = x.flatten(0, 1) if block.leads_inner else None
+        residual = x.flatten(0, 1)
         run = partial(
             dispatch, shared=moe.shared_experts, residual=residual, round_x=True, fp8_x=fp8
         )
-        y = moe.experts(run, flat, indices, weights)  # (N, D)
-        return block.sum_inner(y).view_as(x)
+        return moe.experts(run, flat, indices, weights).view_as(x)
 
 
 def _is_one_sum(chip: Chip, block: Block) -> bool:
     """Whether shared experts and the residual can be added with the routed experts.
 
     It needs FP8 products of all of them, and routed experts that lie on the device: these are one
-    pass, so what is added once is added in it.
+    pass, so what is added once is added in it. Devices that share a layer all add the residual at
+    one place, and their parts differ: one could have whole experts, and another not. So none does.
     """
+    if block.sum_heads is not Block.sum_heads or block.sum_inner is not Block.sum_inner:
+        return False
     moe = block.mlp
     strategy = moe.dispatch["prefill"] if isinstance(moe, MoE) else None
     if not (isinstance(strategy, Rounded) and isinstance(strategy.strategy, TritonDispatch)):

@@ -109,8 +109,14 @@ def record(
 def record_pieces(
     call: Callable[[], None], undo: Callable[[], object], link: Link, pool: Pool | None = None
 ) -> Pieces:
-    """The same of a step whose experts come over a `link`."""
-    warm_up(call, undo)
+    """The same of a step whose experts come over a `link`. It is warmed up as it is recorded: with
+    a pass for the last expert, whose kernels no other call may have compiled.
+    """
+    link.cut = lambda stop: stop()
+    try:
+        warm_up(call, undo)
+    finally:
+        link.cut = None
     pieces = Pieces(call, link, pool)
     undo()
     return pieces

@@ -5,6 +5,8 @@ Names of the traced tensors, for layer i:
 - `router_indices.i` (ascending for each token) and `router_weights.i` (in that order), (B, S, K);
 - `final_norm` (B, S, D) and `logits` (B, S, W) of the whole model.
 
+Where kernels stand in for a whole layer (kernels/prompt_block.py), only its router is traced.
+
 Shapes: B rows, S tokens of a row, K experts per token, D hidden_size, W vocab_size.
 """
 

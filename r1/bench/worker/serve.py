@@ -72,8 +72,6 @@ def serve(
     compiler_checks.copy(folder, folder / compiled)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / compiled)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler's library greets on stderr
-    # Or NCCL's monitor tells each second of a store that is gone, while this process ends.
-    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     subject = Subject(backend, workload, folder, place)
     commands = {name: partial(command, subject) for name, command in COMMANDS.items()}
     with flags_spelling():
