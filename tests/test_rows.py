@@ -246,6 +246,7 @@ def test_the_time_of_a_moe_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     subject: Any = Subject(Backend(device="cpu"), WORK, tmp_path)
     subject.engine = SimpleNamespace(
         config=TINY,
+        backend=subject.backend,
         model=SimpleNamespace(first_layer=0, layers=range(TINY.num_hidden_layers)),
         runner=SimpleNamespace(device=SimpleNamespace(type="cpu")),
     )

@@ -310,12 +310,14 @@ def launches_of_prompts(
 
 def launches_of_norm_and_heads(config: Config, target: Target) -> list[Launch]:
     """The launches that norm a prompt with inputs of FP8, and finish its heads where attention is
-    latent, in bf16.
+    latent, in bf16. None where no FP8 is multiplied.
     """
     from r1.kernels.prompt_attention import finish
     from r1.kernels.prompt_norm import launch
 
     chip: Any = target.recorder()
+    if not chip.ptx:
+        return []
     a, like = config.attention, torch.empty(0, dtype=torch.bfloat16, device="meta")
     x = like.new_empty(CONTEXT, config.hidden_size)
     launch(chip, x, x[0], 1e-5)
