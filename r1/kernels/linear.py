@@ -59,6 +59,8 @@ def linear(
     if round_x and rounds(matrix) and not stored[3:]:  # and no product is faster
         x = rounded(x if norm is None else prepare(chip, x, norm=norm, eps=eps))
         norm = None
+    if use.parts > 1 and not can_cut(matrix, inputs, use.parts, use.inputs):
+        use = use.in_tiles
     programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     if stored[3:] or (use.narrow and stored[2:]):
@@ -82,7 +84,7 @@ def linear(
         )  # fmt: skip
         return y
     kernel = tile_kernel
-    if use.parts > 1 and can_cut(matrix, inputs, use.parts, use.inputs):
+    if use.parts > 1:
         kernel, blocks["PARTS"] = parts_kernel, use.parts
     chip.run(
         kernel, (parts, programs), x, x.stride(0), matrix, residual, y, tokens, outputs,

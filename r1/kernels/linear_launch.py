@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from r1.kernels.chip import LEAST_TILE, Chip, Choices, Sizes, ceil_div, power_of_two
 
@@ -74,6 +74,11 @@ class LinearLaunch:
         columns = min(256 // itemsize, power_of_two(inputs, 16))
         stages = max(1, min(5, chip.shared // 2 // ((block + rows) * columns * itemsize)))
         return LinearLaunch(rows, block, columns, 4, stages)
+
+    @property
+    def in_tiles(self) -> LinearLaunch:
+        """The same without parts, where blocks that share a scale reach from one into the next."""
+        return replace(self, warps=4, stages=4, parts=1)
 
     @property
     def choices(self) -> Choices:
