@@ -59,8 +59,7 @@ def linear(
     if round_x and rounds(matrix) and not stored[3:]:  # and no product is faster
         x = rounded(x if norm is None else prepare(chip, x, norm=norm, eps=eps))
         norm = None
-    if use.parts > 1 and not can_cut(matrix, inputs, use.parts, use.inputs):
-        use = use.in_tiles
+    use = use if can_cut(matrix, inputs, use.parts, use.inputs) else use.in_tiles
     programs, parts = ceil_div(outputs, use.outputs), ceil_div(tokens, use.rows)
     blocks = {"BLOCK_OUT": use.outputs, "BLOCK_IN": use.inputs}
     if stored[3:] or (use.narrow and stored[2:]):
@@ -70,8 +69,8 @@ def linear(
     if use.rows == 1:
         chip.run(
             vector_kernel, (programs, parts), given, x.stride(0), matrix, None if whole else norm,
-            eps, residual, y, outputs, INPUTS=inputs, FIXED=whole, **blocks,
-            warps=use.warps, stages=use.stages,
+            eps, residual, y, outputs, INPUTS=inputs, FIXED=whole, **blocks, warps=use.warps,
+            stages=use.stages,
         )  # fmt: skip
         return y
     if norm is not None and not whole:
@@ -83,12 +82,10 @@ def linear(
             outputs, INPUTS=inputs, FIXED=whole, **blocks, warps=use.warps, stages=use.stages,
         )  # fmt: skip
         return y
-    kernel = tile_kernel
-    if use.parts > 1:
-        kernel, blocks["PARTS"] = parts_kernel, use.parts
+    kernel, more = (parts_kernel, {"PARTS": use.parts}) if use.parts > 1 else (tile_kernel, {})
     chip.run(
         kernel, (parts, programs), x, x.stride(0), matrix, residual, y, tokens, outputs,
-        INPUTS=inputs, **blocks, warps=use.warps, stages=use.stages,
+        INPUTS=inputs, **blocks, **more, warps=use.warps, stages=use.stages,
     )  # fmt: skip
     return y
 

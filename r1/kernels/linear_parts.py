@@ -18,10 +18,11 @@ from r1.kernels.tiles import Operand, load, matrix_of, scaled
 
 
 def can_cut(weight: Operand, inputs: int, parts: int, step: int) -> bool:
-    """Whether rows of so many columns are whole steps of so many parts, which begin at blocks."""
-    part = inputs // parts
-    wide = min(weight.WIDE.value, inputs)
-    return inputs % (parts * step) == 0 and (wide == inputs or part % wide == 0)
+    """Whether rows of so many columns are whole steps of so many parts, which begin at blocks; or
+    there is one part.
+    """
+    wide, whole = min(weight.WIDE.value, inputs), inputs % (parts * step) == 0
+    return parts == 1 or (whole and (wide == inputs or inputs // parts % wide == 0))
 
 
 @triton.jit
