@@ -21,8 +21,10 @@ def can_cut(weight: Operand, inputs: int, parts: int, step: int) -> bool:
     """Whether rows of so many columns are whole steps of so many parts, which begin at blocks; or
     there is one part.
     """
+    if parts == 1:
+        return True
     wide, whole = min(weight.WIDE.value, inputs), inputs % (parts * step) == 0
-    return parts == 1 or (whole and (wide == inputs or inputs // parts % wide == 0))
+    return whole and (wide == inputs or inputs // parts % wide == 0)
 
 
 @triton.jit
