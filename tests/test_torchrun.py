@@ -261,7 +261,10 @@ MORE: Answer = {"seconds": 9.0, "memory": {"allocated": None, "host": 7}}
 REFUSED: Answer = {"refused": "no room"}
 TOLD: Answer = {"refused": "rank 2: no room", "crashed": False}
 SILENT: Answer = {"refused": "rank 1: it does not answer", "crashed": True}
-LOST: Answer = {"refused": "another rank's process has ended", "crashed": True, "lost": True}
+RESET = "[gloo] Read error: Connection reset by peer"
+LOST: Answer = {
+    "refused": f"another rank's process has ended ({RESET})", "crashed": True, "lost": True,
+}  # fmt: skip
 KILLED: Answer = {"refused": "its process was ended by signal 9", "crashed": True}
 DEAD: Answer = {"refused": f"rank 2: {KILLED['refused']}", "crashed": True}
 BROKEN: Answer = {"refused": "measure failed with ValueError: no", "crashed": True}
@@ -296,7 +299,7 @@ def test_a_child_that_has_lost_another_rank_says_so(capfd: pytest.CaptureFixture
     """In one sentence; a defect shows its traceback."""
     ours, theirs = Pipe()
     errors = {
-        "lost": RuntimeError("[gloo] Read error: Connection reset by peer"),
+        "lost": RuntimeError(RESET),
         "no": KeyError(1),
     }
 

@@ -159,10 +159,11 @@ def answer_commands(
 
 def _broken(command: str, error: Exception) -> Answer:
     """What is answered after an exception that nobody expects."""
-    if lost(error):
-        return {"refused": "another rank's process has ended", "crashed": True, "lost": True}
-    traceback.print_exc()  # a defect, of r1 or of torch
     first_line = str(error).strip().partition("\n")[0]
+    if lost(error):  # by its words, which are told: if no other rank has ended, they are the cause
+        why = f"another rank's process has ended ({first_line})"
+        return {"refused": why, "crashed": True, "lost": True}
+    traceback.print_exc()  # a defect, of r1 or of torch
     why = f"{command} failed with {type(error).__name__}: {first_line}"
     return {"refused": why, "crashed": True}
 
