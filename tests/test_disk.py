@@ -270,12 +270,12 @@ def test_a_read_that_fails_once(plain: Path) -> None:
     source = sources(engine)[0]
     whole, calls = source.fill, []
 
-    def fails(expert: int, row: int) -> None:
+    def fails(expert: int, row: int, matrix: str) -> None:
         calls.append(expert)
         if len(calls) == 5:
             raise InputError("the drive has gone: plug it in")
         assert whole is not None
-        whole(expert, row)
+        whole(expert, row, matrix)
 
     source.fill = fails
     with refused("the drive has gone"):
@@ -295,12 +295,12 @@ def test_the_command(
     folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
     old, calls = LayerReader.__call__, []
 
-    def disturbed(reader: LayerReader, expert: int, row: int) -> None:
+    def disturbed(reader: LayerReader, expert: int, row: int, matrix: str) -> None:
         calls.append(expert)
         if len(calls) == 100:
             for path in folder.glob("*.safetensors"):
                 os.truncate(path, 1000)
-        old(reader, expert, row)
+        old(reader, expert, row, matrix)
 
     monkeypatch.setattr(LayerReader, "__call__", disturbed)
     assert main(["--model", str(folder), *asked]) == 2

@@ -76,7 +76,10 @@ class Checkpoint:
 
 @dataclass
 class LayerReader:
-    """Reads one layer's experts into rows of the host's cache. Called by several threads."""
+    """Reads one layer's experts into rows of the host's cache, a matrix at a time.
+
+    Called by several threads.
+    """
 
     checkpoint: Checkpoint
     names: list[str]
@@ -85,8 +88,8 @@ class LayerReader:
     """By row of the cache, then by matrix."""
 
     def __post_init__(self) -> None:
-        self.sound: set[int] = set()
-        """Experts whose numbers were found finite."""
+        self.sound: set[tuple[int, str]] = set()
+        """Experts' matrices whose numbers were found finite."""
 
     @property
     def nbytes(self) -> int:
@@ -95,32 +98,26 @@ class LayerReader:
         keys = [f"{self.names[0]}.{name}.weight" for name in EXPERT_MATRICES]
         return sum(nbytes(known.files.main(key), known.readings[key]) for key in keys)
 
-    def __call__(self, expert: int, row: int) -> None:
+    def __call__(self, expert: int, row: int, matrix: str) -> None:
         """Raises InputError where the files can't be read, or are not those that were loaded."""
-        known = self.checkpoint
-        keys = {name: f"{self.names[expert]}.{name}.weight" for name in EXPERT_MATRICES}
-        asked = {
-            (key, ending): each
-            for key in keys.values()
-            for ending, each in known.ranges(key).items()
-        }
+        known, key = self.checkpoint, f"{self.names[expert]}.{matrix}.weight"
+        asked = known.ranges(key)
         contents = known.open.read([place for _, _, place in asked.values()])
         for path, version in {(entry.path, entry.version) for entry, _, _ in asked.values()}:
             check_version(path, version)
-        tensors: dict[str, dict[str, Tensor]] = {key: {} for key in keys.values()}
-        for ((key, ending), (entry, part, _)), raw in zip(asked.items(), contents, strict=True):
-            tensors[key][ending] = _tensor(entry, part, raw)
+        tensors = {
+            ending: _tensor(entry, part, raw)
+            for (ending, (entry, part, _)), raw in zip(asked.items(), contents, strict=True)
+        }
+        piece, slot = Piece(key, 0, tensors.pop(""), tensors), self.slots[row][matrix]
         with torch.no_grad():
-            for name, key in keys.items():
-                beside = tensors[key]
-                piece, slot = Piece(key, 0, beside.pop(""), beside), self.slots[row][name]
-                if key in known.files.found:
-                    fill_found(slot, known.files.found[key], piece, known.readings[key])
-                else:
-                    fill_plain(slot, piece, known.readings[key])
-                if expert not in self.sound:
-                    check_finite(key, slot, known.files.main(key).path)
-        self.sound.add(expert)
+            if key in known.files.found:
+                fill_found(slot, known.files.found[key], piece, known.readings[key])
+            else:
+                fill_plain(slot, piece, known.readings[key])
+            if (expert, matrix) not in self.sound:
+                check_finite(key, slot, known.files.main(key).path)
+        self.sound.add((expert, matrix))
 
 
 def _header(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:

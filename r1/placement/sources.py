@@ -16,6 +16,7 @@ from torch import Tensor
 from r1.model.moe import Experts
 from r1.placement.link import Event
 from r1.placement.slots import Slots
+from r1.placement.staging import MATRICES
 
 THREADS = 8
 """Threads that read files: a drive is fast only if it has several requests to work on."""
@@ -66,7 +67,8 @@ class InFiles(InMemory):
     """A layer's experts in files. Some rows of host memory hold those that were used last.
 
     What is wanted and lies in a row already comes first. Meanwhile threads read the others, as many
-    as there are rows.
+    as there are rows. Each matrix of an expert is read by itself: while one thread moves what it
+    has read to its row, the drive reads for the other threads.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class InFiles(InMemory):
         self.hold(rows)
         self.held, self.cache, self.device, self.pool = held, cache, device, pool
         self.cache.counts = device.counts
-        self.fill: Callable[[int, int], None] | None = None
-        """Reads an expert into a row. Set when the files are known (files/experts.py)."""
+        self.fill: Callable[[int, int, str], None] | None = None
+        """Reads a matrix of an expert into a row. Set when the files are known
+        (files/experts.py)."""
         self.nbytes = 0
         """Bytes of files that an expert takes."""
-        self.reading: dict[int, Future[None]] = {}
-        """By row."""
+        self.reading: dict[int, list[Future[None]]] = {}
+        """By row: the reads of its matrices."""
         self.left: dict[int, Event | None] = {}
         """By row: until then the device copies from it."""
         self.wanted: list[int] = []
@@ -108,19 +111,21 @@ class InFiles(InMemory):
 
     def ready(self, expert: int) -> bool:
         row = self.cache.slot.get(expert)
-        return row is not None and (row not in self.reading or self.reading[row].done())
+        return row is not None and all(read.done() for read in self.reading.get(row, ()))
 
     def row(self, expert: int) -> Tensor:
         """Waits until it is read. Raises InputError where that failed; then a later call reads it
         again.
         """
         row = self.cache.slot[expert]
-        if future := self.reading.pop(row, None):
-            try:
-                future.result()
-            except BaseException:
-                self.cache.forget(expert)
-                raise
+        reads = self.reading.get(row, [])
+        try:
+            for read in reads:
+                read.result()
+        except BaseException:
+            self.cache.forget(expert)  # the row's next expert waits for these reads
+            raise
+        self.reading.pop(row, None)
         return self.views[row]
 
     def sent(self, expert: int, arrived: Event | None) -> None:
@@ -145,15 +150,19 @@ class InFiles(InMemory):
                 return
             expert = self.queue.pop(0)
             row = self.cache.take(expert, keep, self.device.slot)
-            before, left = self.reading.get(row), self.left.pop(row, None)
-            self.reading[row] = self.pool.submit(self._read, expert, row, before, left)
+            before, left = self.reading.get(row, []), self.left.pop(row, None)
+            self.reading[row] = [
+                self.pool.submit(self._read, expert, row, matrix, before, left)
+                for matrix in MATRICES
+            ]
             self.started += 1
 
-    def _read(self, expert: int, row: int, before: Future[None] | None, left: Event | None) -> None:
-        """In a thread: read an expert, once nobody needs what the row held."""
-        if before is not None:  # an expert that was guessed, and is not wanted any more
-            wait([before])
+    def _read(
+        self, expert: int, row: int, matrix: str, before: list[Future[None]], left: Event | None
+    ) -> None:
+        """In a thread: read a matrix of an expert, once nobody needs what the row held."""
+        wait(before)  # an expert that was guessed, and is not wanted any more
         if left is not None:
             left.synchronize()
         assert self.fill is not None, "no files are known"
-        self.fill(expert, row)
+        self.fill(expert, row, matrix)
