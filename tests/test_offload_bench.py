@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,15 +32,20 @@ from r1.bench.report.rows import row
 from r1.bench.report.table import COLUMNS
 from r1.bench.routing import make_fresh
 from r1.bench.team import Lead
+from r1.bench.worker import fetching, timing
 from r1.bench.worker.serve import COMMANDS
 from r1.bench.worker.subject import Subject
 from r1.bench.workload import Workload
+from r1.errors import InputError
 from r1.files import draw
+from r1.files.direct import Files, Range
 from r1.files.embedded import EMBEDDED
 from r1.model.router import Router
 from r1.model.shapes import shape
+from r1.placement import offload
 from r1.placement.offload import sparse
 from r1.placement.profile import Profile
+from r1.placement.sources import THREADS, InFiles, Logged
 from r1.placement.streamed import StreamedExperts
 from r1.roofline import Work, fetched_bytes
 from r1.run.runner import Runner
@@ -201,6 +209,164 @@ def test_a_row() -> None:
     assert cells == ["25%", "10.0", "50%", "2.00", "50%"]
     columns = [COLUMNS[name] for name in ("on the host", "host MB/step", "of the RAM")]
     assert [column.cell(made) for column in columns] == ["20%", "4.00", "20%"]
+
+
+def test_the_drive_is_held_against_its_rate_at_the_time() -> None:
+    """Not against that of the start: of the repetition whose step is the median one."""
+    answers = findings([0.01, 0.03, 0.02])
+    for repetition, rate in zip(answers["measure"], (1e9, 1e9, 1e8), strict=True):
+        repetition["fetched"] = {
+            "visits": 100, "hits": 25, "copied": 0, "guessed": 0, "right": 0, "calls": 3,
+            "prompt": 0, "slots": 4, "read": 3 * 10**6, "prompt_read": 2 * 10**6, "disk_rate": rate,
+        }  # fmt: skip
+    rates = {"fp32": {**REFERENCE["rates"]["fp32"], "link": 1e9, "disk": 2e8}}
+
+    def made() -> dict[str, Any]:
+        return row(Arm("a", "alone", Backend()), WORK, answers, {**REFERENCE, "rates": rates}, TINY)
+
+    found = made()
+    assert found["disk_mb"] == 1 and found["disk_share"] == pytest.approx(0.5)
+    assert found["prompt_disk_share"] == pytest.approx(0.2)
+    assert found["floor_ms"] == pytest.approx(10) and found["bottleneck"] == "disk"
+    answers["measure"][2]["fetched"] |= {"read": 0, "disk_rate": None}
+    found = made()
+    assert found["disk_share"] == 0 and found["bottleneck"] != "disk"
+    assert found["prompt_disk_share"] == pytest.approx(0.1), "by the rate of the start"
+
+
+def from_files(folder: Path, batch: int = 1, **switches: Any) -> Subject:
+    """The embedded model with experts in its files, few of them in memory, or as `switches` say."""
+    work = Workload(str(EMBEDDED), None, None, batch, 20, 8, 0, 0, "fresh")
+    asked = {"experts": "disk", "expert_slots": 5, "expert_cache_gb": 0.003, **switches}
+    subject = Subject(Backend(device="cpu", dtype="fp32", **asked), work, folder)
+    subject.build()
+    return subject
+
+
+def files_of(subject: Subject) -> list[InFiles]:
+    layers = [m for m in subject.engine.model.modules() if isinstance(m, StreamedExperts)]
+    found = [layer.outside[1] for layer in layers]
+    return [each for each in found if isinstance(each, InFiles)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_reads_of_steps_are_repeated(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ranges in the same order, over all layers; none of the prompt's; once.
+
+    One thread reads, so that there is an order.
+    """
+    monkeypatch.setattr(offload, "THREADS", 1)
+    subject = from_files(tmp_path, batch)
+    seen: list[list[Range]] = []
+    marks: list[int] = []
+
+    def read(files: Files, ranges: list[Range], old: Any = Files.read) -> Any:
+        seen.append(ranges)
+        return old(files, ranges)
+
+    def prefill(run: Runner, *arguments: Any, old: Any = Runner.prefill) -> Any:
+        logits = old(run, *arguments)
+        marks.append(len(seen))
+        return logits
+
+    monkeypatch.setattr(Files, "read", read)
+    monkeypatch.setattr(Runner, "prefill", prefill)
+    for _ in range(2):
+        seen.clear()
+        marks.clear()
+        found = timing.measure(subject)["fetched"]
+        (mark,) = marks
+        steps, again = seen[mark : (mark + len(seen)) // 2], seen[(mark + len(seen)) // 2 :]
+        assert mark > 0 and found["prompt_read"] > 0 and steps == again
+        (nbytes,) = {source.nbytes for source in files_of(subject)}
+        assert 3 * found["read"] == len(again) * nbytes > 0 and found["disk_rate"] > 0
+
+
+def test_repeated_reads_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the cache, not in its bytes; and nobody keeps a list any more."""
+    subject = from_files(tmp_path)
+    sources, kept = files_of(subject), []
+
+    def state() -> list[Any]:
+        return [(dict(s.cache.slot), s.rows.tolist(), [*s.queue], [*s.started]) for s in sources]
+
+    def watched(*arguments: Any, old: Any = fetching.disk_rate) -> float | None:
+        assert all(source.log is None for source in sources)
+        before = state()
+        kept.append(old(*arguments))
+        assert state() == before
+        return kept[-1]
+
+    monkeypatch.setattr(fetching, "disk_rate", watched)
+    assert timing.measure(subject)["fetched"]["disk_rate"] == kept[0] > 0
+    monkeypatch.setattr(subject.engine, "steps", lambda *_: refuse())
+    with refused("the drive has gone"):
+        timing.measure(subject)
+    assert all(source.log is None for source in sources) and len(kept) == 1
+
+
+def refuse() -> None:
+    raise InputError("the drive has gone: plug it in")
+
+
+def test_no_reads_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts lie in memory after the first repetition; or in no files at all."""
+    calls: list[object] = []
+
+    def counted_read(*arguments: Any, old: Any = Files.read) -> Any:
+        calls.append(arguments)
+        return old(*arguments)
+
+    monkeypatch.setattr(Files, "read", counted_read)
+    held = from_files(tmp_path, expert_cache_gb=1.0)
+    timing.warm(held)
+    for subject in (held, from_files(tmp_path, experts="host", expert_cache_gb=0.0)):
+        calls.clear()
+        found = timing.measure(subject)["fetched"]
+        assert found["read"] == 0 and found["disk_rate"] is None and not calls
+
+
+def test_the_warm_up_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number of it is held against the drive's rate."""
+    monkeypatch.setattr(fetching, "disk_rate", lambda *_: pytest.fail("it repeats the reads"))
+    subject = from_files(tmp_path)
+    timing.warm(subject)
+    assert all(source.log is None for source in files_of(subject))
+
+
+def test_all_threads_read_at_a_time() -> None:
+    """They wait for one another here, so fewer would wait in vain. Earlier reads are over by then.
+
+    Of calls of other sizes than a step's nothing is read.
+    """
+    together, done = threading.Barrier(THREADS), threading.Event()
+
+    def read(expert: int, matrix: str) -> None:
+        assert done.is_set() and expert < 8
+        together.wait(timeout=20)
+
+    guess = Future[None]()
+
+    def finish() -> None:
+        done.set()
+        guess.set_result(None)
+
+    threading.Timer(0.1, finish).start()
+    with ThreadPoolExecutor(THREADS) as pool:
+        source: Any = InFiles.__new__(InFiles)
+        source.pool, source.read, source.nbytes, source.reading = pool, read, 1000, {0: [guess]}
+        reads = [*(Logged(1, source, expert) for expert in range(8)), Logged(20, source, 9)]
+        layer = StreamedExperts.__new__(StreamedExperts)
+        torch.nn.Module.__init__(layer)
+        layer.outside = (None, source)  # type: ignore[assignment]
+        subject: Any = SimpleNamespace(
+            workload=WORK,
+            engine=SimpleNamespace(model=layer, backend=SimpleNamespace(step_tokens=1)),
+        )
+        rate = fetching.disk_rate(subject, reads)
+    assert rate is not None and 8000 / 20 < rate < 8000 / 1e-5
 
 
 def test_the_link_is_a_bound() -> None:

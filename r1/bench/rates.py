@@ -39,7 +39,11 @@ class Rates:
     """Bytes per second of copies from pinned host memory; 0: not measured."""
 
     disk: float = 0.0
-    """Bytes per second of reads of the checkpoint's files; 0: not measured."""
+    """Bytes per second of reads of the checkpoint's files; 0: not measured.
+
+    Measured at the start. A row takes the rate of its own reads, where there are some
+    (worker/fetching.py).
+    """
 
     ram: float = 0.0
     """Bytes per second of host memory, read by torch's threads; 0: not measured."""
@@ -83,7 +87,10 @@ def ram_rate(size: int = 2**30) -> float:
 
 
 def disk_rate(folder: str | Path) -> float:
-    """Bytes a second of a folder's safetensors, read as experts are (files/direct.py), no model."""
+    """Bytes a second of a folder's safetensors, read as experts are (files/direct.py), no model.
+
+    Any parts of them, in any order.
+    """
     sizes = {path: path.stat().st_size for path in sorted(Path(folder).glob("*.safetensors"))}
     spans: list[Range] = [
         (path, start, min(start + SPAN, size))

@@ -52,7 +52,7 @@ def connect(
         assert isinstance(source, InFiles)
         names = [f"{key}.{expert}" for expert in module.ids]
         reader = LayerReader(checkpoint, names, expert_slots(source.held))
-        source.fill, source.nbytes = reader, reader.nbytes
+        source.fill, source.read, source.nbytes = reader, reader.read, reader.nbytes
 
 
 class Checkpoint:
@@ -98,17 +98,28 @@ class LayerReader:
         keys = [f"{self.names[0]}.{name}.weight" for name in EXPERT_MATRICES]
         return sum(nbytes(known.files.main(key), known.readings[key]) for key in keys)
 
-    def __call__(self, expert: int, row: int, matrix: str) -> None:
-        """Raises InputError where the files can't be read, or are not those that were loaded."""
-        known, key = self.checkpoint, f"{self.names[expert]}.{matrix}.weight"
-        asked = known.ranges(key)
-        contents = known.open.read([place for _, _, place in asked.values()])
-        for path, version in {(entry.path, entry.version) for entry, _, _ in asked.values()}:
-            check_version(path, version)
-        tensors = {
-            ending: _tensor(entry, part, raw)
+    def read(self, expert: int, matrix: str) -> dict[str, tuple[Entry, Part, Tensor]]:
+        """The bytes of a matrix's tensors, by the endings of their names; in no row yet.
+
+        They are valid until this thread reads again. Raises InputError where files can't be read.
+        """
+        asked = self.checkpoint.ranges(self.key(expert, matrix))
+        contents = self.checkpoint.open.read([place for _, _, place in asked.values()])
+        return {
+            ending: (entry, part, raw)
             for (ending, (entry, part, _)), raw in zip(asked.items(), contents, strict=True)
         }
+
+    def key(self, expert: int, matrix: str) -> str:
+        """The name of a matrix in the checkpoint."""
+        return f"{self.names[expert]}.{matrix}.weight"
+
+    def __call__(self, expert: int, row: int, matrix: str) -> None:
+        """Raises InputError where the files can't be read, or are not those that were loaded."""
+        known, key, found = self.checkpoint, self.key(expert, matrix), self.read(expert, matrix)
+        for path, version in {(entry.path, entry.version) for entry, _, _ in found.values()}:
+            check_version(path, version)
+        tensors = {ending: _tensor(*each) for ending, each in found.items()}
         piece, slot = Piece(key, 0, tensors.pop(""), tensors), self.slots[row][matrix]
         with torch.no_grad():
             if key in known.files.found:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -58,8 +59,8 @@ class InMemory:
         """Its place in the layer's stack outside the device."""
         return self.place[expert]
 
-    def read_bytes(self) -> int:
-        """Bytes that were read from files since this was last asked."""
+    def read_bytes(self, tokens: int) -> int:
+        """Bytes that were read from files since this was last asked: for a call of `tokens`."""
         return 0
 
 
@@ -84,6 +85,8 @@ class InFiles(InMemory):
         self.fill: Callable[[int, int, str], None] | None = None
         """Reads a matrix of an expert into a row. Set when the files are known
         (files/experts.py)."""
+        self.read: Callable[[int, str], object] | None = None
+        """Reads it, and does nothing with it."""
         self.nbytes = 0
         """Bytes of files that an expert takes."""
         self.reading: dict[int, list[Future[None]]] = {}
@@ -93,7 +96,10 @@ class InFiles(InMemory):
         self.wanted: list[int] = []
         self.queue: list[int] = []
         """Wanted experts that are not being read yet."""
-        self.started = 0
+        self.started: list[int] = []
+        """Experts whose reads were begun since `read_bytes` was last asked."""
+        self.log: list[Logged] | None = None
+        """A list that all layers share gets each read, in order. None: nobody keeps a list."""
 
     def begin(self, experts: Collection[int]) -> list[int]:
         held = self.cache.slot
@@ -138,9 +144,11 @@ class InFiles(InMemory):
     def home(self, expert: int) -> int:
         return expert
 
-    def read_bytes(self) -> int:
-        started, self.started = self.started, 0
-        return started * self.nbytes
+    def read_bytes(self, tokens: int) -> int:
+        started, self.started = self.started, []
+        if self.log is not None:
+            self.log += [Logged(tokens, self, expert) for expert in started]
+        return len(started) * self.nbytes
 
     def _start(self) -> None:
         """Begin to read what is wanted, into rows whose experts are not."""
@@ -155,7 +163,7 @@ class InFiles(InMemory):
                 self.pool.submit(self._read, expert, row, matrix, before, left)
                 for matrix in MATRICES
             ]
-            self.started += 1
+            self.started.append(expert)
 
     def _read(
         self, expert: int, row: int, matrix: str, before: list[Future[None]], left: Event | None
@@ -166,3 +174,12 @@ class InFiles(InMemory):
             left.synchronize()
         assert self.fill is not None, "no files are known"
         self.fill(expert, row, matrix)
+
+
+class Logged(NamedTuple):
+    """A read of an expert that has been begun."""
+
+    tokens: int
+    """Of the call that it was for."""
+    source: InFiles
+    expert: int

@@ -86,7 +86,7 @@ class Stepping(Guessing):
         note = self.traffic[len(chosen)]
         width = self.places.shape[1]
         note.add(list(counted), current.keys(), missing, self.early, self.fetched, width)
-        note.read += source.read_bytes()
+        note.read += source.read_bytes(len(chosen))
 
     def _finish(self, tokens: int) -> None:
         """What it does before the second piece, while the device computes the first one."""

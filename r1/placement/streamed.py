@@ -163,7 +163,7 @@ class StreamedExperts(Stepping):
         note.add(chosen, held, missing, self.early, self.fetched, width)
         yield from first
         yield from passes
-        note.read += source.read_bytes()
+        note.read += source.read_bytes(len(choices))
         if there:
             self._multiply(choices, there)
             note.computed += len(there)

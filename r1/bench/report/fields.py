@@ -118,8 +118,14 @@ FIELDS: dict[str, str] = {
     "host_mb": "MB of host memory that a decode step reads for them",
     "host_share": "these / time of a step / measured rate of reading host memory",
     "disk_mb": "MB that a decode step reads from the checkpoint's files, with experts on a disk",
-    "disk_share": "these / time of a step / measured rate of the same reads without a model",
-    "prompt_disk_share": "the same of the prompt",
+    "disk_share": (
+        "these / time of a step / rate of the same reads without a model, measured right after the "
+        "repetition"
+    ),
+    "prompt_disk_share": (
+        "the same of the prompt, by the rate of the steps' reads; where steps read nothing, by the "
+        "rate from files of the heading, measured once at the start"
+    ),
     "kernels": "kernels of one decode step; null on a CPU",
     "kernel_times": (
         "the microseconds that each of them adds to the step (timeline.py), as profiled; null "

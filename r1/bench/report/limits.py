@@ -51,13 +51,13 @@ def speculation(
 def fetches(
     config: Config, routing: str, rates: Rates, repetitions: list[Answer]
 ) -> dict[str, Any]:
-    """What experts in host memory cost, in the repetition of the median step.
+    """What experts elsewhere cost, in the repetition of the median step.
 
-    `routing` is the workload's.
+    `routing` is the workload's. `rates`: with the drive's in that repetition (see `_at_the_time`).
     """
     if not repetitions[0].get("fetched"):
         return {}
-    each = sorted(repetitions, key=_step_seconds)[len(repetitions) // 2]
+    each = _median(repetitions)
     f, seconds = each["fetched"], _step_seconds(each)
     per_step = f["copied"] / max(1, f["calls"])
     read = f["read"] / max(1, f["calls"])
@@ -81,6 +81,20 @@ def fetches(
         "disk_share": read / seconds / rates.disk if seconds and rates.disk else None,
         "prompt_disk_share": f["prompt_read"] / each["ttft"] / rates.disk if rates.disk else None,
     }
+
+
+def _at_the_time(rates: Rates, repetitions: list[Answer]) -> Rates:
+    """With the drive's rate right after the repetition of the median step, by the same reads.
+
+    The rate of the start stays where the steps read no files.
+    """
+    disk = (_median(repetitions).get("fetched") or {}).get("disk_rate")
+    return dataclasses.replace(rates, disk=disk) if disk else rates
+
+
+def _median(repetitions: list[Answer]) -> Answer:
+    """The repetition of the median step."""
+    return sorted(repetitions, key=_step_seconds)[len(repetitions) // 2]
 
 
 def _step_seconds(repetition: Answer) -> float:
@@ -114,7 +128,7 @@ def against_limits(
 
     `kernels`: how many a decode step runs, if that is known.
     """
-    rates = Rates(**reference["rates"][backend.compute])
+    rates = _at_the_time(Rates(**reference["rates"][backend.compute]), repetitions)
     hit = reference["reference"]["experts_hit"]
     work = roofline.step_work(config, backend, w.batch, 1, _context(w), hit)
     floor = None

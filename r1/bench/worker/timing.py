@@ -18,6 +18,7 @@ from r1.bench.worker import fetching, steps
 from r1.bench.worker.subject import Subject
 from r1.device import synchronize
 from r1.model.config import Config
+from r1.placement.sources import Logged
 from r1.run.sampler import Sampler
 from r1.switches.backend import Backend
 from r1.switches.machine import clocks_and_power
@@ -28,37 +29,47 @@ def warm(subject: Subject) -> Answer:
 
     The start-up cost is what the first run takes longer than the second.
     """
-    first, second = measure(subject), measure(subject)
+    (first, _), (second, _) = repetition(subject), repetition(subject)
     return {"start_seconds": sum(max(0.0, first[k] - second[k]) for k in ("ttft", "second_token"))}
 
 
 def measure(subject: Subject) -> Answer:
-    """One repetition.
+    """One repetition. After it the reads of its decode steps are repeated, and timed.
 
     Answers the seconds to the first token ("ttft"), to the last ("total") and of each step
     ("gaps"); the steps of rows that were not done ("turns"), their accepted drafts, and how many
-    steps accepted how many ("accepted_counts"); memory; what experts elsewhere did ("fetched").
+    steps accepted how many ("accepted_counts"); memory; what experts elsewhere did ("fetched"), and
+    in it the rate of those reads without a model ("disk_rate"; see fetching.py).
     """
+    answer, reads = repetition(subject)
+    if answer["fetched"] is not None:
+        answer["fetched"]["disk_rate"] = fetching.disk_rate(subject, reads)
+    return answer
+
+
+def repetition(subject: Subject) -> tuple[Answer, list[Logged]]:
+    """One repetition, and the reads of files that it began, in order."""
     w = subject.workload
     subject.fill()
     if subject.device.type != "cpu":
         # building, compiling and the parity check have peaks of their own
         torch.cuda.reset_peak_memory_stats()
-    fetching.begin(subject)
     arrivals: list[float] = []
     written: list[list[list[int]]] = []  # by step, then by row
-    start = time.perf_counter()
-    for step in subject.engine.steps(
-        subject.prompts, w.new, Sampler(0.0, seed=w.seed), subject.cache, w.depth, w.assumed
-    ):
-        arrivals.append(time.perf_counter() - start)
-        written.append(step)
+    sampler = Sampler(0.0, seed=w.seed)
+    with fetching.counted(subject) as reads:
+        start = time.perf_counter()
+        for step in subject.engine.steps(
+            subject.prompts, w.new, sampler, subject.cache, w.depth, w.assumed
+        ):
+            arrivals.append(time.perf_counter() - start)
+            written.append(step)
     gaps = [after - before for before, after in pairwise(arrivals)]
     subject.text = [
         [token for step in written for token in step[row]][: w.new] for row in range(w.batch)
     ]
     counts = _turns(written, w.batch, w.new)
-    return {
+    answer = {
         "tokens": w.new,
         "turns": sum(counts.values()),
         "accepted": sum(number * count for number, count in counts.items()),
@@ -70,6 +81,7 @@ def measure(subject: Subject) -> Answer:
         "memory": memory(subject),
         "fetched": fetching.fetched(subject),
     } | clocks_and_power()
+    return answer, reads
 
 
 def _turns(written: list[list[list[int]]], batch: int, new: int) -> Counter[int]:
