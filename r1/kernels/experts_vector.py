@@ -19,6 +19,7 @@ from r1.kernels.chip import let_next_start, wait_for_previous
 from r1.kernels.fixed import columns_fixed, slots_fixed, times_fixed
 from r1.kernels.linear import gain_columns, normed_columns
 from r1.kernels.tiles import load, matrix_of, times
+from r1.kernels.vectors import columns_of
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def down_vector_kernel(
     sums = tl.zeros((CHOSEN_PAD, BLOCK_OUT, BLOCK_IN // min(down.TOGETHER, BLOCK_IN)), tl.float32)
     for n in tl.static_range(tiles):
         if n < routed:
-            v = slots_of(h, token, some, n, CHOSEN, SHARED, BESIDE, INNER, BLOCK_IN, FIXED)
+            v = slots_of(h, token, some, n, down, CHOSEN, SHARED, BESIDE, INNER, BLOCK_IN, FIXED)
             sums += times_fixed(queue[n], v, down) if FIXED else times(queue[n], v, down)
         else:
             total += shared_product(
@@ -224,7 +225,7 @@ def down_tile(
 
 @triton.jit
 def slots_of(
-    h, token, some, n, CHOSEN: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
+    h, token, some, n, w, CHOSEN: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
     INNER: tl.constexpr, BLOCK_IN: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """Tile n of each slot's h, of the chosen experts and of BESIDE shared ones:
@@ -235,9 +236,8 @@ def slots_of(
     if FIXED:
         v = slots_fixed(h, token, slot[:, None, None], start, length, real, INNER, BLOCK_IN)
     else:
-        row, at = slot[:, None], start + tl.arange(0, BLOCK_IN)[None, :]
-        mask = (row < real) & (at < INNER)
-        v = tl.load(h + token * length + row * INNER + at, mask=mask, other=0.0)
+        h += token * length
+        v = columns_of(h, INNER, real, start, INNER, w, some.shape[0], BLOCK_IN)
         v = v.to(tl.float32)[:, None, :]
     return v
 
@@ -256,8 +256,7 @@ def shared_product(
     if FIXED:
         sums = times_fixed(w, columns_fixed(h, token, first + start, length, SIZE), down)
     else:
-        at = start + tl.arange(0, SIZE)
-        place = h + token * length + first + at
-        v = tl.load(place, mask=at < SHARED * INNER, other=0.0).to(tl.float32)
-        sums = times(w, v[None, :], down)
+        h += token * length + first
+        v = columns_of(h, 0, 1, start, SHARED * INNER, down, 1, SIZE).to(tl.float32)
+        sums = times(w, v, down)
     return tl.sum(sums, axis=1)

@@ -15,6 +15,7 @@ from r1.kernels.chip import let_next_start, wait_for_previous
 from r1.kernels.fixed import columns_fixed, times_fixed
 from r1.kernels.packed import times_unpacked, unpacked
 from r1.kernels.tiles import load, matrix_of
+from r1.kernels.vectors import columns_of
 
 
 @triton.jit
@@ -36,22 +37,12 @@ def vector_of(
 ):
     """A token's columns from `start` on, zeros beyond the last: fixed-point, or fp32 (1, COLUMNS).
 
-    Rows of a plain x are `stride` apart. A thread has 16 numbers of 8 bits side by side, and loads
-    no more than 8 columns of x at once. So it loads them in two halves: otherwise threads would
-    have to exchange them, with 0.8 instructions a weight.
+    Rows of a plain x are `stride` apart.
     """
     if FIXED:
         v = columns_fixed(x, token, start, LENGTH, COLUMNS)
-    elif w.PER == 4:
-        at = start + 16 * tl.arange(0, COLUMNS // 16)[:, None] + tl.arange(0, 8)[None, :]
-        place = x + token * stride + at
-        left = tl.load(place, mask=at < LENGTH, other=0.0)
-        right = tl.load(place + 8, mask=at + 8 < LENGTH, other=0.0)
-        both = tl.permute(tl.join(left, right), (0, 2, 1))  # (COLUMNS / 16, 2, 8)
-        v = tl.reshape(both, (1, COLUMNS)).to(tl.float32)
     else:
-        at = start + tl.arange(0, COLUMNS)
-        v = tl.load(x + token * stride + at, mask=at < LENGTH, other=0.0).to(tl.float32)[None, :]
+        v = columns_of(x + token * stride, 0, 1, start, LENGTH, w, 1, COLUMNS).to(tl.float32)
     return v
 
 
