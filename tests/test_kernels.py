@@ -1096,8 +1096,13 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (LinearLaunch, (1, 16384, 7168, 2, 4, 1, 128), LinearLaunch(1, 4, 2048, 2)),
         (LinearLaunch, (8, 2048, 2048, 2, 4, 1), LinearLaunch(2, 8, 2048, 1)),
         (LinearLaunch, (8, 2048, 3648, 2, 4, 1, 128), LinearLaunch(4, 8, 2048, 1)),
-        (LinearLaunch, (32, 2048, 3648, 2, 4, 1, 128), LinearLaunch(32, 64, 128, 4, 4, True)),
-        (LinearLaunch, (8, 2048, 2048, 2, 8, 0, 128), LinearLaunch(16, 16, 128, 4, 5)),
+        (LinearLaunch, (1, 2048, 3648, 2, 4, 1, 128), LinearLaunch(1, 4, 2048, 1)),
+        (LinearLaunch, (4, 2048, 22528, 2, 4, 1, 128), LinearLaunch(4, 8, 2048, 1)),
+        (LinearLaunch, (8, 2048, 22528, 2, 4, 1, 128), LinearLaunch(8, 64, 128, 4, 4, True)),
+        (LinearLaunch, (32, 2048, 3648, 2, 4, 1, 128), LinearLaunch(32, 32, 128, 8, parts=8)),
+        (LinearLaunch, (64, 2048, 3648, 2, 4, 1, 128), LinearLaunch(32, 64, 128, 4, 4, True)),
+        (LinearLaunch, (8, 2048, 2048, 2, 8, 0, 128), LinearLaunch(16, 32, 128, 8, parts=8)),
+        (LinearLaunch, (32, 11264, 2048, 2, 4, 1, 128), LinearLaunch(32, 16, 128, 8, parts=8)),
         (LinearLaunch, (8, 11264, 2048, 2, 8, 0, 128), LinearLaunch(16, 16, 128, 8, parts=8)),
         (LinearLaunch, (32, 11264, 2048, 2, 8, 0, 128), LinearLaunch(32, 16, 128, 8, parts=8)),
         (LinearLaunch, (32, 11264, 2048, 2), LinearLaunch(32, 64, 128, 4, 4)),
@@ -1129,7 +1134,7 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (
             AttentionLaunch,
             (1, 16, 512, 64, 256, 2),
-            AttentionLaunch(16, 16, 16, 4, 3, False, True, 16, 64, 512, 4, 2),
+            AttentionLaunch(16, 16, 16, 4, 3, False, True, 16, 32, 512, 4, 2),
         ),
         (RouterLaunch, (1, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
@@ -1145,7 +1150,12 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (
             ExpertsLaunch,
             (1, 8, 256, 7168, 2048, 2, 8, 0, 128),
-            ExpertsLaunch(1, 8, 2048, 4, 512, 4),
+            ExpertsLaunch(1, 8, 2048, 2, 512, 4),
+        ),
+        (
+            ExpertsLaunch,
+            (1, 6, 64, 2048, 1408, 2, 4, 1, 128),
+            ExpertsLaunch(1, 8, 2048, 2, 512, 4, ahead=2),
         ),
         (
             ExpertsLaunch,
@@ -1160,7 +1170,7 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (
             ExpertsLaunch,
             (4, 6, 64, 2048, 1408, 2, 8, 0, 128),
-            ExpertsLaunch(8, 64, 128, 64, 128, 4, 6, apart=True, narrow=True),
+            ExpertsLaunch(8, 64, 128, 64, 128, 4, 4, apart=True, narrow=True),
         ),
         (
             ExpertsLaunch,

@@ -4,7 +4,7 @@ One token is a matrix-vector product. Each program has a few rows of W, and all 
 along the columns. The norm costs no pass of its own: its factor is one number, which multiplies the
 sums at the end. The loop that streams W also adds up the squares for it.
 Several tokens are `tl.dot` on tiles whose rows are padded to 16. A small kernel before it applies
-the norm. Few long rows of W are cut into parts (linear_parts.py). Of packed weights, a few tokens
+the norm. Few rows of W may be cut into parts (linear_parts.py). Of packed weights, a few tokens
 are dot products again (linear_few.py), and more of them may be products as narrow as the weights
 (linear_narrow.py).
 

@@ -35,7 +35,9 @@ class LinearLaunch:
             return _four_bits(inputs, outputs, wide, chip)
         # Dot products of a few tokens, on an H100: of 8 and 4 bits, Moonlight's first projection
         # takes 6.0 us, by narrow products 7.1; of 4 and FP8 7.4, as tiles 7.6; of 8 10.0 and 7.6.
-        if 1 < tokens <= 8 and packed[:2] == [4, 1]:
+        # Of 8 and very many rows they take 28 us on an H200 (22528 rows), by narrow products 18.
+        most = 4 if outputs >= 64 * chip.processors else 8
+        if 1 < tokens <= most and packed[:2] == [4, 1]:
             columns = 2048 if inputs % 2048 == 0 else min(1024, power_of_two(inputs, 32))
             return LinearLaunch(2 if tokens == 2 or outputs <= inputs else 4, 8, columns, 1)
         if 1 < tokens <= 4 and packed[:1] == [8]:
@@ -58,15 +60,14 @@ class LinearLaunch:
             if inputs >= 4096 and inputs % 2048 == 0:
                 return LinearLaunch(1, 2, 2048, 4 if inputs >= 8192 else 8)
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
-        if packed[:1] == [4] and packed[2:]:  # FP8 is as fast in tiles: 6.9 and 7.3 us for o_proj
+        rows = min(64, power_of_two(tokens, 16))
+        if tokens <= 32 and chip.dependent_launch and itemsize == 2:
+            parts = _in_parts(inputs, outputs, rows, packed, chip)
+            if parts:
+                return parts
+        if packed[:1] == [4] and packed[2:]:
             block = 64 if outputs >= 24 * chip.processors else 32
             return LinearLaunch(min(32, power_of_two(tokens, 8)), block, 128, block // 16, 4, True)
-        rows = min(64, power_of_two(tokens, 16))
-        # Few long rows, microseconds of Moonlight's (2048, 11264) on an H200 with 8 and 32 tokens:
-        # FP8 25 and 26 in parts, 95 and 94 in tiles; bf16 20 and 31, 31 and 31; 4 bits as before.
-        long = inputs >= 8192 and inputs % 1024 == 0 and outputs <= 32 * chip.processors
-        if long and chip.dependent_launch and itemsize == 2 and rows <= (32 if packed else 16):
-            return LinearLaunch(rows, 16, 128, 8, parts=8)
         # Large tiles read x less often. That pays where x is long, as long as a fifth of the
         # processors has work. Elsewhere every processor must have work first.
         wide = outputs >= (12 if inputs >= 4096 else 128) * chip.processors
@@ -111,9 +112,30 @@ def _four_bits(inputs: int, outputs: int, wide: bool, chip: Chip) -> LinearLaunc
         return LinearLaunch(1, 4, 2048, 2)
     if 4096 < inputs <= 8192 and not many:
         return LinearLaunch(1, 2, 4096, 4)
-    # A warp for each 2,048 columns, and rows of 4,096 or less at once.
+    # A warp for each 2,048 columns, and rows of 4,096 or less at once. More rows where programs
+    # are many: the next kernel's start after them (Moonlight's layers took 23 us less in a step).
     columns = min(4096 if inputs <= 4096 else 2048, power_of_two(inputs, 32))
-    return LinearLaunch(1, 2, columns, max(1, columns // 2048))
+    rows = 4 if inputs <= 2048 and outputs > 16 * chip.processors else 2
+    return LinearLaunch(1, rows, columns, max(1, columns // 2048))
+
+
+def _in_parts(
+    inputs: int, outputs: int, rows: int, packed: list[int], chip: Chip
+) -> LinearLaunch | None:
+    """In parts, where there are few rows of W and that is faster; else None.
+
+    Microseconds on an H200 with 8 and 32 tokens: Moonlight's (2048, 11264) in FP8 25 and 26 in
+    parts, 95 and 94 in tiles; bf16 20 and 31, 31 and 31. Its first projection and o_proj together
+    in a step: FP8 10.6 and 15.6, in tiles 17 and 21; 4 bits 17.4 with 32 tokens, by narrow
+    products 31.
+    """
+    if inputs % 1024 or outputs > 32 * chip.processors:
+        return None
+    if inputs >= 8192 and rows <= (32 if packed else 16):
+        return LinearLaunch(rows, 16, 128, 8, parts=8)
+    if inputs == 2048 and packed[2:]:
+        return LinearLaunch(rows, 32, 128, 8, parts=8)
+    return None
 
 
 def _rounded(tokens: int, outputs: int, chip: Chip) -> LinearLaunch:

@@ -1,8 +1,8 @@
-"""A projection of several tokens with few outputs and many inputs: columns are cut into parts.
+"""A projection of several tokens with few outputs: columns are cut into parts.
 
-So few programs would go through long rows step after step. Here each warp has a part of the
-columns, and the sums of all parts are added up at the end. With eight parts there are an eighth of
-the steps. The first two tiles of weights are loaded before the wait.
+Few programs would go through their rows step after step. Here each warp has a part of the columns,
+and the sums of all parts are added up at the end. With eight parts there are an eighth of the
+steps. The first two tiles of weights are loaded before the wait.
 
 Shapes: N tokens; out and in are W's rows and columns; P parts, each of in / P columns.
 """
