@@ -212,9 +212,9 @@ def test_a_row() -> None:
 
 
 def test_the_drive_is_held_against_its_rate_at_the_time() -> None:
-    """Not against that of the start: of the repetition whose step is the median one."""
+    """Not against that of the start: of all repetitions together, whose drive was now slow."""
     answers = findings([0.01, 0.03, 0.02])
-    for repetition, rate in zip(answers["measure"], (1e9, 1e9, 1e8), strict=True):
+    for repetition, rate in zip(answers["measure"], (2e8, 2e8, 5e7), strict=True):
         repetition["fetched"] = {
             "visits": 100, "hits": 25, "copied": 0, "guessed": 0, "right": 0, "calls": 3,
             "prompt": 0, "slots": 4, "read": 3 * 10**6, "prompt_read": 2 * 10**6, "disk_rate": rate,
@@ -225,10 +225,12 @@ def test_the_drive_is_held_against_its_rate_at_the_time() -> None:
         return row(Arm("a", "alone", Backend()), WORK, answers, {**REFERENCE, "rates": rates}, TINY)
 
     found = made()
+    # 9 MB took 90 ms in the repeated reads, and 180 ms in 9 steps.
     assert found["disk_mb"] == 1 and found["disk_share"] == pytest.approx(0.5)
     assert found["prompt_disk_share"] == pytest.approx(0.2)
     assert found["floor_ms"] == pytest.approx(10) and found["bottleneck"] == "disk"
-    answers["measure"][2]["fetched"] |= {"read": 0, "disk_rate": None}
+    for repetition in answers["measure"]:
+        repetition["fetched"] |= {"read": 0, "disk_rate": None}
     found = made()
     assert found["disk_share"] == 0 and found["bottleneck"] != "disk"
     assert found["prompt_disk_share"] == pytest.approx(0.1), "by the rate of the start"

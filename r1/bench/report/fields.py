@@ -119,8 +119,8 @@ FIELDS: dict[str, str] = {
     "host_share": "these / time of a step / measured rate of reading host memory",
     "disk_mb": "MB that a decode step reads from the checkpoint's files, with experts on a disk",
     "disk_share": (
-        "these / time of a step / rate of the same reads without a model, measured right after the "
-        "repetition"
+        "these / time of a step / rate of the same reads without a model, measured right after "
+        "each repetition; of all repetitions together"
     ),
     "prompt_disk_share": (
         "the same of the prompt, by the rate of the steps' reads; where steps read nothing, by the "

@@ -51,45 +51,63 @@ def speculation(
 def fetches(
     config: Config, routing: str, rates: Rates, repetitions: list[Answer]
 ) -> dict[str, Any]:
-    """What experts elsewhere cost, in the repetition of the median step.
+    """What experts elsewhere cost, in the repetition of the median step; of a drive, which is now
+    fast and now slow, in all repetitions.
 
-    `routing` is the workload's. `rates`: with the drive's in that repetition (see `_at_the_time`).
+    `routing` is the workload's. `rates`: with the drive's in these (see `_at_the_time`).
     """
     if not repetitions[0].get("fetched"):
         return {}
     each = _median(repetitions)
     f, seconds = each["fetched"], _step_seconds(each)
     per_step = f["copied"] / max(1, f["calls"])
-    read = f["read"] / max(1, f["calls"])
     even = min(1.0, f["slots"] / config.experts.n_routed_experts)
     on_host = f.get("multiplied", 0) / max(1, f["calls"])
     profile = load(routing, config) if is_file(routing) else None
+    return (
+        {
+            "expert_hits": f["hits"] / f["visits"] if f["visits"] else None,
+            "expert_hits_even": even,
+            "expert_hits_recorded": profile and profile.found(f["slots"]),
+            "expert_slots": f["slots"],
+            "guesses_right": f["right"] / f["guessed"] if f["guessed"] else None,
+            "link_mb": per_step / 1e6,
+            "link_share": per_step / seconds / rates.link if seconds else None,
+            "prompt_link_share": f["prompt"] / each["ttft"] / rates.link,
+        }
+        | {
+            "host_computed": f.get("computed", 0) / f["visits"]
+            if f["visits"] and rates.ram
+            else None,
+            "host_mb": on_host / 1e6,
+            "host_share": on_host / seconds / rates.ram if seconds and rates.ram else None,
+        }
+        | _drive(rates, repetitions)
+    )
+
+
+def _drive(rates: Rates, repetitions: list[Answer]) -> dict[str, Any]:
+    """What was read of files, in all repetitions together."""
+    names = ("read", "calls", "prompt_read")
+    read, calls, prompt = (sum(r["fetched"][name] for r in repetitions) for name in names)
+    steps = sum(r["total"] - r["ttft"] for r in repetitions)
+    first = sum(r["ttft"] for r in repetitions)
     return {
-        "expert_hits": f["hits"] / f["visits"] if f["visits"] else None,
-        "expert_hits_even": even,
-        "expert_hits_recorded": profile and profile.found(f["slots"]),
-        "expert_slots": f["slots"],
-        "guesses_right": f["right"] / f["guessed"] if f["guessed"] else None,
-        "link_mb": per_step / 1e6,
-        "link_share": per_step / seconds / rates.link if seconds else None,
-        "prompt_link_share": f["prompt"] / each["ttft"] / rates.link,
-    } | {
-        "host_computed": f.get("computed", 0) / f["visits"] if f["visits"] and rates.ram else None,
-        "host_mb": on_host / 1e6,
-        "host_share": on_host / seconds / rates.ram if seconds and rates.ram else None,
-        "disk_mb": read / 1e6,
-        "disk_share": read / seconds / rates.disk if seconds and rates.disk else None,
-        "prompt_disk_share": f["prompt_read"] / each["ttft"] / rates.disk if rates.disk else None,
+        "disk_mb": read / max(1, calls) / 1e6,
+        "disk_share": read / steps / rates.disk if steps and rates.disk else None,
+        "prompt_disk_share": prompt / first / rates.disk if rates.disk else None,
     }
 
 
 def _at_the_time(rates: Rates, repetitions: list[Answer]) -> Rates:
-    """With the drive's rate right after the repetition of the median step, by the same reads.
+    """With the drive's rate right after the repetitions, by the same reads, of all together.
 
-    The rate of the start stays where the steps read no files.
+    The rate of the start stays where no step read files.
     """
-    disk = (_median(repetitions).get("fetched") or {}).get("disk_rate")
-    return dataclasses.replace(rates, disk=disk) if disk else rates
+    found = [f for r in repetitions if (f := r.get("fetched")) and f.get("disk_rate")]
+    seconds = sum(f["read"] / f["disk_rate"] for f in found)
+    disk = sum(f["read"] for f in found) / seconds if seconds else rates.disk
+    return dataclasses.replace(rates, disk=disk)
 
 
 def _median(repetitions: list[Answer]) -> Answer:
