@@ -91,12 +91,18 @@ def test_a_row_is_predicted_from_the_others(row: Measured) -> None:
 PROMPTS = measured.best_prompts(measured.committed())
 
 
-@pytest.mark.parametrize("row", PROMPTS, ids=lambda r: f"{r.describe()} {r.prompt}")
+def other_prompts(row: Measured) -> list[Measured]:
+    """Of the same kind, and of other work."""
+    others = [each for each in PROMPTS if (each.work, each.prompt) != (row.work, row.prompt)]
+    return [each for each in others if each.kind == row.kind]
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in PROMPTS if other_prompts(r)], ids=lambda r: f"{r.describe()} {r.prompt}"
+)
 def test_a_prompt_is_predicted_roughly(row: Measured) -> None:
     """Within 2.2 times, from rows of other work: a host's speed changes by two in itself."""
-    others = [each for each in PROMPTS if (each.work, each.prompt) != (row.work, row.prompt)]
-    others = [each for each in others if each.kind == row.kind]
-    like, tokens = Like.of_row(row), row.batch * row.prompt
+    others, like, tokens = other_prompts(row), Like.of_row(row), row.batch * row.prompt
     predicted, start = predict.prompt_ms(
         row.prompt_floor_ms, others, like, tokens, row.step_gb * 1e9
     )

@@ -61,6 +61,8 @@ COLUMNS = [
     "in slots",
     "link MB/step",
     "of the link",
+    "disk MB/step",
+    "of the disk",
     "host MB/step",
     "of the RAM",
     "start s (warm)",
