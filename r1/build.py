@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -183,25 +183,27 @@ def allocate(
     device = torch_device(backend.device)
     sizes = placement.sizes(model, device)
     # All ranks look before one of them takes memory that others see as free.
-    placement.mesh.together(lambda: _check_memory(sizes, model, backend, cut))
+    placement.mesh.together(lambda: check_memory(sizes, model, backend, cut))
     placement.allocate(model, device)
     model.derive()
     return model
 
 
-def _check_memory(
-    sizes: Mapping[str, int], model: Transformer, backend: Backend, cut: str | None
-) -> None:
+def check_memory(
+    sizes: Mapping[str, int], model: Transformer, backend: Backend, cut: str | None,
+    free: Callable[[torch.device], int] | None = None,
+) -> None:  # fmt: skip
     """Raise InputError where the bytes of each kind of device are not free.
 
-    The processes of a host share its memory, and each takes so much.
+    The processes of a host share its memory, and each takes so much. `free` tells what a device
+    has, if that is not what is free here and now.
     """
     own = torch_device(backend.device).type
     for kind, nbytes in sizes.items():
         needed = nbytes + (least(model, backend) if kind == own else HEADROOM)
         if kind == "cpu":
             needed *= min(crew().here, backend.ranks)
-        if needed > (available := available_bytes(torch.device(kind))):
+        if needed > (available := (free or available_bytes)(torch.device(kind))):
             where = backend.device if kind == own else "the host"
             raise _too_large(needed, available, where, model, backend, cut)
 
@@ -219,11 +221,8 @@ def _too_large(
             own = placement_of(model.config, smaller).sizes(small, device)[device.type]
             if own + least(small, smaller) <= available:
                 could.append(setting("quant", "int4"))
-    if (
-        backend.device != "cpu"
-        and backend.experts == "device"
-        and model.config.experts.n_routed_experts
-    ):
+    here = backend.experts == "device" and model.config.experts.n_routed_experts > 0
+    if backend.device != "cpu" and here:
         less = replace(backend, experts="host")
         if weight_bytes(model.config, less, mtp=len(model.mtp) > 0) + HEADROOM <= available:
             could.append(setting("experts", "host"))

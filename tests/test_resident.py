@@ -165,13 +165,13 @@ def test_processes_share_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> No
     shared = resolve(Backend(**asked, expert_slots=3), TINY)
     sizes = {"cpu": needed - build.HEADROOM}
     monkeypatch.setattr(build, "available_bytes", lambda _: 2 * needed - 1)
-    build._check_memory(sizes, made, shared, None)  # here runs one process
+    build.check_memory(sizes, made, shared, None)  # here runs one process
     names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name, value in zip(names, ("0", "2", "2", "here", "1"), strict=True):
         monkeypatch.setenv(name, value)
     with refused("cpu has"):
-        build._check_memory(sizes, made, shared, None)
-    build._check_memory(sizes, made, backend, None)  # a model that one of the two has alone
+        build.check_memory(sizes, made, shared, None)
+    build.check_memory(sizes, made, backend, None)  # a model that one of the two has alone
     placement = build.placement_of(TINY, shared)
     assert isinstance(placement, Offloaded) and placement.how.sharers == 2
 

@@ -46,7 +46,7 @@ def test_every_command_has_help_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, *map(str, COMMANDS)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(COMMANDS) == 23 and done.stdout.count("usage: ") == 23
+    assert len(COMMANDS) == 24 and done.stdout.count("usage: ") == 24
     assert "not built yet" not in done.stdout
 
 

@@ -19,13 +19,15 @@ TOKEN = 64
 
 
 def check_sizes(
-    w: Workload, config: Config, backend: Backend, *, loaded: bool = False, draft: int = 0
-) -> None:
+    w: Workload, config: Config, backend: Backend, *, loaded: bool = False, draft: int = 0,
+    free: int | None = None,
+) -> None:  # fmt: skip
     """Raise InputError if the workload is longer than the context, or can't fit the memory.
 
     `backend` is resolved. `loaded`: the weights are in the memory already. The estimate
     (footprint.py) may be a little too small, so a workload that passes may still be refused later.
-    `draft`: bytes of one token in a draft model's cache.
+    `draft`: bytes of one token in a draft model's cache. `free`: what the device has, if that is
+    not what is free here and now.
     """
     context = config.max_position_embeddings
     if w.tokens > context:
@@ -36,7 +38,7 @@ def check_sizes(
     if not loaded:
         weights = weight_bytes(config, backend, mtp=mtp) + HEADROOM
     needed = work_bytes(w, config, backend, draft)
-    available = available_bytes(torch_device(backend.device))
+    available = available_bytes(torch_device(backend.device)) if free is None else free
     if weights > available:
         raise _too_large(w, config, backend, weights, available)
     if available < weights + needed:

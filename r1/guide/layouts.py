@@ -73,11 +73,20 @@ class Shares:
 @cache
 def switches(config: Config, gpu: Gpu, shares: Shares) -> Backend | None:
     """The switches to expect of somebody who wants speed; None where the storage can't be cut."""
+    try:
+        return fastest(config, gpu, shares)
+    except InputError:
+        return None
+
+
+def fastest(config: Config, gpu: Gpu, shares: Shares) -> Backend:
+    """The same. Raises InputError, which says why the ones that ask for least can't be."""
     machine = gpu.as_machine()
     common: dict[str, Any] = {"dtype": "bf16", **vars(shares)}
-    fastest = FASTEST if machine.cuda else ({},)
+    tried = FASTEST if machine.cuda else ({},)
     graphs = machine.cuda and shares.pp == 1 and shares.experts == "device"
-    for fast in fastest:
+    reasons: list[InputError] = []
+    for fast in tried:
         sparse = config.experts.n_routed_experts > 0
         more = {name: value for name, value in fast.items() if sparse or "moe" not in name}
         if "kernels" in fast and shares.tp * shares.ep > 1 and not machine.hip:
@@ -86,6 +95,6 @@ def switches(config: Config, gpu: Gpu, shares: Shares) -> Backend | None:
             backend = resolve(Backend(cuda_graphs=graphs, **common, **more), config, machine)
             model_of(config, replace(backend, experts="device"), False)  # can it be cut so?
             return backend
-        except InputError:  # the next ones ask for less
-            continue
-    return None
+        except InputError as error:  # the next ones ask for less
+            reasons.append(error)
+    raise reasons[-1]
