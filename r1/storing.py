@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from r1.device import DTYPES
-from r1.files.names import EXPERT_MATRICES, key_of
+from r1.files.names import key_of
 from r1.model.gqa import GQA
 from r1.model.layers import MLP, Embedding, Linear
 from r1.model.mla import MLA
-from r1.model.moe import Experts
+from r1.model.moe import EXPERT_MATRICES, Experts
 from r1.model.transformer import Transformer
 from r1.placement.placement import Placement
 from r1.storage.joined import join

@@ -32,14 +32,13 @@ from r1.files.save import save
 from r1.kernels.block import DecodeBlock
 from r1.model.cache import Cache
 from r1.model.dispatch import Gather
-from r1.model.moe import Experts, MoE
+from r1.model.moe import EXPERT_MATRICES, Experts, MoE
 from r1.model.router import Router
 from r1.model.transformer import Transformer
 from r1.placement import link
 from r1.placement.offload import Offloaded, Slotted, rest_bytes, sparse, staging_bytes
 from r1.placement.placement import Placement
 from r1.placement.slots import MostUsed, Slots
-from r1.placement.staging import MATRICES
 from r1.placement.streamed import StreamedExperts
 from r1.placement.traffic import Traffic
 from r1.run.engine import Engine
@@ -478,7 +477,7 @@ def test_an_expert_is_one_row() -> None:
     for layer in streamed_layers(run.model):
         for expert, slot in layer.slots.slot.items():
             assert torch.equal(layer.places[slot].cpu(), layer.outside[1].rows[expert])
-        stored = [getattr(layer.outside[0], name).stored() for name in MATRICES]
+        stored = [getattr(layer.outside[0], name).stored() for name in EXPERT_MATRICES]
         row = sum(tensor[0].nbytes for each in stored for tensor in each.values())
         assert row <= layer.places.shape[1] < row + 256 * 6
 

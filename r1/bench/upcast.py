@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r1.model.layers import Embedding, Linear
-from r1.model.moe import Experts
+from r1.model.moe import EXPERT_MATRICES, Experts
 from r1.model.transformer import Transformer
 from r1.storage.activations import stored_as
 from r1.storage.matrix import Matrix
@@ -46,5 +46,5 @@ def upcast(model: Transformer) -> None:
         if isinstance(module, (Linear, Embedding)):
             module.matrix = Widened(module.matrix)
         elif isinstance(module, Experts):
-            for name in ("gate_proj", "up_proj", "down_proj"):
+            for name in EXPERT_MATRICES:
                 setattr(module, name, Widened(getattr(module, name)))

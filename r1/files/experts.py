@@ -19,10 +19,11 @@ from torch import Tensor
 from r1.errors import InputError
 from r1.files.direct import Files, Range
 from r1.files.fill import check_finite, fill_found, fill_plain
-from r1.files.names import EXPERT_MATRICES, Slot, expert_slots, key_of
+from r1.files.names import Slot, expert_slots, key_of
 from r1.files.parts import Reading, nbytes
 from r1.files.quantized.recognize import Recognized
 from r1.files.shards import Entry, Piece, check_version, width
+from r1.model.moe import EXPERT_MATRICES
 from r1.model.transformer import Transformer
 from r1.placement.placement import Part
 from r1.placement.sources import InFiles
@@ -91,11 +92,15 @@ class LayerReader:
         self.sound: set[tuple[int, str]] = set()
         """Experts' matrices whose numbers were found finite."""
 
+    def key(self, expert: int, matrix: str) -> str:
+        """The name of a matrix in the checkpoint."""
+        return f"{self.names[expert]}.{matrix}.weight"
+
     @property
     def nbytes(self) -> int:
         """Bytes of the files that an expert takes."""
         known = self.checkpoint
-        keys = [f"{self.names[0]}.{name}.weight" for name in EXPERT_MATRICES]
+        keys = [self.key(0, matrix) for matrix in EXPERT_MATRICES]
         return sum(nbytes(known.files.main(key), known.readings[key]) for key in keys)
 
     def read(self, expert: int, matrix: str) -> dict[str, tuple[Entry, Part, Tensor]]:
@@ -109,10 +114,6 @@ class LayerReader:
             ending: (entry, part, raw)
             for (ending, (entry, part, _)), raw in zip(asked.items(), contents, strict=True)
         }
-
-    def key(self, expert: int, matrix: str) -> str:
-        """The name of a matrix in the checkpoint."""
-        return f"{self.names[expert]}.{matrix}.weight"
 
     def __call__(self, expert: int, row: int, matrix: str) -> None:
         """Raises InputError where the files can't be read, or are not those that were loaded."""

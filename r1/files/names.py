@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from r1.model.moe import Experts
+from r1.model.moe import EXPERT_MATRICES, Experts
 from r1.model.transformer import Transformer
 from r1.storage.joined import whole_of
 from r1.storage.matrix import Matrix
 from r1.storage.spec import Spec
-
-EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

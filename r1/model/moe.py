@@ -20,6 +20,8 @@ from r1.storage.dense import Dense
 from r1.storage.joined import products
 from r1.storage.matrix import Matrix
 
+EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
+"""The stacks of `Experts`, by name."""
 Run = Callable[["Experts", Tensor, Tensor, Tensor], Tensor]
 """The call of a strategy of dispatch.py: experts, x, indices and weights -> weighted sums."""
 

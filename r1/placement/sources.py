@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from r1.model.moe import Experts
+from r1.model.moe import EXPERT_MATRICES, Experts
 from r1.placement.link import Event
 from r1.placement.slots import Slots
-from r1.placement.staging import MATRICES
 
 THREADS = 8
 """Threads that read files: a drive is fast only if it has several requests to work on."""
@@ -161,7 +160,7 @@ class InFiles(InMemory):
             before, left = self.reading.get(row, []), self.left.pop(row, None)
             self.reading[row] = [
                 self.pool.submit(self._read, expert, row, matrix, before, left)
-                for matrix in MATRICES
+                for matrix in EXPERT_MATRICES
             ]
             self.started.append(expert)
 

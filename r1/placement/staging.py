@@ -15,11 +15,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from r1.model.moe import Experts
+from r1.model.moe import EXPERT_MATRICES, Experts
 from r1.placement.link import Event
 from r1.storage.rows import Rows
 
-MATRICES = ("gate_proj", "up_proj", "down_proj")
 AHEAD = 2**27
 """Bytes that are copied at a time: a link's work of two milliseconds, which is more than a layer's
 attention takes."""
@@ -40,7 +39,7 @@ class Stack(Experts):
         """`like` has no memory. `rows`: uint8 (E, W)."""
         nn.Module.__init__(self)
         bare = copy.deepcopy(like)
-        for name in MATRICES:
+        for name in EXPERT_MATRICES:
             setattr(self, name, getattr(bare, name))
         self.count, self.inner_numbers = len(rows), like.inner_numbers
         self.ids, self.partial = range(self.count), False

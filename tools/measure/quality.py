@@ -44,9 +44,8 @@ import r1
 from r1 import Backend, Engine, InputError
 from r1.__main__ import EMBEDDED
 from r1.bench.exam import right
-from r1.files.names import EXPERT_MATRICES
 from r1.model.layers import Linear
-from r1.model.moe import Experts
+from r1.model.moe import EXPERT_MATRICES, Experts
 from r1.reading import read_json
 from r1.storage.dense import Dense
 from r1.storage.quantized import Quantized

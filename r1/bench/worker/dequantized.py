@@ -31,7 +31,7 @@ from r1.bench.worker.text import read
 from r1.model.gqa import GQA
 from r1.model.layers import Embedding, Linear
 from r1.model.mla import MLA
-from r1.model.moe import Experts, MoE
+from r1.model.moe import EXPERT_MATRICES, Experts, MoE
 from r1.model.transformer import Transformer
 from r1.run.engine import Engine
 from r1.storage.activations import FROM_TOKENS
@@ -42,7 +42,7 @@ NO_BOUND = Bound()
 SLOTS: dict[type, tuple[str, ...]] = {
     Linear: ("matrix",),
     Embedding: ("matrix",),
-    Experts: ("gate_proj", "up_proj", "down_proj"),
+    Experts: EXPERT_MATRICES,
     MLA: ("attend", "rotate"),
     GQA: ("attend", "rotate"),
     MoE: ("dispatch",),

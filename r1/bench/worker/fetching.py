@@ -10,11 +10,12 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
+from itertools import chain
 from typing import Any
 
 from r1.bench.worker.subject import Subject
+from r1.model.moe import EXPERT_MATRICES
 from r1.placement.sources import THREADS, InFiles, Logged
-from r1.placement.staging import MATRICES
 from r1.placement.streamed import StreamedExperts
 
 
@@ -65,9 +66,9 @@ def disk_rate(subject: Subject, reads: Sequence[Logged]) -> float | None:
     again = [(each.source, each.expert) for each in reads if each.tokens == tokens]
     if not again:
         return None
-    begun = [read for s in _files(subject) for reads in s.reading.values() for read in reads]
-    wait(begun)  # guesses that no step took
-    left = iter([(*each, matrix) for each in again for matrix in MATRICES])
+    guesses = chain.from_iterable(each for s in _files(subject) for each in s.reading.values())
+    wait(list(guesses))  # that no step took
+    left = iter([(*each, matrix) for each in again for matrix in EXPERT_MATRICES])
 
     def work() -> None:
         for source, expert, matrix in left:  # each thread takes the next one
