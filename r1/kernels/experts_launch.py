@@ -50,13 +50,11 @@ class ExpertsLaunch:
             # Of long rows more at once: one token of R1's takes 87 us in 4 bits, and 94 with half
             # as many; in FP8 141 and 142. One token of Moonlight's layers took 28 us less in 4 bits
             # with 8 rows of up in place of 4, and 11 less with 2 tiles ahead in place of 3.
-            long, one = dim > 4096, tokens == 1
-            up = 8 if long else 4
-            if packed[:2] == [4, 1]:
+            long, one, four = dim > 4096, tokens == 1, packed[:2] == [4, 1]
+            up = 8 if long or (one and four) else 4
+            if four:
                 down, ahead = (4, 3) if long else (2, 2 if one else 3)
-                return ExpertsLaunch(
-                    1, 8 if one else up, up_inputs, down, down_inputs, 4, ahead=ahead
-                )
+                return ExpertsLaunch(1, up, up_inputs, down, down_inputs, 4, ahead=ahead)
             # R1's take 105 us on an H200 with 2 rows of down, and 110 with 4.
             if packed[:1] == [8]:
                 return ExpertsLaunch(1, up, up_inputs, 2 if one else 4, down_inputs, 4)

@@ -21,14 +21,15 @@ from r1.kernels.tiles import expert_of
 def up_narrow_kernel(
     x, order, ends, work, gate, up, shared_gate, shared_up, h, tokens, count,
     DIM: tl.constexpr, INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT inner values of one expert, for up to ROWS of its tokens. BLOCK_IN is the step."""
+    """BLOCK_OUT inner values of one expert, for up to ROWS of its tokens. BLOCK_IN is the step,
+    of which the loop takes UNROLL at a time.
+    """
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     wait_for_previous(PDL)
     let_next_start(PDL)
-    # Two steps at a time of 4 bits: their products take less time than a step has to wait.
-    TWO: tl.constexpr = gate.FORMAT == "int4" and ROWS <= 8
     expert, start, end = work_of(work, ends, tokens, count, True)
     w_row = (expert - count) * INNER  # where a shared expert begins
     wanted = (out < INNER)[:, None]
@@ -45,7 +46,7 @@ def up_narrow_kernel(
         a = load_factors(gates, out[:, None], wanted, 0, DIM, gate)
         b = load_factors(ups, out[:, None], wanted, 0, DIM, up)
         scales = load_scales(x, gate, token, real, 0, DIM, BLOCK_IN)
-        for column in tl.range(0, DIM, BLOCK_IN, loop_unroll_factor=2 if TWO else 1):
+        for column in tl.range(0, DIM, BLOCK_IN, loop_unroll_factor=UNROLL):
             v = load_pairs(x, gate, tokens_twice, real_twice, column, DIM, BLOCK_IN)
             next_a = load_factors(gates, out[:, None], wanted, column + BLOCK_IN, DIM, gate)
             next_b = load_factors(ups, out[:, None], wanted, column + BLOCK_IN, DIM, up)
@@ -66,7 +67,7 @@ def up_narrow_kernel(
 def down_narrow_kernel(
     h, order, ends, work, weights, down, shared_down, y, tokens, count, DIM: tl.constexpr,
     INNER: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of one expert, weighted, for up to ROWS of its tokens: into their slots of
     y, (N, J, D).
@@ -74,7 +75,6 @@ def down_narrow_kernel(
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     wait_for_previous(PDL)
     let_next_start(PDL)
-    TWO: tl.constexpr = down.FORMAT == "int4" and ROWS <= 8
     expert, start, end = work_of(work, ends, tokens, count, True)
     matrix = expert_of(down, shared_down, expert, count, 0, (expert - count) * INNER, SHARED)
     wanted = (out < DIM)[:, None]
@@ -86,7 +86,7 @@ def down_narrow_kernel(
         sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
         factors = load_factors(matrix, out[:, None], wanted, 0, INNER, down)
         scales = load_scales(h, down, row, real, 0, INNER, BLOCK_IN)
-        for column in tl.range(0, INNER, BLOCK_IN, loop_unroll_factor=2 if TWO else 1):
+        for column in tl.range(0, INNER, BLOCK_IN, loop_unroll_factor=UNROLL):
             v = load_pairs(h, down, rows_twice, real_twice, column, INNER, BLOCK_IN)
             after = column + BLOCK_IN
             next_factors = load_factors(matrix, out[:, None], wanted, after, INNER, down)

@@ -61,10 +61,9 @@ class LinearLaunch:
                 return LinearLaunch(1, 2, 2048, 4 if inputs >= 8192 else 8)
             return LinearLaunch(1, 2, min(1024, power_of_two(inputs)), 4)
         rows = min(64, power_of_two(tokens, 16))
-        if tokens <= 32 and chip.dependent_launch and itemsize == 2:
-            parts = _in_parts(inputs, outputs, rows, packed, chip)
-            if parts:
-                return parts
+        able = tokens <= 32 and chip.dependent_launch and itemsize == 2
+        if able and (parts := _in_parts(inputs, outputs, rows, packed, chip)):
+            return parts
         if packed[:1] == [4] and packed[2:]:
             block = 64 if outputs >= 24 * chip.processors else 32
             return LinearLaunch(min(32, power_of_two(tokens, 8)), block, 128, block // 16, 4, True)

@@ -64,26 +64,20 @@ def fetches(
     even = min(1.0, f["slots"] / config.experts.n_routed_experts)
     on_host = f.get("multiplied", 0) / max(1, f["calls"])
     profile = load(routing, config) if is_file(routing) else None
-    return (
-        {
-            "expert_hits": f["hits"] / f["visits"] if f["visits"] else None,
-            "expert_hits_even": even,
-            "expert_hits_recorded": profile and profile.found(f["slots"]),
-            "expert_slots": f["slots"],
-            "guesses_right": f["right"] / f["guessed"] if f["guessed"] else None,
-            "link_mb": per_step / 1e6,
-            "link_share": per_step / seconds / rates.link if seconds else None,
-            "prompt_link_share": f["prompt"] / each["ttft"] / rates.link,
-        }
-        | {
-            "host_computed": f.get("computed", 0) / f["visits"]
-            if f["visits"] and rates.ram
-            else None,
-            "host_mb": on_host / 1e6,
-            "host_share": on_host / seconds / rates.ram if seconds and rates.ram else None,
-        }
-        | _drive(rates, repetitions)
-    )
+    return {
+        "expert_hits": f["hits"] / f["visits"] if f["visits"] else None,
+        "expert_hits_even": even,
+        "expert_hits_recorded": profile and profile.found(f["slots"]),
+        "expert_slots": f["slots"],
+        "guesses_right": f["right"] / f["guessed"] if f["guessed"] else None,
+        "link_mb": per_step / 1e6,
+        "link_share": per_step / seconds / rates.link if seconds else None,
+        "prompt_link_share": f["prompt"] / each["ttft"] / rates.link,
+        "host_computed": f.get("computed", 0) / f["visits"] if f["visits"] and rates.ram else None,
+        "host_mb": on_host / 1e6,
+        "host_share": on_host / seconds / rates.ram if seconds and rates.ram else None,
+        **_drive(rates, repetitions),
+    }
 
 
 def _drive(rates: Rates, repetitions: list[Answer]) -> dict[str, Any]:
