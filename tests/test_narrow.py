@@ -295,19 +295,23 @@ def test_a_layer_needs_a_kernel_less(name: str, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(y, DecodeBlock(block, counting(CHIP)).mixture(x, moe))
 
 
+@pytest.mark.parametrize("processors", [4, 132])
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
+        (LinearLaunch, (32, 1408, 3648, 2, 4, 1, 128)),
         (LinearLaunch, (32, 2048, 3648, 2, 4, 1, 128)),
         (ExpertsLaunch, (8, 6, 64, 2048, 1408, 2, 8, 0, 128)),
         (ExpertsLaunch, (512, 6, 64, 2048, 1408, 2, 4, 1, 128)),
     ],
 )
 def test_a_search_begins_with_their_own_choices(
-    kind: type[LinearLaunch] | type[ExpertsLaunch], sizes: tuple[int, ...]
+    kind: type[LinearLaunch] | type[ExpertsLaunch], sizes: tuple[int, ...], processors: int
 ) -> None:
     """They have as few rows as dot products, and outputs as tiles."""
-    launch = kind.default(sizes, CHIP)
-    assert launch.narrow
+    launch = kind.default(sizes, Chip(processors, 2**17, dependent_launch=processors > 4))
+    parts = getattr(launch, "parts", 1)
+    assert launch.narrow == (parts == 1)
+    assert (parts > 1) == (sizes[1] == 2048 and processors > 4)  # few rows for a large chip
     for name in launch.choices.keys() - {"stages", "warps"}:
         assert getattr(launch, name) in launch.choices[name], name
