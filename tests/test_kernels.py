@@ -1119,7 +1119,7 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (
             AttentionLaunch,
             (1, 128, 512, 64, 256, 2),
-            AttentionLaunch(16, 16, 16, 8, 3, True, True, 16, 32, 512, 4, 2),
+            AttentionLaunch(16, 16, 16, 8, 2, True, True, 16, 32, 512, 4, 2),
         ),
         (
             AttentionLaunch,
@@ -1134,7 +1134,7 @@ H100 = Chip(132, 227 * 1024, dependent_launch=True, ptx=True, byte_products=True
         (
             AttentionLaunch,
             (1, 16, 512, 64, 256, 2),
-            AttentionLaunch(16, 16, 16, 4, 3, False, True, 16, 32, 512, 4, 2),
+            AttentionLaunch(16, 16, 16, 4, 2, False, True, 16, 32, 512, 4, 2),
         ),
         (RouterLaunch, (1, 64, 2048), RouterLaunch(1, 2048, 1)),
         (RouterLaunch, (8, 64, 2048), RouterLaunch(1, 2048, 1)),
