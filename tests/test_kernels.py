@@ -277,15 +277,17 @@ def test_begin_step(new: int, interleave: bool) -> None:
     """Also far out, where an angle is many turns: position times frequency is one rounded number in
     both.
     """
-    lengths = torch.tensor([0, 7, 4095, 163_000], device=DEVICE)
+    before = torch.tensor([0, 7, 4095, 163_000], device=DEVICE)
     frequency = 10_000.0 ** -(torch.arange(0, 6, 2, device=DEVICE) / 6)
-    made, twin = (
-        f(lengths, new, frequency, 1.3, interleave)
-        for f in (partial(begin_step, CHIP), begin_step_torch)
-    )
-    assert torch.equal(made[0], twin[0]) and made[0].dtype == torch.int64
-    for ours, theirs in zip(made[1:], twin[1:], strict=True):
-        close(ours, theirs, "fp32")
+    for grow in (False, True):
+        lengths = [before.clone(), before.clone()]
+        made = begin_step(CHIP, lengths[0], new, frequency, 1.3, interleave, grow)
+        twin = begin_step_torch(lengths[1], new, frequency, 1.3, interleave, grow)
+        assert torch.equal(made[0], twin[0]) and made[0].dtype == torch.int64
+        for ours, theirs in zip(made[1:], twin[1:], strict=True):
+            close(ours, theirs, "fp32")
+        for each in lengths:
+            assert torch.equal(each, before + new * grow)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 163), (1, 3, 1024), (5, 1, 5000)])
@@ -297,9 +299,10 @@ def test_likeliest(shape: tuple[int, ...]) -> None:
             logits[..., shape[-1] // 2 :: 7] = fill
         if fill == float("-inf"):
             logits.fill_(fill)
-        tokens, scores = likeliest(CHIP, logits)
+        tokens = torch.zeros(shape[:-1], dtype=torch.int64, device=DEVICE)
+        scores = likeliest(CHIP, logits, tokens)
         wanted, best = greedy(logits.cpu())  # on a GPU torch takes any of equals
-        assert torch.equal(tokens.cpu(), wanted) and tokens.dtype == torch.int64
+        assert torch.equal(tokens.cpu(), wanted)
         torch.testing.assert_close(scores.cpu(), best, rtol=0, atol=0, equal_nan=True)
 
 
@@ -314,18 +317,19 @@ def test_begin_step_writes_what_is_its_own() -> None:
         step_kernel,
         (1,),
         one,
-        1,
         torch.ones(3, device=DEVICE),
         1.0,
         position,
         cos,
         sin,
+        NEW=1,
         ROPE=6,
         PAD=8,
         INTERLEAVE=True,
+        GROW=False,
         warps=1,
     )
-    assert intact(cos) and intact(sin) and cos[0] > 0.5 and int(position) == 1
+    assert intact(cos) and intact(sin) and cos[0] > 0.5 and int(position) == int(one) == 1
 
 
 @triton.jit

@@ -21,21 +21,22 @@ COLUMNS = 1024
 """Logits that a program compares."""
 
 
-def likeliest(chip: Chip, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 (..., W) -> each row's best token, int64 (...), and its logit, fp32 (...).
+def likeliest(chip: Chip, logits: Tensor, tokens: Tensor) -> Tensor:
+    """fp32 (..., W) -> each row's best token, into `tokens`, int64 (...); its logit, fp32 (...).
 
     Its twin is r1/run/sampler.py's `greedy`. Of equals the first wins, and NaN is the largest.
     """
     (*shape, vocab), flat = logits.shape, logits.flatten(0, -2)
     rows, parts = len(flat), ceil_div(vocab, COLUMNS)
     best, where = flat.new_empty(rows, parts), flat.new_empty(rows, parts, dtype=torch.int32)
-    tokens, scores = flat.new_empty(rows, dtype=torch.int64), flat.new_empty(rows)
+    scores = flat.new_empty(rows)
+    assert tokens.shape == torch.Size(shape) and tokens.is_contiguous()
     chip.run(
         likeliest_kernel, (parts, rows), flat, flat.stride(0), best, where,
         tickets(flat.device, power_of_two(rows, 64)), tokens, scores, vocab, PARTS=parts,
         PAD=power_of_two(parts), BLOCK=COLUMNS, warps=4,
     )  # fmt: skip
-    return tokens.view(shape), scores.view(shape)
+    return scores.view(shape)
 
 
 @triton.jit

@@ -235,8 +235,8 @@ class Runner:
             return sampler(self.decode(tokens, cache))
 
         def step(tokens: Tensor, cache: Cache) -> tuple[Tensor, ...]:
-            chosen, scores = self.ways["decode"].likeliest(*self._decode(tokens, cache))
-            return tokens.copy_(chosen), scores
+            (logits,) = self._decode(tokens, cache)
+            return tokens, self.ways["decode"].likeliest(logits, tokens)
 
         rows = len(tokens)
         given = self._all_rows(tokens, cache)
@@ -251,8 +251,7 @@ class Runner:
         return F.pad(tokens, (0, 0, 0, cache.rows - len(tokens)))
 
     def _decode(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, ...]:
-        step = self.next_step(cache, tokens.shape[1])
-        cache.lengths += tokens.shape[1]
+        step = self.next_step(cache, tokens.shape[1], grow=True)
         hidden = self.model(tokens, step, cache.layers, self.blocks["decode"], normed=False)
         return (self.ways["decode"].norm_and_head(hidden).float(),)
 
@@ -260,9 +259,11 @@ class Runner:
         """The output head as a phase runs it: (B, S, D) -> (B, S, W); a prompt's (B, D) too."""
         return self.ways[phase].head(hidden)
 
-    def next_step(self, cache: Cache, tokens: int) -> Step:
-        """A decode step for `tokens` tokens of each row, after those that the cache holds."""
-        return self.ways["decode"].next_step(cache, tokens)
+    def next_step(self, cache: Cache, tokens: int, grow: bool = False) -> Step:
+        """A decode step for `tokens` tokens of each row, after those that the cache holds. It holds
+        them, too, if it is to `grow`.
+        """
+        return self.ways["decode"].next_step(cache, tokens, grow)
 
     def call(
         self, key: tuple[Any, ...], step: Any, inputs: tuple[Tensor, ...], cache: Cache

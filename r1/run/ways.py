@@ -72,14 +72,23 @@ class Eager:
         """Hidden states (B, S, D), not normed yet -> logits (B, S, W)."""
         return self.head(self.model.norm(hidden))
 
-    def likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 logits (..., W) -> each row's best token, int64 (...), and its logit, fp32 (...)."""
-        return greedy(logits)
+    def likeliest(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """fp32 logits (..., W) -> each row's best token, into `tokens`, int64 (...); its logit,
+        fp32 (...).
+        """
+        best, scores = greedy(logits)
+        tokens.copy_(best)
+        return scores
 
-    def next_step(self, cache: Cache, tokens: int) -> Step:
-        """A decode step for `tokens` tokens of each row, after those that the cache holds."""
+    def next_step(self, cache: Cache, tokens: int, grow: bool) -> Step:
+        """A decode step for `tokens` tokens of each row, after those that the cache holds. It holds
+        them, too, if it is to `grow`.
+        """
         offsets = torch.arange(tokens, device=cache.lengths.device)
-        return self.model.step("decode", cache.lengths[:, None] + offsets, cache.capacity)
+        step = self.model.step("decode", cache.lengths[:, None] + offsets, cache.capacity)
+        if grow:
+            cache.lengths += tokens
+        return step
 
 
 class Compiled(Eager):
@@ -140,14 +149,14 @@ class Fused(Eager):
     def norm_and_head(self, hidden: Tensor) -> Tensor:
         return self.output_head(self.model.lm_head, self.chip, hidden, self.model.norm)
 
-    def likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return self.best(self.chip, logits)
+    def likeliest(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return self.best(self.chip, logits, tokens)
 
-    def next_step(self, cache: Cache, tokens: int) -> Step:
+    def next_step(self, cache: Cache, tokens: int, grow: bool) -> Step:
         frequency, factor = self.model.frequency, self.model.table_factor
         interleave = self.model.config.attention.rope_interleave
         positions, cos, sin = self.begin(
-            self.chip, cache.lengths, tokens, frequency, factor, interleave
+            self.chip, cache.lengths, tokens, frequency, factor, interleave, grow
         )
         # The fused blocks read `positions` before their wait. The embedding, a kernel of torch,
         # separates them from begin_step.

@@ -214,7 +214,7 @@ def launches(
     lengths = torch.empty(batch, dtype=torch.int64, device="meta")
     frequency = torch.empty(config.attention.qk_rope_head_dim // 2, device="meta")
     interleave = config.attention.rope_interleave
-    given = (lengths, new, frequency, 1.0, interleave)
+    given = (lengths, new, frequency, 1.0, interleave, True)
     positions, cos, sin = begin_step(recorder, *given)  # type: ignore[arg-type]
     step = Step("decode", positions, cos, sin, positions)
     entry = attention_of(config.attention)["triton"].entry(config.attention)
@@ -225,7 +225,7 @@ def launches(
         block = DecodeBlock(layer, recorder, 1 if round_x else NEVER)  # type: ignore[arg-type]
         block(x, step, cache.layers[0])
     logits = output_head(model.lm_head, recorder, x, model.norm)  # type: ignore[arg-type]
-    likeliest(recorder, logits)  # type: ignore[arg-type]
+    likeliest(recorder, logits, positions)  # type: ignore[arg-type]
     with lengths.device:  # the sum over so many devices
         peers, turns = torch.empty(DEVICES, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
         slots = TURNS.value * DEVICES * limit("triton", DEVICES)
