@@ -4,11 +4,10 @@
     python tools/check/plan_ranks.py --shape r1 --quant fp8 --ep 8 --batch 1,8,32,128 --gpu h200
     python tools/check/plan_ranks.py --shape r1 --quant fp8 --pp 2 --tp 4 --prompt 1024,8192
 
-Each rank's part of the model is made as a run makes it, but without memory. The switches are those
-that the guide expects to be fastest (r1/guide/layouts.py). The checks of memory are build.py's and
-bench.py's, which are told what the GPU has. The least time of a step is the guide's, and sums
-between GPUs are added. What stages send to each other is left out.
-
+Each rank's part is made as a run makes it, but without memory, by the switches that the guide
+expects to be fastest. Whether it loads and fits, build.py and bench.py say. "beside" is memory that
+a pass takes while it runs. A "floor" is the least time, with the sums between GPUs but not what
+stages send to each other; "expected" starts from rows that were measured (r1/guide/README.md).
 `--tp N --ep M` are N x M GPUs, as for bench.py: for eight, `--tp 8`, `--ep 8` or `--tp 2 --ep 4`.
 """
 
@@ -253,7 +252,7 @@ def pages(plan: Plan) -> Iterator[str]:
         ),
     )  # fmt: skip
     yield table(
-        "batch  prompt  new  fits  floor ms  sums ms  tokens/s  expected tokens/s  prompt floor ms",
+        "batch  prompt  new  fits  floor ms  sums ms  floor tok/s  expected tok/s  prompt floor ms",
         (
             (s.batch, s.prompt, s.new, not s.refused, s.floor_ms, s.sums_ms, round(s.tokens_per_s),
              s.expected_tokens_per_s and round(s.expected_tokens_per_s), s.floor_ttft_ms)
