@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from r1.errors import InputError
-from r1.run.arrivals import arrivals, joined, parted
+from r1.run.arrivals import arrivals, copies, joined, parted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -27,13 +27,24 @@ def test_tokens_and_scores_in_one_tensor(size: int, more: int) -> None:
     assert torch.equal(second.view(torch.int32), scores.contiguous().view(torch.int32))
 
 
+def test_columns_that_are_rows_in_memory() -> None:
+    tokens, scores = torch.arange(4)[None].t(), torch.arange(8.0).view(2, 4).t()[:, :1]
+    found = parted(joined(tokens, scores), tokens.shape, scores.shape)
+    assert torch.equal(found[0], tokens) and torch.equal(found[1], scores)
+
+
 def test_a_step_may_overwrite_the_last_ones() -> None:
-    """As a captured one does: each step's tokens arrive, in order."""
+    """As a captured one does: each step's tokens arrive, in order. The stream of copies to the host
+    is held up, so that a copy reads after the next step has written.
+    """
     tokens = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
     scores = torch.zeros(2, 1, device=DEVICE)
 
     def launched() -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(50):
+            if DEVICE.type == "cuda":
+                with torch.cuda.stream(copies(DEVICE)):
+                    torch.cuda._sleep(200_000)
             tokens.copy_(torch.tensor([[step], [step + 100]]))
             yield tokens, scores
 

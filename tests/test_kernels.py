@@ -306,17 +306,16 @@ def test_likeliest(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(scores.cpu(), best, rtol=0, atol=0, equal_nan=True)
 
 
-def test_begin_step_writes_what_is_its_own() -> None:
-    """Six dimensions in a tile of eight."""
+@pytest.mark.parametrize("grow", [False, True])
+def test_begin_step_writes_what_is_its_own(grow: bool) -> None:
+    """Six dimensions in a tile of eight; the length of a row, if it is to grow."""
     cos, sin = guarded(torch.zeros(6)), guarded(torch.zeros(6))
-    position, one = (
-        torch.zeros(1, dtype=torch.int64, device=DEVICE),
-        torch.ones(1, dtype=torch.int64, device=DEVICE),
-    )
+    position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    lengths = torch.ones(3, dtype=torch.int64, device=DEVICE)
     CHIP.run(
         step_kernel,
         (1,),
-        one,
+        lengths[1:],
         torch.ones(3, device=DEVICE),
         1.0,
         position,
@@ -326,10 +325,11 @@ def test_begin_step_writes_what_is_its_own() -> None:
         ROPE=6,
         PAD=8,
         INTERLEAVE=True,
-        GROW=False,
+        GROW=grow,
         warps=1,
     )
-    assert intact(cos) and intact(sin) and cos[0] > 0.5 and int(position) == int(one) == 1
+    assert intact(cos) and intact(sin) and cos[0] > 0.5 and int(position) == 1
+    assert lengths.tolist() == [1, 1 + grow, 1]
 
 
 @triton.jit

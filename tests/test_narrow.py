@@ -312,6 +312,6 @@ def test_a_search_begins_with_their_own_choices(
     launch = kind.default(sizes, Chip(processors, 2**17, dependent_launch=processors > 4))
     parts = getattr(launch, "parts", 1)
     assert launch.narrow == (parts == 1)
-    assert (parts > 1) == (sizes[1] == 2048 and processors > 4)  # few rows for a large chip
+    assert (parts > 1) == (sizes[1] == 2048 and processors > 4)  # cut into parts on a large chip
     for name in launch.choices.keys() - {"stages", "warps"}:
         assert getattr(launch, name) in launch.choices[name], name

@@ -134,11 +134,12 @@ def _split_tiles(sizes: Sizes, chip: Chip, room: int) -> _Splits:
     buffers = (room - block * key) // (keys * key)
     # Tiles of 16 heads pass through registers.
     stages = max(1, min(3, buffers if block > 16 else 1 + buffers))
-    if tokens == 1:
+    if tokens == 1 and block == 16:
         # Buffers for more tiles than a split has would only keep programs of the next kernel from
-        # waiting beside these, with their weights loaded. With 2 stages in place of 3, one token's
-        # layers with 256 slots took less on an H100: Moonlight's 39 us in bf16, 38 in 4 bits, and
-        # as much in FP8; five of R1's 33 in 4 bits, 74 in FP8. (8 tokens took 28 us more.)
+        # waiting beside these, with their weights loaded. 2 stages in place of 3, with 256 slots on
+        # an H100: all layers of Moonlight took 39 us less in bf16, 38 less in 4 bits, and 4 more in
+        # FP8; five layers of R1 33 less in 4 bits, 74 less in FP8. With 8 tokens Moonlight's took
+        # 28 us more in 4 bits, so the rule is for one.
         stages = min(stages, 1 + ceil_div(capacity, splits * keys))
     return _Splits(block, keys, splits, stages)
 

@@ -1,7 +1,8 @@
 """The inputs that all layers of a decode step share, in one kernel: positions and rotations.
 
 r1/model/transformer.py and r1/model/rope.py make them with a dozen small operators. That is nothing
-beside an eager step, but 1% of a captured one. So the kernel also makes the rows longer.
+beside an eager step, but 1% of a captured one. For the same reason the
+kernel also adds the new tokens to the rows' lengths.
 
 Shapes: B rows, S new tokens of a row, R rope dim.
 """
@@ -51,7 +52,7 @@ def step_kernel(
     lengths, frequency, factor, positions, cos, sin, NEW: tl.constexpr, ROPE: tl.constexpr,
     PAD: tl.constexpr, INTERLEAVE: tl.constexpr, GROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The NEW tokens of one row.
+    """The NEW tokens of one row: a few, for which the loop is unrolled.
 
     It never lets the next kernel start early. The attention reads positions before its own wait, so
     they must be older than any kernel that may still be running then (chip.py).

@@ -44,10 +44,10 @@ def _to_host(tokens: Tensor, scores: Tensor, advice: str) -> Callable[[], Step]:
     if tokens.device.type == "cpu":
         return partial(_checked, tokens, scores, advice)
     # The next step may overwrite what a captured one gave, so it is copied on the device first, by
-    # one kernel: each costs a step 3 us. The copy to the host is on a stream beside: in the steps'
-    # own it holds up the next step, by 13 us of 975 for Llama-3.2-1B on an H100.
+    # one kernel, since every kernel costs a step 3 us. The copy to the host is on a stream beside:
+    # in the steps' own it holds up the next step, by 13 us of 975 for Llama-3.2-1B on an H100.
     given = [joined(tokens, scores)]
-    beside, arrived = _stream(tokens.device), torch.cuda.Event()
+    beside, arrived = copies(tokens.device), torch.cuda.Event()
     beside.wait_stream(torch.cuda.current_stream(tokens.device))
     with torch.cuda.stream(beside):
         host = torch.empty_like(given[0], device="cpu", pin_memory=True)
@@ -63,18 +63,20 @@ def _to_host(tokens: Tensor, scores: Tensor, advice: str) -> Callable[[], Step]:
 
 
 def joined(tokens: Tensor, scores: Tensor) -> Tensor:
-    """Tokens, int64, and scores, fp32, of any shapes, in one tensor, int32 (L,): bit for bit."""
-    return torch.cat([each.contiguous().view(torch.int32).flatten() for each in (tokens, scores)])
+    """Tokens, int64 (...), and scores, fp32 (...), bit for bit in one tensor of int32, with one
+    dimension.
+    """
+    return torch.cat([x.flatten().contiguous().view(torch.int32) for x in (tokens, scores)])
 
 
 def parted(both: Tensor, tokens: torch.Size, scores: torch.Size) -> Launched:
-    """What `joined` makes one tensor of, in these shapes."""
+    """Undoes `joined`: the tokens and the scores, in these shapes."""
     first, second = both.split([2 * tokens.numel(), scores.numel()])
     return first.view(torch.int64).view(tokens), second.view(torch.float32).view(scores)
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def copies(device: torch.device) -> torch.cuda.Stream:
     """The stream of copies to the host."""
     return torch.cuda.Stream(device)
 

@@ -260,8 +260,8 @@ class Runner:
         return self.ways[phase].head(hidden)
 
     def next_step(self, cache: Cache, tokens: int, grow: bool = False) -> Step:
-        """A decode step for `tokens` tokens of each row, after those that the cache holds. It holds
-        them, too, if it is to `grow`.
+        """A decode step for `tokens` tokens of each row, after those that the cache holds. With
+        `grow` the cache's lengths count these, too, from now on.
         """
         return self.ways["decode"].next_step(cache, tokens, grow)
 

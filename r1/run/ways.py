@@ -81,8 +81,8 @@ class Eager:
         return scores
 
     def next_step(self, cache: Cache, tokens: int, grow: bool) -> Step:
-        """A decode step for `tokens` tokens of each row, after those that the cache holds. It holds
-        them, too, if it is to `grow`.
+        """A decode step for `tokens` tokens of each row, after those that the cache holds. With
+        `grow` the cache's lengths count these, too, from now on.
         """
         offsets = torch.arange(tokens, device=cache.lengths.device)
         step = self.model.step("decode", cache.lengths[:, None] + offsets, cache.capacity)

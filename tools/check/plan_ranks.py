@@ -6,8 +6,9 @@
 
 Each rank's part is made as a run makes it, but without memory, by the switches that the guide
 expects to be fastest. Whether it loads and fits, build.py and bench.py say. "beside" is memory that
-a pass takes while it runs. A "floor" is the least time, with the sums between GPUs but not what
-stages send to each other; "expected" starts from rows that were measured (r1/guide/README.md).
+a pass takes while it runs. "floor ms" is the least time of a step, without "sums ms" between GPUs
+("-": the links have no figure); "floor tok/s" has both. What stages send to each other is left out.
+"expected" starts from rows that were measured (r1/guide/README.md).
 `--tp N --ep M` are N x M GPUs, as for bench.py: for eight, `--tp 8`, `--ep 8` or `--tp 2 --ep 4`.
 """
 
@@ -273,12 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     known = [name for name, gpu in gpus.all_gpus().items() if not gpu.computer]
     add("--gpu", choices=known, default="h200", help="as for python -m r1.guide (default h200)")
     for name, text in (("tp", "heads and inner values"), ("ep", "experts"), ("pp", "layers")):
-        add(f"--{name}", type=int, default=1, metavar="N", help=f"devices that share {text}")
+        add(f"--{name}", type=int, default=1, metavar="N", help=f"devices that share {text} (1)")
     for name, sizes in SIZES.items():
         add(f"--{name}", default=sizes, metavar="N,..", help=f"as for bench.py (default {sizes})")
     add("--speculate", choices=("off", "mtp"), default="off", help="mtp: with drafts")
-    add("--draft-tokens", type=int, default=1, metavar="N", help="drafts for a step (default 1)")
-    add("--assume-acceptance", type=float, default=0.85, metavar="A", help="default 0.85")
+    add("--draft-tokens", type=int, default=1, metavar="N", help="for a step (default 1)")
+    add("--assume-acceptance", type=float, default=0.85, metavar="A", help="of drafts (0.85)")
     shared.add_output(parser, "write the plan as JSON")
     return shared.run(__file__, work, parser.parse_args(argv))
 
